@@ -1,0 +1,209 @@
+"""Pure functions on tensors: the operations that the layers are made of.
+
+Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch, `reference.py`), "cpu"
+(compiled loops, `cpu_*.py`) or "triton" (GPU kernels, `triton_*.py`). All compute the same function with the same
+gradients. The fastest that can run is chosen from the tensors; `backend("reference")` overrides the choice.
+
+Letters, here and everywhere: b batch, l length, t tokens (b times l), d d_model, i d_inner, n d_state, k d_conv or
+top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D are only the state-space model's.
+"""
+
+from types import TracebackType
+
+from torch import Tensor
+
+from . import reference
+from .backends import BACKENDS, available, choose, force, implementation, why_not
+
+__all__ = [
+    "BACKENDS",
+    "available",
+    "backend",
+    "causal_conv1d",
+    "choose",
+    "expert_feedforward",
+    "expert_linear",
+    "grouped_linear",
+    "linear_cross_entropy",
+    "selective_scan",
+    "why_not",
+]
+
+
+class backend:
+    """Override the choice of backend: `with ops.backend("reference"): ...`, or a plain call, which lasts.
+
+    Raises:
+        ValueError: the name is none of "reference", "cpu", "triton".
+        RuntimeError: that backend cannot run on this machine; the message says why and what to do.
+    """
+
+    def __init__(self, name: str | None):
+        self.previous = force(name)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        force(self.previous)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = True,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The selective state-space recurrence (Mamba, arXiv 2312.00752, Algorithm 2 and section 3.3).
+
+    `h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`, `y_t = (C_t h_t + D u_t) silu(z_t)`, with `dt = softplus(dt + dt_bias)`.
+
+    Args:
+        u, dt, z: (b, l, i) input, step size before bias and softplus, and gate.
+        A: (i, n) float32, negative.
+        B, C: (b, l, n), shared by all channels.
+        D, dt_bias: (i,) skip and step-size bias.
+        dt_softplus: False if `dt` is positive already.
+        initial_state: (b, i, n) state before the first position; zeros if None. Gradients flow into it.
+        seq_idx: (b, l) sequence of each position: the state starts from zero where it changes, and where it is negative
+            (padding) the state stays as it is and `y` is zero. `initial_state` belongs to the row's first sequence.
+    Returns:
+        y: (b, l, i) in u's dtype.
+        final_state: (b, i, n) float32 state after the last position (of the row's last sequence).
+    """
+    batch, length, width = u.shape
+    n = A.shape[1]
+    _expect("dt", dt, (batch, length, width))
+    _expect("A", A, (width, n))
+    _expect("B", B, (batch, length, n))
+    _expect("C", C, (batch, length, n))
+    _expect("D", D, (width,))
+    _expect("z", z, (batch, length, width))
+    _expect("dt_bias", dt_bias, (width,))
+    _expect("initial_state", initial_state, (batch, width, n))
+    _expect("seq_idx", seq_idx, (batch, length))
+    return implementation("selective_scan", u)(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution over time: `y_t = activation(bias + sum_j weight_j x_{t - k + 1 + j})`.
+
+    Args:
+        x: (b, l, i).
+        weight: (i, k), the last tap meets the current position.
+        bias: (i,).
+        activation: "silu" or None.
+        initial_state: (b, i, k-1) the inputs before the first position, oldest first; zeros if None.
+        seq_idx: (b, l), as in `selective_scan`: a window never reaches into another sequence, and skips padding.
+    Returns:
+        y: (b, l, i) in x's dtype.
+        final_state: (b, i, k-1) the last inputs of the row's last sequence, oldest first, in x's dtype.
+    """
+    if activation not in ("silu", None):
+        raise ValueError(f'activation is {activation!r}; causal_conv1d knows "silu" and None')
+    batch, length, width = x.shape
+    _expect("weight", weight, (width, weight.shape[-1]))
+    _expect("bias", bias, (width,))
+    _expect("initial_state", initial_state, (batch, width, weight.shape[1] - 1))
+    _expect("seq_idx", seq_idx, (batch, length))
+    return implementation("causal_conv1d", x)(x, weight, bias, activation, initial_state, seq_idx)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """One matrix product a group: rows sorted by expert, each with its expert's matrix.
+
+    Args:
+        x: (t, d), the first `counts[0]` rows for expert 0, and so on.
+        weight: (e, f, d).
+        counts: (e,) integers, rows of each expert; their sum may fall short of t.
+    Returns:
+        (t, f) in x's dtype; zero in the rows that belong to no expert.
+    """
+    _expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
+    _expect("counts", counts, (weight.shape[0],))
+    return implementation("grouped_linear", x)(x, weight, counts)
+
+
+def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
+    """`y = sum_j gates_j W[indices_j] x`: linear experts over tokens in any order.
+
+    Args:
+        x: (t, d).
+        indices: (t, k) int64, the experts chosen for each token; n_experts where a choice was dropped.
+        gates: (t, k) float32 weight of each choice; one if None.
+        weight: (e, o, d).
+    Returns:
+        (t, o) in x's dtype; zero for a token whose every choice was dropped.
+    """
+    _expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
+    _expect("indices", indices, (x.shape[0], indices.shape[-1]))
+    _expect("gates", gates, tuple(indices.shape))
+    return implementation("expert_linear", x)(x, indices, gates, weight)
+
+
+def expert_feedforward(
+    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, *, activation: str = "relu"
+) -> Tensor:
+    """`y = sum_j gates_j E[indices_j](x)` with experts `E(x) = down activation(up x)` (arXiv 2101.03961, eq. 2).
+
+    Args:
+        x: (t, d).
+        indices: (t, k) int64, the experts chosen for each token; n_experts where a choice was dropped.
+        gates: (t, k) float32 weight of each choice; one if None.
+        up: (e, f, d), or (e, 2f, d) for "swiglu": the gate's rows first.
+        down: (e, o, f).
+        activation: "relu", "gelu" (tanh approximation), "silu" or "swiglu".
+    Returns:
+        (t, o) in x's dtype; zero for a token whose every choice was dropped.
+    """
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; known are {', '.join(reference.ACTIVATIONS)}")
+    hidden = up.shape[1] // 2 if activation == "swiglu" else up.shape[1]
+    _expect("up", up, (up.shape[0], up.shape[1], x.shape[1]))
+    _expect("down", down, (up.shape[0], down.shape[1], hidden))
+    _expect("indices", indices, (x.shape[0], indices.shape[-1]))
+    _expect("gates", gates, tuple(indices.shape))
+    return implementation("expert_feedforward", x)(x, indices, gates, up, down, activation)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T` against targets, without ever holding the (t, v) logits.
+
+    Args:
+        hidden: (t, d).
+        weight: (v, d).
+        targets: (t,) int64; positions equal to `ignore_index` do not count.
+        reduction: "mean" over the positions that count, or "sum".
+    Returns:
+        scalar in nats, float32.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction is {reduction!r}; linear_cross_entropy knows "mean" and "sum"')
+    _expect("weight", weight, (weight.shape[0], hidden.shape[1]))
+    _expect("targets", targets, (hidden.shape[0],))
+    return implementation("linear_cross_entropy", hidden)(hidden, weight, targets, ignore_index, reduction)
+
+
+def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} from the other arguments")

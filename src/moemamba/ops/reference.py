@@ -1,0 +1,198 @@
+"""The ops in plain PyTorch: the specification that every kernel is held against, and the fallback where none runs.
+
+Written to be read. Memory stays lean all the same: the scan and the loss walk through chunks whose inner tensors are
+recomputed in the backward pass, so nothing of size (b, l, i, n) or (tokens, vocabulary) ever exists as a whole.
+Float64 inputs are computed in float64 throughout (for `gradcheck`); everything else accumulates in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .packing import boundaries, taps
+
+SCAN_CHUNK = 32  # positions whose (b, chunk, i, n) tensors exist at once
+LOSS_CHUNK = 1024  # tokens whose logits exist at once
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.selective_scan`."""
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    batch, length, width = u.shape
+    if initial_state is None:
+        state = torch.zeros(batch, width, A.shape[1], dtype=dtype, device=u.device)
+    else:
+        state = initial_state.to(dtype)
+    valid, starts = boundaries(seq_idx) if seq_idx is not None else (None, None)
+    outputs = []
+    for chunk in (slice(start, start + SCAN_CHUNK) for start in range(0, length, SCAN_CHUNK)):
+        inputs = [None if t is None else t[:, chunk] for t in (u, dt, B, C, z, valid, starts)]
+        args = (state, *inputs, A, D, dt_bias, dt_softplus, dtype)
+        y, state = _recomputed(_scan_chunk, *args)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1) if outputs else torch.zeros_like(u), state
+
+
+def _scan_chunk(
+    state: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    valid: Tensor | None,
+    starts: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t and y_t = C_t h_t + D u_t (Mamba, arXiv 2312.00752, Algorithm 2)."""
+    x, step = u.to(dtype), dt.to(dtype)
+    if dt_bias is not None:
+        step = step + dt_bias.to(dtype)
+    if dt_softplus:
+        step = F.softplus(step)
+    if valid is not None:  # a step of length zero changes nothing: decay 1, input 0
+        x = x.masked_fill(~valid[..., None], 0)
+        step = step.masked_fill(~valid[..., None], 0)
+    decay = torch.exp(step[..., None] * A.to(dtype))  # (b, c, i, n)
+    drive = (step * x)[..., None] * B.to(dtype)[:, :, None, :]  # (b, c, i, n)
+    if starts is not None:
+        decay = decay.masked_fill(starts[..., None, None], 0)
+    states = []
+    for a, bx in zip(decay.unbind(1), drive.unbind(1), strict=True):
+        state = torch.addcmul(bx, a, state)
+        states.append(state)
+    y = torch.einsum("bcin,bcn->bci", torch.stack(states, dim=1), C.to(dtype))
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    if valid is not None:
+        y = y.masked_fill(~valid[..., None], 0)
+    return y.to(u.dtype), state
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.causal_conv1d`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    (batch, length, width), taps_count = x.shape, weight.shape[1]
+    if initial_state is None:
+        history = x.new_zeros(batch, taps_count - 1, width)
+    else:
+        history = initial_state.to(x.dtype).transpose(1, 2)
+    row = torch.cat([history, x], dim=1)  # (b, k - 1 + l, i)
+    if seq_idx is None or length == 0:
+        windows = [row[:, tap : tap + length] for tap in range(taps_count)]  # oldest first
+        final_state = row[:, length:].transpose(1, 2)
+    else:
+        index, inside = taps(seq_idx, taps_count)
+        gathered = [
+            row.gather(1, index[..., j, None].expand(-1, -1, width)).masked_fill(~inside[..., j, None], 0)
+            for j in reversed(range(taps_count - 1))
+        ]
+        windows = [g[:, :-1] for g in gathered] + [x.masked_fill(seq_idx[..., None] < 0, 0)]
+        final_state = torch.stack([g[:, -1] for g in gathered], dim=-1) if gathered else x.new_zeros(batch, width, 0)
+    kernel = weight.to(dtype)
+    y = sum((window.to(dtype) * kernel[:, tap] for tap, window in enumerate(windows)), torch.zeros_like(x, dtype=dtype))
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if activation == "silu":
+        y = F.silu(y)
+    if seq_idx is not None:
+        y = y.masked_fill(seq_idx[..., None] < 0, 0)
+    return y.to(x.dtype), final_state
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "swiglu": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+}
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """See `moemamba.ops.grouped_linear`."""
+    groups = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
+    products = [group @ w.to(x.dtype).T for group, w in zip(groups, weight, strict=False)]
+    return torch.cat([*products, x.new_zeros(groups[-1].shape[0], weight.shape[1])])
+
+
+def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
+    """See `moemamba.ops.expert_linear`."""
+    return _dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: grouped_linear(rows, weight, counts))
+
+
+def expert_feedforward(
+    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """See `moemamba.ops.expert_feedforward`."""
+
+    def experts(rows: Tensor, counts: Tensor) -> Tensor:
+        return grouped_linear(ACTIVATIONS[activation](grouped_linear(rows, up, counts)), down, counts)
+
+    return _dispatch(x, indices, gates, up.shape[0], experts)
+
+
+def _dispatch(
+    x: Tensor, indices: Tensor, gates: Tensor | None, n_experts: int, experts: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Sort the (token, choice) pairs by expert, apply the experts, and sum what each token's choices return."""
+    top_k = indices.shape[1]
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)  # pairs that no expert takes (index n_experts) come last
+    counts = F.one_hot(flat, n_experts + 1).sum(0)[:n_experts]
+    token = order // top_k
+    y = experts(x[token], counts).to(torch.promote_types(x.dtype, torch.float32))
+    if gates is not None:
+        y = y * gates.flatten()[order, None]
+    return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, token, y).to(x.dtype)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """See `moemamba.ops.linear_cross_entropy`."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    total = torch.zeros((), dtype=dtype, device=hidden.device)
+    for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+        total = total + _recomputed(_summed_loss, h, weight, t, ignore_index, dtype)
+    if reduction == "mean":
+        return total / (targets != ignore_index).sum()
+    return total
+
+
+def _summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    logits = hidden @ weight.to(hidden.dtype).T
+    return F.cross_entropy(logits.to(dtype), targets, ignore_index=ignore_index, reduction="sum")
+
+
+def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function`; if gradients are wanted, keep its inputs alone and compute it again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
