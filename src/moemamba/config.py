@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
@@ -77,7 +77,7 @@ class RoutedMambaConfig:
     routing: Literal["shared", "independent"] = "shared"
     """shared: one decision a block, linear experts (Routing Mamba, arXiv 2506.18145); independent: a router and
     two-layer experts in each projection (MoE-Mamba, section 4.4)"""
-    experts: ExpertsConfig = ExpertsConfig()
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """d_expert, activation and n_shared_experts concern independent routing alone"""
 
     def __post_init__(self) -> None:
@@ -133,11 +133,11 @@ class ModelConfig:
     d_model: int = 256
     vocab_size: int = 257
     """257 is every byte and an end-of-document mark"""
-    mamba: MambaConfig = MambaConfig()
-    experts: ExpertsConfig = ExpertsConfig()
-    routed: RoutedMambaConfig = RoutedMambaConfig()
-    attention: AttentionConfig = AttentionConfig()
-    feedforward: FeedForwardConfig = FeedForwardConfig()
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    routed: RoutedMambaConfig = field(default_factory=RoutedMambaConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    feedforward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     final_norm: bool = True
     tie_embeddings: bool = False
