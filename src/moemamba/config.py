@@ -159,6 +159,13 @@ class ModelConfig:
         return parse_pattern(self.pattern) * self.n_blocks
 
     @property
+    def routers(self) -> tuple[ExpertsConfig, ...]:
+        """The experts that each router of the model serves, bottom to top: what weighs that router's losses."""
+        inner = 1 if self.routed.routing == "shared" else len(self.routed.projections)
+        per_letter = {"E": (self.experts,), "R": (self.routed.experts,) * inner}
+        return tuple(e for layer in self.layers for letter in layer for e in per_letter.get(letter, ()))
+
+    @property
     def d_inner(self) -> int:
         return int(self.mamba.expand * self.d_model)
 

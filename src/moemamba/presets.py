@@ -44,11 +44,13 @@ PRESETS: dict[str, ModelConfig] = {
     "mamba-tiny": ModelConfig("M", 8, 128),
     "moe-mamba-tiny": ModelConfig("ME", 4, 128, experts=ExpertsConfig(8)),
     "transformer-tiny": ModelConfig("AF", 4, 128, attention=AttentionConfig(n_heads=4)),
-    "transformer-moe-tiny": ModelConfig("AE", 4, 128, attention=AttentionConfig(n_heads=4), experts=ExpertsConfig(8)),
+    "transformer-moe-tiny": ModelConfig(
+        "AE", 4, 128, attention=AttentionConfig(n_heads=4), experts=ExpertsConfig(8, d_expert=341)
+    ),
     "mamba-small": ModelConfig("M", 12, 256),
     "moe-mamba-small": ModelConfig("ME", 6, 256, experts=ExpertsConfig(16)),
     "transformer-small": ModelConfig("AF", 6, 256),
-    "transformer-moe-small": ModelConfig("AE", 6, 256, experts=ExpertsConfig(16)),
+    "transformer-moe-small": ModelConfig("AE", 6, 256, experts=ExpertsConfig(16, d_expert=682)),
     "routed-mamba-small": ModelConfig(
         "R", 12, 256, routed=RoutedMambaConfig(experts=ExpertsConfig(8, balance_weight=0))
     ),
