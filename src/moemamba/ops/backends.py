@@ -12,7 +12,11 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton")
 
 # The file that holds each op's kernels, by backend; an op that is missing runs on the reference.
-KERNELS: dict[str, dict[str, str]] = {"reference": {}, "cpu": {}, "triton": {}}
+KERNELS: dict[str, dict[str, str]] = {
+    "reference": {},
+    "cpu": {"selective_scan": "cpu_scan", "causal_conv1d": "cpu_conv"},
+    "triton": {},
+}
 
 _forced: str | None = None
 

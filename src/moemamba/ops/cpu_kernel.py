@@ -22,6 +22,8 @@ from numba.core import event
 from numba.extending import intrinsic
 from torch import Tensor
 
+from .packing import boundaries
+
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 
 Rows = tuple[int, int, int, int]
@@ -111,6 +113,37 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+PADDING, START = 0, 2  # marks of a position; 1 is any other token
+
+
+def marks(seq_idx: Tensor | None) -> Tensor | None:
+    """(b, l) uint8: what each position is to a recurrence."""
+    if seq_idx is None:
+        return None
+    valid, starts = boundaries(seq_idx)
+    return valid.to(torch.uint8) + starts.to(torch.uint8)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go through the dispatcher, where autograd and torch.compile see it.
+
+    A plain call skips it, because its overhead would be most of the time of generating a token.
+    """
+    return wants_grad(*tensors) or torch.compiler.is_compiling() or type(tensors[0]) is not Tensor
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum over the first dimension in its order, whatever the number of threads."""
+    total = torch.zeros_like(parts[0]) if len(parts) == 0 else parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
 # --- inside kernels: memory ---
 
 
@@ -178,7 +211,7 @@ def floats(address: int, shape: Any) -> Any:
 
 
 @numba.njit
-def marks_at(address: int, shape: Any) -> Any:
+def bytes_at(address: int, shape: Any) -> Any:
     """A contiguous uint8 array at an address."""
     return carray(_byte_pointer(address), shape)
 
@@ -215,6 +248,28 @@ def write(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> Non
             halves[c] = np.uint16(rounded if row[c] == row[c] else np.uint32(0x7FC0))
 
 
+@numba.njit
+def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
+    """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
+    tile[:] = _ZERO
+    if matrix:
+        m = tile.shape[0]
+        source = floats(matrix + 4 * m * first, (count, m))
+        for j in range(m):
+            for c in range(count):
+                tile[j, c] = source[c, j]
+
+
+@numba.njit
+def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
+    """The inverse of `load_columns`."""
+    m = tile.shape[0]
+    target = floats(matrix + 4 * m * first, (count, m))
+    for c in range(count):
+        for j in range(m):
+            target[c, j] = tile[j, c]
+
+
 # --- inside kernels: arithmetic ---
 
 LOG2E = np.float32(1.4426950408889634)
@@ -223,7 +278,8 @@ _ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
 _LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
 # 2^x = 1 + x p(x) on [-1/2, 1/2], fitted for the largest relative error: 9e-8, and exact at zero.
 _P0, _P1, _P2, _P3, _P4 = map(
-    np.float32, (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472731307149)
+    np.float32,
+    (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472731307149),
 )
 # atanh(s) = s q(s²) / 2 on [0, 1/3]: 4e-9.
 _Q0, _Q1, _Q2, _Q3, _Q4 = map(

@@ -15,13 +15,17 @@ from .cpu_kernel import (
     FAST,
     LN2,
     LOG2E,
-    TILE,
+    PADDING,
     Rows,
+    START,
+    TILE,
     address,
+    bytes_at,
     exp2,
     floats,
     kernel,
-    marks_at,
+    load_columns,
+    marks,
     plain,
     read,
     readable,
@@ -29,14 +33,16 @@ from .cpu_kernel import (
     run,
     sigmoid,
     softplus,
+    store_columns,
+    summed,
+    traced,
+    wants_grad,
     write,
 )
-from .packing import boundaries
 
 CHUNK = 32  # positions between two states that are kept
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_PADDING, _START = 0, 2  # marks of a position; 1 is any other token
 
 
 def selective_scan(
@@ -56,58 +62,13 @@ def selective_scan(
     dtype = u.dtype
     u, dt, B, C, z = (readable(t) for t in (u, dt, B, C, z))
     A, D, dt_bias, initial_state = (plain(t) for t in (A, D, dt_bias, initial_state))
-    marks = _marks(seq_idx)
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    # A plain call with nothing to differentiate skips the dispatcher: a generated token makes one for every layer.
-    op = _forward if wants_grad or torch.compiler.is_compiling() or type(u) is not Tensor else _run_forward
-    y, final_state, _ = op(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, marks, wants_grad)
+    op = _forward if traced(*tensors) else _run_forward
+    y, final_state, _ = op(*tensors, dt_softplus, marks(seq_idx), wants_grad(*tensors))
     return y.to(dtype), final_state
 
 
-def _marks(seq_idx: Tensor | None) -> Tensor | None:
-    """(b, l) uint8: what each position is to the recurrence."""
-    if seq_idx is None:
-        return None
-    valid, starts = boundaries(seq_idx)
-    return valid.to(torch.uint8) + starts.to(torch.uint8)
-
-
 # --- the two kernels ---
-
-
-@numba.njit(fastmath=FAST)
-def _load_parameters(A: int, D: int, dt_bias: int, first: int, count: int, n: int, decay: Any, vectors: Any) -> None:
-    """A tile's parameters: decay (n, TILE) so that `exp(dt A) = 2^(dt decay)`, D and dt_bias in two rows of zeros."""
-    decay[:] = _ZERO
-    vectors[:] = _ZERO  # with the lanes beyond `count`, which must not add to sums over channels
-    matrix = floats(A + 4 * n * first, (count, n))
-    for s in range(n):
-        for c in range(count):
-            decay[s, c] = matrix[c, s] * LOG2E
-    if D:
-        vectors[0, :count] = floats(D + 4 * first, count)
-    if dt_bias:
-        vectors[1, :count] = floats(dt_bias + 4 * first, count)
-
-
-@numba.njit
-def _load_states(states: int, b: int, first: int, count: int, width: int, n: int, h: Any) -> None:
-    """h (n, TILE) = states[b, first : first + count]; zero if absent."""
-    h[:] = _ZERO
-    if states:
-        source = floats(states + 4 * n * (b * width + first), (count, n))
-        for s in range(n):
-            for c in range(count):
-                h[s, c] = source[c, s]
-
-
-@numba.njit
-def _store_states(states: int, b: int, first: int, count: int, width: int, n: int, h: Any) -> None:
-    target = floats(states + 4 * n * (b * width + first), (count, n))
-    for c in range(count):
-        for s in range(n):
-            target[c, s] = h[s, c]
 
 
 @numba.njit(fastmath=FAST)
@@ -141,7 +102,7 @@ def _scan(
     batch, length, width, n = shape
     tiles = (width + TILE - 1) // TILE
     chunks = (length + CHUNK - 1) // CHUNK
-    mark = marks_at(marks, (batch, length))
+    mark = bytes_at(marks, (batch, length))
     checkpoints = floats(kept, (batch, tiles, chunks, n, TILE))
     h, decay = np.empty((n, TILE), np.float32), np.empty((n, TILE), np.float32)
     vectors, Bt, Ct = np.zeros((6, TILE), np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
@@ -150,16 +111,20 @@ def _scan(
         b, tile = task // tiles, task % tiles
         channel = tile * TILE
         count = min(TILE, width - channel)
-        _load_parameters(A, D, dt_bias, channel, count, n, decay, vectors)
-        _load_states(initial_state, b, channel, count, width, n, h)
+        load_columns(decay, A, channel, count)
+        decay *= LOG2E  # exp(dt A) = 2^(dt decay)
+        vectors[:] = _ZERO
+        load_columns(vectors[:1], D, channel, count)
+        load_columns(vectors[1:2], dt_bias, channel, count)
+        load_columns(h, initial_state, b * width + channel, count)
         for t in range(length):
             if kept and t % CHUNK == 0:
                 checkpoints[b, tile, t // CHUNK] = h
-            if marks and mark[b, t] == _PADDING:
+            if marks and mark[b, t] == PADDING:
                 out[:] = _ZERO
                 write(out, y, b, t, channel, count)
                 continue
-            if marks and mark[b, t] == _START:
+            if marks and mark[b, t] == START:
                 h[:] = _ZERO
             read(x, u, b, t, channel, count)
             read(step, dt, b, t, channel, count)
@@ -178,7 +143,7 @@ def _scan(
                 for c in range(TILE):
                     out[c] *= x[c] * sigmoid(x[c])
             write(out, y, b, t, channel, count)
-        _store_states(final_state, b, channel, count, width, n, h)
+        store_columns(final_state, b * width + channel, count, h)
 
 
 @kernel
@@ -212,7 +177,7 @@ def _scan_backward(
     batch, length, width, n = shape
     tiles = (width + TILE - 1) // TILE
     chunks = (length + CHUNK - 1) // CHUNK
-    mark = marks_at(marks, (batch, length))
+    mark = bytes_at(marks, (batch, length))
     checkpoints = floats(kept, (batch, tiles, chunks, n, TILE))
     dB_of_tile, dC_of_tile = floats(dB, (tiles, batch, length, n)), floats(dC, (tiles, batch, length, n))
     dD_of_row, dbias_of_row = floats(dD, (batch, width)), floats(ddt_bias, (batch, width))
@@ -222,7 +187,11 @@ def _scan_backward(
     x, step = np.zeros((CHUNK, TILE), np.float32), np.zeros((CHUNK, TILE), np.float32)
     slope, out = np.zeros((CHUNK, TILE), np.float32), np.empty((CHUNK, TILE), np.float32)
     Bt, Ct = np.empty((CHUNK, n), np.float32), np.empty((CHUNK, n), np.float32)
-    decay, dh, ddecay = np.empty((n, TILE), np.float32), np.empty((n, TILE), np.float32), np.empty((n, TILE), np.float32)
+    decay, dh, ddecay = (
+        np.empty((n, TILE), np.float32),
+        np.empty((n, TILE), np.float32),
+        np.empty((n, TILE), np.float32),
+    )
     vectors = np.zeros((9, TILE), np.float32)
     skip, bias, drive, g, gate = vectors[0], vectors[1], vectors[2], vectors[3], vectors[4]
     dx, dstep, dskip, dbias = vectors[5], vectors[6], vectors[7], vectors[8]
@@ -230,8 +199,12 @@ def _scan_backward(
         b, tile = task // tiles, task % tiles
         channel = tile * TILE
         count = min(TILE, width - channel)
-        _load_parameters(A, D, dt_bias, channel, count, n, decay, vectors)
-        _load_states(dfinal_state, b, channel, count, width, n, dh)
+        load_columns(decay, A, channel, count)
+        decay *= LOG2E  # exp(dt A) = 2^(dt decay)
+        vectors[:] = _ZERO
+        load_columns(vectors[:1], D, channel, count)
+        load_columns(vectors[1:2], dt_bias, channel, count)
+        load_columns(dh, dfinal_state, b * width + channel, count)
         ddecay[:] = _ZERO
         x[:] = _ZERO
         for chunk in range(chunks - 1, -1, -1):
@@ -240,10 +213,10 @@ def _scan_backward(
             h[0] = checkpoints[b, tile, chunk]
             for t in range(start, stop):
                 j = t - start
-                if marks and mark[b, t] == _PADDING:
+                if marks and mark[b, t] == PADDING:
                     h[j + 1] = h[j]
                     continue
-                keep = _ZERO if marks and mark[b, t] == _START else _ONE
+                keep = _ZERO if marks and mark[b, t] == START else _ONE
                 read(x[j], u, b, t, channel, count)
                 read(step[j], dt, b, t, channel, count)
                 read(Bt[j], B, b, t, 0, n)
@@ -262,7 +235,7 @@ def _scan_backward(
                         out[j, c] += Ct[j, s] * h[j + 1, s, c]
             for t in range(stop - 1, start - 1, -1):
                 j = t - start
-                if marks and mark[b, t] == _PADDING:
+                if marks and mark[b, t] == PADDING:
                     dx[:] = _ZERO
                     write(dx, du, b, t, channel, count)
                     write(dx, ddt, b, t, channel, count)
@@ -306,8 +279,8 @@ def _scan_backward(
                     dx[c] = dx[c] * step[j, c] + skip[c] * g[c]
                 write(dx, du, b, t, channel, count)
                 write(dstep, ddt, b, t, channel, count)
-        _store_states(dA, b, channel, count, width, n, ddecay)
-        _store_states(dinitial_state, b, channel, count, width, n, dh)
+        store_columns(dA, b * width + channel, count, ddecay)
+        store_columns(dinitial_state, b * width + channel, count, dh)
         dD_of_row[b, channel : channel + count] = dskip[:count]
         dbias_of_row[b, channel : channel + count] = dbias[:count]
 
@@ -324,8 +297,8 @@ def _run_forward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    dt_softplus: bool,
     initial_state: Tensor | None,
+    dt_softplus: bool,
     marks: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,7 +309,17 @@ def _run_forward(
     parameters = [address(t) for t in (A, D, dt_bias)]
     states = [address(t) for t in (initial_state, final_state, marks)]
     work = u.numel() * A.shape[1]
-    run(_scan, u.shape[0] * tiles, work, shape, *streams, *parameters, dt_softplus, *states, address(kept) if keep else 0)
+    run(
+        _scan,
+        u.shape[0] * tiles,
+        work,
+        shape,
+        *streams,
+        *parameters,
+        dt_softplus,
+        *states,
+        address(kept) if keep else 0,
+    )
     return y, final_state, kept
 
 
@@ -398,16 +381,8 @@ def _backward(
         *[rows(t) for t in (du, ddt, dz)],
         *[address(t) for t in (dA, dB, dC, dD, dbias, dstate)],
     )
-    sums = [_summed(dA), _summed(dB).to(B.dtype), _summed(dC).to(C.dtype), _summed(dD)]
-    return [du, ddt, *sums, du.new_empty(0) if dz is None else dz, _summed(dbias), dstate]
-
-
-def _summed(parts: Tensor) -> Tensor:
-    """The sum over the first dimension, part by part, whatever the number of threads."""
-    total = torch.zeros_like(parts[0]) if len(parts) == 0 else parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
+    sums = [summed(dA), summed(dB).to(B.dtype), summed(dC).to(C.dtype), summed(dD)]
+    return [du, ddt, *sums, du.new_empty(0) if dz is None else dz, summed(dbias), dstate]
 
 
 @_backward.register_fake
@@ -433,7 +408,7 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.dt_softplus, initial_state, marks, _ = inputs
+    *tensors, initial_state, ctx.dt_softplus, marks, _ = inputs
     ctx.has_initial_state = initial_state is not None
     ctx.save_for_backward(*tensors, marks, output[2])
 
@@ -443,7 +418,7 @@ def _differentiate(ctx: Any, dy: Tensor, dfinal_state: Tensor, _: Tensor) -> tup
     inputs = (*tensors, ctx.dt_softplus, marks, kept, readable(dy), plain(dfinal_state))
     *gradients, dstate = _backward(*inputs)
     absent = [None if t is None else g for t, g in zip(tensors, gradients, strict=True)]
-    return (*absent, None, dstate if ctx.has_initial_state else None, None, None)
+    return (*absent, dstate if ctx.has_initial_state else None, None, None, None)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
