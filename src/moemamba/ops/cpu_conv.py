@@ -59,7 +59,7 @@ def causal_conv1d(
 # --- the two kernels ---
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")
 def _convolve(out: Any, bias: Any, taps: Any, ring: Any, now: int) -> None:
     """out = bias + sum_j taps_j x_(now - k + 1 + j), the inputs by their place in the ring."""
     k = taps.shape[0]
@@ -116,7 +116,7 @@ def _conv(
             target[b, channel : channel + count, j] = ring[(now + 1 + j) % k, :count]
 
 
-@numba.njit
+@numba.njit(fastmath=FAST, error_model="numpy")
 def _flush(gradient: Any, place: int, dx: Rows, dinitial_state: Any, b: int, first: int, count: int) -> None:
     """Hand over the finished gradient of the input at a place: a position, or a column of the history counted from -1."""
     if place >= 0 and place != _NOWHERE:

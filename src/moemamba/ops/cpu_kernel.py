@@ -204,19 +204,19 @@ def _integer(context: Any, x: Any) -> Any:
     return types.uint32(types.float32), generate
 
 
-@numba.njit
+@numba.njit(fastmath=FAST, error_model="numpy")
 def floats(address: int, shape: Any) -> Any:
     """A contiguous float32 array at an address."""
     return carray(_float_pointer(address), shape)
 
 
-@numba.njit
+@numba.njit(fastmath=FAST, error_model="numpy")
 def bytes_at(address: int, shape: Any) -> Any:
     """A contiguous uint8 array at an address."""
     return carray(_byte_pointer(address), shape)
 
 
-@numba.njit
+@numba.njit(fastmath=FAST, error_model="numpy")
 def read(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> None:
     """row[:count] = tensor[b, t, first : first + count] as float32."""
     address, batch, time, size = tensor
@@ -231,7 +231,7 @@ def read(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> None
             row[c] = _from_bits(np.uint32(halves[c]) << np.uint32(16))
 
 
-@numba.njit
+@numba.njit(fastmath=FAST, error_model="numpy")
 def write(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> None:
     """tensor[b, t, first : first + count] = row[:count], rounded to nearest even for bfloat16."""
     address, batch, time, size = tensor
@@ -248,7 +248,7 @@ def write(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> Non
             halves[c] = np.uint16(rounded if row[c] == row[c] else np.uint32(0x7FC0))
 
 
-@numba.njit
+@numba.njit(fastmath=FAST, error_model="numpy")
 def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
     """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
     tile[:] = _ZERO
@@ -260,7 +260,7 @@ def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
                 tile[j, c] = source[c, j]
 
 
-@numba.njit
+@numba.njit(fastmath=FAST, error_model="numpy")
 def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
     """The inverse of `load_columns`."""
     m = tile.shape[0]
@@ -287,7 +287,7 @@ _Q0, _Q1, _Q2, _Q3, _Q4 = map(
 )
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")
 def exp2(x: Any) -> Any:
     """2^x, flushed to 2^-126 and capped at 2^127; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
@@ -298,12 +298,12 @@ def exp2(x: Any) -> Any:
     return _from_bits(_bits(p) + (_integer(whole) << np.uint32(23)))
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")
 def sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + exp2(-LOG2E * x))
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")
 def softplus(x: Any) -> Any:
     """log(1 + e^x) = max(x, 0) + log(1 + y) with y = e^-|x|, and log(1 + y) = 2 atanh(y / (2 + y))."""
     y = exp2(-LOG2E * abs(x))

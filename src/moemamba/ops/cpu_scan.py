@@ -71,7 +71,7 @@ def selective_scan(
 # --- the two kernels ---
 
 
-@numba.njit(fastmath=FAST)
+@numba.njit(fastmath=FAST, error_model="numpy")
 def _load_step(row: Any, bias: Any, positive: bool) -> None:
     for c in range(TILE):
         row[c] += bias[c]
