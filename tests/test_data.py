@@ -1,5 +1,6 @@
 """From text to batches: nothing lost, nothing stale, and every batch a pure function of its step."""
 
+import itertools
 import json
 import os
 
@@ -33,7 +34,7 @@ def fake_tokens(lengths):
 def texts_of(tokens):
     ends = [0, *tokens.ends.tolist()]
     assert all(tokens.ids[end - 1] == BYTES.end_of_text for end in ends[1:])
-    return [BYTES.decode(tokens.ids[first : last - 1]) for first, last in zip(ends, ends[1:], strict=False)]
+    return [BYTES.decode(tokens.ids[first : last - 1]) for first, last in itertools.pairwise(ends)]
 
 
 # Documents

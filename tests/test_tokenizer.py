@@ -96,7 +96,7 @@ def test_errors_say_what_to_do(tmp_path):
     broken.write_text(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str())
     with pytest.raises(ValueError, match="no token that ends a document"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="vocab_size is 100.*257"):
+    with pytest.raises(ValueError, match=r"vocab_size is 100.*257"):
         train_bpe(["text"], 100)
 
 
