@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from moemamba.tokenizer import ByteTokenizer, train_bpe
-from moemamba.training.data import (
-    HELD_OUT,
-    Batches,
-    Tokens,
-    cache_directory,
-    permute,
-    prepare,
-    sequential,
-)
+from moemamba.training.data import Batches, Tokens, permute, sequential
 from moemamba.training.documents import Documents, held_out
+from moemamba.training.prepare import HELD_OUT, cache_directory, prepare
 
 BYTES = ByteTokenizer()
 
@@ -45,7 +38,8 @@ def test_folder_in_order_without_binaries(tmp_path):
         "b.txt": b"second",
         "a/z.py": "first π".encode(),
         "c.jsonl": b'{"text": "third"}\n\n{"text": ""}\n{"text": "fourth", "id": 3}\n',
-        "data.bin.gz": b"\x00\x01",
+        "0.bin": b"\x00\x01",
+        "d.json": b'{"a": "json file is text here"}',
         "latin.txt": "é".encode("latin-1"),
         "empty.txt": b"",
         ".git/config": b"hidden",
@@ -54,8 +48,13 @@ def test_folder_in_order_without_binaries(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     documents = Documents(tmp_path)
-    assert list(documents) == list(documents) == ["first π", "second", "third", "fourth"]
-    assert [file.name for file in documents.skipped] == ["data.bin.gz", "latin.txt"]
+    assert (
+        list(documents)
+        == list(documents)
+        == ["first π", "second", "third", "fourth", '{"a": "json file is text here"}']
+    )
+    assert [file.name for file in documents.skipped] == ["0.bin", "latin.txt"]
+    assert prepare(str(tmp_path), BYTES, tmp_path.parent / "cache").skipped == 2
 
 
 def test_one_large_file_is_cut_at_line_ends(tmp_path):

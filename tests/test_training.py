@@ -197,6 +197,7 @@ def test_metrics_say_what_happened(config):
     assert set(last) == {
         *("kind", "step", "tokens", "loss", "auxiliary", "learning_rate", "grad_norm", "tokens_per_second", "seconds")
     }
+    assert not result.model.training
     assert {"loss", "perplexity", "bits_per_byte", "drop_gap", "seconds"} < set(lines(config, "evaluation")[0])
     (layer,) = lines(config, "router")[-1]["layers"]
     assert layer["name"] == "layers.1.branches.0" and layer["max_entropy"] == math.log(4)
@@ -374,7 +375,7 @@ def test_text_that_cannot_be_trained_on(config, tmp_path, content, said):
 
 def test_too_little_to_hold_out(config, tmp_path):
     (tmp_path / "v.txt").write_text("short")
-    with pytest.raises(ValueError, match="the validation data has 6 tokens, but one window needs 33"):
+    with pytest.raises(ValueError, match=r"the held-out data .* has 6 tokens, but one window needs 33"):
         train(dataclasses.replace(config, validation=str(tmp_path / "v.txt")), report=SILENT)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
 # Not the library's own text, or test data; absent from some distributions, so that leaving it out keeps them alike.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
+JSON_LINES = {".jsonl", ".ndjson"}
 DOCUMENT_MARK = b"<|endoftext|>"  # on a line of its own it ends a document
 FEW_FILES = 100
 LARGEST_PART = 16 << 20  # bytes; bounds memory
@@ -31,6 +31,7 @@ class Documents:
     Attributes:
         files: what is read, in order.
         bytes: their size.
+        is_tokens: it is a .bin file, of tokens and not of text.
         skipped: files of the folder that are not UTF-8 text, known once the stream has passed them.
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -40,6 +41,7 @@ class Documents:
     def __init__(self, source: str | Path | None):
         self.skipped: list[Path] = []
         self._folder = True
+        self.is_tokens = False
         if source is None:
             self.name, root = "Python's standard library", Path(sysconfig.get_path("stdlib"))
             self.files = [file for file in _files(root, STDLIB_WITHOUT) if file.suffix in STDLIB_SUFFIXES]
@@ -47,6 +49,7 @@ class Documents:
             self.name, self.files = str(source), _files(root)
         elif root.is_file():
             self.name, self.files, self._folder = str(source), [root], False
+            self.is_tokens = root.suffix == ".bin"
         else:
             raise FileNotFoundError(f"there is no data at {source}; give a text file, a .jsonl file or a folder")
         self.bytes = sum(file.stat().st_size for file in self.files)
@@ -63,7 +66,7 @@ class Documents:
         for file in self.files:
             if self._folder and not _is_text(file):
                 self.skipped.append(file)
-            elif file.suffix in JSON_SUFFIXES:
+            elif file.suffix in JSON_LINES or (file.suffix == ".json" and not self._folder):
                 yield from _json_lines(file)
             else:
                 yield from _text(file, self._part)

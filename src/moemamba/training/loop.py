@@ -1,6 +1,7 @@
 """The training loop: batches, loss, gradients, update; evaluation and checkpoints on the way."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,12 +15,13 @@ from ..counting import count_parameters
 from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
 from .config import TrainConfig
-from .data import HELD_OUT, Batch, Batches, Corpus, cache_directory, prepare, require_window
+from .data import Batch, Batches, require_window
 from .documents import Documents, held_out
 from .evaluate import Evaluation, autocast, evaluate
 from .loss import losses
 from .metrics import Measures, Meter, add, measures, router_stats
 from .optim import learning_rate, make_optimizer
+from .prepare import HELD_OUT, Corpus, cache_directory, prepare
 from .progress import Report
 from .run import Position, Run
 
@@ -36,6 +38,7 @@ class TrainResult:
 
     run: Path
     model: MoEMamba
+    """in evaluation mode"""
     step: int
     loss: float | None
     """mean training loss of the last steps, in nats a token"""
@@ -68,7 +71,7 @@ def train(
         run.check_unchanged(config)
     corpus = _corpus(config, tokenizer, report)
     batches = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
-    require_window("the validation data", corpus.validation, config.context)
+    require_window("the held-out data (a share of `data`, or `validation`)", corpus.validation, config.context)
     torch.manual_seed(config.seed)
     model = MoEMamba(config.model).to(device)
     model.recompute = config.recompute
@@ -82,7 +85,7 @@ def train(
     _introduce(report, config, corpus, device, dtype, position)
 
     call: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    last = min(config.steps, stop or config.steps)
+    last = config.steps if stop is None else min(stop, config.steps)
     meter = Meter(config, model.router_names, position.seconds)
     model.train()
     report.begin("training", config.steps, position.step)
@@ -97,7 +100,7 @@ def train(
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
-            if (failed := meter.first_failure()) is not None:
+            if failed := meter.first_failure():
                 raise _failure(run, batches, failed)
             line = meter.train_line(step, rate)
             position.loss = line["loss"]
@@ -109,6 +112,8 @@ def train(
                 position.evaluation, position.evaluated = _evaluate(model, corpus, config, dtype), step
                 result = asdict(position.evaluation)
                 result.update(step=step, tokens=line["tokens"], seconds=round(meter.seconds, 3))
+                if not math.isfinite(position.evaluation.loss):
+                    raise _failure(run, batches, step)
                 run.log("evaluation", **result)
                 report.note(
                     f"step {step:,}: held-out loss {position.evaluation.loss:.4f}, "
@@ -121,7 +126,7 @@ def train(
     finally:
         report.end()
     report.note(f"step {position.step:,} is saved in {run.path}")
-    return TrainResult(run.path, model, position.step, position.loss, position.evaluation)
+    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
 
 
 def _update(

@@ -172,8 +172,7 @@ class Run:
     def _forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that the resumed run will write again, and one that is cut short."""
         if self.metrics.exists():
-            lines = [line for line in _complete_lines(self.metrics) if json.loads(line)["step"] <= step]
-            self._replace("metrics.jsonl", "".join(lines))
+            self._replace("metrics.jsonl", "".join(_lines_until(self.metrics, step)))
 
     def _replace(self, name: str, text: str) -> None:
         beside = self.path / f".{name}"
@@ -221,10 +220,14 @@ def _evaluated_loss(checkpoint: Path) -> float:
     return values["evaluation"]["loss"] if values["evaluated"] == values["step"] else math.inf
 
 
-def _complete_lines(file: Path) -> Iterator[str]:
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield line
+def _lines_until(file: Path, step: int) -> Iterator[str]:
+    """The lines of a metrics file up to a step, without one that was cut short."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                yield line
+        except ValueError:
+            continue
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
