@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -18,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tyro.conf import Positional, Suppress, arg
+from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from . import __version__
 from .config import ModelConfig, from_dict
@@ -48,10 +49,10 @@ def train(arguments: list[str]) -> None:
     if "--resume" in arguments:
         default = _begun(arguments, default)
     parsed = _parse(Train, arguments, "train [PRESET]", Train(default))
-    from . import training
+    from .training.loop import train
 
     try:
-        training.train(parsed.config, parsed.resume)
+        train(parsed.config, parsed.resume)
     except KeyboardInterrupt:
         _stopped(Path(parsed.config.run), f"moemamba train --run {parsed.config.run} --resume")
         raise
@@ -59,7 +60,7 @@ def train(arguments: list[str]) -> None:
 
 def _begun(arguments: list[str], default: TrainConfig) -> TrainConfig:
     """How the run to resume was begun, if --run names one: then its options need not be given again."""
-    where = next((b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--run"), default.run)
+    where = next((value for option, value in pairwise(arguments) if option == "--run"), default.run)
     file = Path(where) / "train.json"
     return (
         from_dict(TrainConfig, json.loads(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else default
@@ -167,8 +168,8 @@ def evaluate(arguments: list[str]) -> None:
     """RUN  loss, perplexity and bits per byte of a run's model on a text"""
     parsed = _parse(Eval, arguments, "eval")
     from .checkpoint import load
-    from .training import evaluate
     from .training.data import cache_directory, prepare
+    from .training.evaluate import evaluate
 
     model, tokenizer = load(parsed.run, _device(parsed.device))
     begun = _run_config(Path(parsed.run))
@@ -297,15 +298,18 @@ def _figures(column: Sequence[str]) -> bool:
 
 def _parse(kind: type[Arguments], arguments: list[str], command: str, default: Arguments | None = None) -> Arguments:
     """The dataclass of a command from its arguments; leaves with status 2, saying why, if they do not fit."""
-    return tyro.cli(kind, args=arguments, prog=f"moemamba {command}", default=default)
+    options = (FlagCreatePairsOff,)
+    if default is None:
+        return tyro.cli(kind, args=arguments, prog=f"moemamba {command}", config=options)
+    return tyro.cli(kind, args=arguments, prog=f"moemamba {command}", config=options, default=default)
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: moemamba COMMAND [options]", "", *lines, "", "moemamba COMMAND --help says more about one.", ""]
-        + [f"presets: {', '.join(presets())}"]
+    lines = "\n".join(f"  {name:{width}}{command.__doc__}" for name, command in COMMANDS.items())
+    return (
+        f"usage: moemamba COMMAND [options]\n\n{lines}\n\nmoemamba COMMAND --help says more about one.\n"
+        f"presets: {', '.join(presets())}"
     )
 
 
@@ -317,7 +321,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _run_config(path: Path) -> TrainConfig:
-    """How the run was trained that a path, its directory or one of its checkpoints, belongs to; the defaults if unknown."""
+    """How the run was trained that a run directory or checkpoint belongs to; the defaults if unknown."""
     for folder in (path, path.parent.parent):
         if (file := folder / "train.json").is_file():
             return from_dict(TrainConfig, json.loads(file.read_text(encoding="utf-8")), str(file))

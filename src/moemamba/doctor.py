@@ -15,7 +15,10 @@ BACKENDS = ("op", "device", "backend", "why not the others")
 
 def versions() -> list[tuple[str, ...]]:
     """What the package stands on, and the devices there are."""
-    rows = [("moemamba", __version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
+    rows: list[tuple[str, ...]] = [
+        ("moemamba", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
     for name in ("torch", "triton", "numba", "numpy", "safetensors", "tokenizers"):
         try:
             rows.append((name, importlib.metadata.version(name)))
@@ -34,9 +37,9 @@ def versions() -> list[tuple[str, ...]]:
 
 def backends() -> list[tuple[str, ...]]:
     """One row, under `BACKENDS`, for each op on each kind of device."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        for op in sorted({op for files in KERNELS.values() for op in files}):
+        for op in sorted({op for kernels in KERNELS.values() for op in kernels}):
             used = ops.choose(op, torch.empty(0, device=device))
             others = [name for name in ("triton", "cpu") if name != used]
             rows.append((op, device, used, "; ".join(_reason(op, name, device) for name in others)))

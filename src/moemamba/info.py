@@ -25,7 +25,7 @@ def find_config(source: str) -> ModelConfig:
 
 def layers(config: ModelConfig) -> list[tuple[str, ...]]:
     """One row, under `LAYERS`, for each residual sub-layer of the pattern."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for number, letters in enumerate(parse_pattern(config.pattern)):
         one = count_parameters(config.replace(pattern=f"({letters})", n_blocks=1, final_norm=False))
         what = ", and in parallel ".join(_describe(config, letter) for letter in letters)

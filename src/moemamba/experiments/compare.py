@@ -12,8 +12,8 @@ import torch
 
 from .. import __version__
 from ..config import ModelConfig, from_dict
-from ..training import train
 from ..training.config import TrainConfig
+from ..training.loop import train
 from ..training.progress import Report
 from .contender import RECIPE, Contender
 from .history import read_history
@@ -36,9 +36,9 @@ def compare(
 ) -> Comparison:
     """Train every contender with every seed, and write `results.json` and `report.html`.
 
-    A seed changes the initial weights and the order of the data; with one seed all models see the same batches. Each run
-    is a run directory, `out/NAME/seed-N`: a comparison that was stopped goes on where it stood, and one that is finished
-    only writes its report again.
+    A seed changes the initial weights and the order of the data; with one seed all models see the same batches. Each
+    run is a run directory, `out/NAME/seed-N`: a comparison that was stopped goes on where it stood, and one that is
+    finished only writes its report again.
 
     Args:
         contenders: the first is the baseline.
@@ -68,7 +68,12 @@ def compare(
 
 
 def _config(contender: Contender, base: TrainConfig, seed: int, out: Path) -> TrainConfig:
-    own = {"model": contender.model, "run": str(out / contender.name / f"seed-{seed}"), "seed": seed, "data_seed": seed}
+    own: dict[str, Any] = {
+        "model": contender.model,
+        "run": str(out / contender.name / f"seed-{seed}"),
+        "seed": seed,
+        "data_seed": seed,
+    }
     return dataclasses.replace(base, **own, **contender.recipe)
 
 
