@@ -67,16 +67,16 @@ def line_chart(
     frame = Frame((0, max(x for x, _ in points)), (low, high), height)
     clip = f"clip-{zlib.crc32(f'{title}{height}'.encode()):x}"
     drawn = [_axes(frame, x_label, y_label), f'<g clip-path="url(#{clip})">']
-    if level:
-        (x0, y), (x1, _) = frame.place(frame.x[0], level[0]), frame.place(frame.x[1], level[0])
-        drawn.append(f'<path class="level" d="M{x0:.1f} {y:.1f}H{x1:.1f}"/>')
-        drawn.append(f'<text class="tick" x="{x0 + 5:.1f}" y="{y + 14:.1f}">{escape(level[1])}</text>')
     for line in lines:
         if line.low:
             band = [*line.low, *reversed(line.high)]
             drawn.append(f'<path class="band s{line.colour}" d="{_path(frame, band)}Z"/>')
     drawn += [f'<path class="line s{line.colour}" d="{_path(frame, line.points)}"/>' for line in lines]
     drawn += [_dot(frame, line, x, y, y_format) for line in lines if line.dots for x, y in line.points]
+    if level:
+        (x0, y), (x1, _) = frame.place(frame.x[0], level[0]), frame.place(frame.x[1], level[0])
+        drawn.append(f'<path class="level" d="M{x0:.1f} {y:.1f}H{x1:.1f}"/>')
+        drawn.append(f'<text class="tick" x="{x0 + 5:.1f}" y="{y + 14:.1f}">{escape(level[1])}</text>')
     inside = f'<rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT}" height="{height - TOP - BOTTOM + 8}"/>'
     return _svg(height, title, f'<clipPath id="{clip}">{inside}</clipPath>{"".join(drawn)}</g>')
 

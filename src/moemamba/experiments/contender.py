@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig, from_dict
+from ..config import ModelConfig, from_dict, to_dict
 from ..presets import preset
 from ..training.config import TrainConfig
 
@@ -32,7 +32,8 @@ class Contender:
 def parse_contender(text: str) -> Contender:
     """`mamba-tiny`, `NAME=PRESET`, `NAME=config.json`, each with changes behind: `wide=moe-mamba-tiny,n_experts=32`.
 
-    Changes are fields of the model's configuration or of its recipe.
+    Changes are fields of the model's configuration (`routed.experts.n_experts=4` where the last name alone is not
+    enough) or of its recipe.
 
     Raises:
         ValueError: no such preset or field, or a value that cannot work.
@@ -54,7 +55,7 @@ def parse_contender(text: str) -> Contender:
         elif key in {field.name for field in fields(TrainConfig)}:
             raise ValueError(f"{key} must be the same for all models; give --{key.replace('_', '-')} instead")
         else:
-            model = model.replace(**{key: _value(value)})
+            model = _changed(model, key, _value(value))
     return Contender(name if named else Path(source).stem, model, recipe)
 
 
@@ -68,6 +69,18 @@ def parse_contenders(texts: Sequence[str]) -> list[Contender]:
     if twice:
         raise ValueError(f"two models are called {twice[0]!r}; give one another name: NAME={twice[0]}")
     return contenders
+
+
+def _changed(model: ModelConfig, key: str, value: Any) -> ModelConfig:
+    if "." not in key:
+        return model.replace(**{key: value})
+    values = to_dict(model)
+    *parts, last = key.split(".")
+    place = values
+    for part in parts:
+        place = place.setdefault(part, {})
+    place[last] = value
+    return from_dict(ModelConfig, values, "model")
 
 
 def _value(text: str) -> Any:

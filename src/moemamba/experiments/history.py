@@ -68,16 +68,15 @@ def crossing(curve: Curve, level: float) -> float | None:
 
 
 def speed_up(baseline: Curve, curve: Curve) -> list[tuple[float, float]]:
-    """How many times fewer steps a curve needs for what the baseline reached, at each step where the baseline improved.
+    """How many times fewer steps a curve needs for the lowest loss that the baseline has reached, at each of its steps.
 
     The measure of the paper (MoE-Mamba, appendix D): steps of the baseline over steps of the other, at equal loss.
     Levels that the other never reached are left out.
     """
-    result, best = [], float("inf")
+    result, level = [], float("inf")
     for step, value in baseline:
-        if value < best:
-            best = value
-            other = crossing(curve, value)
-            if other:
-                result.append((step, step / other))
+        level = min(level, value)
+        ours, theirs = crossing(curve, level), crossing(baseline, level)
+        if ours and theirs:
+            result.append((step, theirs / ours))
     return result

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import to_dict
 from .chart import Line, heat_map, line_chart
 from .history import Curve, smoothed, speed_up
-from .results import HEADER, Comparison, Row, Run, cells, signed
+from .results import HEADER, Comparison, Row, cells, signed
 
 SERIES = 8  # colours that report.css has
 
@@ -66,11 +66,11 @@ def headline(row: Row) -> str:
 
 def notes(seeds: int) -> str:
     """What the table's figures mean, to stand under it."""
-    spread = "mean ± standard deviation" if seeds > 1 else "one seed, so nothing is known about its spread"
+    spread = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed, so its spread is unknown"
     paired = " (lowest … highest)" if seeds > 1 else ""
     return (
-        f"Held-out loss in nats per token at the last step, without auxiliary losses or dropping: {spread}, "
-        f"{_seeds(seeds)}. Differences are paired by seed: same batches, same order{paired}. Steps to the baseline's "
+        f"Held-out loss in nats per token at the last step, without auxiliary losses or dropping: {spread}. "
+        f"Differences are paired by seed: same batches, same order{paired}. Steps to the baseline's "
         "final loss are interpolated on the held-out curve; the speed-up is the baseline's steps over them. Parameters "
         "are without embedding and head."
     )
@@ -111,7 +111,9 @@ def _curves(comparison: Comparison) -> list[str]:
         over_seeds(name, k, [speed_up(b.curve, r.curve) for b, r in zip(base, runs, strict=True)])
         for k, (name, runs) in enumerate(by_model.items())
     ]
-    timed = [_timed(line, by_model[line.name]) for line in held_out]
+    step_tokens = comparison.settings["batch_size"] * comparison.settings["context"]
+    pace = {row.name: step_tokens / row.tokens_per_second.mean for row in rows}
+    timed = [Line(k.name, k.colour, [(step * pace[k.name], loss) for step, loss in k.points]) for k in held_out]
     target = (rows[0].loss.mean, f"{rows[0].name}'s final loss")
     window = _window(held_out, steps)
     return [
@@ -134,9 +136,8 @@ def _curves(comparison: Comparison) -> list[str]:
                 "Speed-up over steps",
                 y_label="times",
                 y_format="{:.2f}×".format,
-                level=(1.0, ""),
             ),
-            "Steps of the baseline over steps of each model to the loss that the baseline has at that step.",
+            "Steps of the baseline over steps of each model to the lowest loss that the baseline had reached by then.",
         ),
         figure(
             "Held-out loss over time",
@@ -148,15 +149,9 @@ def _curves(comparison: Comparison) -> list[str]:
                 y_label="nats per token",
                 level=target,
             ),
-            "The same losses by the clock of the machine named below: equal steps are not equal time.",
+            "The same at each model's median speed on the machine named below: equal steps are not equal time.",
         ),
     ]
-
-
-def _timed(line: Line, runs: Sequence[Run]) -> Line:
-    """A curve over steps laid over the seconds at which the runs, on average, stood there."""
-    seconds = dict(over_seeds("", 0, [run.history.curve("evaluation", "seconds") for run in runs]).points)
-    return Line(line.name, line.colour, [(seconds[step], loss) for step, loss in line.points])
 
 
 def _window(lines: Sequence[Line], steps: int) -> tuple[float, float]:
