@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoint"},
     {"training", "inference", "integrations"},
     {"experiments"},
-    {"info", "doctor", "cli"},
+    {"cli"},
 ]
 PUBLIC = {
     "MoEMamba",

@@ -1,20 +1,32 @@
-"""What `moemamba doctor` says about this machine: versions, devices, and which backend each op uses and why."""
+"""`moemamba doctor`: versions, devices, and which backend each op uses and why."""
 
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-
-from . import __version__, ops
+from .. import __version__
 from .info import size
-from .ops.backends import KERNELS
+from .terminal import parse, show
 
-BACKENDS = ("op", "device", "backend", "why not the others")
+
+@dataclass(frozen=True)
+class Doctor:
+    """Versions, devices, and which backend each op uses and why."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parse(Doctor, arguments, "doctor")
+    show(versions())
+    print()
+    show(backends(), ("op", "device", "backend", "why not the others"))
 
 
 def versions() -> list[tuple[str, ...]]:
     """What the package stands on, and the devices there are."""
+    import torch
+
     rows: list[tuple[str, ...]] = [
         ("moemamba", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -36,18 +48,21 @@ def versions() -> list[tuple[str, ...]]:
 
 
 def backends() -> list[tuple[str, ...]]:
-    """One row, under `BACKENDS`, for each op on each kind of device."""
+    """One row for each op on each kind of device."""
+    import torch
+
+    from .. import ops
+    from ..ops.backends import KERNELS
+
+    def reason(op: str, backend: str, device: str) -> str:
+        if op not in KERNELS[backend]:
+            return f"{backend}: has no kernel for it"
+        return ops.why_not(backend, device) or f"{backend}: runs where ops.backend({backend!r}) asks for it"
+
     rows: list[tuple[str, ...]] = []
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for op in sorted({op for kernels in KERNELS.values() for op in kernels}):
             used = ops.choose(op, torch.empty(0, device=device))
             others = [name for name in ("triton", "cpu") if name != used]
-            rows.append((op, device, used, "; ".join(_reason(op, name, device) for name in others)))
+            rows.append((op, device, used, "; ".join(reason(op, name, device) for name in others)))
     return rows
-
-
-def _reason(op: str, backend: str, device: str) -> str:
-    reason = ops.why_not(backend, device)
-    if op not in KERNELS[backend]:
-        return f"{backend}: has no kernel for it"
-    return reason or f"{backend}: runs where ops.backend({backend!r}) asks for it"

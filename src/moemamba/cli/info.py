@@ -1,13 +1,35 @@
-"""What `moemamba info` says about a model, from its configuration alone. No torch here."""
+"""`moemamba info`: what a model is and costs, from its configuration alone."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from .config import LETTERS, ModelConfig, from_dict, parse_pattern
-from .counting import count_parameters, flops_per_token, state_bytes
-from .presets import PRESETS, preset
+from tyro.conf import Positional
 
-LAYERS = ("layer", "letter", "what", "parameters", "active", "times")
+from ..config import LETTERS, ModelConfig, from_dict, parse_pattern
+from ..counting import count_parameters, flops_per_token, state_bytes
+from ..presets import PRESETS, preset
+from .terminal import parse, show
+
+
+@dataclass(frozen=True)
+class Info:
+    """Layers, parameters, operations and memory of a model, without building it."""
+
+    model: Positional[str]
+    """a preset, a run directory or a config.json"""
+    context: int = 1024
+    """tokens in a sequence"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Info, arguments, "info")
+    config = find_config(asked.model)
+    print(f"{config.pattern} × {config.n_blocks}, d_model {config.d_model}\n")
+    show(layers(config), ("layer", "letter", "what", "parameters", "active", "times"))
+    print()
+    show(costs(config, asked.context))
 
 
 def find_config(source: str) -> ModelConfig:
@@ -24,7 +46,7 @@ def find_config(source: str) -> ModelConfig:
 
 
 def layers(config: ModelConfig) -> list[tuple[str, ...]]:
-    """One row, under `LAYERS`, for each residual sub-layer of the pattern."""
+    """One row for each residual sub-layer of the pattern."""
     rows: list[tuple[str, ...]] = []
     for number, letters in enumerate(parse_pattern(config.pattern)):
         one = count_parameters(config.replace(pattern=f"({letters})", n_blocks=1, final_norm=False))
