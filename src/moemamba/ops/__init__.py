@@ -10,6 +10,7 @@ top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D a
 
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -139,6 +140,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """
     _expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
     _expect("counts", counts, (weight.shape[0],))
+    x = _autocast(x)
     return implementation("grouped_linear", x)(x, weight, counts)
 
 
@@ -156,6 +158,7 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
     _expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
     _expect("indices", indices, (x.shape[0], indices.shape[-1]))
     _expect("gates", gates, tuple(indices.shape))
+    x = _autocast(x)
     return implementation("expert_linear", x)(x, indices, gates, weight)
 
 
@@ -181,6 +184,7 @@ def expert_feedforward(
     _expect("down", down, (up.shape[0], down.shape[1], hidden))
     _expect("indices", indices, (x.shape[0], indices.shape[-1]))
     _expect("gates", gates, tuple(indices.shape))
+    x = _autocast(x)
     return implementation("expert_feedforward", x)(x, indices, gates, up, down, activation)
 
 
@@ -201,7 +205,14 @@ def linear_cross_entropy(
         raise ValueError(f'reduction is {reduction!r}; linear_cross_entropy knows "mean" and "sum"')
     _expect("weight", weight, (weight.shape[0], hidden.shape[1]))
     _expect("targets", targets, (hidden.shape[0],))
+    hidden = _autocast(hidden)
     return implementation("linear_cross_entropy", hidden)(hidden, weight, targets, ignore_index, reduction)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Under `torch.autocast` the products run in its dtype, as those of `torch.nn.functional.linear` do."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

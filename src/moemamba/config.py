@@ -1,0 +1,293 @@
+"""What a model is: frozen dataclasses that check themselves, to JSON and back. No torch here."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, TypeVar
+
+Activation = Literal["relu", "gelu", "silu", "swiglu"]
+Projection = Literal["conv", "gate", "out"]
+
+LETTERS = {
+    "M": "Mamba",
+    "E": "experts",
+    "F": "feed-forward",
+    "A": "attention",
+    "R": "routed Mamba",
+}
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """The selective state-space layer, letter `M` (arXiv 2312.00752, section 3.4)."""
+
+    d_state: int = 16
+    """state dimensions of each channel, n"""
+    d_conv: int = 4
+    """taps of the causal convolution, k"""
+    expand: float = 2.0
+    """d_inner = int(expand * d_model)"""
+    dt_rank: int | None = None
+    """rank of the step-size projection, r; ceil(d_model / 16) if None"""
+
+    def __post_init__(self) -> None:
+        _validate(self, positive=("d_state", "d_conv", "expand", "dt_rank"))
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""
+
+    n_experts: int = 8
+    top_k: int = 1
+    """experts that each token visits"""
+    d_expert: int | None = None
+    """hidden width of an expert; if None, such that one expert has 6 d_model^2 weights, about one Mamba layer"""
+    activation: Activation = "swiglu"
+    capacity_factor: float | None = None
+    """while training, an expert takes floor(capacity_factor * tokens * top_k / n_experts) choices and drops later ones;
+    None never drops"""
+    n_shared_experts: int = 0
+    """experts that every token visits besides"""
+    balance_weight: float = 0.01
+    """weight of the load-balance loss, which is 1 at perfect balance"""
+    z_weight: float = 0.001
+    """weight of the router's z-loss (arXiv 2202.08906, eq. 5)"""
+    bias_rate: float = 0.0
+    """loss-free balancing (arXiv 2408.15664): how far a step moves each expert's selection bias against its load"""
+
+    def __post_init__(self) -> None:
+        _validate(
+            self,
+            positive=("n_experts", "top_k", "d_expert", "capacity_factor"),
+            not_negative=("n_shared_experts", "balance_weight", "z_weight", "bias_rate"),
+        )
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k is {self.top_k}, more than n_experts = {self.n_experts}; choose at most that many")
+
+
+@dataclass(frozen=True)
+class RoutedMambaConfig:
+    """Experts inside the Mamba block, letter `R`: which projections are routed, and how."""
+
+    projections: tuple[Projection, ...] = ("conv", "gate", "out")
+    """conv and gate are the two halves of in_proj, out is out_proj (MoE-Mamba, section 4.4)"""
+    routing: Literal["shared", "independent"] = "shared"
+    """shared: one decision a block, linear experts (Routing Mamba, arXiv 2506.18145); independent: a router and
+    two-layer experts in each projection (MoE-Mamba, section 4.4)"""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """d_expert, activation and n_shared_experts concern independent routing alone"""
+
+    def __post_init__(self) -> None:
+        _validate(self)
+        if not self.projections or len(set(self.projections)) < len(self.projections):
+            raise ValueError(f"projections is {self.projections!r}; name one or more of conv, gate, out, each once")
+        if self.routing == "shared" and self.experts.n_shared_experts:
+            raise ValueError(
+                f"n_shared_experts is {self.experts.n_shared_experts}, but shared routing has linear experts only; "
+                'set it to 0 or choose routing = "independent"'
+            )
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Causal self-attention with rotary positions, letter `A`."""
+
+    n_heads: int | None = None
+    """d_model / 64 (at least 1) if None"""
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        _validate(self, positive=("n_heads", "rope_base"))
+
+
+@dataclass(frozen=True)
+class FeedForwardConfig:
+    """A dense feed-forward layer, letter `F`."""
+
+    d_ff: int | None = None
+    """hidden width; if None, such that the layer has 8 d_model^2 weights"""
+    activation: Activation = "swiglu"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        _validate(self, positive=("d_ff",))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model: `pattern` repeated `n_blocks` times between an embedding and a head.
+
+    Each letter of the pattern is one residual sub-layer, `x = x + f(norm(x))`: M Mamba, E experts, F feed-forward,
+    A attention, R routed Mamba. Letters in parentheses run in parallel: `(ME)` is `x + M(norm x) + E(norm x)` with one
+    shared norm.
+
+    Raises:
+        ValueError: a value that cannot work, named with what would.
+    """
+
+    pattern: str = "ME"
+    n_blocks: int = 4
+    d_model: int = 256
+    vocab_size: int = 257
+    """257 is every byte and an end-of-document mark"""
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    routed: RoutedMambaConfig = field(default_factory=RoutedMambaConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    feedforward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    final_norm: bool = True
+    tie_embeddings: bool = False
+    init: Literal["default", "paper"] = "default"
+    """default: normal, residual outputs scaled down with depth; paper: MoE-Mamba's truncated normal"""
+
+    def __post_init__(self) -> None:
+        _validate(self, positive=("n_blocks", "d_model", "vocab_size"))
+        parse_pattern(self.pattern)
+        if "A" in self.pattern and (self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2):
+            raise ValueError(
+                f"n_heads is {self.n_heads}, but d_model = {self.d_model} must split into heads of even width; "
+                f"choose a divisor of {self.d_model // 2}"
+            )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The residual sub-layers from bottom to top, each a string of letters that run in parallel."""
+        return parse_pattern(self.pattern) * self.n_blocks
+
+    @property
+    def routers(self) -> tuple[ExpertsConfig, ...]:
+        """The experts that each router of the model serves, bottom to top: what weighs that router's losses."""
+        inner = 1 if self.routed.routing == "shared" else len(self.routed.projections)
+        per_letter = {"E": (self.experts,), "R": (self.routed.experts,) * inner}
+        return tuple(e for layer in self.layers for letter in layer for e in per_letter.get(letter, ()))
+
+    @property
+    def d_inner(self) -> int:
+        return int(self.mamba.expand * self.d_model)
+
+    @property
+    def dt_rank(self) -> int:
+        return self.mamba.dt_rank or math.ceil(self.d_model / 16)
+
+    @property
+    def d_expert(self) -> int:
+        return self.experts.d_expert or (2 if self.experts.activation == "swiglu" else 3) * self.d_model
+
+    @property
+    def d_routed_expert(self) -> int:
+        """Hidden width of the two-layer experts of an R block: as many weights as the projection that they replace."""
+        gated = 1.5 if self.routed.experts.activation == "swiglu" else 1.0
+        same_size = self.d_model * self.d_inner / (self.d_model + self.d_inner) / gated
+        return self.routed.experts.d_expert or max(1, round(same_size))
+
+    @property
+    def d_ff(self) -> int:
+        return self.feedforward.d_ff or (
+            8 * self.d_model // 3 if self.feedforward.activation == "swiglu" else 4 * self.d_model
+        )
+
+    @property
+    def n_heads(self) -> int:
+        return self.attention.n_heads or max(1, self.d_model // 64)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; a field of one part may be named directly, as in `replace(n_experts=32)`.
+
+        Raises:
+            ValueError: no field, or more than one part, has that name.
+        """
+        own = {f.name for f in dataclasses.fields(self)}
+        result = dataclasses.replace(self, **{name: value for name, value in changes.items() if name in own})
+        for name, value in changes.items():
+            if name in own:
+                continue
+            owners = [p for p in ("mamba", "experts", "attention", "feedforward") if hasattr(getattr(self, p), name)]
+            if len(owners) != 1:
+                among = f"it is in {' and in '.join(owners)}: replace that part" if owners else "see ModelConfig"
+                raise ValueError(f"{name} does not name one field of the configuration; {among}")
+            part = dataclasses.replace(getattr(result, owners[0]), **{name: value})
+            result = dataclasses.replace(result, **{owners[0]: part})
+        return result
+
+
+def parse_pattern(pattern: str) -> tuple[str, ...]:
+    """`"M(ME)E"` -> `("M", "ME", "E")`: one entry for each residual sub-layer, its letters run in parallel."""
+    layers: list[str] = []
+    group: str | None = None
+    for position, letter in enumerate(pattern):
+        if letter == "(" and group is None:
+            group = ""
+        elif letter == ")" and group:
+            layers.append(group)
+            group = None
+        elif letter in LETTERS and group is not None:
+            group += letter
+        elif letter in LETTERS:
+            layers.append(letter)
+        else:
+            raise ValueError(
+                f"pattern {pattern!r} has {letter!r} at position {position}; use the letters "
+                f"{', '.join(f'{k} ({v})' for k, v in LETTERS.items())} and groups such as (ME)"
+            )
+    if group is not None or not layers:
+        raise ValueError(f"pattern {pattern!r} {'lacks a closing parenthesis' if layers or group else 'has no layer'}")
+    return tuple(layers)
+
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config") -> Config:
+    """A configuration dataclass from plain values, nested ones included.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type, named with its place.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r}; expected the fields of {hint.__name__}")
+        return from_dict(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind for kind in args if kind is not type(None)]
+        return None if value is None and len(kinds) < len(args) else _convert(kinds[0], value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value))
+    if origin is Literal and value in args:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    expected = f"one of {', '.join(map(repr, args))}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where} is {value!r}; expected {expected}")
+
+
+def _validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+    """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        _convert(hint, getattr(config, name), name)
+    for name in positive + not_negative:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
+            bound = "greater than 0" if name in positive else "0 or more"
+            raise ValueError(f"{name} is {value}; it must be {bound}")

@@ -1,0 +1,132 @@
+"""Continue prompts: one prefill, then one token at a time, in constant time and memory each."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from ..model import MoEMamba
+from ..state import State
+from .config import Sampling
+from .sampling import sample
+
+PREFILL = 2048  # prompt positions in one call, which bounds the memory of long prompts
+
+
+@overload
+def generate(
+    model: MoEMamba,
+    prompts: Sequence[int],
+    max_new_tokens: int = ...,
+    *,
+    stop: Collection[int] = ...,
+    seed: int | None = ...,
+    **sampling: Any,
+) -> list[int]: ...
+
+
+@overload
+def generate(
+    model: MoEMamba,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int = ...,
+    *,
+    stop: Collection[int] = ...,
+    seed: int | None = ...,
+    **sampling: Any,
+) -> list[list[int]]: ...
+
+
+def generate(
+    model: MoEMamba,
+    prompts: Any,
+    max_new_tokens: int = 128,
+    *,
+    stop: Collection[int] = (),
+    seed: int | None = None,
+    **sampling: Any,
+) -> Any:
+    """Continue one prompt or a batch of prompts of any lengths.
+
+    Args:
+        prompts: token ids of one prompt, or a batch: lists of ids, or a tensor (b, l) int64.
+        max_new_tokens: most tokens to add to each.
+        stop: a row ends when it produces one of these tokens, which is left out of the result.
+        seed: makes sampling repeatable.
+        **sampling: fields of `Sampling`: temperature (0 is greedy), top_k, top_p, min_p.
+    Returns:
+        the new tokens: a list for one prompt, a list of lists for a batch. With temperature 0 a row's result does not
+        depend on the others.
+    Raises:
+        ValueError: an empty prompt, or a value out of range.
+    """
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    single = not rows or isinstance(rows[0], int)
+    results: list[list[int]] = [[] for _ in range(1 if single else len(rows))]
+    for tokens in stream(model, [rows] if single else rows, max_new_tokens, Sampling(**sampling), stop=stop, seed=seed):
+        for result, token in zip(results, tokens, strict=True):
+            if token is not None:
+                result.append(token)
+    return results[0] if single else results
+
+
+def stream(
+    model: MoEMamba,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop: Collection[int] = (),
+    seed: int | None = None,
+) -> Iterator[list[int | None]]:
+    """As `generate` for a batch, yielding each step's token for every row; None for rows that have stopped."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} has no tokens; begin with at least one, such as the end-of-text token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    device = model.embedding.weight.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            hidden, state = _prefill(model, prompts, device)
+            live = list(range(len(prompts)))
+            for _ in range(max_new_tokens):
+                chosen = sample(model.head(hidden[:, -1]), sampling, generator)
+                step: list[int | None] = [None] * len(prompts)
+                going = []
+                for place, (row, token) in enumerate(zip(live, chosen.tolist(), strict=True)):
+                    if token not in stop:
+                        step[row] = token
+                        going.append(place)
+                if not going:
+                    return
+                yield step
+                if len(going) < len(live):
+                    live = [live[place] for place in going]
+                    keep = torch.tensor(going, device=device)
+                    chosen, state = chosen[keep], state.select(keep)
+                hidden, state, _ = model.backbone(chosen[:, None], state)
+    finally:
+        model.train(was_training)
+
+
+def _prefill(model: MoEMamba, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, State]:
+    """Hidden states whose last column is each prompt's last token (prompts are padded on the left), and the state."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    ragged = any(len(prompt) < longest for prompt in prompts)
+    seq_idx = (
+        torch.tensor([[-1] * (longest - len(prompt)) + [0] * len(prompt) for prompt in prompts], device=device)
+        if ragged
+        else None
+    )
+    state: State | None = None
+    for start in range(0, longest, PREFILL):
+        part = slice(start, start + PREFILL)
+        hidden, state, _ = model.backbone(tokens[:, part], state, None if seq_idx is None else seq_idx[:, part])
+    assert state is not None
+    return hidden, state

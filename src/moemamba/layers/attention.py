@@ -1,0 +1,82 @@
+"""Causal self-attention with rotary positions."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.packing import boundaries, positions
+
+
+class AttentionState(NamedTuple):
+    """The keys and values of the tokens so far; unlike Mamba's state it grows with them."""
+
+    keys: Tensor
+    """(b, h, s, d/h), rotated"""
+    values: Tensor
+    """(b, h, s, d/h)"""
+    positions: Tensor
+    """(b, s) int64 position of each entry in the row's current sequence; -1 for entries that are not of it"""
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention without biases; rotary positions turn the pairs (x_j, x_{j + d/2h}).
+
+    Args:
+        d_model: width of input and output, d.
+        n_heads: h; d_model / h must be even.
+        rope_base: base of the rotary frequencies.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, rope_base: float = 10_000.0):
+        super().__init__()
+        self.n_heads, self.rope_base = n_heads, rope_base
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """x (b, l, d), seq_idx (b, l) -> y (b, l, d), and the state that continues it; zero output at padding."""
+        batch, length, _ = x.shape
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (b, h, l, d/h)
+        time = torch.arange(length, device=x.device)
+        first = time.new_zeros(batch) if state is None else F.pad(state.positions, (1, 0), value=-1).amax(1) + 1
+        place = first[:, None] + time if seq_idx is None else positions(seq_idx, first)  # (b, l)
+        q, k = self._rotate(q, place), self._rotate(k, place)
+
+        if state is None and seq_idx is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self._merge(y), AttentionState(k, v, place)
+
+        valid, starts = boundaries(torch.zeros_like(place) if seq_idx is None else seq_idx)
+        segment = starts.long().cumsum(1)  # 0 for the row's first sequence, which the state belongs to
+        visible = (
+            (segment[:, :, None] == segment[:, None]) & (time[:, None] >= time) & valid[:, None]
+        )  # (b, query, key)
+        visible = visible | (time[:, None] == time)  # padding sees itself, so that its softmax is defined
+        current = valid & (segment == segment[:, -1:]) if length else valid
+        kept = place.masked_fill(~current, -1)
+        if state is not None:
+            seen = (state.positions >= 0)[:, None] & (segment == 0)[:, :, None]  # (b, query, s)
+            visible = torch.cat([seen, visible], dim=2)
+            k, v = torch.cat([state.keys.to(k.dtype), k], dim=2), torch.cat([state.values.to(v.dtype), v], dim=2)
+            continued = (segment[:, -1:] == 0) if length else torch.ones_like(state.positions[:, :1], dtype=torch.bool)
+            kept = torch.cat([state.positions.masked_fill(~continued, -1), kept], dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
+        y = y.masked_fill(~valid[:, None, :, None], 0)
+        return self._merge(y), AttentionState(k, v, kept)
+
+    def _rotate(self, x: Tensor, place: Tensor) -> Tensor:
+        """Rotary embedding (arXiv 2104.09864) of x (b, h, l, d/h) at positions (b, l), in float32."""
+        half = x.shape[-1] // 2
+        frequency = self.rope_base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        angle = place[:, None, :, None] * frequency  # (b, 1, l, d/2h)
+        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    def _merge(self, y: Tensor) -> Tensor:
+        merged: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
+        return merged

@@ -1,0 +1,40 @@
+"""The dense feed-forward layer."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeedForward(nn.Module):
+    """`down_proj(activation(up_proj(x)))`.
+
+    Args:
+        d_model: width of the input, d.
+        d_ff: hidden width, f.
+        activation: "relu", "gelu" (tanh approximation), "silu", or "swiglu" (up_proj has 2f rows, the gate's first).
+        bias: whether the projections have one.
+        d_out: width of the output; d_model if None.
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, activation: str = "swiglu", bias: bool = False, d_out: int | None = None
+    ):
+        super().__init__()
+        self.activation = activation
+        self.up_proj = nn.Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_out or d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        h = self.up_proj(x)
+        match self.activation:
+            case "swiglu":
+                gate, up = h.chunk(2, dim=-1)
+                h = F.silu(gate) * up
+            case "gelu":
+                h = F.gelu(h, approximate="tanh")
+            case "silu":
+                h = F.silu(h)
+            case _:
+                h = F.relu(h)
+        y: Tensor = self.down_proj(h)
+        return y

@@ -1,0 +1,94 @@
+"""The Mamba layer: a selective state-space model between two projections (arXiv 2312.00752, section 3.4, figure 3)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class MambaState(NamedTuple):
+    """What a Mamba layer remembers of a sequence, whatever its length."""
+
+    conv: Tensor
+    """(b, i, k-1) last inputs of the convolution, oldest first"""
+    ssm: Tensor
+    """(b, i, n) float32"""
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise causal convolution with SiLU; parameters shaped as in `nn.Conv1d(i, i, k, groups=i)`."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+        bound = 1 / math.sqrt(width)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (b, l, i), state (b, i, k-1) -> y (b, l, i), state."""
+        return ops.causal_conv1d(x, self.weight.squeeze(1), self.bias, initial_state=state, seq_idx=seq_idx)
+
+
+class SelectiveSSM(nn.Module):
+    """The heart of a Mamba layer: convolution, input-dependent dt, B and C, and the scan; no projections in or out."""
+
+    DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes (section 3.6)
+
+    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | None):
+        super().__init__()
+        self.d_inner = int(expand * d_model)
+        self.d_state = d_state
+        self.dt_rank = dt_rank or math.ceil(d_model / 16)
+        self.conv1d = CausalConv1d(self.d_inner, d_conv)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))  # S4D-real
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        # softplus(dt_proj.bias) is log-uniform in [DT_MIN, DT_MAX]; the bias is its inverse softplus.
+        dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(self.DT_MIN), math.log(self.DT_MAX)))
+        dt = dt.clamp(min=self.DT_FLOOR)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+
+    def scan(self, u: Tensor, z: Tensor, state: MambaState | None, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
+        """u, gate z (b, l, i) -> y (b, l, i), state."""
+        u, conv = self.conv1d(u, None if state is None else state.conv, seq_idx)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        initial = None if state is None else state.ssm
+        y, ssm = ops.selective_scan(u, self.dt_proj(dt), A, B, C, self.D, z, initial_state=initial, seq_idx=seq_idx)
+        return y, MambaState(conv, ssm)
+
+
+class Mamba(SelectiveSSM):
+    """A Mamba layer.
+
+    Args:
+        d_model: width of input and output, d.
+        d_state: state dimensions of each channel, n.
+        d_conv: taps of the convolution, k.
+        expand: d_inner = int(expand * d_model), i.
+        dt_rank: rank of the step-size projection, r; ceil(d_model / 16) if None.
+
+    Parameters carry the names and shapes of mamba_ssm: in_proj (2i, d; the gate's rows last), conv1d (i, 1, k),
+    x_proj (r + 2n, i), dt_proj (i, r), A_log (i, n), D (i,), out_proj (d, i).
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | None = None):
+        super().__init__(d_model, d_state, d_conv, expand, dt_rank)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def forward(
+        self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """x (b, l, d), seq_idx (b, l) -> y (b, l, d), and the state that continues it; zero output at padding."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        y, state = self.scan(u, z, state, seq_idx)
+        return self.out_proj(y), state

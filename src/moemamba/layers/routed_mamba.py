@@ -1,0 +1,88 @@
+"""Experts inside the Mamba block (MoE-Mamba, section 4.4; Routing Mamba, arXiv 2506.18145)."""
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from .mamba import MambaState, SelectiveSSM
+from .moe import LinearExperts, MoE, Router, RouterStats
+
+
+class RoutedMamba(SelectiveSSM):
+    """A Mamba layer some of whose projections are experts.
+
+    Args:
+        d_model, d_state, d_conv, expand, dt_rank: as for `Mamba`.
+        projections: the routed ones among "conv" and "gate" (the halves of in_proj) and "out" (out_proj).
+        shared_routing: True: one router decides for the whole block, experts are linear, and the router's probability
+            weighs the output alone (Routing Mamba). False: each projection is its own mixture of two-layer experts.
+        n_experts, top_k, capacity_factor: see `MoE`.
+        d_expert, activation, n_shared_experts: of the two-layer experts; unused with shared routing.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        projections: Collection[str] = ("conv", "gate", "out"),
+        shared_routing: bool = True,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        d_expert: int | None = None,
+        top_k: int = 1,
+        activation: str = "swiglu",
+        capacity_factor: float | None = None,
+        n_shared_experts: int = 0,
+    ):
+        super().__init__(d_model, d_state, d_conv, expand, dt_rank)
+        self.router = Router(d_model, n_experts, top_k, capacity_factor) if shared_routing else None
+
+        def projection(name: str, wide_in: int, wide_out: int) -> nn.Module:
+            if name not in projections:
+                return nn.Linear(wide_in, wide_out, bias=False)
+            if shared_routing:
+                return LinearExperts(wide_in, n_experts, wide_out)
+            return MoE(
+                wide_in,
+                n_experts,
+                d_expert,
+                top_k=top_k,
+                activation=activation,
+                capacity_factor=capacity_factor,
+                n_shared_experts=n_shared_experts,
+                d_out=wide_out,
+            )
+
+        self.conv_proj = projection("conv", d_model, self.d_inner)
+        self.gate_proj = projection("gate", d_model, self.d_inner)
+        self.out_proj = projection("out", self.d_inner, d_model)
+
+    def forward(
+        self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, MambaState, tuple[RouterStats, ...]]:
+        """x (b, l, d), seq_idx (b, l) -> y (b, l, d), the state that continues it, and what each router did."""
+        stats: list[RouterStats] = []
+        routing = None
+        if self.router is not None:
+            routing = self.router(x, seq_idx)
+            stats.append(routing.stats)
+
+        def project(layer: nn.Module, x: Tensor, gated: bool = False) -> Tensor:
+            y: Tensor
+            if isinstance(layer, LinearExperts):
+                y = layer(x, routing, gated)
+            elif isinstance(layer, MoE):
+                y, layer_stats = layer(x, seq_idx)
+                stats.append(layer_stats)
+            else:
+                y = layer(x)
+                if gated and routing is not None:  # so that the choice can be learned where `out` has no experts
+                    y = y * routing.gates.sum(-1).view(*x.shape[:2], 1).to(y.dtype)
+            return y
+
+        u, z = project(self.conv_proj, x), project(self.gate_proj, x)
+        y, state = self.scan(u, z, state, seq_idx)
+        return project(self.out_proj, y, gated=True), state, tuple(stats)

@@ -1,0 +1,246 @@
+"""The language model: an embedding, residual sub-layers from the letters of a pattern, and a head."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from . import ops
+from .config import ModelConfig
+from .layers import Attention, FeedForward, Mamba, MoE, RoutedMamba, Router, RouterStats, make_norm
+from .layers.moe import Experts, LinearExperts
+from .state import MixerState, State
+
+
+class Output(NamedTuple):
+    """What the model returns."""
+
+    logits: Tensor | None
+    """(b, l, v); None where targets were given"""
+    state: State
+    """what continues the sequences"""
+    router: tuple[RouterStats, ...]
+    """one for each router, bottom to top"""
+    loss: Tensor | None = None
+    """() mean cross-entropy in nats, float32, without auxiliary losses; None without targets"""
+
+
+class MoEMamba(nn.Module):
+    """A language model of any pattern of `ModelConfig`.
+
+    Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
+
+    Attributes:
+        recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
+            are kept, so that they cannot change.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
+        self.norm = make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
+        self.head = Head(config.d_model, config.vocab_size, bias=False)
+        initialise(self)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Output:
+        """Logits for every position, or the loss against targets.
+
+        Args:
+            tokens: (b, l) int64.
+            state: continues the first sequence of each row.
+            seq_idx: (b, l) sequence that each position belongs to; -1 is padding, which changes nothing.
+            targets: (b, l) int64; -100 does not count.
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        hidden, state, router = self.backbone(tokens, state, seq_idx)
+        if targets is None:
+            return Output(self.head(hidden), state, router)
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape)} as tokens")
+        return Output(None, state, router, self.head(hidden, targets))
+
+    def backbone(
+        self, tokens: Tensor, state: State | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
+        """As `forward`, up to what the head sees: hidden (b, l, d), state, router statistics."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (batch, length)")
+        if seq_idx is not None and seq_idx.shape != tokens.shape:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
+        if state is not None and state.mixers and state.batch_size != tokens.shape[0]:
+            raise ValueError(f"state holds {state.batch_size} rows and tokens {tokens.shape[0]}; they must be as many")
+        x = self.embedding(tokens)
+        mixers: list[MixerState] = []
+        router: list[RouterStats] = []
+        for layer in self.layers:
+            before = None if state is None else state.mixers[len(mixers) :]
+            if self.recompute and torch.is_grad_enabled():
+                x, after, stats = checkpoint(layer, x, before, seq_idx, use_reentrant=False, context_fn=_keep_choices)
+            else:
+                x, after, stats = layer(x, before, seq_idx)
+            mixers += after
+            router += stats
+        return self.norm(x), State(tuple(mixers)), tuple(router)
+
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """Where each router sits, in the order of `Output.router`: "layers.1.branches.0"."""
+        return tuple(
+            name.removesuffix(".router") for name, module in self.named_modules() if isinstance(module, Router)
+        )
+
+    def update_balance_bias(self, router: tuple[RouterStats, ...]) -> None:
+        """Loss-free balancing: after a step, move each router's selection bias against its load."""
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        for module, stats, experts in zip(routers, router, self.config.routers, strict=True):
+            if experts.bias_rate:
+                module.update_balance_bias(stats.load, experts.bias_rate)
+
+
+class Residual(nn.Module):
+    """`x + sum of f(norm(x))` over the letters of one sub-layer, which share the norm."""
+
+    def __init__(self, config: ModelConfig, letters: str):
+        super().__init__()
+        self.letters = letters
+        self.norm = make_norm(config.norm, config.d_model)
+        self.branches = nn.ModuleList(make_layer(config, letter) for letter in letters)
+
+    def forward(
+        self, x: Tensor, states: tuple[MixerState, ...] | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, list[MixerState], list[RouterStats]]:
+        """x (b, l, d); `states` begins with those of this sub-layer's mixers."""
+        h = self.norm(x)
+        after: list[MixerState] = []
+        stats: list[RouterStats] = []
+        for letter, layer in zip(self.letters, self.branches, strict=True):
+            before = None if states is None or letter not in "MAR" else states[len(after)]
+            match letter:
+                case "M" | "A":
+                    y, new = layer(h, before, seq_idx)
+                    after.append(new)
+                case "R":
+                    y, new, inner = layer(h, before, seq_idx)
+                    after.append(new)
+                    stats += inner
+                case "E":
+                    y, routed = layer(h, seq_idx)
+                    stats.append(routed)
+                case _:
+                    y = layer(h)
+            x = x + y
+        return x, after, stats
+
+
+class Head(nn.Linear):
+    """The projection to the vocabulary; with targets, straight to the loss, without ever holding the logits."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(b, l, d) -> logits (b, l, v), or the mean cross-entropy against targets (b, l)."""
+        if targets is None:
+            return super().forward(input)
+        return ops.linear_cross_entropy(input.flatten(0, 1), self.weight, targets.flatten())
+
+
+def make_layer(config: ModelConfig, letter: str) -> nn.Module:
+    """The module that a letter of the pattern stands for."""
+    mamba = dataclasses.asdict(config.mamba)
+    match letter:
+        case "M":
+            return Mamba(config.d_model, **mamba)
+        case "R":
+            shared = config.routed.routing == "shared"
+            inner = config.routed.experts
+            return RoutedMamba(
+                config.d_model,
+                inner.n_experts,
+                config.routed.projections,
+                shared,
+                **mamba,
+                d_expert=config.d_routed_expert,
+                top_k=inner.top_k,
+                activation=inner.activation,
+                capacity_factor=inner.capacity_factor,
+                n_shared_experts=inner.n_shared_experts,
+            )
+        case "E":
+            experts = config.experts
+            return MoE(
+                config.d_model,
+                experts.n_experts,
+                config.d_expert,
+                top_k=experts.top_k,
+                activation=experts.activation,
+                capacity_factor=experts.capacity_factor,
+                n_shared_experts=experts.n_shared_experts,
+            )
+        case "A":
+            return Attention(config.d_model, config.n_heads, config.attention.rope_base)
+        case _:
+            return FeedForward(config.d_model, config.d_ff, config.feedforward.activation, config.feedforward.bias)
+
+
+def initialise(model: MoEMamba) -> None:
+    """Draw the weights again as `config.init` says, from torch's global generator.
+
+    Both leave the Mamba layers' own parameters as the layer draws them (mamba_ssm's initialisation), but "default"
+    divides what writes into the residual stream by the square root of its depth (as GPT-2 and mamba_ssm's models do).
+    "paper" is that of MoE-Mamba's authors: truncated normal of variance 0.1 / fan_in, cut at +-0.2, where the fan-in of
+    the experts' second matrix counts all experts.
+    """
+    if model.config.init == "paper":
+        for module in model.modules():
+            for weight, fan_in in _paper_fan_in(module):
+                nn.init.trunc_normal_(weight, std=math.sqrt(0.1 / fan_in), a=-0.2, b=0.2)
+        return
+    nn.init.normal_(model.embedding.weight, std=0.02)
+    nn.init.normal_(model.head.weight, std=0.02)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("out_proj.weight", "down_proj.weight", "down_proj")):
+                parameter.div_(math.sqrt(len(model.layers)))
+
+
+def _paper_fan_in(module: nn.Module) -> list[tuple[Tensor, int]]:
+    match module:
+        case nn.Embedding():
+            return [(module.weight, 1)]
+        case Head() | Router():
+            return [(module.weight, module.weight.shape[1])]
+        case Attention():
+            return [(layer.weight, layer.in_features) for layer in (module.qkv_proj, module.out_proj)]
+        case FeedForward():
+            return [(layer.weight, layer.in_features) for layer in (module.up_proj, module.down_proj)]
+        case Experts():
+            return [
+                (module.up_proj, module.up_proj.shape[2]),
+                (module.down_proj, module.down_proj.shape[0] * module.down_proj.shape[2]),
+            ]
+        case LinearExperts():
+            return [(module.weight, module.weight.shape[2])]
+    return []
+
+
+def _save_top_k(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    chosen = op is torch.ops.aten.topk.default
+    return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_choices: Callable[[], Any] = partial(create_selective_checkpoint_contexts, _save_top_k)
