@@ -79,6 +79,8 @@ def scan(
     for task in range(first, last):
         b, tile = task // tiles, task % tiles
         channel, count = tile * TILE, min(TILE, width - tile * TILE)
+        if count < TILE:
+            blocks[:] = _ZERO  # the idle lanes, which a task before this one may have filled
         load_columns(decay, A, channel, count)
         decay *= LOG2E  # exp(dt A) = 2^(dt decay)
         load_columns(skip, D, channel, count)
