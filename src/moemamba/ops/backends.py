@@ -32,6 +32,8 @@ def choose(op: str, tensor: Tensor) -> str:
         if op not in KERNELS[_forced]:
             return "reference"
         reason = why_not(_forced, device)
+        if reason is None and tensor.dtype == torch.float64:
+            reason = f'the {_forced} backend accumulates in float32; use ops.backend("reference") for float64'
         if reason:
             raise RuntimeError(reason)
         return _forced
