@@ -54,6 +54,33 @@ def conv_inputs(batch=2, length=100, width=70, k=4, dtype=torch.float32):
     }
 
 
+def choices(tokens, top_k, n_experts, kind):
+    """Indices (t, k) of one kind; `n_experts` where a choice was dropped."""
+    torch.manual_seed(2)
+    indices = torch.rand(tokens, n_experts).topk(top_k).indices
+    if kind == "empty experts":
+        indices = indices.clamp(max=n_experts // 2)
+    elif kind == "one hot expert":
+        indices[:] = 1
+    elif kind == "dropped":
+        indices[torch.rand(tokens, top_k) < 0.4] = n_experts
+        indices[: tokens // 4] = n_experts
+    return indices
+
+
+def expert_inputs(kind="any", tokens=50, top_k=2, activation="relu", dtype=torch.float32):
+    indices = choices(tokens, top_k, 5, kind)
+    hidden = 48 if activation == "swiglu" else 24
+    return {
+        "x": torch.randn(tokens, 17, dtype=dtype),
+        "indices": indices,
+        "gates": torch.rand(tokens, top_k),
+        "up": torch.randn(5, hidden, 17) / 4,
+        "down": torch.randn(5, 13, 24) / 4,
+        "activation": activation,
+    }
+
+
 def outputs_and_gradients(op, inputs):
     # A view stays a view, so that the layout reaches the kernel.
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items() if is_float(t)}
@@ -142,10 +169,44 @@ def test_padding_may_hold_anything():
             assert torch.equal(actual[key], expected[key]), key
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "empty experts", "one hot expert", "dropped"])
+def test_experts(kind, dtype):
+    inputs = expert_inputs(kind, dtype=dtype)
+    assert_same_as_reference("expert_feedforward", inputs, TOLERANCE[dtype])
+    linear = {key: inputs[key] for key in ("x", "indices", "gates")} | {"weight": inputs["up"]}
+    assert_same_as_reference("expert_linear", linear, TOLERANCE[dtype])
+    counts = torch.bincount(inputs["indices"].flatten(), minlength=6)[:5] // 3  # some rows belong to no expert
+    assert_same_as_reference(
+        "grouped_linear", {"x": inputs["x"].flip(0), "weight": inputs["up"], "counts": counts}, TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations(activation):
+    assert_same_as_reference("expert_feedforward", expert_inputs(activation=activation), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "one hot expert", "dropped"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_few_tokens(kind, gated, dtype):
+    """The path of generation, without gradients."""
+    inputs = expert_inputs(kind, tokens=2, top_k=2, dtype=dtype)
+    inputs["gates"] = inputs["gates"] if gated else None
+    linear = {key: inputs[key] for key in ("x", "indices", "gates")} | {"weight": inputs["up"]}
+    with torch.no_grad():
+        for name, arguments in (("expert_feedforward", inputs), ("expert_linear", linear)):
+            y, expected = (getattr(backend, name)(*arguments.values()) for backend in (cpu, reference))
+            assert y.dtype == dtype
+            torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 CASES = [("selective_scan", scan_inputs(4, 100, 200)), ("causal_conv1d", conv_inputs(4, 100, 200))]
+CASES += [("expert_feedforward", expert_inputs())]
 
 
-@pytest.mark.parametrize("name,inputs", CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize("name,inputs", CASES[:2], ids=[name for name, _ in CASES[:2]])  # matrix products are torch's
 def test_results_do_not_depend_on_threads(name, inputs):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 7):
@@ -167,7 +228,8 @@ def test_calls_from_several_threads(name, inputs):
 
 @pytest.mark.parametrize("name,inputs", CASES, ids=[name for name, _ in CASES])
 def test_compiles_as_one_graph(name, inputs):
-    inputs = {key: t.clone() if is_float(t) else t for key, t in inputs.items()} | {"seq_idx": packed(4, 100)}
+    if "seq_idx" in inputs:
+        inputs = inputs | {"seq_idx": packed(4, 100)}
     expected = outputs_and_gradients(getattr(cpu, name), inputs)
     for backend in ("eager", "aot_eager"):
         torch.compiler.reset()
@@ -176,7 +238,7 @@ def test_compiles_as_one_graph(name, inputs):
         for key in expected:
             assert torch.equal(actual[key], expected[key]), (backend, key)
         with torch.no_grad():
-            assert torch.equal(compiled(*inputs.values())[0], expected["y"])
+            torch.testing.assert_close(compiled(*inputs.values()), getattr(cpu, name)(*inputs.values()), rtol=0, atol=0)
 
 
 def test_custom_ops_follow_the_rules():
@@ -186,6 +248,8 @@ def test_custom_ops_follow_the_rules():
     torch.library.opcheck(torch.ops.moemamba.cpu_selective_scan.default, (*tensors, True, None, True))
     x, weight, bias, state = (t.detach().contiguous().requires_grad_() for t in conv_inputs().values() if is_float(t))
     torch.library.opcheck(torch.ops.moemamba.cpu_causal_conv1d.default, (x, weight, bias, state, True, None))
+    rows, weight = torch.randn(9, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.moemamba.cpu_grouped_linear.default, (rows, weight, torch.tensor([5, 0, 2])))
 
 
 def test_step_equals_whole():
