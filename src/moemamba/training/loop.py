@@ -28,7 +28,7 @@ from .run import Position, Run
 BPE_TEXT = 1 << 26  # characters that a tokenizer is trained on at most
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLoss(ArithmeticError):
     """The loss or its gradient became infinite or not a number; the run stopped, its checkpoints are good."""
 
 
