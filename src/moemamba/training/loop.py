@@ -56,8 +56,8 @@ def train(
         stop: save and return after this step; a later call resumes.
         report: where progress is shown; standard output if None.
     Raises:
-        ValueError: data or configuration that cannot work, a resumed run whose configuration or data differ, and
-            (NonFiniteLoss) training that diverged.
+        ValueError: data or configuration that cannot work, or a resumed run whose configuration or data differ.
+        NonFiniteLoss: training diverged.
         OSError: the run directory holds a run already, or cannot be written.
     """
     report = report or Report()
@@ -76,11 +76,10 @@ def train(
     model = MoEMamba(config.model).to(device)
     model.recompute = config.recompute
     optimizer = make_optimizer(model, config)
-    position = run.restore(model, optimizer, report.note) if resume else Position()
-    if position.step and position.content != corpus.content:
-        raise ValueError(f"the training data of {run.path} has changed since the run began; resume with the same data")
-    position.content = corpus.content
-    if not resume:
+    if resume:
+        position = run.restore(model, optimizer, corpus.content, report.note)
+    else:
+        position = Position(content=corpus.content)
         run.begin(config, tokenizer)
     _introduce(report, config, corpus, device, dtype, position)
 
@@ -109,16 +108,13 @@ def train(
                 run.log("router", **meter.router_line(step))
             report.update(step, f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
             if evaluates:
-                position.evaluation, position.evaluated = _evaluate(model, corpus, config, dtype), step
-                result = asdict(position.evaluation)
-                result.update(step=step, tokens=line["tokens"], seconds=round(meter.seconds, 3))
-                if not math.isfinite(position.evaluation.loss):
+                found = _evaluate(model, corpus, config, dtype)
+                if not math.isfinite(found.loss):
                     raise _failure(run, batches, step)
-                run.log("evaluation", **result)
-                report.note(
-                    f"step {step:,}: held-out loss {position.evaluation.loss:.4f}, "
-                    f"{position.evaluation.bits_per_byte:.3f} bits per byte"
-                )
+                position.evaluation, position.evaluated = found, step
+                training = {"step": step, "tokens": line["tokens"], "seconds": round(meter.seconds, 3)}
+                run.log("evaluation", **asdict(found) | training)  # tokens are those trained on, as in every line
+                report.note(f"step {step:,}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits per byte")
             if saves:
                 position.seconds = meter.seconds
                 run.save(model, optimizer, tokenizer, position, config.keep)

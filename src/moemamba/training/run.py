@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,21 @@ class Run:
                 gone = old.rename(old.with_name(f".{old.name}"))  # at once, so that nobody sees half of it
                 shutil.rmtree(gone)
 
-    def restore(self, model: MoEMamba, optimizer: torch.optim.Optimizer, notify: Any) -> Position:
+    def restore(
+        self, model: MoEMamba, optimizer: torch.optim.Optimizer, content: str, notify: Callable[[str], None]
+    ) -> Position:
         """Load the newest checkpoint that is intact, and forget all that came after it.
 
+        Args:
+            content: hash of the training tokens, which must be that of the run.
+            notify: told about checkpoints that are damaged, which are moved aside.
         Returns:
             where the run stands; the beginning if nothing was saved yet.
         Raises:
             CheckpointError: there are checkpoints, but none is intact.
+            ValueError: the training data has changed.
         """
-        position = Position()
+        position = Position(content=content)
         found = checkpoints(self.path)
         for folder in reversed(found):
             try:
@@ -166,6 +172,10 @@ class Run:
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
+        if position.content != content:
+            raise ValueError(
+                f"the training data of {self.path} has changed since the run began; resume with the same data"
+            )
         self._forget_after(position.step)
         return position
 
