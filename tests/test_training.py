@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 import moemamba
 from moemamba import ModelConfig, MoEMamba, TrainConfig, evaluate, load, train
 from moemamba.config import AttentionConfig, ExpertsConfig, RoutedMambaConfig, from_dict, to_dict
-from moemamba.training import loop
+from moemamba.training import loop, progress
 from moemamba.training.data import Tokens
 from moemamba.training.evaluate import Evaluation
 from moemamba.training.loop import NonFiniteLoss
@@ -433,12 +433,23 @@ def test_own_tokenizer(config):
     assert train(dataclasses.replace(config, tokenizer="bpe-300", steps=2), resume=True, report=SILENT).step == 2
 
 
-def test_plain_lines_without_a_terminal(config, capsys):
+def test_plain_lines_without_a_terminal(config, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET", 0.0)
     train(config, report=Report("name"))
     said = capsys.readouterr().out.splitlines()
     assert all(line.startswith("name: ") for line in said)
     text = "\n".join(said)
-    for part in ("documents", "tokens", "ME x 1", "active", "cpu, float32", config.run, "step 10: held-out loss"):
+    for part in (
+        "documents",
+        "tokens",
+        "ME x 1",
+        "active",
+        "cpu, float32",
+        config.run,
+        "step 10: held-out loss",
+        "step 8 of 10: loss ",
+        " tokens/s, 0:00:00 left",
+    ):
         assert part in text
 
 

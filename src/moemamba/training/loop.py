@@ -106,7 +106,8 @@ def train(
             run.log("train", **line)
             if meter.names:
                 run.log("router", **meter.router_line(step))
-            report.update(step, f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+            report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
             if evaluates:
                 found = _evaluate(model, corpus, config, dtype)
                 if not math.isfinite(found.loss):
@@ -197,7 +198,7 @@ def _corpus(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus
         if not started:
             report.begin("tokenising", total)
             started = True
-        report.update(done, f"{done / 1e6:,.1f} MB tokenised", total)
+        report.update(done, f"{done / 1e6:,.1f} MB tokenised")
 
     try:
         corpus = prepare(config.data, tokenizer, cache_directory(Path(config.run) / "tokens"), config.validation, show)
