@@ -30,7 +30,7 @@ class Eval:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
     from ..checkpoint import load
-    from ..training.prepare import cache_directory, prepare
+    from ..training.preparation import cache_directory, prepare
     from ..training.evaluate import evaluate
 
     model, tokenizer = load(asked.run, find_device(asked.device))

@@ -21,7 +21,7 @@ from .evaluate import Evaluation, autocast, evaluate
 from .loss import losses
 from .metrics import Measures, Meter, add, measures, router_stats
 from .optim import learning_rate, make_optimizer
-from .prepare import HELD_OUT, Corpus, cache_directory, prepare
+from .preparation import HELD_OUT, Corpus, cache_directory, prepare
 from .progress import Report
 from .run import Position, Run
 

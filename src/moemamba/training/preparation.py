@@ -56,15 +56,17 @@ def prepare(
         FileNotFoundError, ValueError: see `Documents`; a source without text; tokens that the tokenizer does not have.
         OSError: the cache cannot be written.
     """
-    if source is not None and (Path(source) / "index.json").is_file():
+    if source is not None and all((Path(source) / name).is_file() for name in ("index.json", "train.ends")):
         return _open(Path(source), tokenizer)
     sources = [Documents(source)] if validation is None else [Documents(source), Documents(validation)]
-    described = [FORMAT, HELD_OUT, tokenizer.to_json(), *(documents.fingerprint() for documents in sources)]
-    folder = cache / _digest(described)
+    found = _digest([documents.fingerprint() for documents in sources])
+    folder = cache / _digest([FORMAT, HELD_OUT, tokenizer.to_json(), found])
     if not folder.exists():
         try:
             with new_directory(folder) as beside:
                 _write(beside, sources, tokenizer, report)
+                if _digest([documents.fingerprint() for documents in sources]) != found:
+                    raise ValueError(f"{sources[0].name} changed while it was read; start again when it is complete")
         except OSError:
             if not folder.exists():  # else another process was faster
                 raise
@@ -130,7 +132,7 @@ class _Writer:
 
 def _write(folder: Path, sources: list[Documents], tokenizer: Tokenizer, report: Callable[[int, int], None]) -> None:
     total = sum(documents.bytes for documents in sources)
-    done = 0
+    done = shown = 0
     with _Writer(folder, "train", tokenizer) as train, _Writer(folder, "validation", tokenizer) as validation:
         for documents, writer in zip(sources, (train, validation), strict=False):
             before = done
@@ -138,7 +140,9 @@ def _write(folder: Path, sources: list[Documents], tokenizer: Tokenizer, report:
                 other = len(sources) == 1 and held_out(document.text, HELD_OUT)
                 (validation if other else writer).add(document)
                 done += len(document.text)
-                report(done, total)
+                if done - shown >= 1 << 20:
+                    shown = done
+                    report(done, total)
             if done == before:
                 raise ValueError(f"there is no text in {documents.name}; give a file or folder with UTF-8 text")
     index = {
