@@ -30,8 +30,8 @@ class Eval:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
     from ..checkpoint import load
-    from ..training.preparation import cache_directory, prepare
     from ..training.evaluate import evaluate
+    from ..training.preparation import cache_directory, prepare
 
     model, tokenizer = load(asked.run, find_device(asked.device))
     path = Path(asked.run)
