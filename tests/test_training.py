@@ -236,6 +236,12 @@ def test_resuming_drops_what_was_not_saved(config):
     assert [(line["kind"], line["step"]) for line in lines(other)] == [(x["kind"], x["step"]) for x in lines(config)]
 
 
+def test_watching_changes_nothing(config):
+    often = dict(log_every=1, eval_every=3, eval_tokens=64, save_every=4, keep=1, run=config.run + "-often")
+    watched = dataclasses.replace(config, **often)
+    assert same_weights(train(config, report=SILENT).model, train(watched, report=SILENT).model)
+
+
 KILLED = """
 import json, sys
 from moemamba import TrainConfig, train
