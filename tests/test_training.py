@@ -237,8 +237,8 @@ def test_resuming_drops_what_was_not_saved(config):
 
 
 def test_watching_changes_nothing(config):
-    often = dict(log_every=1, eval_every=3, eval_tokens=64, save_every=4, keep=1, run=config.run + "-often")
-    watched = dataclasses.replace(config, **often)
+    often = {"log_every": 1, "eval_every": 3, "eval_tokens": 64, "save_every": 4, "keep": 1}
+    watched = dataclasses.replace(config, **often, run=config.run + "-often")
     assert same_weights(train(config, report=SILENT).model, train(watched, report=SILENT).model)
 
 
