@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton")
 
 # The ops that a backend has kernels for; others run on the reference.
-KERNELS: dict[str, tuple[str, ...]] = {"reference": (), "cpu": ("causal_conv1d", "selective_scan"), "triton": ()}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "cpu": ("causal_conv1d", "expert_feedforward", "expert_linear", "grouped_linear", "selective_scan"),
+    "triton": (),
+}
 
 INSTALLED = {
     "cpu": importlib.util.find_spec("numba") is not None,
@@ -32,6 +37,8 @@ def choose(op: str, tensor: Tensor) -> str:
         if op not in KERNELS[_forced]:
             return "reference"
         reason = why_not(_forced, device)
+        if reason is None and tensor.dtype == torch.float64:
+            reason = f'the {_forced} backend accumulates in float32; use ops.backend("reference") for float64'
         if reason:
             raise RuntimeError(reason)
         return _forced
@@ -43,13 +50,20 @@ def choose(op: str, tensor: Tensor) -> str:
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes `op` on tensors like this one: same name and arguments in every backend."""
+    backend: ModuleType
     match choose(op, tensor):  # imported here, since kernels take their time to load; torch.compile traces imports
         case "cpu":
-            from . import cpu as backend
+            from . import cpu
+
+            backend = cpu
         case "triton":
-            from . import triton as backend
+            from . import triton
+
+            backend = triton
         case _:
-            from . import reference as backend
+            from . import reference
+
+            backend = reference
     return getattr(backend, op)  # type: ignore[no-any-return]
 
 

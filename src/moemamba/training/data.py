@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -206,8 +207,14 @@ def prepare(
     described = [FORMAT, HELD_OUT, tokenizer.to_json(), *(documents.fingerprint() for documents in sources)]
     folder = cache / _digest(described)
     if not folder.exists():
-        with new_directory(folder) as beside:
-            _write(beside, sources, tokenizer, report)
+        try:
+            with new_directory(folder) as beside:
+                _write(beside, sources, tokenizer, report)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+        for leftover in cache.glob(f".{folder.name}.*"):  # of processes that were killed, or slower
+            shutil.rmtree(leftover, ignore_errors=True)
     return _open(folder, tokenizer)
 
 
@@ -235,8 +242,7 @@ class _Writer:
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer):
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         self.mark = np.array([tokenizer.end_of_text], self.dtype)
-        self.ids, self.ends = (folder / f"{name}{suffix}" for suffix in (".bin", ".ends"))
-        self.streams = (self.ids.open("wb"), self.ends.open("wb"))
+        self.ids, self.ends = ((folder / f"{name}{suffix}").open("wb") for suffix in (".bin", ".ends"))
         self.tokens = self.bytes = self.documents = 0
         self.hash = hashlib.blake2b(digest_size=12)
 
@@ -246,12 +252,18 @@ class _Writer:
         self.bytes += len(document.text)
         self.documents += 1
         self.hash.update(raw)
-        self.streams[0].write(raw)
-        self.streams[1].write(self.tokens.to_bytes(8, "little"))
+        self.ids.write(raw)
+        self.ends.write(self.tokens.to_bytes(8, "little"))
 
-    def close(self) -> dict[str, Any]:
-        for stream in self.streams:
-            stream.close()
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self.ids, self.ends:  # both are closed, even if closing one fails
+            pass
+
+    def index(self) -> dict[str, Any]:
+        """What index.json says about the file."""
         return {
             "tokens": self.tokens,
             "documents": self.documents,
@@ -262,22 +274,24 @@ class _Writer:
 
 
 def _write(folder: Path, sources: list[Documents], tokenizer: Tokenizer, report: Callable[[int, int], None]) -> None:
-    writers = [_Writer(folder, name, tokenizer) for name in ("train", "validation")]
     total = sum(documents.bytes for documents in sources)
     done = 0
-    for place, documents in enumerate(sources):
-        for document in _encoded(documents, tokenizer):
-            other = len(sources) == 1 and held_out(document.text, HELD_OUT)
-            writers[place + other].add(document)
-            done += len(document.text)
-            report(done, total)
-        if not done:
-            raise ValueError(f"there is no text in {documents.name}; give a file or folder with UTF-8 text")
+    with _Writer(folder, "train", tokenizer) as train, _Writer(folder, "validation", tokenizer) as validation:
+        for documents, writer in zip(sources, (train, validation), strict=False):
+            before = done
+            for document in _encoded(documents, tokenizer):
+                other = len(sources) == 1 and held_out(document.text, HELD_OUT)
+                (validation if other else writer).add(document)
+                done += len(document.text)
+                report(done, total)
+            if done == before:
+                raise ValueError(f"there is no text in {documents.name}; give a file or folder with UTF-8 text")
     index = {
         "name": sources[0].name,
         "tokenizer": _digest(tokenizer.to_json()),
         "skipped": sum(len(documents.skipped) for documents in sources),
-        **{name: writer.close() for name, writer in zip(("train", "validation"), writers, strict=True)},
+        "train": train.index(),
+        "validation": validation.index(),
     }
     write_json(folder / "index.json", index)
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,7 @@ class Documents:
         self._folder = True
         if source is None:
             self.name, root = "Python's standard library", Path(sysconfig.get_path("stdlib"))
-            self.files = [
-                file
-                for file in _files(root)
-                if file.suffix in STDLIB_SUFFIXES and not STDLIB_WITHOUT & set(file.relative_to(root).parts)
-            ]
+            self.files = [file for file in _files(root, STDLIB_WITHOUT) if file.suffix in STDLIB_SUFFIXES]
         elif (root := Path(source)).is_dir():
             self.name, self.files = str(source), _files(root)
         elif root.is_file():
@@ -79,14 +75,15 @@ def held_out(document: bytes, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2**64
 
 
-def _files(root: Path) -> list[Path]:
-    """All files below, sorted by path; hidden ones and caches of Python left out."""
+def _files(root: Path, without: Set[str] = frozenset()) -> list[Path]:
+    """All files below, sorted by path; hidden ones, caches of Python and folders named in `without` left out."""
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    found = [file for file in found if file.is_file()]
-    return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+        folders[:] = [
+            name for name in folders if not (name.startswith(".") or name == "__pycache__" or name in without)
+        ]
+        found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return [Path(file) for file in sorted(found) if os.path.isfile(file)]
 
 
 def _is_text(file: Path) -> bool:

@@ -68,6 +68,7 @@ def train(
         run.check_unchanged(config)
     corpus = _corpus(config, tokenizer, report)
     batches = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
+    require_window("the validation data", corpus.validation, config.context)
     torch.manual_seed(config.seed)
     model = MoEMamba(config.model).to(device)
     model.recompute = config.recompute
@@ -201,7 +202,6 @@ def _corpus(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus
         corpus = prepare(config.data, tokenizer, cache_directory(Path(config.run) / "tokens"), config.validation, show)
     finally:
         report.end()
-    require_window("the validation data", corpus.validation, config.context)
     return corpus
 
 

@@ -163,7 +163,9 @@ class Run:
                 if folder == found[0]:
                     raise
                 notify(str(error))
-                folder.rename(folder.with_name(f"damaged-{folder.name}"))
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
         self._forget_after(position.step)
         return position
 
