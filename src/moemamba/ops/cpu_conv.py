@@ -60,13 +60,17 @@ def causal_conv1d(
 # --- the two kernels ---
 
 
+# Rows are copied by explicit loops below: numba first copies the right side of `a[i] = b[j]`, in case they overlap.
+
+
 @inner
-def _convolve(out: Any, bias: Any, taps: Any, window: Any) -> None:
-    """out = bias + sum_j taps_j window_j."""
-    out[:] = bias
-    for j in range(taps.shape[0]):
+def _convolve(out: Any, j: int, bias: Any, taps: Any, window: Any, row: int) -> None:
+    """out[j] = bias + sum_tap taps[tap] window[row + tap]."""
+    for c in range(TILE):
+        out[j, c] = bias[0, c]
+    for tap in range(taps.shape[0]):
         for c in range(TILE):
-            out[c] += taps[j, c] * window[j, c]
+            out[j, c] += taps[tap, c] * window[row + tap, c]
 
 
 @kernel
@@ -107,9 +111,10 @@ def _conv(
                 if marks and mark[b, start + j] == START:
                     top = k - 1
                     window[:top] = _ZERO
-                window[top] = block[j]
+                for c in range(TILE):
+                    window[top, c] = block[j, c]
                 top += 1
-                _convolve(out[j], shift[0], taps, window[top - k : top])
+                _convolve(out, j, shift, taps, window, top - k)
             for j in range(k - 1):
                 window[j] = window[top - k + 1 + j]
             if silu:
@@ -160,7 +165,7 @@ def _conv_backward(
     block, g = np.zeros((chunk, TILE), np.float32), np.zeros((chunk, TILE), np.float32)
     window, dwindow = np.empty((k - 1 + chunk, TILE), np.float32), np.empty((k - 1 + chunk, TILE), np.float32)
     place = np.empty(k - 1 + chunk, np.int64)
-    out, nothing = np.empty(TILE, np.float32), np.zeros((1, TILE), np.float32)
+    out, nothing = np.empty((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
     for task in range(first, last):
         b, channel = task // tiles, task % tiles * TILE
         count = min(TILE, width - channel)
@@ -187,15 +192,16 @@ def _conv_backward(
                     window[:top] = _ZERO
                     dwindow[:top] = _ZERO
                     place[:top] = _NOWHERE
-                window[top] = block[j]
-                dwindow[top] = _ZERO
+                for c in range(TILE):
+                    window[top, c] = block[j, c]
+                    dwindow[top, c] = _ZERO
                 place[top] = start + j
                 top += 1
                 if silu:
-                    _convolve(out, shift[0], taps, window[top - k : top])
+                    _convolve(out, 0, shift, taps, window, top - k)
                     for c in range(TILE):
-                        open_ = sigmoid(out[c])
-                        g[j, c] *= open_ * (_ONE + out[c] * (_ONE - open_))
+                        open_ = sigmoid(out[0, c])
+                        g[j, c] *= open_ * (_ONE + out[0, c] * (_ONE - open_))
                 for tap in range(k):
                     row = top - k + tap
                     for c in range(TILE):
