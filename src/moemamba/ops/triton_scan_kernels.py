@@ -1,0 +1,424 @@
+"""Triton kernels of the selective scan. `triton_scan.py` launches them and says which run when.
+
+A program owns a tile of I channels with all their states, as (I, N) tiles in registers, and walks through time K positions
+at a go: the loads of a group are issued together, then its steps run one after another. The layout that Triton gives a
+tile follows from how it is loaded. Here every thread must hold all N states of a channel, so that sums over states need
+no other thread: `unit` is the stride of the channel dimension, one, hidden in a variable so that Triton sees no
+contiguous dimension and lays channels across the threads of the one warp.
+
+`marks` (b, l) int8 says what a position is: PLAIN, BEGIN (the state is reset before it) or PADDING (nothing happens).
+Time is cut into chunks. `starts` (b, chunks, n, i) holds the state that each chunk begins with. Where batch and channels
+do not fill the GPU, each program walks one chunk only (CHUNKED) and `starts` is computed beforehand: what a chunk does to
+any state is a decay, `exp(A sum(dt))`, and an addition (`_summarise_forward`), which `_carry` applies chunk after chunk.
+The same goes for the adjoint state in the backward pass, the other way round in time.
+"""
+
+import triton
+import triton.language as tl
+
+PLAIN = tl.constexpr(0)
+BEGIN = tl.constexpr(1)
+PADDING = tl.constexpr(2)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x); rsqrt is one instruction, a division eight."""
+    root = tl.rsqrt(1.0 + tl.exp2(-LOG2E * x))
+    return root * root
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log1p(e^-|x|), the logarithm as e P(e): Chebyshev fit on [0, 1], relative error below 4e-7."""
+    e = tl.exp2(-LOG2E * tl.abs(x))
+    p = -0.008574675768613815
+    p = p * e + 0.044214192777872086
+    p = p * e - 0.10785368084907532
+    p = p * e + 0.17757023870944977
+    p = p * e - 0.2449961155653
+    p = p * e + 0.3327617645263672
+    p = p * e - 0.49997448921203613
+    p = p * e + 0.9999998211860657
+    return tl.maximum(x, 0.0) + e * p
+
+
+@triton.jit
+def _place(length, width, chunk, CHUNKED: tl.constexpr, I: tl.constexpr):
+    """What this program works on: tile of channels, first chunk, chunk after the last, row of the batch; and how many
+    chunks and tiles there are."""
+    tiles = tl.cdiv(width, I)
+    chunks = tl.cdiv(length, chunk)
+    tile = tl.program_id(0) % tiles
+    part = tl.program_id(0) // tiles
+    if CHUNKED:
+        return tile, part % chunks, part % chunks + 1, (part // chunks).to(tl.int64), chunks, tiles
+    return tile, 0, chunks, part.to(tl.int64), chunks, tiles
+
+
+@triton.jit
+def _rows(pointer, stride, start, stop, offsets, inside, K: tl.constexpr):
+    """K rows from position `start`, zeros from `stop` on, as they are in memory."""
+    rows = ()
+    for k in tl.static_range(K):
+        row = pointer + (start + k).to(tl.int64) * stride + offsets
+        rows = rows + (tl.load(row, mask=inside & (start + k < stop), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _marks(marks, start, stop, K: tl.constexpr):
+    """What K positions from `start` are; PADDING from `stop` on."""
+    found = ()
+    for k in tl.static_range(K):
+        if marks is None:
+            found = found + (tl.where(start + k < stop, PLAIN, PADDING),)
+        else:
+            found = found + (tl.load(marks + start + k, mask=start + k < stop, other=PADDING).to(tl.int32),)
+    return found
+
+
+@triton.jit
+def _step(dt, bias, mark, SOFTPLUS: tl.constexpr):
+    """Step size of a position; zero at padding, so that the state stays as it is."""
+    step = dt.to(tl.float32) + bias
+    if SOFTPLUS:
+        step = _softplus(step)
+    return tl.where(mark == PADDING, 0.0, step)
+
+
+@triton.jit
+def _input(u, mark):
+    return tl.where(mark == PADDING, 0.0, u.to(tl.float32))
+
+
+@triton.jit
+def _decay(step, a2, mark, PACKED: tl.constexpr):
+    """exp(dt A), with a2 = A log2(e)."""
+    decay = tl.exp2(step[:, None] * a2)
+    if PACKED:
+        decay = tl.where(mark == BEGIN, 0.0, decay)
+    return decay
+
+
+@triton.jit
+def _state_tile(pointer, row, width, n_state, channel, n, unit):
+    """Addresses and mask of an (I, N) tile in row of (rows, i, n)."""
+    offsets = channel[:, None] * n_state + n[None, :] * unit
+    return pointer + row * width * n_state + offsets, (channel < width)[:, None] & (n < n_state)[None, :]
+
+
+@triton.jit
+def _load_state(pointer, row, width, n_state, channel, n, unit):
+    """A tile of (rows, i, n) in float32; zeros where there is none to load."""
+    if pointer is None:
+        return tl.zeros((channel.shape[0], n.shape[0]), tl.float32)
+    where, inside = _state_tile(pointer, row, width, n_state, channel, n, unit)
+    return tl.load(where, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tiled(pointer, row, tile, tiles, unit, I: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    """Addresses of the first M states of a tile in row of (rows, tiles, N, I): a program's states lie together, coalesced."""
+    cells = tl.arange(0, I)[:, None] * unit + tl.arange(0, M)[None, :] * I
+    return pointer + (row.to(tl.int64) * tiles + tile) * (N * I) + cells
+
+
+@triton.jit
+def _vector(pointer, channel, width, unit):
+    """One number a channel in float32; zeros if there are none."""
+    if pointer is None:
+        return tl.zeros((channel.shape[0],), tl.float32)
+    return tl.load(pointer + channel * unit, mask=channel < width, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["unit"])
+def forward_kernel(
+    u, dt, A, B, C, D, z, bias, marks, initial, starts, y, final,
+    u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, length, width, n_state, chunk, unit,
+    CHUNKED: tl.constexpr, SAVE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    I: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """y, and either the final state (one program a row) or nothing but y (CHUNKED, from `starts`)."""
+    tile, first, last, batch, chunks, tiles = _place(length, width, chunk, CHUNKED, I)
+    channel = tile * I + tl.arange(0, I)
+    inside = channel < width
+    offsets = channel * unit
+    n = tl.arange(0, N)
+    a2 = _load_state(A, 0, width, n_state, channel, n, unit) * LOG2E
+    step_bias, skip = _vector(bias, channel, width, unit), _vector(D, channel, width, unit)
+    u, dt, B, C, y = u + batch * u_b, dt + batch * dt_b, B + batch * B_b, C + batch * C_b, y + batch * length * width
+    if z is not None:
+        z += batch * z_b
+    if marks is not None:
+        marks += batch * length
+    if CHUNKED:
+        h = tl.load(_tiled(starts, batch * chunks + first, tile, tiles, unit, I, N, N))
+    else:
+        h = _load_state(initial, batch, width, n_state, channel, n, unit)
+    for c in range(first, last):
+        if SAVE:
+            tl.store(_tiled(starts, batch * chunks + c, tile, tiles, unit, I, N, N), h)
+        stop = tl.minimum((c + 1) * chunk, length)
+        for t in range(c * chunk, stop, K):
+            mark = _marks(marks, t, stop, K)
+            us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
+            Bs, Cs = _rows(B, B_t, t, stop, n, n < n_state, K), _rows(C, C_t, t, stop, n, n < n_state, K)
+            if z is not None:
+                zs = _rows(z, z_t, t, stop, offsets, inside, K)
+            for k in tl.static_range(K):
+                step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
+                h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
+                out = tl.sum(h * Cs[k].to(tl.float32)[None, :], axis=1) + skip * x
+                if z is not None:
+                    gate = zs[k].to(tl.float32)
+                    out = out * gate * _sigmoid(gate)
+                out = tl.where(mark[k] == PADDING, 0.0, out).to(y.dtype.element_ty)
+                tl.store(y + (t + k).to(tl.int64) * width + offsets, out, mask=inside & (t + k < stop))
+    if not CHUNKED:
+        where, mask = _state_tile(final, batch, width, n_state, channel, n, unit)
+        tl.store(where, h, mask=mask)
+
+
+@triton.jit(do_not_specialize=["unit"])
+def summarise_forward_kernel(
+    u, dt, A, B, bias, marks, sums, totals, u_b, u_t, dt_b, dt_t, B_b, B_t, length, width, n_state, chunk, unit,
+    SOFTPLUS: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The state that each chunk leaves behind when it begins with zero, and the sum of its steps (infinite if it resets)."""
+    tile, c, _, batch, chunks, tiles = _place(length, width, chunk, True, I)
+    channel = tile * I + tl.arange(0, I)
+    inside = channel < width
+    offsets = channel * unit
+    n = tl.arange(0, N)
+    a2 = _load_state(A, 0, width, n_state, channel, n, unit) * LOG2E
+    step_bias = _vector(bias, channel, width, unit)
+    u, dt, B = u + batch * u_b, dt + batch * dt_b, B + batch * B_b
+    if marks is not None:
+        marks += batch * length
+    h = tl.zeros((I, N), tl.float32)
+    total = tl.zeros((I,), tl.float32)
+    stop = tl.minimum((c + 1) * chunk, length)
+    for t in range(c * chunk, stop, K):
+        mark = _marks(marks, t, stop, K)
+        us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
+        Bs = _rows(B, B_t, t, stop, n, n < n_state, K)
+        for k in tl.static_range(K):
+            step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
+            h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
+            total += tl.where(mark[k] == BEGIN, float("inf"), step)
+    tl.store(_tiled(sums, batch * chunks + c, tile, tiles, unit, I, N, N), h)
+    tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["unit"])
+def summarise_backward_kernel(
+    dy, dt, A, C, z, bias, marks, sums, totals,
+    dt_b, dt_t, C_b, C_t, z_b, z_t, length, width, n_state, chunk, unit,
+    SOFTPLUS: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The adjoint state that each chunk hands to the chunk before it when none comes from after it, and its sum of steps."""
+    tile, c, _, batch, chunks, tiles = _place(length, width, chunk, True, I)
+    channel = tile * I + tl.arange(0, I)
+    inside = channel < width
+    offsets = channel * unit
+    n = tl.arange(0, N)
+    a2 = _load_state(A, 0, width, n_state, channel, n, unit) * LOG2E
+    step_bias = _vector(bias, channel, width, unit)
+    dy, dt, C = dy + batch * length * width, dt + batch * dt_b, C + batch * C_b
+    if z is not None:
+        z += batch * z_b
+    if marks is not None:
+        marks += batch * length
+    g = tl.zeros((I, N), tl.float32)
+    total = tl.zeros((I,), tl.float32)
+    stop = tl.minimum((c + 1) * chunk, length)
+    groups = tl.cdiv(stop - c * chunk, K)
+    for group in range(groups):
+        t = c * chunk + (groups - 1 - group) * K
+        mark = _marks(marks, t, stop, K)
+        dts, dys = _rows(dt, dt_t, t, stop, offsets, inside, K), _rows(dy, width, t, stop, offsets, inside, K)
+        Cs = _rows(C, C_t, t, stop, n, n < n_state, K)
+        if z is not None:
+            zs = _rows(z, z_t, t, stop, offsets, inside, K)
+        for k in tl.static_range(K - 1, -1, -1):
+            step, dout = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(dys[k], mark[k])
+            if z is not None:
+                gate = zs[k].to(tl.float32)
+                dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
+            g = _decay(step, a2, mark[k], marks is not None) * (g + dout[:, None] * Cs[k].to(tl.float32)[None, :])
+            total += tl.where(mark[k] == BEGIN, float("inf"), step)
+    tl.store(_tiled(sums, batch * chunks + c, tile, tiles, unit, I, N, N), g)
+    tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
+
+
+@triton.jit
+def carry_kernel(
+    A, sums, totals, first, last, chunks, tiles, width, n_state,
+    REVERSED: tl.constexpr, I: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Walk a state over the chunks of a row: in `sums` (b, chunks, tiles, N, I), replace what a chunk adds by what it meets.
+
+    The walk begins with `first` (b, i, n) and what comes out at its end goes to `last` (b, i, n).
+    """
+    size = tiles * N * I
+    blocks = tl.cdiv(size, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    cell = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    channel, n = cell // (N * I) * I + cell % I, cell // I % N
+    inside = (cell < size) & (channel < width) & (n < n_state)
+    natural = channel * n_state + n
+    a2 = tl.load(A + natural, mask=inside, other=0.0) * LOG2E
+    carry = tl.zeros((BLOCK,), tl.float32)
+    if first is not None:
+        carry = tl.load(first + batch * width * n_state + natural, mask=inside, other=0.0).to(tl.float32)
+    sums, totals = sums + batch * chunks * size, totals + batch * chunks * width
+    for start in range(0, chunks, K):
+        added, steps = (), ()
+        for k in tl.static_range(K):  # loads that wait for nothing, all under way before the first is needed
+            c = (chunks - 1 - start - k if REVERSED else start + k).to(tl.int64)
+            mask = inside & (start + k < chunks)
+            added = added + (tl.load(sums + c * size + cell, mask=mask, other=0.0),)
+            steps = steps + (tl.load(totals + c * width + channel, mask=mask, other=0.0),)
+        for k in tl.static_range(K):
+            c = (chunks - 1 - start - k if REVERSED else start + k).to(tl.int64)
+            tl.store(sums + c * size + cell, carry, mask=(cell < size) & (start + k < chunks))
+            decay = tl.where(steps[k] == float("inf"), 0.0, tl.exp2(steps[k] * a2))
+            carry = decay * carry + added[k]
+    tl.store(last + batch * width * n_state + natural, carry, mask=inside)
+
+
+@triton.jit
+def _plus(left, right, K: tl.constexpr):
+    total = ()
+    for k in tl.static_range(K):
+        total = total + (left[k] + right[k],)
+    return total
+
+
+@triton.jit(do_not_specialize=["unit"])
+def backward_kernel(
+    dy, u, dt, A, B, C, D, z, bias, marks, starts, dfinal, scratch,
+    du, ddt, dz, dA, dBC, dD, dbias, dinitial,
+    u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, rows, length, width, n_state, chunk, unit,
+    CHUNKED: tl.constexpr, SOFTPLUS: tl.constexpr,
+    I: tl.constexpr, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Every gradient, chunk by chunk from the last: first the states at each group of K positions go to `scratch`, then
+    the groups are walked backwards, their states computed again in registers, M states of a channel at a time.
+
+    `dfinal` is the adjoint of the final state (b, i, n), or of each chunk's (b, chunks, n, i) if CHUNKED. dA (parts, n, i),
+    dD and dbias (parts, i) and dBC (2, tiles, b, l, n) are sums over this program's positions or channels.
+    """
+    tile, first, last, batch, chunks, tiles = _place(length, width, chunk, CHUNKED, I)
+    J: tl.constexpr = N // M
+    channel = tile * I + tl.arange(0, I)
+    inside = channel < width
+    offsets = channel * unit
+    n = tl.arange(0, M)
+    step_bias, skip = _vector(bias, channel, width, unit), _vector(D, channel, width, unit)
+    part = tl.program_id(0) // tiles
+    plane = batch * length * width
+    dy, u, dt, B, C = dy + plane, u + batch * u_b, dt + batch * dt_b, B + batch * B_b, C + batch * C_b
+    du, ddt = du + plane, ddt + plane
+    if z is not None:
+        z, dz = z + batch * z_b, dz + plane
+    if marks is not None:
+        marks += batch * length
+    dB = dBC + (tile.to(tl.int64) * (rows // length) + batch) * length * n_state
+    dC = dB + tiles.to(tl.int64) * rows * n_state
+    saved = scratch + tl.program_id(0).to(tl.int64) * tl.cdiv(chunk, K) * (N * I)
+    dskip = tl.zeros((I,), tl.float32)
+    dstep_bias = tl.zeros((I,), tl.float32)
+    a2, g, da = (), (), ()
+    for j in tl.static_range(J):
+        a2 = a2 + (_load_state(A, 0, width, n_state, channel, j * M + n, unit) * LOG2E,)
+        if CHUNKED:
+            g = g + (tl.load(_tiled(dfinal + j * (M * I), batch * chunks + first, tile, tiles, unit, I, N, M)),)
+        else:
+            g = g + (_load_state(dfinal, batch, width, n_state, channel, j * M + n, unit),)
+        da = da + (tl.zeros((I, M), tl.float32),)
+    for back in range(last - first):
+        c = last - 1 - back
+        stop = tl.minimum((c + 1) * chunk, length)
+        groups = tl.cdiv(stop - c * chunk, K)
+        for j in tl.static_range(J):
+            h = tl.load(_tiled(starts + j * (M * I), batch * chunks + c, tile, tiles, unit, I, N, M))
+            for group in range(groups):
+                t = c * chunk + group * K
+                tl.store(_tiled(saved + j * (M * I), group, 0, 1, unit, I, N, M), h)
+                mark = _marks(marks, t, stop, K)
+                us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
+                Bs = _rows(B, B_t, t, stop, j * M + n, j * M + n < n_state, K)
+                for k in tl.static_range(K):
+                    step = _step(dts[k], step_bias, mark[k], SOFTPLUS)
+                    decay = _decay(step, a2[j], mark[k], marks is not None)
+                    h = decay * h + (step * _input(us[k], mark[k]))[:, None] * Bs[k].to(tl.float32)[None, :]
+        for group in range(groups):
+            t = c * chunk + (groups - 1 - group) * K
+            mark = _marks(marks, t, stop, K)
+            us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
+            dys = _rows(dy, width, t, stop, offsets, inside, K)
+            if z is not None:
+                zs = _rows(z, z_t, t, stop, offsets, inside, K)
+            xs, steps, douts, outs, ddrives, dsteps = (), (), (), (), (), ()
+            for k in tl.static_range(K):
+                x, dout = _input(us[k], mark[k]), _input(dys[k], mark[k])
+                if z is not None:
+                    gate = zs[k].to(tl.float32)
+                    dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
+                xs, steps, douts = xs + (x,), steps + (_step(dts[k], step_bias, mark[k], SOFTPLUS),), douts + (dout,)
+                outs, ddrives, dsteps = outs + (skip * x,), ddrives + (tl.zeros_like(x),), dsteps + (tl.zeros_like(x),)
+            carried, grown = (), ()
+            for j in tl.static_range(J):
+                Bs = _rows(B, B_t, t, stop, j * M + n, j * M + n < n_state, K)
+                Cs = _rows(C, C_t, t, stop, j * M + n, j * M + n < n_state, K)
+                h = tl.load(_tiled(saved + j * (M * I), groups - 1 - group, 0, 1, unit, I, N, M))
+                hs, decays, sums = (h,), (), ()
+                for k in tl.static_range(K):
+                    decays = decays + (_decay(steps[k], a2[j], mark[k], marks is not None),)
+                    h = decays[k] * h + (steps[k] * xs[k])[:, None] * Bs[k].to(tl.float32)[None, :]
+                    hs = hs + (h,)
+                    sums = sums + (tl.sum(h * Cs[k].to(tl.float32)[None, :], axis=1),)
+                outs = _plus(outs, sums, K)
+                adjoint, da_j, ddrive, dstep = g[j], da[j], (), ()
+                for k in tl.static_range(K - 1, -1, -1):
+                    inside_n = (j * M + n < n_state) & (t + k < stop)
+                    row = (t + k).to(tl.int64) * n_state + j * M + n
+                    adjoint += douts[k][:, None] * Cs[k].to(tl.float32)[None, :]
+                    tl.store(dC + row, tl.sum(douts[k][:, None] * hs[k + 1], axis=0), mask=inside_n)
+                    tl.store(dB + row, tl.sum((steps[k] * xs[k])[:, None] * adjoint, axis=0), mask=inside_n)
+                    ddrive = (tl.sum(adjoint * Bs[k].to(tl.float32)[None, :], axis=1),) + ddrive
+                    adjoint *= decays[k]
+                    dexponent = adjoint * hs[k]
+                    dstep = (tl.sum(dexponent * a2[j], axis=1),) + dstep
+                    da_j += dexponent * steps[k][:, None]
+                ddrives, dsteps = _plus(ddrives, ddrive, K), _plus(dsteps, dstep, K)
+                carried, grown = carried + (adjoint,), grown + (da_j,)
+            g, da = carried, grown
+            for k in tl.static_range(K):
+                here = (t + k).to(tl.int64) * width + offsets
+                live = inside & (t + k < stop)
+                dx = douts[k] * skip + steps[k] * ddrives[k]
+                dstep = dsteps[k] * LN2 + xs[k] * ddrives[k]
+                if SOFTPLUS:
+                    dstep *= _sigmoid(dts[k].to(tl.float32) + step_bias)
+                dstep = tl.where(mark[k] == PADDING, 0.0, dstep)
+                dskip += douts[k] * xs[k]
+                dstep_bias += dstep
+                tl.store(du + here, tl.where(mark[k] == PADDING, 0.0, dx).to(du.dtype.element_ty), mask=live)
+                tl.store(ddt + here, dstep.to(ddt.dtype.element_ty), mask=live)
+                if z is not None:
+                    gate = zs[k].to(tl.float32)
+                    open = _sigmoid(gate)
+                    dgate = dys[k].to(tl.float32) * outs[k] * open * (1.0 + gate * (1.0 - open))
+                    tl.store(dz + here, tl.where(mark[k] == PADDING, 0.0, dgate).to(dz.dtype.element_ty), mask=live)
+    for j in tl.static_range(J):
+        tl.store(_tiled(dA + j * (M * I), part, tile, tiles, unit, I, N, M), da[j])
+        if not CHUNKED:
+            where, mask = _state_tile(dinitial, batch, width, n_state, channel, j * M + n, unit)
+            tl.store(where, g[j], mask=mask)
+    tl.store(dD + part.to(tl.int64) * width + offsets, dskip, mask=inside)
+    tl.store(dbias + part.to(tl.int64) * width + offsets, dstep_bias, mask=inside)
