@@ -19,8 +19,16 @@ import triton.language as tl
 PLAIN = tl.constexpr(0)
 BEGIN = tl.constexpr(1)
 PADDING = tl.constexpr(2)
+GROUP = tl.constexpr(16)  # channels whose states lie side by side in saved states
+WIDEST = tl.constexpr(64)  # channels that saved states are padded to a multiple of: the widest tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _wide(index):
+    """An index as 64 bits, since offsets into large tensors do not fit 32."""
+    return tl.full((), 0, tl.int64) + index
 
 
 @triton.jit
@@ -54,8 +62,8 @@ def _place(length, width, chunk, CHUNKED: tl.constexpr, I: tl.constexpr):
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles
     if CHUNKED:
-        return tile, part % chunks, part % chunks + 1, (part // chunks).to(tl.int64), chunks, tiles
-    return tile, 0, chunks, part.to(tl.int64), chunks, tiles
+        return tile, part % chunks, part % chunks + 1, _wide(part // chunks), chunks, tiles
+    return tile, 0, chunks, _wide(part), chunks, tiles
 
 
 @triton.jit
@@ -63,7 +71,7 @@ def _rows(pointer, stride, start, stop, offsets, inside, K: tl.constexpr):
     """K rows from position `start`, zeros from `stop` on, as they are in memory."""
     rows = ()
     for k in tl.static_range(K):
-        row = pointer + (start + k).to(tl.int64) * stride + offsets
+        row = pointer + _wide(start + k) * stride + offsets
         rows = rows + (tl.load(row, mask=inside & (start + k < stop), other=0.0),)
     return rows
 
@@ -120,10 +128,11 @@ def _load_state(pointer, row, width, n_state, channel, n, unit):
 
 
 @triton.jit
-def _tiled(pointer, row, tile, tiles, unit, I: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-    """Addresses of the first M states of a tile in row of (rows, tiles, N, I): a program's states lie together, coalesced."""
-    cells = tl.arange(0, I)[:, None] * unit + tl.arange(0, M)[None, :] * I
-    return pointer + (row.to(tl.int64) * tiles + tile) * (N * I) + cells
+def _saved(pointer, row, padded, tile, unit, I: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    """Addresses of a tile's first M states in row of (rows, padded / GROUP, N, GROUP): only constants between them."""
+    i, n = tl.arange(0, I)[:, None], tl.arange(0, M)[None, :]
+    cells = (i // GROUP * (N * GROUP) + i % GROUP) * unit + n * GROUP
+    return pointer + (_wide(row) * padded + tile * I) * N + cells
 
 
 @triton.jit
@@ -143,6 +152,7 @@ def forward_kernel(
 ):  # fmt: skip
     """y, and either the final state (one program a row) or nothing but y (CHUNKED, from `starts`)."""
     tile, first, last, batch, chunks, tiles = _place(length, width, chunk, CHUNKED, I)
+    padded = tl.cdiv(width, WIDEST) * WIDEST
     channel = tile * I + tl.arange(0, I)
     inside = channel < width
     offsets = channel * unit
@@ -155,12 +165,12 @@ def forward_kernel(
     if marks is not None:
         marks += batch * length
     if CHUNKED:
-        h = tl.load(_tiled(starts, batch * chunks + first, tile, tiles, unit, I, N, N))
+        h = tl.load(_saved(starts, batch * chunks + first, padded, tile, unit, I, N, N))
     else:
         h = _load_state(initial, batch, width, n_state, channel, n, unit)
     for c in range(first, last):
         if SAVE:
-            tl.store(_tiled(starts, batch * chunks + c, tile, tiles, unit, I, N, N), h)
+            tl.store(_saved(starts, batch * chunks + c, padded, tile, unit, I, N, N), h)
         stop = tl.minimum((c + 1) * chunk, length)
         for t in range(c * chunk, stop, K):
             mark = _marks(marks, t, stop, K)
@@ -176,7 +186,7 @@ def forward_kernel(
                     gate = zs[k].to(tl.float32)
                     out = out * gate * _sigmoid(gate)
                 out = tl.where(mark[k] == PADDING, 0.0, out).to(y.dtype.element_ty)
-                tl.store(y + (t + k).to(tl.int64) * width + offsets, out, mask=inside & (t + k < stop))
+                tl.store(y + _wide(t + k) * width + offsets, out, mask=inside & (t + k < stop))
     if not CHUNKED:
         where, mask = _state_tile(final, batch, width, n_state, channel, n, unit)
         tl.store(where, h, mask=mask)
@@ -189,6 +199,7 @@ def summarise_forward_kernel(
 ):  # fmt: skip
     """The state that each chunk leaves behind when it begins with zero, and the sum of its steps (infinite if it resets)."""
     tile, c, _, batch, chunks, tiles = _place(length, width, chunk, True, I)
+    padded = tl.cdiv(width, WIDEST) * WIDEST
     channel = tile * I + tl.arange(0, I)
     inside = channel < width
     offsets = channel * unit
@@ -209,7 +220,7 @@ def summarise_forward_kernel(
             step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
             h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
             total += tl.where(mark[k] == BEGIN, float("inf"), step)
-    tl.store(_tiled(sums, batch * chunks + c, tile, tiles, unit, I, N, N), h)
+    tl.store(_saved(sums, batch * chunks + c, padded, tile, unit, I, N, N), h)
     tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
 
 
@@ -221,6 +232,7 @@ def summarise_backward_kernel(
 ):  # fmt: skip
     """The adjoint state that each chunk hands to the chunk before it when none comes from after it, and its sum of steps."""
     tile, c, _, batch, chunks, tiles = _place(length, width, chunk, True, I)
+    padded = tl.cdiv(width, WIDEST) * WIDEST
     channel = tile * I + tl.arange(0, I)
     inside = channel < width
     offsets = channel * unit
@@ -250,24 +262,24 @@ def summarise_backward_kernel(
                 dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
             g = _decay(step, a2, mark[k], marks is not None) * (g + dout[:, None] * Cs[k].to(tl.float32)[None, :])
             total += tl.where(mark[k] == BEGIN, float("inf"), step)
-    tl.store(_tiled(sums, batch * chunks + c, tile, tiles, unit, I, N, N), g)
+    tl.store(_saved(sums, batch * chunks + c, padded, tile, unit, I, N, N), g)
     tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
 
 
 @triton.jit
 def carry_kernel(
-    A, sums, totals, first, last, chunks, tiles, width, n_state,
-    REVERSED: tl.constexpr, I: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
+    A, sums, totals, first, last, chunks, width, n_state,
+    REVERSED: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Walk a state over the chunks of a row: in `sums` (b, chunks, tiles, N, I), replace what a chunk adds by what it meets.
+    """Walk a state over the chunks of a row: in `sums` (b, chunks, ...), replace what a chunk adds by what it meets.
 
     The walk begins with `first` (b, i, n) and what comes out at its end goes to `last` (b, i, n).
     """
-    size = tiles * N * I
+    size = tl.cdiv(width, WIDEST) * WIDEST * N
     blocks = tl.cdiv(size, BLOCK)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    batch = _wide(tl.program_id(0) // blocks)
     cell = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    channel, n = cell // (N * I) * I + cell % I, cell // I % N
+    channel, n = cell // (N * GROUP) * GROUP + cell % GROUP, cell // GROUP % N
     inside = (cell < size) & (channel < width) & (n < n_state)
     natural = channel * n_state + n
     a2 = tl.load(A + natural, mask=inside, other=0.0) * LOG2E
@@ -278,12 +290,12 @@ def carry_kernel(
     for start in range(0, chunks, K):
         added, steps = (), ()
         for k in tl.static_range(K):  # loads that wait for nothing, all under way before the first is needed
-            c = (chunks - 1 - start - k if REVERSED else start + k).to(tl.int64)
+            c = _wide(chunks - 1 - start - k if REVERSED else start + k)
             mask = inside & (start + k < chunks)
             added = added + (tl.load(sums + c * size + cell, mask=mask, other=0.0),)
             steps = steps + (tl.load(totals + c * width + channel, mask=mask, other=0.0),)
         for k in tl.static_range(K):
-            c = (chunks - 1 - start - k if REVERSED else start + k).to(tl.int64)
+            c = _wide(chunks - 1 - start - k if REVERSED else start + k)
             tl.store(sums + c * size + cell, carry, mask=(cell < size) & (start + k < chunks))
             decay = tl.where(steps[k] == float("inf"), 0.0, tl.exp2(steps[k] * a2))
             carry = decay * carry + added[k]
@@ -304,7 +316,7 @@ def backward_kernel(
     du, ddt, dz, dA, dBC, dD, dbias, dinitial,
     u_b, u_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, rows, length, width, n_state, chunk, unit,
     CHUNKED: tl.constexpr, SOFTPLUS: tl.constexpr,
-    I: tl.constexpr, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    I: tl.constexpr, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient, chunk by chunk from the last: first the states at each group of K positions go to `scratch`, then
     the groups are walked backwards, their states computed again in registers, M states of a channel at a time.
@@ -314,6 +326,7 @@ def backward_kernel(
     """
     tile, first, last, batch, chunks, tiles = _place(length, width, chunk, CHUNKED, I)
     J: tl.constexpr = N // M
+    padded = tl.cdiv(width, WIDEST) * WIDEST
     channel = tile * I + tl.arange(0, I)
     inside = channel < width
     offsets = channel * unit
@@ -327,16 +340,16 @@ def backward_kernel(
         z, dz = z + batch * z_b, dz + plane
     if marks is not None:
         marks += batch * length
-    dB = dBC + (tile.to(tl.int64) * (rows // length) + batch) * length * n_state
-    dC = dB + tiles.to(tl.int64) * rows * n_state
-    saved = scratch + tl.program_id(0).to(tl.int64) * tl.cdiv(chunk, K) * (N * I)
+    dB = dBC + (_wide(tile) * (rows // length) + batch) * length * n_state
+    dC = dB + _wide(tiles) * rows * n_state
+    replay = scratch + _wide(tl.program_id(0)) * tl.cdiv(chunk, K) * (N * I)
     dskip = tl.zeros((I,), tl.float32)
     dstep_bias = tl.zeros((I,), tl.float32)
     a2, g, da = (), (), ()
     for j in tl.static_range(J):
         a2 = a2 + (_load_state(A, 0, width, n_state, channel, j * M + n, unit) * LOG2E,)
         if CHUNKED:
-            g = g + (tl.load(_tiled(dfinal + j * (M * I), batch * chunks + first, tile, tiles, unit, I, N, M)),)
+            g = g + (tl.load(_saved(dfinal + j * (M * GROUP), batch * chunks + first, padded, tile, unit, I, N, M)),)
         else:
             g = g + (_load_state(dfinal, batch, width, n_state, channel, j * M + n, unit),)
         da = da + (tl.zeros((I, M), tl.float32),)
@@ -344,18 +357,19 @@ def backward_kernel(
         c = last - 1 - back
         stop = tl.minimum((c + 1) * chunk, length)
         groups = tl.cdiv(stop - c * chunk, K)
-        for j in tl.static_range(J):
-            h = tl.load(_tiled(starts + j * (M * I), batch * chunks + c, tile, tiles, unit, I, N, M))
-            for group in range(groups):
-                t = c * chunk + group * K
-                tl.store(_tiled(saved + j * (M * I), group, 0, 1, unit, I, N, M), h)
-                mark = _marks(marks, t, stop, K)
-                us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
-                Bs = _rows(B, B_t, t, stop, j * M + n, j * M + n < n_state, K)
-                for k in tl.static_range(K):
-                    step = _step(dts[k], step_bias, mark[k], SOFTPLUS)
-                    decay = _decay(step, a2[j], mark[k], marks is not None)
-                    h = decay * h + (step * _input(us[k], mark[k]))[:, None] * Bs[k].to(tl.float32)[None, :]
+        every_n = tl.arange(0, N)
+        every_a2 = _load_state(A, 0, width, n_state, channel, every_n, unit) * LOG2E
+        h = tl.load(_saved(starts, batch * chunks + c, padded, tile, unit, I, N, N))
+        for group in range(groups):
+            t = c * chunk + group * K
+            tl.store(_saved(replay, group, I, 0, unit, I, N, N), h)
+            mark = _marks(marks, t, stop, K)
+            us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
+            Bs = _rows(B, B_t, t, stop, every_n, every_n < n_state, K)
+            for k in tl.static_range(K):
+                step = _step(dts[k], step_bias, mark[k], SOFTPLUS)
+                decay = _decay(step, every_a2, mark[k], marks is not None)
+                h = decay * h + (step * _input(us[k], mark[k]))[:, None] * Bs[k].to(tl.float32)[None, :]
         for group in range(groups):
             t = c * chunk + (groups - 1 - group) * K
             mark = _marks(marks, t, stop, K)
@@ -375,31 +389,38 @@ def backward_kernel(
             for j in tl.static_range(J):
                 Bs = _rows(B, B_t, t, stop, j * M + n, j * M + n < n_state, K)
                 Cs = _rows(C, C_t, t, stop, j * M + n, j * M + n < n_state, K)
-                h = tl.load(_tiled(saved + j * (M * I), groups - 1 - group, 0, 1, unit, I, N, M))
-                hs, decays, sums = (h,), (), ()
+                state = tl.load(_saved(replay + j * (M * GROUP), groups - 1 - group, I, 0, unit, I, N, M))
+                hs, decays, sums = (state,), (), ()
                 for k in tl.static_range(K):
                     decays = decays + (_decay(steps[k], a2[j], mark[k], marks is not None),)
-                    h = decays[k] * h + (steps[k] * xs[k])[:, None] * Bs[k].to(tl.float32)[None, :]
-                    hs = hs + (h,)
-                    sums = sums + (tl.sum(h * Cs[k].to(tl.float32)[None, :], axis=1),)
+                    state = decays[k] * state + (steps[k] * xs[k])[:, None] * Bs[k].to(tl.float32)[None, :]
+                    hs = hs + (state,)
+                    sums = sums + (tl.sum(state * Cs[k].to(tl.float32)[None, :], axis=1),)
                 outs = _plus(outs, sums, K)
                 adjoint, da_j, ddrive, dstep = g[j], da[j], (), ()
+                dBCs = tl.zeros((2 * M, T), tl.float32)
                 for k in tl.static_range(K - 1, -1, -1):
-                    inside_n = (j * M + n < n_state) & (t + k < stop)
-                    row = (t + k).to(tl.int64) * n_state + j * M + n
                     adjoint += douts[k][:, None] * Cs[k].to(tl.float32)[None, :]
-                    tl.store(dC + row, tl.sum(douts[k][:, None] * hs[k + 1], axis=0), mask=inside_n)
-                    tl.store(dB + row, tl.sum((steps[k] * xs[k])[:, None] * adjoint, axis=0), mask=inside_n)
+                    pick = tl.broadcast_to((tl.arange(0, T) == k)[None, :], (I, T)).to(tl.float32)
+                    terms = tl.join((steps[k] * xs[k])[:, None] * adjoint, douts[k][:, None] * hs[k + 1])
+                    terms = tl.trans(tl.reshape(terms, (I, 2 * M)))
+                    dBCs = tl.dot(terms, pick, dBCs, input_precision=PRECISION)
                     ddrive = (tl.sum(adjoint * Bs[k].to(tl.float32)[None, :], axis=1),) + ddrive
                     adjoint *= decays[k]
                     dexponent = adjoint * hs[k]
                     dstep = (tl.sum(dexponent * a2[j], axis=1),) + dstep
                     da_j += dexponent * steps[k][:, None]
                 ddrives, dsteps = _plus(ddrives, ddrive, K), _plus(dsteps, dstep, K)
+                time = t + tl.arange(0, T)
+                which = tl.arange(0, 2 * M) % 2
+                nn = j * M + tl.arange(0, 2 * M) // 2
+                cell = (nn + which * _wide(tiles) * rows * n_state)[:, None] + _wide(time[None, :]) * n_state
+                mask = (nn < n_state)[:, None] & ((time < stop) & (tl.arange(0, T) < K))[None, :]
+                tl.store(dB + cell, dBCs, mask=mask)
                 carried, grown = carried + (adjoint,), grown + (da_j,)
             g, da = carried, grown
             for k in tl.static_range(K):
-                here = (t + k).to(tl.int64) * width + offsets
+                here = _wide(t + k) * width + offsets
                 live = inside & (t + k < stop)
                 dx = douts[k] * skip + steps[k] * ddrives[k]
                 dstep = dsteps[k] * LN2 + xs[k] * ddrives[k]
@@ -416,9 +437,9 @@ def backward_kernel(
                     dgate = dys[k].to(tl.float32) * outs[k] * open * (1.0 + gate * (1.0 - open))
                     tl.store(dz + here, tl.where(mark[k] == PADDING, 0.0, dgate).to(dz.dtype.element_ty), mask=live)
     for j in tl.static_range(J):
-        tl.store(_tiled(dA + j * (M * I), part, tile, tiles, unit, I, N, M), da[j])
+        tl.store(_saved(dA + j * (M * GROUP), part, padded, tile, unit, I, N, M), da[j])
         if not CHUNKED:
             where, mask = _state_tile(dinitial, batch, width, n_state, channel, j * M + n, unit)
             tl.store(where, g[j], mask=mask)
-    tl.store(dD + part.to(tl.int64) * width + offsets, dskip, mask=inside)
-    tl.store(dbias + part.to(tl.int64) * width + offsets, dstep_bias, mask=inside)
+    tl.store(dD + _wide(part) * width + offsets, dskip, mask=inside)
+    tl.store(dbias + _wide(part) * width + offsets, dstep_bias, mask=inside)
