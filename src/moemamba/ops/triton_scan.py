@@ -27,6 +27,14 @@ from .triton_scan_kernels import (
 # Without a hidden stride a state tile is laid out along d_state, as it is in memory: right for reading one, once.
 step_kernel = triton.jit(forward_kernel.fn)
 
+# How each kernel is launched: K positions a group, M states at a time.
+LAUNCH: dict[str, dict[str, int]] = {
+    "step": {"K": 1, "num_warps": 1},
+    "forward": {"K": 1, "num_warps": 1},
+    "summarise": {"K": 1, "num_warps": 1},
+    "carry": {"K": 8, "BLOCK": 128, "num_warps": 4},
+    "backward": {"K": 4, "M": 4, "T": 8, "num_warps": 1, "num_stages": 1},
+}
 PROGRAMS = 2000  # programs of one warp each that fill the GPU
 CHUNK = 256  # positions between saved states
 
@@ -113,7 +121,7 @@ def _forward(
         totals = torch.empty((batch, chunks, width), dtype=torch.float32, device=u.device)
         summarise_forward_kernel[(tiles * chunks,)](
             u, dt, A, B, dt_bias, marks, starts, totals, *strides, *sizes,
-            SOFTPLUS=dt_softplus, I=how.forward_tile, N=how.states, K=4, num_warps=1,
+            SOFTPLUS=dt_softplus, I=how.forward_tile, N=how.states, **LAUNCH["summarise"],
         )  # fmt: skip
         _carry(A, starts, totals, initial_state, final_state, how, reverse=False)
         tiles *= chunks
@@ -123,7 +131,7 @@ def _forward(
             u, dt, A, B, C, D, z, dt_bias, marks, initial_state, starts, y, final_state,
             *strides, *C.stride()[:2], *_strides(z), *sizes,
             CHUNKED=how.chunked, SAVE=save and not how.chunked, SOFTPLUS=dt_softplus,
-            I=how.forward_tile, N=how.states, K=2 if length > 1 else 1, num_warps=1,
+            I=how.forward_tile, N=how.states, **LAUNCH["forward" if length > 1 else "step"],
         )  # fmt: skip
     return y, final_state, starts
 
@@ -162,14 +170,13 @@ def _backward(
         forward_tiles = batch * chunks * triton.cdiv(width, how.forward_tile)
         summarise_backward_kernel[(forward_tiles,)](
             dy, dt, natural, C, z, dt_bias, marks, adjoints, totals, *strides, *sizes,
-            SOFTPLUS=dt_softplus, I=how.forward_tile, N=how.states, K=4, num_warps=1,
+            SOFTPLUS=dt_softplus, I=how.forward_tile, N=how.states, **LAUNCH["summarise"],
         )  # fmt: skip
         _carry(natural, adjoints, totals, dfinal, dinitial, how, reverse=True)
         dfinal = adjoints
-    GROUPED = 4
     new = u.new_empty
     padded = triton.cdiv(width, WIDEST.value) * WIDEST.value
-    scratch = new((parts * tiles, triton.cdiv(how.chunk, GROUPED), how.states, how.backward_tile), dtype=torch.float32)
+    scratch = new((parts * tiles, triton.cdiv(how.chunk, LAUNCH["backward"]["K"]), how.states, how.backward_tile), dtype=torch.float32)
     dA = new((parts, padded // GROUP.value, how.states, GROUP.value), dtype=torch.float32)
     dBC = new((2, tiles, batch, length, n_state), dtype=torch.float32)
     dD, dbias = new((2, parts, width), dtype=torch.float32)
@@ -179,8 +186,7 @@ def _backward(
             grads[0], grads[1], grads[6], dA, dBC, dD, dbias, dinitial,
             *u.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *_strides(z), batch * length, *sizes,
             CHUNKED=how.chunked, SOFTPLUS=dt_softplus,
-            I=how.backward_tile, N=how.states, M=8, K=GROUPED, T=8, PRECISION="tf32" if u.dtype != torch.float32 else "tf32x3",
-            num_warps=1,
+            I=how.backward_tile, N=how.states, PRECISION="tf32x3" if u.dtype == torch.float32 else "tf32", **LAUNCH["backward"],
         )  # fmt: skip
     grads[2].copy_(dA.sum(0).transpose(1, 2).reshape(padded, how.states)[:width, :n_state])
     dBC = dBC.sum(1)
@@ -196,11 +202,10 @@ def _carry(
 ) -> None:
     """Turn what each chunk adds to a state into the state it meets, from `first` to `last`, along time or against it."""
     batch, chunks = sums.shape[:2]
-    block = 128
-    grid = (batch * triton.cdiv(sums[0, 0].numel(), block),)
+    grid = (batch * triton.cdiv(sums[0, 0].numel(), LAUNCH["carry"]["BLOCK"]),)
     carry_kernel[grid](
         A, sums, totals, first, last, chunks, *last.shape[1:],
-        REVERSED=reverse, N=how.states, BLOCK=block, K=8, num_warps=4,
+        REVERSED=reverse, N=how.states, **LAUNCH["carry"],
     )  # fmt: skip
 
 

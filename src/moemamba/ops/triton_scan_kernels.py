@@ -122,9 +122,11 @@ def _state_tile(pointer, row, width, n_state, channel, n, unit):
 def _load_state(pointer, row, width, n_state, channel, n, unit):
     """A tile of (rows, i, n) in float32; zeros where there is none to load."""
     if pointer is None:
-        return tl.zeros((channel.shape[0], n.shape[0]), tl.float32)
-    where, inside = _state_tile(pointer, row, width, n_state, channel, n, unit)
-    return tl.load(where, mask=inside, other=0.0).to(tl.float32)
+        states = tl.zeros((channel.shape[0], n.shape[0]), tl.float32)
+    else:
+        where, inside = _state_tile(pointer, row, width, n_state, channel, n, unit)
+        states = tl.load(where, mask=inside, other=0.0).to(tl.float32)
+    return states
 
 
 @triton.jit
@@ -139,8 +141,10 @@ def _saved(pointer, row, padded, tile, unit, I: tl.constexpr, N: tl.constexpr, M
 def _vector(pointer, channel, width, unit):
     """One number a channel in float32; zeros if there are none."""
     if pointer is None:
-        return tl.zeros((channel.shape[0],), tl.float32)
-    return tl.load(pointer + channel * unit, mask=channel < width, other=0.0).to(tl.float32)
+        numbers = tl.zeros((channel.shape[0],), tl.float32)
+    else:
+        numbers = tl.load(pointer + channel * unit, mask=channel < width, other=0.0).to(tl.float32)
+    return numbers
 
 
 @triton.jit(do_not_specialize=["unit"])
@@ -172,12 +176,18 @@ def forward_kernel(
         if SAVE:
             tl.store(_saved(starts, batch * chunks + c, padded, tile, unit, I, N, N), h)
         stop = tl.minimum((c + 1) * chunk, length)
+        us, dts = _rows(u, u_t, c * chunk, stop, offsets, inside, K), _rows(dt, dt_t, c * chunk, stop, offsets, inside, K)
+        Bs, Cs = _rows(B, B_t, c * chunk, stop, n, n < n_state, K), _rows(C, C_t, c * chunk, stop, n, n < n_state, K)
+        zs = us
+        if z is not None:
+            zs = _rows(z, z_t, c * chunk, stop, offsets, inside, K)
         for t in range(c * chunk, stop, K):
             mark = _marks(marks, t, stop, K)
-            us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
-            Bs, Cs = _rows(B, B_t, t, stop, n, n < n_state, K), _rows(C, C_t, t, stop, n, n < n_state, K)
+            next_us, next_dts = _rows(u, u_t, t + K, stop, offsets, inside, K), _rows(dt, dt_t, t + K, stop, offsets, inside, K)
+            next_Bs, next_Cs = _rows(B, B_t, t + K, stop, n, n < n_state, K), _rows(C, C_t, t + K, stop, n, n < n_state, K)
+            next_zs = next_us
             if z is not None:
-                zs = _rows(z, z_t, t, stop, offsets, inside, K)
+                next_zs = _rows(z, z_t, t + K, stop, offsets, inside, K)
             for k in tl.static_range(K):
                 step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
                 h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
@@ -187,6 +197,7 @@ def forward_kernel(
                     out = out * gate * _sigmoid(gate)
                 out = tl.where(mark[k] == PADDING, 0.0, out).to(y.dtype.element_ty)
                 tl.store(y + _wide(t + k) * width + offsets, out, mask=inside & (t + k < stop))
+            us, dts, Bs, Cs, zs = next_us, next_dts, next_Bs, next_Cs, next_zs
     if not CHUNKED:
         where, mask = _state_tile(final, batch, width, n_state, channel, n, unit)
         tl.store(where, h, mask=mask)
@@ -212,14 +223,17 @@ def summarise_forward_kernel(
     h = tl.zeros((I, N), tl.float32)
     total = tl.zeros((I,), tl.float32)
     stop = tl.minimum((c + 1) * chunk, length)
+    us, dts = _rows(u, u_t, c * chunk, stop, offsets, inside, K), _rows(dt, dt_t, c * chunk, stop, offsets, inside, K)
+    Bs = _rows(B, B_t, c * chunk, stop, n, n < n_state, K)
     for t in range(c * chunk, stop, K):
         mark = _marks(marks, t, stop, K)
-        us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
-        Bs = _rows(B, B_t, t, stop, n, n < n_state, K)
+        next_us, next_dts = _rows(u, u_t, t + K, stop, offsets, inside, K), _rows(dt, dt_t, t + K, stop, offsets, inside, K)
+        next_Bs = _rows(B, B_t, t + K, stop, n, n < n_state, K)
         for k in tl.static_range(K):
             step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
             h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
             total += tl.where(mark[k] == BEGIN, float("inf"), step)
+        us, dts, Bs = next_us, next_dts, next_Bs
     tl.store(_saved(sums, batch * chunks + c, padded, tile, unit, I, N, N), h)
     tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
 
@@ -248,13 +262,21 @@ def summarise_backward_kernel(
     total = tl.zeros((I,), tl.float32)
     stop = tl.minimum((c + 1) * chunk, length)
     groups = tl.cdiv(stop - c * chunk, K)
+    t = c * chunk + (groups - 1) * K
+    dts, dys = _rows(dt, dt_t, t, stop, offsets, inside, K), _rows(dy, width, t, stop, offsets, inside, K)
+    Cs = _rows(C, C_t, t, stop, n, n < n_state, K)
+    zs = dys
+    if z is not None:
+        zs = _rows(z, z_t, t, stop, offsets, inside, K)
     for group in range(groups):
         t = c * chunk + (groups - 1 - group) * K
+        before = tl.maximum(t - K, 0)
         mark = _marks(marks, t, stop, K)
-        dts, dys = _rows(dt, dt_t, t, stop, offsets, inside, K), _rows(dy, width, t, stop, offsets, inside, K)
-        Cs = _rows(C, C_t, t, stop, n, n < n_state, K)
+        next_dts, next_dys = _rows(dt, dt_t, before, stop, offsets, inside, K), _rows(dy, width, before, stop, offsets, inside, K)
+        next_Cs = _rows(C, C_t, before, stop, n, n < n_state, K)
+        next_zs = next_dys
         if z is not None:
-            zs = _rows(z, z_t, t, stop, offsets, inside, K)
+            next_zs = _rows(z, z_t, before, stop, offsets, inside, K)
         for k in tl.static_range(K - 1, -1, -1):
             step, dout = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(dys[k], mark[k])
             if z is not None:
@@ -262,6 +284,7 @@ def summarise_backward_kernel(
                 dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
             g = _decay(step, a2, mark[k], marks is not None) * (g + dout[:, None] * Cs[k].to(tl.float32)[None, :])
             total += tl.where(mark[k] == BEGIN, float("inf"), step)
+        dts, dys, Cs, zs = next_dts, next_dys, next_Cs, next_zs
     tl.store(_saved(sums, batch * chunks + c, padded, tile, unit, I, N, N), g)
     tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
 
@@ -300,6 +323,15 @@ def carry_kernel(
             decay = tl.where(steps[k] == float("inf"), 0.0, tl.exp2(steps[k] * a2))
             carry = decay * carry + added[k]
     tl.store(last + batch * width * n_state + natural, carry, mask=inside)
+
+
+@triton.jit
+def _blocks(replay, group, unit, I: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
+    """The states at the beginning of a group, M at a time."""
+    blocks = ()
+    for j in tl.static_range(N // M):
+        blocks = blocks + (tl.load(_saved(replay + j * (M * GROUP), group, I, 0, unit, I, N, M)),)
+    return blocks
 
 
 @triton.jit
@@ -360,23 +392,36 @@ def backward_kernel(
         every_n = tl.arange(0, N)
         every_a2 = _load_state(A, 0, width, n_state, channel, every_n, unit) * LOG2E
         h = tl.load(_saved(starts, batch * chunks + c, padded, tile, unit, I, N, N))
+        us, dts = _rows(u, u_t, c * chunk, stop, offsets, inside, K), _rows(dt, dt_t, c * chunk, stop, offsets, inside, K)
+        every_B = _rows(B, B_t, c * chunk, stop, every_n, every_n < n_state, K)
         for group in range(groups):
             t = c * chunk + group * K
             tl.store(_saved(replay, group, I, 0, unit, I, N, N), h)
             mark = _marks(marks, t, stop, K)
-            us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
-            Bs = _rows(B, B_t, t, stop, every_n, every_n < n_state, K)
+            next_us, next_dts = _rows(u, u_t, t + K, stop, offsets, inside, K), _rows(dt, dt_t, t + K, stop, offsets, inside, K)
+            next_every_B = _rows(B, B_t, t + K, stop, every_n, every_n < n_state, K)
             for k in tl.static_range(K):
                 step = _step(dts[k], step_bias, mark[k], SOFTPLUS)
                 decay = _decay(step, every_a2, mark[k], marks is not None)
-                h = decay * h + (step * _input(us[k], mark[k]))[:, None] * Bs[k].to(tl.float32)[None, :]
+                h = decay * h + (step * _input(us[k], mark[k]))[:, None] * every_B[k].to(tl.float32)[None, :]
+            us, dts, every_B = next_us, next_dts, next_every_B
+        t = c * chunk + (groups - 1) * K
+        us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
+        dys = _rows(dy, width, t, stop, offsets, inside, K)
+        zs = dys
+        if z is not None:
+            zs = _rows(z, z_t, t, stop, offsets, inside, K)
+        beginnings = _blocks(replay, groups - 1, unit, I, N, M)
         for group in range(groups):
             t = c * chunk + (groups - 1 - group) * K
+            before = tl.maximum(t - K, 0)
             mark = _marks(marks, t, stop, K)
-            us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
-            dys = _rows(dy, width, t, stop, offsets, inside, K)
+            next_us, next_dts = _rows(u, u_t, before, stop, offsets, inside, K), _rows(dt, dt_t, before, stop, offsets, inside, K)
+            next_dys = _rows(dy, width, before, stop, offsets, inside, K)
+            next_zs = next_dys
             if z is not None:
-                zs = _rows(z, z_t, t, stop, offsets, inside, K)
+                next_zs = _rows(z, z_t, before, stop, offsets, inside, K)
+            next_beginnings = _blocks(replay, tl.maximum(groups - 2 - group, 0), unit, I, N, M)
             xs, steps, douts, outs, ddrives, dsteps = (), (), (), (), (), ()
             for k in tl.static_range(K):
                 x, dout = _input(us[k], mark[k]), _input(dys[k], mark[k])
@@ -389,7 +434,7 @@ def backward_kernel(
             for j in tl.static_range(J):
                 Bs = _rows(B, B_t, t, stop, j * M + n, j * M + n < n_state, K)
                 Cs = _rows(C, C_t, t, stop, j * M + n, j * M + n < n_state, K)
-                state = tl.load(_saved(replay + j * (M * GROUP), groups - 1 - group, I, 0, unit, I, N, M))
+                state = beginnings[j]
                 hs, decays, sums = (state,), (), ()
                 for k in tl.static_range(K):
                     decays = decays + (_decay(steps[k], a2[j], mark[k], marks is not None),)
@@ -398,25 +443,28 @@ def backward_kernel(
                     sums = sums + (tl.sum(state * Cs[k].to(tl.float32)[None, :], axis=1),)
                 outs = _plus(outs, sums, K)
                 adjoint, da_j, ddrive, dstep = g[j], da[j], (), ()
-                dBCs = tl.zeros((2 * M, T), tl.float32)
+                dBCs = tl.zeros((4 * M, T), tl.float32)
                 for k in tl.static_range(K - 1, -1, -1):
                     adjoint += douts[k][:, None] * Cs[k].to(tl.float32)[None, :]
-                    pick = tl.broadcast_to((tl.arange(0, T) == k)[None, :], (I, T)).to(tl.float32)
                     terms = tl.join((steps[k] * xs[k])[:, None] * adjoint, douts[k][:, None] * hs[k + 1])
-                    terms = tl.trans(tl.reshape(terms, (I, 2 * M)))
-                    dBCs = tl.dot(terms, pick, dBCs, input_precision=PRECISION)
+                    if k % 2 == 1:
+                        later = terms
+                    else:
+                        pick = tl.broadcast_to((tl.arange(0, T) == k // 2)[None, :], (I, T)).to(tl.float32)
+                        terms = tl.trans(tl.reshape(tl.join(terms, later), (I, 4 * M)))
+                        dBCs = tl.dot(terms, pick, dBCs, input_precision=PRECISION)
                     ddrive = (tl.sum(adjoint * Bs[k].to(tl.float32)[None, :], axis=1),) + ddrive
                     adjoint *= decays[k]
                     dexponent = adjoint * hs[k]
                     dstep = (tl.sum(dexponent * a2[j], axis=1),) + dstep
                     da_j += dexponent * steps[k][:, None]
                 ddrives, dsteps = _plus(ddrives, ddrive, K), _plus(dsteps, dstep, K)
-                time = t + tl.arange(0, T)
-                which = tl.arange(0, 2 * M) % 2
-                nn = j * M + tl.arange(0, 2 * M) // 2
-                cell = (nn + which * _wide(tiles) * rows * n_state)[:, None] + _wide(time[None, :]) * n_state
-                mask = (nn < n_state)[:, None] & ((time < stop) & (tl.arange(0, T) < K))[None, :]
-                tl.store(dB + cell, dBCs, mask=mask)
+                term = tl.arange(0, 4 * M)[:, None]
+                pair = tl.arange(0, T)[None, :]
+                states = j * M + term // 4
+                time = t + 2 * pair + term % 2
+                cell = _wide(time) * n_state + states + term // 2 % 2 * (_wide(tiles) * rows * n_state)
+                tl.store(dB + cell, dBCs, mask=(states < n_state) & (time < stop) & (pair < K // 2))
                 carried, grown = carried + (adjoint,), grown + (da_j,)
             g, da = carried, grown
             for k in tl.static_range(K):
@@ -436,6 +484,7 @@ def backward_kernel(
                     open = _sigmoid(gate)
                     dgate = dys[k].to(tl.float32) * outs[k] * open * (1.0 + gate * (1.0 - open))
                     tl.store(dz + here, tl.where(mark[k] == PADDING, 0.0, dgate).to(dz.dtype.element_ty), mask=live)
+            us, dts, dys, zs, beginnings = next_us, next_dts, next_dys, next_zs, next_beginnings
     for j in tl.static_range(J):
         tl.store(_saved(dA + j * (M * GROUP), part, padded, tile, unit, I, N, M), da[j])
         if not CHUNKED:
