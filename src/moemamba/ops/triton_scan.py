@@ -76,16 +76,19 @@ def selective_scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `moemamba.ops.selective_scan`."""
-    marks = None
-    if seq_idx is not None:
-        valid, starts = boundaries(seq_idx)
-        marks = torch.where(valid, starts * BEGIN.value, PADDING.value).to(torch.int8)
+    marks = None if seq_idx is None else position_marks(seq_idx)
     args = (u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y, final_state, _ = _scan(*args, torch.is_grad_enabled())
     else:  # the way through the dispatcher would take longer than a step of decoding
         y, final_state, _ = _forward(*args, False)
     return y, final_state
+
+
+def position_marks(seq_idx: Tensor) -> Tensor:
+    """(b, l) int8: PLAIN, BEGIN or PADDING."""
+    valid, starts = boundaries(seq_idx)
+    return torch.where(valid, starts * BEGIN.value, PADDING.value).to(torch.int8)
 
 
 def _forward(
