@@ -67,12 +67,17 @@ def _place(length, width, chunk, CHUNKED: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
+def _row(pointer, stride, t, stop, offsets, inside):
+    """The row of position t as it is in memory, zeros from `stop` on."""
+    return tl.load(pointer + _wide(t) * stride + offsets, mask=inside & (t < stop), other=0.0)
+
+
+@triton.jit
 def _rows(pointer, stride, start, stop, offsets, inside, K: tl.constexpr):
-    """K rows from position `start`, zeros from `stop` on, as they are in memory."""
+    """K rows from position `start`."""
     rows = ()
     for k in tl.static_range(K):
-        row = pointer + _wide(start + k) * stride + offsets
-        rows = rows + (tl.load(row, mask=inside & (start + k < stop), other=0.0),)
+        rows = rows + (_row(pointer, stride, start + k, stop, offsets, inside),)
     return rows
 
 
@@ -183,11 +188,7 @@ def forward_kernel(
             zs = _rows(z, z_t, c * chunk, stop, offsets, inside, K)
         for t in range(c * chunk, stop, K):
             mark = _marks(marks, t, stop, K)
-            next_us, next_dts = _rows(u, u_t, t + K, stop, offsets, inside, K), _rows(dt, dt_t, t + K, stop, offsets, inside, K)
-            next_Bs, next_Cs = _rows(B, B_t, t + K, stop, n, n < n_state, K), _rows(C, C_t, t + K, stop, n, n < n_state, K)
-            next_zs = next_us
-            if z is not None:
-                next_zs = _rows(z, z_t, t + K, stop, offsets, inside, K)
+            next_us, next_dts, next_Bs, next_Cs, next_zs = (), (), (), (), ()
             for k in tl.static_range(K):
                 step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
                 h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
@@ -197,6 +198,14 @@ def forward_kernel(
                     out = out * gate * _sigmoid(gate)
                 out = tl.where(mark[k] == PADDING, 0.0, out).to(y.dtype.element_ty)
                 tl.store(y + _wide(t + k) * width + offsets, out, mask=inside & (t + k < stop))
+                next_us = next_us + (_row(u, u_t, t + K + k, stop, offsets, inside),)
+                next_dts = next_dts + (_row(dt, dt_t, t + K + k, stop, offsets, inside),)
+                next_Bs = next_Bs + (_row(B, B_t, t + K + k, stop, n, n < n_state),)
+                next_Cs = next_Cs + (_row(C, C_t, t + K + k, stop, n, n < n_state),)
+                if z is not None:
+                    next_zs = next_zs + (_row(z, z_t, t + K + k, stop, offsets, inside),)
+                else:
+                    next_zs = next_us
             us, dts, Bs, Cs, zs = next_us, next_dts, next_Bs, next_Cs, next_zs
     if not CHUNKED:
         where, mask = _state_tile(final, batch, width, n_state, channel, n, unit)
@@ -227,12 +236,14 @@ def summarise_forward_kernel(
     Bs = _rows(B, B_t, c * chunk, stop, n, n < n_state, K)
     for t in range(c * chunk, stop, K):
         mark = _marks(marks, t, stop, K)
-        next_us, next_dts = _rows(u, u_t, t + K, stop, offsets, inside, K), _rows(dt, dt_t, t + K, stop, offsets, inside, K)
-        next_Bs = _rows(B, B_t, t + K, stop, n, n < n_state, K)
+        next_us, next_dts, next_Bs = (), (), ()
         for k in tl.static_range(K):
             step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
             h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
             total += tl.where(mark[k] == BEGIN, float("inf"), step)
+            next_us = next_us + (_row(u, u_t, t + K + k, stop, offsets, inside),)
+            next_dts = next_dts + (_row(dt, dt_t, t + K + k, stop, offsets, inside),)
+            next_Bs = next_Bs + (_row(B, B_t, t + K + k, stop, n, n < n_state),)
         us, dts, Bs = next_us, next_dts, next_Bs
     tl.store(_saved(sums, batch * chunks + c, padded, tile, unit, I, N, N), h)
     tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
@@ -272,11 +283,7 @@ def summarise_backward_kernel(
         t = c * chunk + (groups - 1 - group) * K
         before = tl.maximum(t - K, 0)
         mark = _marks(marks, t, stop, K)
-        next_dts, next_dys = _rows(dt, dt_t, before, stop, offsets, inside, K), _rows(dy, width, before, stop, offsets, inside, K)
-        next_Cs = _rows(C, C_t, before, stop, n, n < n_state, K)
-        next_zs = next_dys
-        if z is not None:
-            next_zs = _rows(z, z_t, before, stop, offsets, inside, K)
+        next_dts, next_dys, next_Cs, next_zs = (), (), (), ()
         for k in tl.static_range(K - 1, -1, -1):
             step, dout = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(dys[k], mark[k])
             if z is not None:
@@ -284,6 +291,13 @@ def summarise_backward_kernel(
                 dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
             g = _decay(step, a2, mark[k], marks is not None) * (g + dout[:, None] * Cs[k].to(tl.float32)[None, :])
             total += tl.where(mark[k] == BEGIN, float("inf"), step)
+            next_dts = (_row(dt, dt_t, before + k, stop, offsets, inside),) + next_dts
+            next_dys = (_row(dy, width, before + k, stop, offsets, inside),) + next_dys
+            next_Cs = (_row(C, C_t, before + k, stop, n, n < n_state),) + next_Cs
+            if z is not None:
+                next_zs = (_row(z, z_t, before + k, stop, offsets, inside),) + next_zs
+            else:
+                next_zs = next_dys
         dts, dys, Cs, zs = next_dts, next_dys, next_Cs, next_zs
     tl.store(_saved(sums, batch * chunks + c, padded, tile, unit, I, N, N), g)
     tl.store(totals + (batch * chunks + c) * width + offsets, total, mask=inside)
@@ -398,12 +412,14 @@ def backward_kernel(
             t = c * chunk + group * K
             tl.store(_saved(replay, group, I, 0, unit, I, N, N), h)
             mark = _marks(marks, t, stop, K)
-            next_us, next_dts = _rows(u, u_t, t + K, stop, offsets, inside, K), _rows(dt, dt_t, t + K, stop, offsets, inside, K)
-            next_every_B = _rows(B, B_t, t + K, stop, every_n, every_n < n_state, K)
+            next_us, next_dts, next_every_B = (), (), ()
             for k in tl.static_range(K):
                 step = _step(dts[k], step_bias, mark[k], SOFTPLUS)
                 decay = _decay(step, every_a2, mark[k], marks is not None)
                 h = decay * h + (step * _input(us[k], mark[k]))[:, None] * every_B[k].to(tl.float32)[None, :]
+                next_us = next_us + (_row(u, u_t, t + K + k, stop, offsets, inside),)
+                next_dts = next_dts + (_row(dt, dt_t, t + K + k, stop, offsets, inside),)
+                next_every_B = next_every_B + (_row(B, B_t, t + K + k, stop, every_n, every_n < n_state),)
             us, dts, every_B = next_us, next_dts, next_every_B
         t = c * chunk + (groups - 1) * K
         us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
@@ -411,6 +427,7 @@ def backward_kernel(
         zs = dys
         if z is not None:
             zs = _rows(z, z_t, t, stop, offsets, inside, K)
+        Bs, Cs = _rows(B, B_t, t, stop, n, n < n_state, K), _rows(C, C_t, t, stop, n, n < n_state, K)
         beginnings = _blocks(replay, groups - 1, unit, I, N, M)
         for group in range(groups):
             t = c * chunk + (groups - 1 - group) * K
@@ -432,8 +449,11 @@ def backward_kernel(
                 outs, ddrives, dsteps = outs + (skip * x,), ddrives + (tl.zeros_like(x),), dsteps + (tl.zeros_like(x),)
             carried, grown = (), ()
             for j in tl.static_range(J):
-                Bs = _rows(B, B_t, t, stop, j * M + n, j * M + n < n_state, K)
-                Cs = _rows(C, C_t, t, stop, j * M + n, j * M + n < n_state, K)
+                ahead, there = ((j + 1) % J) * M + n, t  # the next M states, or the first of the group before
+                if j == J - 1:
+                    there = before
+                next_Bs = _rows(B, B_t, there, stop, ahead, ahead < n_state, K)
+                next_Cs = _rows(C, C_t, there, stop, ahead, ahead < n_state, K)
                 state = beginnings[j]
                 hs, decays, sums = (state,), (), ()
                 for k in tl.static_range(K):
@@ -465,6 +485,7 @@ def backward_kernel(
                 time = t + 2 * pair + term % 2
                 cell = _wide(time) * n_state + states + term // 2 % 2 * (_wide(tiles) * rows * n_state)
                 tl.store(dB + cell, dBCs, mask=(states < n_state) & (time < stop) & (pair < K // 2))
+                Bs, Cs = next_Bs, next_Cs
                 carried, grown = carried + (adjoint,), grown + (da_j,)
             g, da = carried, grown
             for k in tl.static_range(K):
