@@ -12,7 +12,11 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton")
 
 # The file that holds each op's kernels, by backend; an op that is missing runs on the reference.
-KERNELS: dict[str, dict[str, str]] = {"reference": {}, "cpu": {}, "triton": {"selective_scan": "triton_scan", "causal_conv1d": "triton_conv"}}
+KERNELS: dict[str, dict[str, str]] = {
+    "reference": {},
+    "cpu": {},
+    "triton": {"selective_scan": "triton_scan", "causal_conv1d": "triton_conv"},
+}
 
 _forced: str | None = None
 

@@ -113,7 +113,9 @@ def backward_kernel(
         sent = tl.zeros((I,), tl.float32)
         if dfinal is not None:
             mask = inside & (end == length)
-            sent = tl.load(dfinal + (batch * width + channel) * HISTORY + HISTORY - back, mask=mask, other=0.0).to(tl.float32)
+            sent = tl.load(dfinal + (batch * width + channel) * HISTORY + HISTORY - back, mask=mask, other=0.0).to(
+                tl.float32
+            )
         pending = pending + (sent,)
     doffset = tl.zeros((I,), tl.float32)
     for group in range(tl.cdiv(end - start, K)):

@@ -12,17 +12,8 @@ import triton
 from torch import Tensor
 
 from .packing import boundaries
-from .triton_scan_kernels import (
-    BEGIN,
-    GROUP,
-    PADDING,
-    WIDEST,
-    backward_kernel,
-    carry_kernel,
-    forward_kernel,
-    summarise_backward_kernel,
-    summarise_forward_kernel,
-)
+from .triton_scan_backward import backward_kernel, summarise_backward_kernel
+from .triton_scan_kernels import BEGIN, GROUP, PADDING, WIDEST, carry_kernel, forward_kernel, summarise_forward_kernel
 
 # Without a hidden stride a state tile is laid out along d_state, as it is in memory: right for reading one, once.
 step_kernel = triton.jit(forward_kernel.fn)
@@ -179,7 +170,10 @@ def _backward(
         dfinal = adjoints
     new = u.new_empty
     padded = triton.cdiv(width, WIDEST.value) * WIDEST.value
-    scratch = new((parts * tiles, triton.cdiv(how.chunk, LAUNCH["backward"]["K"]), how.states, how.backward_tile), dtype=torch.float32)
+    scratch = new(
+        (parts * tiles, triton.cdiv(how.chunk, LAUNCH["backward"]["K"]), how.states, how.backward_tile),
+        dtype=torch.float32,
+    )
     dA = new((parts, padded // GROUP.value, how.states, GROUP.value), dtype=torch.float32)
     dBC = new((2, tiles, batch, length, n_state), dtype=torch.float32)
     dD, dbias = new((2, parts, width), dtype=torch.float32)
@@ -187,7 +181,7 @@ def _backward(
         backward_kernel[(parts * tiles,)](
             dy, u, dt, natural, B, C, D, z, dt_bias, marks, starts, dfinal, scratch,
             grads[0], grads[1], grads[6], dA, dBC, dD, dbias, dinitial,
-            *u.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *_strides(z), batch * length, *sizes,
+            *u.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *_strides(z), batch, *sizes,
             CHUNKED=how.chunked, SOFTPLUS=dt_softplus,
             I=how.backward_tile, N=how.states, PRECISION="tf32x3" if u.dtype == torch.float32 else "tf32", **LAUNCH["backward"],
         )  # fmt: skip
