@@ -15,7 +15,7 @@ BACKENDS = ("reference", "cpu", "triton")
 KERNELS: dict[str, tuple[str, ...]] = {
     "reference": (),
     "cpu": ("causal_conv1d", "expert_feedforward", "expert_linear", "grouped_linear", "selective_scan"),
-    "triton": (),
+    "triton": ("causal_conv1d", "selective_scan"),
 }
 
 INSTALLED = {
