@@ -40,7 +40,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, AttentionState]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d), and the state that continues it; zero output at padding."""
         batch, length, _ = x.shape
-        q, k, v = self.qkv_proj(x).view(batch, length, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (b, h, l, d/h)
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (b, h, l, d/h)
         time = torch.arange(length, device=x.device)
         first = time.new_zeros(batch) if state is None else F.pad(state.positions, (1, 0), value=-1).amax(1) + 1
         place = first[:, None] + time if seq_idx is None else positions(seq_idx, first)  # (b, l)

@@ -151,7 +151,7 @@ class LinearExperts(nn.Module):
     def forward(self, x: Tensor, routing: Routing, gated: bool) -> Tensor:
         """x (b, l, d) -> (b, l, d_out): the sum of the chosen experts, each weighed by its gate if `gated`."""
         y = ops.expert_linear(x.flatten(0, 1), routing.indices, routing.gates if gated else None, self.weight)
-        return y.view(*x.shape[:2], -1)
+        return y.unflatten(0, x.shape[:2])
 
 
 class MoE(nn.Module):
@@ -191,7 +191,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d_out), zero where dropped or padding, and what the router did."""
         routing: Routing = self.router(x, seq_idx)
-        y: Tensor = self.experts(x.flatten(0, 1), routing).view(*x.shape[:2], -1)
+        y: Tensor = self.experts(x.flatten(0, 1), routing).unflatten(0, x.shape[:2])
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if seq_idx is None else shared.masked_fill(seq_idx[..., None] < 0, 0))

@@ -1,6 +1,5 @@
 """Which backend an op uses: the fastest that can run, unless one is asked for by name."""
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -11,8 +10,13 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton")
 
-# The file that holds each op's kernels, by backend; an op that is missing runs on the reference.
-KERNELS: dict[str, dict[str, str]] = {"reference": {}, "cpu": {}, "triton": {}}
+# The ops that a backend has kernels for; others run on the reference.
+KERNELS: dict[str, tuple[str, ...]] = {"reference": (), "cpu": ("causal_conv1d", "selective_scan"), "triton": ()}
+
+INSTALLED = {
+    "cpu": importlib.util.find_spec("numba") is not None,
+    "triton": importlib.util.find_spec("triton") is not None,
+}
 
 _forced: str | None = None
 
@@ -28,6 +32,8 @@ def choose(op: str, tensor: Tensor) -> str:
         if op not in KERNELS[_forced]:
             return "reference"
         reason = why_not(_forced, device)
+        if reason is None and tensor.dtype == torch.float64:
+            reason = f'the {_forced} backend accumulates in float32; use ops.backend("reference") for float64'
         if reason:
             raise RuntimeError(reason)
         return _forced
@@ -38,15 +44,21 @@ def choose(op: str, tensor: Tensor) -> str:
 
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
-    """The function that computes `op` on tensors like this one: same name and arguments in every backend's file."""
-    file = KERNELS[choose(op, tensor)].get(op, "reference")
-    return getattr(importlib.import_module(f"{__package__}.{file}"), op)  # type: ignore[no-any-return]
+    """The function that computes `op` on tensors like this one: same name and arguments in every backend."""
+    match choose(op, tensor):  # imported here, since kernels take their time to load; torch.compile traces imports
+        case "cpu":
+            from . import cpu as backend
+        case "triton":
+            from . import triton as backend
+        case _:
+            from . import reference as backend
+    return getattr(backend, op)  # type: ignore[no-any-return]
 
 
 def why_not(name: str, device: str) -> str | None:
     """Why a backend cannot run on a device ("cpu", "cuda"): one sentence with the remedy, or None if it can."""
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not INSTALLED["triton"]:
             return "the triton backend needs the package triton, which comes with PyTorch's CUDA builds on Linux"
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return (
@@ -54,7 +66,7 @@ def why_not(name: str, device: str) -> str | None:
                 "TRITON_INTERPRET=1 to step through the kernels on the CPU"
             )
     if name == "cpu":
-        if importlib.util.find_spec("numba") is None:
+        if not INSTALLED["cpu"]:
             return "the cpu backend needs the package numba: pip install numba"
         if device != "cpu":
             return f"the cpu backend runs on CPU tensors, and these are on {device}; move the model to the CPU"

@@ -71,7 +71,6 @@ def _scan_chunk(
     if dt_softplus:
         step = F.softplus(step)
     if valid is not None:  # a step of length zero changes nothing: decay 1, input 0
-        x = x.masked_fill(~valid[..., None], 0)
         step = step.masked_fill(~valid[..., None], 0)
     decay = torch.exp(step[..., None] * A.to(dtype))  # (b, c, i, n)
     drive = (step * x)[..., None] * B.to(dtype)[:, :, None, :]  # (b, c, i, n)

@@ -1,0 +1,312 @@
+"""What the CPU kernels share: compiling once, running over threads, and float32 arithmetic that LLVM vectorises.
+
+A kernel is a numba function `kernel(first, last, *arguments)` that does the tasks first .. last - 1 of a list that the
+work was cut into. The cut depends on the shapes alone and tasks share no output, so that results are bit for bit the
+same for every number of threads. Tensors are handed over as addresses, so that each kernel is compiled exactly once,
+for every dtype, layout and absent argument, and so that a call costs microseconds (it is made for every token).
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.core import event
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .packing import boundaries
+
+TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
+
+Rows = tuple[int, int, int, int]
+
+# `contract` lets multiplication and addition fuse; nothing that could change what infinities and NaN do.
+FAST = {"contract", "nsz"}
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile at the first call, for this machine's vector units, and keep the result on disk where that is possible."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST | {"reassoc"}}
+    try:
+        compiled = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no folder that it may write to: compile in every process
+        compiled = numba.njit(**options)(function)
+    _kernels.add(function.__qualname__)
+    return compiled  # type: ignore[no-any-return]
+
+
+_kernels: set[str] = set()
+
+
+class _Announce(event.Listener):  # type: ignore[misc]
+    """Say what the pause is when a kernel has to be compiled; one that is read from the cache stays silent."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        function = event.data["dispatcher"].py_func
+        if not self.said and function.__module__.startswith(__package__) and function.__qualname__ in _kernels:
+            self.said = True
+            print("moemamba: compiling the CPU kernels, once (about 10 s)", file=sys.stderr, flush=True)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Announce())
+
+
+def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
+    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (elements) is worth waking them."""
+    threads = min(torch.get_num_threads(), tasks) if work > 32768 else 1
+    bounds = [tasks * i // threads for i in range(threads + 1)]
+    others = [_pool().submit(compiled, *bounds[i : i + 2], *arguments) for i in range(1, threads)]
+    compiled(*bounds[:2], *arguments)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="moemamba")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def rows(tensor: Tensor | None) -> Rows:
+    """A (b, l, channels) tensor for `read` and `write`: address, strides of b and l, size of an element (bytes).
+
+    The channels must be contiguous (see `readable`); an absent tensor has address 0.
+    """
+    if tensor is None:
+        return 0, 0, 0, 0
+    size = tensor.element_size()
+    batch, time, _ = tensor.stride()
+    return tensor.data_ptr(), batch * size, time * size, size
+
+
+def readable(tensor: Tensor | None) -> Tensor | None:
+    """The same tensor with contiguous channels, in a dtype that `read` knows."""
+    if tensor is None:
+        return None
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """The same tensor as contiguous float32, for `floats`."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+PADDING, START = 0, 2  # marks of a position; 1 is any other token
+
+
+def marks(seq_idx: Tensor | None) -> Tensor | None:
+    """(b, l) uint8: what each position is to a recurrence."""
+    if seq_idx is None:
+        return None
+    valid, starts = boundaries(seq_idx)
+    return valid.to(torch.uint8) + starts.to(torch.uint8)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go through the dispatcher, where autograd and torch.compile see it.
+
+    A plain call skips it, because its overhead would be most of the time of generating a token.
+    """
+    return wants_grad(*tensors) or torch.compiler.is_compiling() or type(tensors[0]) is not Tensor
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum over the first dimension in its order, whatever the number of threads."""
+    total = torch.zeros_like(parts[0]) if len(parts) == 0 else parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+# --- inside kernels: memory ---
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _half_pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(16).as_pointer())
+
+    return types.CPointer(types.uint16)(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _byte_pointer(context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.uint8)(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits(context: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _from_bits(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _nearest(context: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = builder.module.declare_intrinsic("llvm.nearbyint", [ir.FloatType()])
+        return builder.call(function, args)
+
+    return types.float32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _integer(context: Any, x: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fptosi(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def floats(address: int, shape: Any) -> Any:
+    """A contiguous float32 array at an address."""
+    return carray(_float_pointer(address), shape)
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def bytes_at(address: int, shape: Any) -> Any:
+    """A contiguous uint8 array at an address."""
+    return carray(_byte_pointer(address), shape)
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def read(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> None:
+    """row[:count] = tensor[b, t, first : first + count] as float32."""
+    address, batch, time, size = tensor
+    address += b * batch + t * time + first * size
+    if size == 4:
+        source = carray(_float_pointer(address), count)
+        for c in range(count):
+            row[c] = source[c]
+    else:
+        halves = carray(_half_pointer(address), count)
+        for c in range(count):
+            row[c] = _from_bits(np.uint32(halves[c]) << np.uint32(16))
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def write(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> None:
+    """tensor[b, t, first : first + count] = row[:count], rounded to nearest even for bfloat16."""
+    address, batch, time, size = tensor
+    address += b * batch + t * time + first * size
+    if size == 4:
+        target = carray(_float_pointer(address), count)
+        for c in range(count):
+            target[c] = row[c]
+    else:
+        halves = carray(_half_pointer(address), count)
+        for c in range(count):
+            bits = _bits(row[c])
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            halves[c] = np.uint16(rounded if row[c] == row[c] else np.uint32(0x7FC0))
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
+    """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
+    tile[:] = _ZERO
+    if matrix:
+        m = tile.shape[0]
+        source = floats(matrix + 4 * m * first, (count, m))
+        for j in range(m):
+            for c in range(count):
+                tile[j, c] = source[c, j]
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
+    """The inverse of `load_columns`."""
+    m = tile.shape[0]
+    target = floats(matrix + 4 * m * first, (count, m))
+    for c in range(count):
+        for j in range(m):
+            target[c, j] = tile[j, c]
+
+
+# --- inside kernels: arithmetic ---
+
+LOG2E = np.float32(1.4426950408889634)
+LN2 = np.float32(0.6931471805599453)
+_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
+_LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
+# 2^x = 1 + x p(x) on [-1/2, 1/2], fitted for the largest relative error: 9e-8, and exact at zero.
+_P0, _P1, _P2, _P3, _P4 = map(
+    np.float32,
+    (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472731307149),
+)
+# atanh(s) = s q(s²) / 2 on [0, 1/3]: 4e-9.
+_Q0, _Q1, _Q2, _Q3, _Q4 = map(
+    np.float32, (2.0, 0.6666631698608398, 0.40024909377098083, 0.27960604429244995, 0.2817833423614502)
+)
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def exp2(x: Any) -> Any:
+    """2^x, flushed to 2^-126 and capped at 2^127; NaN stays NaN."""
+    x = _LOWEST if x < _LOWEST else x
+    x = _HIGHEST if x > _HIGHEST else x
+    whole = _nearest(x)
+    x = x - whole
+    p = ((((_P4 * x + _P3) * x + _P2) * x + _P1) * x + _P0) * x + _ONE
+    return _from_bits(_bits(p) + (_integer(whole) << np.uint32(23)))
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def sigmoid(x: Any) -> Any:
+    return _ONE / (_ONE + exp2(-LOG2E * x))
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def softplus(x: Any) -> Any:
+    """log(1 + e^x) = max(x, 0) + log(1 + y) with y = e^-|x|, and log(1 + y) = 2 atanh(y / (2 + y))."""
+    y = exp2(-LOG2E * abs(x))
+    s = y / (_TWO + y)
+    q = s * s
+    return max(x, _ZERO) + s * ((((_Q4 * q + _Q3) * q + _Q2) * q + _Q1) * q + _Q0)

@@ -1,0 +1,138 @@
+"""Floor 0: configurations, presets and counting, none of which need torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moemamba import MoEMamba, count_parameters, preset, presets
+from moemamba.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    RoutedMambaConfig,
+    from_dict,
+    parse_pattern,
+    to_dict,
+)
+from moemamba.counting import flops_per_token, state_bytes
+
+# Non-embedding parameters, total and active, as the paper's tables round them and its authors' code counts them.
+PAPER = {
+    "mamba-25m": (27_131_904, 27_131_904),
+    "moe-mamba-25m": (542_228_480, 26_329_088),
+    "transformer-25m": (25_202_688, 25_202_688),
+    "transformer-moe-25m": (545_406_976, 25_313_280),
+    "mamba-100m": (120_717_312, 120_717_312),
+    "moe-mamba-100m": (2_439_069_696, 117_522_432),
+    "transformer-moe-100m": (2_454_110_208, 113_688_576),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_have_the_papers_parameter_counts(name):
+    count = count_parameters(preset(name))
+    assert (count.total, count.active) == PAPER[name]
+
+
+def test_a_preset_takes_changes_of_any_part():
+    config = preset("moe-mamba-25m", n_experts=32, n_blocks=4)
+    assert config.experts.n_experts == 32 and config.n_blocks == 4 and config.experts.d_expert == 1536
+    assert round(count_parameters(preset("moe-mamba-25m", n_experts=32)).total / 1e6, 2) == 416.36
+
+
+VARIANTS = {
+    **{name: preset(name) for name in presets()},
+    "tied": ModelConfig("MF", 2, 48, tie_embeddings=True, feedforward=FeedForwardConfig(40, "gelu", bias=True)),
+    "odd": ModelConfig("M(ME)A", 3, 36, attention=AttentionConfig(3), norm="layernorm", final_norm=False),
+    "shared experts": ModelConfig("E", 2, 32, experts=ExpertsConfig(4, top_k=2, n_shared_experts=2)),
+    "routed, shared": ModelConfig("R", 2, 32, routed=RoutedMambaConfig(("conv",))),
+    "routed, independent": ModelConfig("R", 2, 32, routed=RoutedMambaConfig(("gate", "out"), "independent")),
+}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_counting_agrees_with_the_model(config):
+    with torch.device("meta"):
+        model = MoEMamba(config)
+    count = count_parameters(config)
+    assert count.total + count.embedding == sum(p.numel() for p in model.parameters())
+    assert len(config.routers) == len(model.router_names)
+    unused = sum(
+        parameter.numel() * (experts.n_experts - experts.top_k) // experts.n_experts
+        for path, experts in zip(model.router_names, config.routers, strict=True)
+        for name, parameter in model.get_submodule(path).named_parameters()
+        if name.endswith(
+            ("experts.up_proj", "experts.down_proj", "conv_proj.weight", "gate_proj.weight", "out_proj.weight")
+        )
+        and parameter.ndim == 3
+    )
+    assert count.active == count.total - unused
+
+
+@pytest.mark.parametrize("pattern", ["M", "A", "ME"])
+def test_state_and_flops_match_what_the_model_does(pattern):
+    config = ModelConfig(pattern, 2, 32, attention=AttentionConfig(2))
+    model = MoEMamba(config).eval()
+    tokens = torch.zeros(1, 6, dtype=torch.int64)
+    with torch.no_grad():
+        assert model(tokens).state.nbytes == state_bytes(config, context=6)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens)
+    products = 6 * flops_per_token(config, 0) - 6 * 2 * pattern.count("M") * 9 * config.d_inner * config.mamba.d_state
+    # The formula counts every weight once for a token; the counter sees products only, so norms and the like remain.
+    assert counter.get_total_flops() == pytest.approx(products, rel=0.06)
+
+
+def test_json_round_trip():
+    for config in VARIANTS.values():
+        assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_patterns():
+    assert parse_pattern("M(ME)E") == ("M", "ME", "E")
+    assert ModelConfig("ME", n_blocks=2).layers == ("M", "E", "M", "E")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: preset("moe-mamba-24m"), "there is no preset 'moe-mamba-24m'; choose one of"),
+        (lambda: preset("mamba-25m", d_modle=3), "d_modle does not name one field"),
+        (lambda: preset("mamba-25m", activation="relu"), "it is in experts and in feedforward"),
+        (lambda: ModelConfig("MX"), "'X' at position 1; use the letters M (Mamba)"),
+        (lambda: ModelConfig("M(E"), "lacks a closing parenthesis"),
+        (lambda: ModelConfig(""), "has no layer"),
+        (lambda: ModelConfig(d_model=-5), "d_model is -5; it must be greater than 0"),
+        (lambda: ModelConfig(d_model=2.5), "d_model is 2.5; expected int"),
+        (lambda: ModelConfig(norm="batch"), "norm is 'batch'; expected one of 'rmsnorm', 'layernorm'"),
+        (lambda: ModelConfig("A", d_model=100, attention=AttentionConfig(3)), "n_heads is 3"),
+        (lambda: ExpertsConfig(4, top_k=5), "top_k is 5, more than n_experts = 4"),
+        (lambda: ExpertsConfig(z_weight=-1.0), "z_weight is -1.0; it must be 0 or more"),
+        (lambda: RoutedMambaConfig(()), "name one or more of conv, gate, out"),
+        (
+            lambda: RoutedMambaConfig(experts=ExpertsConfig(n_shared_experts=1)),
+            "shared routing has linear experts only",
+        ),
+        (lambda: from_dict(ModelConfig, {"mamba": {"d_stat": 3}}), "config.mamba has the unknown key 'd_stat'"),
+        (lambda: from_dict(ModelConfig, {"experts": 3}), "config.experts is 3; expected the fields of ExpertsConfig"),
+    ],
+)
+def test_bad_values_are_named_with_what_would_work(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_counting_imports_no_torch():
+    code = """
+import sys, moemamba as mm
+print(mm.count_parameters(mm.preset('moe-mamba-100m')))
+assert 'torch' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "total=2439069696, active=117522432" in done.stdout

@@ -1,0 +1,105 @@
+"""Generation: the same tokens as a full forward pass of everything so far, whatever the batch."""
+
+import pytest
+import torch
+
+from moemamba import ModelConfig, MoEMamba, generate
+from moemamba.config import AttentionConfig
+from moemamba.inference import Sampling, generation, stream
+from moemamba.inference.sampling import sample
+
+PROMPTS = [[1, 2, 3], [9], [4, 4, 5, 6, 7, 8, 1]]
+
+
+@pytest.fixture(scope="module", params=["ME", "MAR", "AE"])
+def model(request):
+    torch.manual_seed(0)
+    model = MoEMamba(ModelConfig(request.param, 2, 32, vocab_size=29, attention=AttentionConfig(2))).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def slow_greedy(model, prompt, count):
+    tokens = list(prompt)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    model.train()
+    return tokens[len(prompt) :]
+
+
+def test_greedy_is_a_full_forward_for_each_token(model, monkeypatch):
+    monkeypatch.setattr(generation, "PREFILL", 4)  # so that a prompt takes several calls
+    expected = [slow_greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 12, temperature=0) == expected
+    assert [generate(model, prompt, 12, temperature=0) for prompt in PROMPTS] == expected
+    assert generate(model, torch.tensor(PROMPTS[0]), 12, temperature=0) == expected[0]
+    assert model.training  # left as it was
+
+
+def test_a_row_stops_by_itself(model):
+    free = generate(model, PROMPTS, 12, temperature=0)
+    stop = free[1][3]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert generate(model, PROMPTS, 12, temperature=0, stop=[stop]) == expected
+
+
+def test_a_seed_repeats(model):
+    first, again, other = (generate(model, PROMPTS, 20, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_streaming_yields_each_token_as_it_comes(model):
+    steps = stream(model, PROMPTS, 5, Sampling(temperature=0))
+    assert [list(row) for row in zip(*steps, strict=True)] == generate(model, PROMPTS, 5, temperature=0)
+    assert generate(model, PROMPTS[0], 0) == []
+
+
+LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        (Sampling(), 5),
+        (Sampling(top_k=2), 2),
+        (Sampling(top_k=99), 5),
+        (Sampling(top_p=0.6), 2),
+        (Sampling(top_p=0.5), 1),
+        (Sampling(top_p=1.0), 5),
+        (Sampling(min_p=0.2), 3),
+        (Sampling(top_k=3, top_p=0.9), 3),
+        (Sampling(temperature=0), 1),
+    ],
+)
+def test_sampling_draws_from_what_is_left(sampling, kept):
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(LOGITS.expand(20_000, -1), sampling, generator).bincount(minlength=5) / 20_000
+    expected = LOGITS.exp()[0] * (torch.arange(5) < kept)
+    torch.testing.assert_close(drawn, expected / expected.sum(), atol=0.015, rtol=0)
+
+
+def test_temperature_sharpens_and_flattens():
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(LOGITS.expand(20_000, -1), Sampling(temperature=2.0), generator).bincount(minlength=5) / 20_000
+    torch.testing.assert_close(drawn, (LOGITS[0] / 2).softmax(0), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
+        ({"prompts": []}, "prompt 0 has no tokens"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    model = MoEMamba(ModelConfig("M", 1, 16, vocab_size=29))
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompts": [1], **arguments})
