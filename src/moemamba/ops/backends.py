@@ -11,7 +11,11 @@ from torch import Tensor
 BACKENDS = ("reference", "cpu", "triton")
 
 # The ops that a backend has kernels for; others run on the reference.
-KERNELS: dict[str, tuple[str, ...]] = {"reference": (), "cpu": ("causal_conv1d", "selective_scan"), "triton": ()}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "cpu": ("causal_conv1d", "selective_scan"),
+    "triton": ("expert_feedforward", "expert_linear", "grouped_linear", "linear_cross_entropy"),
+}
 
 INSTALLED = {
     "cpu": importlib.util.find_spec("numba") is not None,

@@ -1,1 +1,6 @@
 """The ops that have kernels in Triton, one file a family."""
+
+from .triton_cross_entropy import linear_cross_entropy
+from .triton_experts import expert_feedforward, expert_linear, grouped_linear
+
+__all__ = ["expert_feedforward", "expert_linear", "grouped_linear", "linear_cross_entropy"]

@@ -71,27 +71,27 @@ def _feedforward(
     """y (t, o), then what the backward pass needs: rows (r, d), kept (r, g, f), and the three of `Order`."""
     tiles = choose_tiles(x, indices.numel(), up.shape[0])
     order = sort_by_expert(indices, up.shape[0], tiles.rows)
-    up, down = _prepare(up, down, x.dtype)
-    _, groups, width, _ = up.shape
+    wide_up, wide_down = _prepare(up, down, x.dtype)
+    n_experts, groups, width, depth = wide_up.shape
     rows, _ = _gather(x, None, order, indices.shape[1])
     hidden = rows.new_empty(rows.shape[0], width)
     before = hidden[:, None] if activation == "relu" else rows.new_empty(rows.shape[0], groups, width)
     half = tiles.columns // 2
     kernels.first_product[_programs(x)](
         _blocks(rows, tiles.rows, tiles.depth),
-        _blocks(up, 1, groups, tiles.columns // groups, tiles.depth),
+        _blocks(wide_up, 1, groups, tiles.columns // groups, tiles.depth),
         _blocks(hidden, tiles.rows, half),
         _blocks(before, tiles.rows, 1, half),
         order.experts,
         order.bounds,
-        up.shape[0],
-        up.shape[3],
+        n_experts,
+        depth,
         width,
         ACTIVATION=activation,
         **_options(tiles, tiles.stages - 1),  # the epilogue needs shared memory too
     )
     out = x.new_empty(indices.numel(), down.shape[1])
-    _last_product(hidden, down, out, gates, order, tiles)
+    _last_product(hidden, wide_down, out, gates, order, tiles)
     return _sum_choices(out, indices.shape[1]), rows, before, *order
 
 

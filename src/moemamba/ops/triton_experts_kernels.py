@@ -120,12 +120,13 @@ def last_product(
             else:
                 w = weight.load([expert, column, k]).reshape(COLUMNS, DEPTH).T
             product = tl.dot(x.load([row, k]), w, product, input_precision="tf32x3")
-        product = tl.where(expert < n_experts, product, 0.0)  # no earlier kernel wrote the rows of dropped pairs
+        product = tl.where(expert < n_experts, product, 0.0)  # the rows of dropped pairs hold anything, x and inputs too
         pairs = tl.load(order + row + tl.arange(0, ROWS))
         left, right = _halves(product)
         if dgates is not None:
             share = tl.sum(left * inputs.load([row, column]), 1)
             share += tl.sum(right * inputs.load([row, column + COLUMNS // 2]), 1)
+            share = tl.where(expert < n_experts, share, 0.0)
             tl.store(dgates + (tile % across).to(tl.int64) * n_pairs + pairs, share, mask=pairs >= 0)
         gate = _gates(gates, pairs)
         _scatter(left * gate, out, pairs, column, width)
