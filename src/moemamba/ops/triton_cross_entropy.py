@@ -44,7 +44,7 @@ def _cross_entropy(
         h = hidden[start : start + chunk]
         part = torch.mm(h, weight.T, out=logits[: h.shape[0]])
         _softmax[(h.shape[0],)](
-            part, targets[start:], losses[start:], v, wide, ignore_index, GRADIENT=gradients, BLOCK=2048, num_warps=4
+            part, targets[start:], losses[start:], v, wide, ignore_index, GRADIENT=gradients, BLOCK=4096, num_warps=16
         )
         if gradients:
             torch.mm(part, weight, out=dhidden[start : start + chunk])

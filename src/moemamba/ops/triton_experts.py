@@ -126,6 +126,7 @@ def _feedforward_backward(
     dy_rows, dy_scaled = _gather(dy, gates, order, top_k)
     hidden = kept[:, 0] if activation == "relu" else rows.new_empty(rows.shape[0], width)
     dbefore = torch.empty_like(kept)
+    whole, tiles = tiles, tiles._replace(columns=tiles.columns // (1 if activation == "relu" else 2))  # more registers
     dgates = _partial(gates, width, tiles)
     half = tiles.columns // 2
     kernels.last_product_backward[_programs(rows)](
@@ -144,6 +145,7 @@ def _feedforward_backward(
         ACTIVATION=activation,
         **_options(tiles, tiles.stages - 1),
     )
+    tiles = whole
     dx = rows.new_empty(tokens * top_k, d)
     dbefore = dbefore.flatten(1)
     _last_product(dbefore, wide_up.flatten(1, 2), dx, None, order, tiles, transposed=True)

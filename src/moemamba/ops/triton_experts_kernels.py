@@ -42,12 +42,14 @@ def _halves(x):
 def _activate(x, ACTIVATION: tl.constexpr):
     """activation(x) and its slope; for "relu", x may also be the activated value."""
     if ACTIVATION == "relu":
-        return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
-    if ACTIVATION == "gelu":  # x sigmoid(2 u) is the tanh approximation
+        value, slope = tl.maximum(x, 0.0), (x > 0).to(tl.float32)
+    elif ACTIVATION == "gelu":  # x sigmoid(2 u) is the tanh approximation
         s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
-    s = tl.sigmoid(x)  # silu, also the gate of swiglu
-    return x * s, s + x * s * (1 - s)
+        value, slope = x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    else:  # silu, also the gate of swiglu
+        s = tl.sigmoid(x)
+        value, slope = x * s, s + x * s * (1 - s)
+    return value, slope
 
 
 @triton.jit
@@ -85,8 +87,10 @@ def first_product(
 def _gates(gates, pairs):
     """The pairs' gates as a column; one without gates."""
     if gates is None:
-        return tl.full((pairs.shape[0], 1), 1.0, tl.float32)
-    return tl.load(gates + pairs, mask=pairs >= 0, other=0.0)[:, None]
+        column = tl.full((pairs.shape[0], 1), 1.0, tl.float32)
+    else:
+        column = tl.load(gates + pairs, mask=pairs >= 0, other=0.0)[:, None]
+    return column
 
 
 @triton.jit
@@ -166,12 +170,12 @@ def last_product_backward(
         row = tile // across * ROWS
         column = tile % across * COLUMNS
         expert = tl.load(tile_experts + tile // across)
-        pairs = tl.load(order + row + tl.arange(0, ROWS))
-        gate = _gates(gates, pairs)
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, depth, DEPTH):
             w = weight.load([expert, k, column]).reshape(DEPTH, COLUMNS)
             product = tl.dot(dy.load([row, k]), w, product, input_precision="tf32x3")
+        pairs = tl.load(order + row + tl.arange(0, ROWS))
+        gate = _gates(gates, pairs)
         left, right = _halves(product)
         share = _activation_backward(left, gate, before, dbefore, hidden, row, column, ACTIVATION)
         share += _activation_backward(right, gate, before, dbefore, hidden, row, column + COLUMNS // 2, ACTIVATION)
