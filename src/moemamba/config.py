@@ -33,7 +33,7 @@ class MambaConfig:
     """rank of the step-size projection, r; ceil(d_model / 16) if None"""
 
     def __post_init__(self) -> None:
-        _validate(self, positive=("d_state", "d_conv", "expand", "dt_rank"))
+        validate(self, positive=("d_state", "d_conv", "expand", "dt_rank"))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ExpertsConfig:
     """loss-free balancing (arXiv 2408.15664): how far a step moves each expert's selection bias against its load"""
 
     def __post_init__(self) -> None:
-        _validate(
+        validate(
             self,
             positive=("n_experts", "top_k", "d_expert", "capacity_factor"),
             not_negative=("n_shared_experts", "balance_weight", "z_weight", "bias_rate"),
@@ -81,7 +81,7 @@ class RoutedMambaConfig:
     """d_expert, activation and n_shared_experts concern independent routing alone"""
 
     def __post_init__(self) -> None:
-        _validate(self)
+        validate(self)
         if not self.projections or len(set(self.projections)) < len(self.projections):
             raise ValueError(f"projections is {self.projections!r}; name one or more of conv, gate, out, each once")
         if self.routing == "shared" and self.experts.n_shared_experts:
@@ -100,7 +100,7 @@ class AttentionConfig:
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
-        _validate(self, positive=("n_heads", "rope_base"))
+        validate(self, positive=("n_heads", "rope_base"))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class FeedForwardConfig:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        _validate(self, positive=("d_ff",))
+        validate(self, positive=("d_ff",))
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ModelConfig:
     """default: normal, residual outputs scaled down with depth; paper: MoE-Mamba's truncated normal"""
 
     def __post_init__(self) -> None:
-        _validate(self, positive=("n_blocks", "d_model", "vocab_size"))
+        validate(self, positive=("n_blocks", "d_model", "vocab_size"))
         parse_pattern(self.pattern)
         if "A" in self.pattern and (self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2):
             raise ValueError(
@@ -282,7 +282,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where} is {value!r}; expected {expected}")
 
 
-def _validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
     for name, hint in typing.get_type_hints(type(config)).items():
         _convert(hint, getattr(config, name), name)

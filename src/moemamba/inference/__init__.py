@@ -1,6 +1,18 @@
 """Generation from a trained model. Never imports training."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .config import Sampling
-from .generation import generate, stream
+
+if TYPE_CHECKING:
+    from .generation import generate, stream
 
 __all__ = ["Sampling", "generate", "stream"]
+
+
+def __getattr__(name: str) -> Any:
+    """Generation needs torch, which `Sampling` does not: it loads on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".generation", __name__), name)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ BACKENDS = ("reference", "cpu", "triton")
 # The ops that a backend has kernels for; others run on the reference.
 KERNELS: dict[str, tuple[str, ...]] = {
     "reference": (),
-    "cpu": ("causal_conv1d", "selective_scan"),
+    "cpu": ("causal_conv1d", "expert_feedforward", "expert_linear", "grouped_linear", "selective_scan"),
     "triton": ("expert_feedforward", "expert_linear", "grouped_linear", "linear_cross_entropy"),
 }
 
@@ -49,13 +50,20 @@ def choose(op: str, tensor: Tensor) -> str:
 
 def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
     """The function that computes `op` on tensors like this one: same name and arguments in every backend."""
+    backend: ModuleType
     match choose(op, tensor):  # imported here, since kernels take their time to load; torch.compile traces imports
         case "cpu":
-            from . import cpu as backend
+            from . import cpu
+
+            backend = cpu
         case "triton":
-            from . import triton as backend
+            from . import triton
+
+            backend = triton
         case _:
-            from . import reference as backend
+            from . import reference
+
+            backend = reference
     return getattr(backend, op)  # type: ignore[no-any-return]
 
 

@@ -1,6 +1,7 @@
 """The ops that have kernels for the CPU, one file a family."""
 
 from .cpu_conv import causal_conv1d
+from .cpu_experts import expert_feedforward, expert_linear, grouped_linear
 from .cpu_scan import selective_scan
 
-__all__ = ["causal_conv1d", "selective_scan"]
+__all__ = ["causal_conv1d", "expert_feedforward", "expert_linear", "grouped_linear", "selective_scan"]

@@ -1,18 +1,16 @@
 """Causal depthwise convolution on the CPU: a task walks a tile of channels of one row through time.
 
-The last k inputs stay in a ring, which is all that padding and sequence boundaries have to know about: padding leaves it
-alone, a new sequence empties it. The backward pass walks forward in time too, with a ring of gradients beside it.
+The last k inputs stay in a ring, which is all that padding and sequence boundaries have to know about: padding
+leaves it alone, a new sequence empties it. The backward pass walks forward in time too, with a ring of gradients.
 """
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cpu_kernel import (
-    FAST,
     PADDING,
     START,
     TILE,
@@ -20,6 +18,7 @@ from .cpu_kernel import (
     address,
     bytes_at,
     floats,
+    inner,
     kernel,
     load_columns,
     marks,
@@ -36,7 +35,8 @@ from .cpu_kernel import (
 )
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_NOWHERE = 1 << 62  # the place of a slot that no input has filled
+_CHUNK = 32  # positions that are fetched together, to hide the memory behind each other
+_NOWHERE = -(1 << 62)  # the place of a slot that no input has filled
 
 
 def causal_conv1d(
@@ -50,24 +50,24 @@ def causal_conv1d(
     """See `moemamba.ops.causal_conv1d`."""
     dtype = x.dtype
     history = None if initial_state is None else initial_state.to(dtype)
-    tensors = (readable(x), plain(weight), plain(bias), plain(history))
-    op = _forward if traced(*tensors) else _run_forward
-    y, final_state = op(*tensors, activation == "silu", marks(seq_idx))
+    x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
+    op = _forward if traced(x, weight, bias, history) else _run_forward
+    y, final_state = op(x, weight, bias, history, activation == "silu", marks(seq_idx))
     return y.to(dtype), final_state.to(dtype)
 
 
 # --- the two kernels ---
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def _convolve(out: Any, bias: Any, taps: Any, ring: Any, now: int) -> None:
     """out = bias + sum_j taps_j x_(now - k + 1 + j), the inputs by their place in the ring."""
     k = taps.shape[0]
     out[:] = bias
     for j in range(k):
-        row = ring[(now + 1 + j) % k]
+        slot = (now + 1 + j) % k
         for c in range(TILE):
-            out[c] += taps[j, c] * row[c]
+            out[c] += taps[j, c] * ring[slot, c]
 
 
 @kernel
@@ -87,42 +87,46 @@ def _conv(
     batch, length, width, k = shape
     tiles = (width + TILE - 1) // TILE
     mark = bytes_at(marks, (batch, length))
-    ring, taps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
-    out, shift = np.empty(TILE, np.float32), np.empty((1, TILE), np.float32)
+    taps, shift = np.empty((k, TILE), np.float32), np.empty((1, TILE), np.float32)
+    block, out = np.zeros((_CHUNK, TILE), np.float32), np.empty((_CHUNK, TILE), np.float32)
+    ring = np.empty((k, TILE), np.float32)
     for task in range(first, last):
         b, channel = task // tiles, task % tiles * TILE
         count = min(TILE, width - channel)
         load_columns(taps, weight, channel, count)
         load_columns(shift, bias, channel, count)
-        ring[:] = _ZERO
         load_columns(ring[: k - 1], initial_state, b * width + channel, count)
-        now = k - 1  # how many inputs, the history counted, came before; the ring holds input j in slot j % k
-        for t in range(length):
-            if marks and mark[b, t] == PADDING:
-                out[:] = _ZERO
-                write(out, y, b, t, channel, count)
-                continue
-            if marks and mark[b, t] == START:
-                ring[:] = _ZERO
-            read(ring[now % k], x, b, t, channel, count)
-            _convolve(out, shift[0], taps, ring, now)
+        ring[k - 1] = _ZERO
+        now = k - 1  # inputs so far, the history counted; input m is in slot m % k of the ring
+        for start in range(0, length, _CHUNK):
+            size = min(_CHUNK, length - start)
+            read(block[:size], x, b, start, channel, count)
+            for j in range(size):
+                if marks and mark[b, start + j] == PADDING:
+                    out[j] = _ZERO  # and silu(0) = 0
+                    continue
+                if marks and mark[b, start + j] == START:
+                    ring[:] = _ZERO
+                ring[now % k] = block[j]
+                _convolve(out[j], shift[0], taps, ring, now)
+                now += 1
             if silu:
-                for c in range(TILE):
-                    out[c] *= sigmoid(out[c])
-            write(out, y, b, t, channel, count)
-            now += 1
+                for j in range(size):
+                    for c in range(TILE):
+                        out[j, c] *= sigmoid(out[j, c])
+            write(out[:size], y, b, start, channel, count)
         target = floats(final_state, (batch, width, k - 1))
         for j in range(k - 1):
             target[b, channel : channel + count, j] = ring[(now + 1 + j) % k, :count]
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
-def _flush(gradient: Any, place: int, dx: Rows, dinitial_state: Any, b: int, first: int, count: int) -> None:
-    """Hand over the finished gradient of the input at a place: a position, or a column of the history counted from -1."""
-    if place >= 0 and place != _NOWHERE:
+@inner
+def _flush(gradient: Any, place: int, dx: Rows, dhistory: Any, b: int, first: int, count: int) -> None:
+    """Hand over a finished gradient: of the input at position `place`, or of column `-1 - place` of the history."""
+    if place >= 0:
         write(gradient, dx, b, place, first, count)
-    elif place < 0:
-        dinitial_state[b, first : first + count, -1 - place] = gradient[:count]
+    elif place != _NOWHERE:
+        dhistory[b, first : first + count, -1 - place] = gradient[0, :count]
 
 
 @kernel
@@ -143,69 +147,65 @@ def _conv_backward(
     dbias: int,
     dinitial_state: int,
 ) -> None:
+    """All gradients; those of weight and bias stay apart by row."""
     batch, length, width, k = shape
     tiles = (width + TILE - 1) // TILE
     mark = bytes_at(marks, (batch, length))
-    ring, dring, taps = (
-        np.empty((k, TILE), np.float32),
-        np.empty((k, TILE), np.float32),
-        np.empty((k, TILE), np.float32),
-    )
-    place = np.empty(k, np.int64)
-    dtaps, shift, dshift = (
-        np.empty((k, TILE), np.float32),
-        np.empty((1, TILE), np.float32),
-        np.empty((1, TILE), np.float32),
-    )
-    out, g = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
-    dinitial = floats(dinitial_state, (batch, width, k - 1))
+    dhistory = floats(dinitial_state, (batch, width, k - 1))
     dfinal = floats(dfinal_state, (batch, width, k - 1))
+    taps, dtaps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
+    shift, dshift = np.empty((1, TILE), np.float32), np.empty((1, TILE), np.float32)
+    block, g = np.zeros((_CHUNK, TILE), np.float32), np.zeros((_CHUNK, TILE), np.float32)
+    ring, dring, place = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32), np.empty(k, np.int64)
+    out, nothing = np.empty(TILE, np.float32), np.zeros((1, TILE), np.float32)
     for task in range(first, last):
         b, channel = task // tiles, task % tiles * TILE
         count = min(TILE, width - channel)
         load_columns(taps, weight, channel, count)
         load_columns(shift, bias, channel, count)
+        load_columns(ring[: k - 1], initial_state, b * width + channel, count)
+        ring[k - 1] = _ZERO
+        dring[:] = _ZERO
         dtaps[:] = _ZERO
         dshift[:] = _ZERO
-        ring[:] = _ZERO
-        dring[:] = _ZERO
-        load_columns(ring[: k - 1], initial_state, b * width + channel, count)
         for j in range(k):
             place[j] = -1 - j if j < k - 1 else _NOWHERE
         now = k - 1
-        for t in range(length):
-            if marks and mark[b, t] == PADDING:
-                out[:] = _ZERO
-                write(out, dx, b, t, channel, count)
-                continue
-            if marks and mark[b, t] == START:
-                for j in range(k):
-                    _flush(dring[j], place[j], dx, dinitial, b, channel, count)
-                ring[:] = _ZERO
-                place[:] = _NOWHERE
-            slot = now % k
-            _flush(dring[slot], place[slot], dx, dinitial, b, channel, count)
-            place[slot] = t
-            dring[slot] = _ZERO
-            read(ring[slot], x, b, t, channel, count)
-            read(g, dy, b, t, channel, count)
-            if silu:
-                _convolve(out, shift[0], taps, ring, now)
+        for start in range(0, length, _CHUNK):
+            size = min(_CHUNK, length - start)
+            read(block[:size], x, b, start, channel, count)
+            read(g[:size], dy, b, start, channel, count)
+            for j in range(size):
+                if marks and mark[b, start + j] == PADDING:
+                    write(nothing, dx, b, start + j, channel, count)
+                    continue
+                if marks and mark[b, start + j] == START:
+                    for slot in range(k):
+                        _flush(dring[slot : slot + 1], place[slot], dx, dhistory, b, channel, count)
+                    ring[:] = _ZERO
+                    place[:] = _NOWHERE
+                slot = now % k
+                _flush(dring[slot : slot + 1], place[slot], dx, dhistory, b, channel, count)
+                place[slot] = start + j
+                dring[slot] = _ZERO
+                ring[slot] = block[j]
+                if silu:
+                    _convolve(out, shift[0], taps, ring, now)
+                    for c in range(TILE):
+                        open_ = sigmoid(out[c])
+                        g[j, c] *= open_ * (_ONE + out[c] * (_ONE - open_))
+                for tap in range(k):
+                    slot = (now + 1 + tap) % k
+                    for c in range(TILE):
+                        dtaps[tap, c] += g[j, c] * ring[slot, c]
+                        dring[slot, c] += g[j, c] * taps[tap, c]
                 for c in range(TILE):
-                    open_ = sigmoid(out[c])
-                    g[c] *= open_ * (_ONE + out[c] * (_ONE - open_))
-            for j in range(k):
-                slot = (now + 1 + j) % k
-                for c in range(TILE):
-                    dtaps[j, c] += g[c] * ring[slot, c]
-                    dring[slot, c] += g[c] * taps[j, c]
-            for c in range(TILE):
-                dshift[0, c] += g[c]
-            now += 1
+                    dshift[0, c] += g[j, c]
+                now += 1
         for j in range(k - 1):
             dring[(now + 1 + j) % k, :count] += dfinal[b, channel : channel + count, j]
-        for j in range(k):
-            _flush(dring[j], place[j], dx, dinitial, b, channel, count)
+        for slot in range(k):
+            _flush(dring[slot : slot + 1], place[slot], dx, dhistory, b, channel, count)
         store_columns(dweight, b * width + channel, count, dtaps)
         store_columns(dbias, b * width + channel, count, dshift)
 

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import carray, types  # type: ignore[attr-defined]  # carray is public, but not in __all__
 from numba.core import event
 from numba.extending import intrinsic
 from torch import Tensor
@@ -27,13 +27,14 @@ from .packing import boundaries
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 
 Rows = tuple[int, int, int, int]
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 # `contract` lets multiplication and addition fuse; nothing that could change what infinities and NaN do.
 FAST = {"contract", "nsz"}
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile at the first call, for this machine's vector units, and keep the result on disk where that is possible."""
+    """Compile at the first call, for this machine's vector units, and keep the result on disk if that can be."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST | {"reassoc"}}
     try:
         compiled = numba.njit(cache=True, **options)(function)
@@ -41,6 +42,11 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
         compiled = numba.njit(**options)(function)
     _kernels.add(function.__qualname__)
     return compiled  # type: ignore[no-any-return]
+
+
+def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that kernels call. Without numba's check for division by zero, which would keep loops scalar."""
+    return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 _kernels: set[str] = set()
@@ -95,7 +101,7 @@ def rows(tensor: Tensor | None) -> Rows:
     return tensor.data_ptr(), batch * size, time * size, size
 
 
-def readable(tensor: Tensor | None) -> Tensor | None:
+def readable(tensor: MaybeTensor) -> MaybeTensor:
     """The same tensor with contiguous channels, in a dtype that `read` knows."""
     if tensor is None:
         return None
@@ -104,7 +110,7 @@ def readable(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def plain(tensor: Tensor | None) -> Tensor | None:
+def plain(tensor: MaybeTensor) -> MaybeTensor:
     """The same tensor as contiguous float32, for `floats`."""
     return None if tensor is None else tensor.float().contiguous()
 
@@ -147,108 +153,80 @@ def summed(parts: Tensor) -> Tensor:
 # --- inside kernels: memory ---
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _float_pointer(context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.FloatType().as_pointer())
+def _instruction(argument: Any, result: Any, emit: Callable[[Any, Any], Any]) -> Any:
+    """A function for kernels that is a single LLVM instruction: `emit(builder, value)` writes it."""
 
-    return types.CPointer(types.float32)(types.int64), generate
+    def describe(context: Any, x: Any) -> Any:
+        return result(argument), lambda context, builder, signature, values: emit(builder, values[0])
 
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _half_pointer(context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(16).as_pointer())
-
-    return types.CPointer(types.uint16)(types.int64), generate
+    return intrinsic(describe)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _byte_pointer(context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.CPointer(types.uint8)(types.int64), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _bits(context: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _from_bits(context: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
+_FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
+_nearest = _instruction(
+    types.float32, types.float32, lambda b, x: b.call(b.module.declare_intrinsic("llvm.nearbyint", [_FLOAT]), [x])
+)
+_integer = _instruction(types.float32, types.uint32, lambda b, x: b.fptosi(x, _INT32))
+_bits = _instruction(types.float32, types.uint32, lambda b, x: b.bitcast(x, _INT32))
+_from_bits = _instruction(types.uint32, types.float32, lambda b, x: b.bitcast(x, _FLOAT))
+_float_pointer = _instruction(
+    types.int64, types.CPointer(types.float32), lambda b, x: b.inttoptr(x, _FLOAT.as_pointer())
+)
+_half_pointer = _instruction(
+    types.int64, types.CPointer(types.uint16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
+)
+_byte_pointer = _instruction(
+    types.int64, types.CPointer(types.uint8), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer())
+)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _nearest(context: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        function = builder.module.declare_intrinsic("llvm.nearbyint", [ir.FloatType()])
-        return builder.call(function, args)
-
-    return types.float32(types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _integer(context: Any, x: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fptosi(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def floats(address: int, shape: Any) -> Any:
     """A contiguous float32 array at an address."""
     return carray(_float_pointer(address), shape)
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def bytes_at(address: int, shape: Any) -> Any:
     """A contiguous uint8 array at an address."""
     return carray(_byte_pointer(address), shape)
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
-def read(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> None:
-    """row[:count] = tensor[b, t, first : first + count] as float32."""
+@inner
+def read(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) -> None:
+    """block[j, :count] = tensor[b, start + j, first : first + count] as float32, for every row j of the block."""
     address, batch, time, size = tensor
-    address += b * batch + t * time + first * size
-    if size == 4:
-        source = carray(_float_pointer(address), count)
-        for c in range(count):
-            row[c] = source[c]
-    else:
-        halves = carray(_half_pointer(address), count)
-        for c in range(count):
-            row[c] = _from_bits(np.uint32(halves[c]) << np.uint32(16))
+    for j in range(block.shape[0]):
+        place = address + b * batch + (start + j) * time + first * size
+        if size == 4:
+            source = carray(_float_pointer(place), count)
+            for c in range(count):
+                block[j, c] = source[c]
+        else:
+            halves = carray(_half_pointer(place), count)
+            for c in range(count):
+                block[j, c] = _from_bits(np.uint32(halves[c]) << np.uint32(16))
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
-def write(row: Any, tensor: Rows, b: int, t: int, first: int, count: int) -> None:
-    """tensor[b, t, first : first + count] = row[:count], rounded to nearest even for bfloat16."""
+@inner
+def write(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) -> None:
+    """The inverse of `read`, rounding to the nearest bfloat16, ties to even."""
     address, batch, time, size = tensor
-    address += b * batch + t * time + first * size
-    if size == 4:
-        target = carray(_float_pointer(address), count)
-        for c in range(count):
-            target[c] = row[c]
-    else:
-        halves = carray(_half_pointer(address), count)
-        for c in range(count):
-            bits = _bits(row[c])
-            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            halves[c] = np.uint16(rounded if row[c] == row[c] else np.uint32(0x7FC0))
+    for j in range(block.shape[0]):
+        place = address + b * batch + (start + j) * time + first * size
+        if size == 4:
+            target = carray(_float_pointer(place), count)
+            for c in range(count):
+                target[c] = block[j, c]
+        else:
+            halves = carray(_half_pointer(place), count)
+            for c in range(count):
+                bits = _bits(block[j, c])
+                rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                halves[c] = np.uint16(rounded if block[j, c] == block[j, c] else np.uint32(0x7FC0))
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
     """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
     tile[:] = _ZERO
@@ -260,7 +238,7 @@ def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
                 tile[j, c] = source[c, j]
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
     """The inverse of `load_columns`."""
     m = tile.shape[0]
@@ -287,7 +265,7 @@ _Q0, _Q1, _Q2, _Q3, _Q4 = map(
 )
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def exp2(x: Any) -> Any:
     """2^x, flushed to 2^-126 and capped at 2^127; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
@@ -298,12 +276,12 @@ def exp2(x: Any) -> Any:
     return _from_bits(_bits(p) + (_integer(whole) << np.uint32(23)))
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + exp2(-LOG2E * x))
 
 
-@numba.njit(fastmath=FAST, error_model="numpy")
+@inner
 def softplus(x: Any) -> Any:
     """log(1 + e^x) = max(x, 0) + log(1 + y) with y = e^-|x|, and log(1 + y) = 2 atanh(y / (2 + y))."""
     y = exp2(-LOG2E * abs(x))

@@ -145,7 +145,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
     """See `moemamba.ops.expert_linear`."""
-    return _dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: grouped_linear(rows, weight, counts))
+    return dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: grouped_linear(rows, weight, counts))
 
 
 def expert_feedforward(
@@ -156,10 +156,10 @@ def expert_feedforward(
     def experts(rows: Tensor, counts: Tensor) -> Tensor:
         return grouped_linear(ACTIVATIONS[activation](grouped_linear(rows, up, counts)), down, counts)
 
-    return _dispatch(x, indices, gates, up.shape[0], experts)
+    return dispatch(x, indices, gates, up.shape[0], experts)
 
 
-def _dispatch(
+def dispatch(
     x: Tensor, indices: Tensor, gates: Tensor | None, n_experts: int, experts: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Sort the (token, choice) pairs by expert, apply the experts, and sum what each token's choices return."""
@@ -168,7 +168,7 @@ def _dispatch(
     order = flat.argsort(stable=True)  # pairs that no expert takes (index n_experts) come last
     counts = F.one_hot(flat, n_experts + 1).sum(0)[:n_experts]
     token = order // top_k
-    y = experts(x[token], counts).to(torch.promote_types(x.dtype, torch.float32))
+    y = experts(x.index_select(0, token), counts).to(torch.promote_types(x.dtype, torch.float32))
     if gates is not None:
         y = y * gates.flatten()[order, None]
     return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, token, y).to(x.dtype)

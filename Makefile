@@ -1,0 +1,48 @@
+# Two commands: make demo, make test. Every target sets up .venv by itself, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# What the demo trains; make demo STEPS=20 SEEDS=1 is a quick look.
+STEPS ?= 300
+SEEDS ?= 2
+OUT ?= runs/demo
+DEMO := mamba=mamba-tiny moe-mamba=moe-mamba-tiny
+
+.PHONY: demo test check format test-gpu bench clean
+
+demo: .venv/installed  ## train Mamba and MoE-Mamba of equal active size on Python's standard library, compare, sample
+	$(BIN)/moemamba compare $(DEMO) --steps $(STEPS) --seeds $(SEEDS) --out $(OUT)
+	@echo
+	$(BIN)/moemamba generate $(OUT)/moe-mamba/seed-0 --prompt 'def ' --max-new-tokens 400 --temperature 0.8 --seed 0
+
+test: .venv/developing  ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: .venv/developing
+	$(BIN)/python -m pytest -m gpu
+
+check: .venv/developing  ## format, lint and types
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+format: .venv/developing
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+bench: .venv/developing  ## each benchmark ends in one line of JSON
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf .venv
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moemamba needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/developing: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

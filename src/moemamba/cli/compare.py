@@ -1,0 +1,55 @@
+"""`moemamba compare`: models trained on the same batches over seeds, a table and a report."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, Suppress, arg
+
+from ..config import ModelConfig
+from ..experiments.contender import parse_contenders
+from ..training.config import TrainConfig
+from .terminal import parse, show, stopped
+
+
+@dataclass(frozen=True)
+class Budget(TrainConfig):
+    """A training run but for what differs between runs."""
+
+    model: Suppress[ModelConfig] = field(default_factory=ModelConfig)
+    run: Suppress[str] = ""
+    seed: Suppress[int] = 0
+    data_seed: Suppress[int] = 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several models on the same data in the same order, over seeds; print a table and write a report."""
+
+    models: Positional[tuple[str, ...]]
+    """two or more, the baseline first: PRESET, NAME=PRESET or NAME=config.json, each with changes behind commas if
+    wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002"""
+    seeds: int = 2
+    out: str = "runs/compare"
+    """directory of the runs, results.json and report.html; a comparison that was stopped goes on there"""
+    budget: Annotated[Budget, arg(name="")] = field(default_factory=Budget)
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Compare, arguments, "compare")
+    contenders = parse_contenders(asked.models)
+    from ..experiments.compare import compare
+    from ..experiments.report import notes
+    from ..experiments.results import HEADER, cells
+
+    out, command = Path(asked.out), shlex.join(["moemamba", "compare", *arguments])
+    try:
+        found = compare(contenders, asked.budget, asked.seeds, out, command=command)
+    except KeyboardInterrupt:
+        stopped(out, command)
+        raise
+    print()
+    show(cells(found.rows, asked.budget.steps), HEADER)
+    print(f"\n{notes(asked.seeds)}\n\nreport: {out / 'report.html'}")

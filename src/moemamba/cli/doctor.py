@@ -1,0 +1,68 @@
+"""`moemamba doctor`: versions, devices, and which backend each op uses and why."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .. import __version__
+from .info import size
+from .terminal import parse, show
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Versions, devices, and which backend each op uses and why."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parse(Doctor, arguments, "doctor")
+    show(versions())
+    print()
+    show(backends(), ("op", "device", "backend", "why not the others"))
+
+
+def versions() -> list[tuple[str, ...]]:
+    """What the package stands on, and the devices there are."""
+    import torch
+
+    rows: list[tuple[str, ...]] = [
+        ("moemamba", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    for name in ("torch", "triton", "numba", "numpy", "safetensors", "tokenizers"):
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    instructions = torch.backends.cpu.get_cpu_capability()
+    rows.append(("cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}"))
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        rows.append((f"cuda:{index}", f"{device.name}, {size(device.total_memory)}, CUDA {torch.version.cuda}"))
+    if not torch.cuda.is_available():
+        build = f"no device, though torch is built for CUDA {torch.version.cuda}"
+        rows.append(("cuda", build if torch.version.cuda else "none: torch is a build for the CPU"))
+    return rows
+
+
+def backends() -> list[tuple[str, ...]]:
+    """One row for each op on each kind of device."""
+    import torch
+
+    from .. import ops
+    from ..ops.backends import KERNELS
+
+    def reason(op: str, backend: str, device: str) -> str:
+        if op not in KERNELS[backend]:
+            return f"{backend}: has no kernel for it"
+        return ops.why_not(backend, device) or f"{backend}: runs where ops.backend({backend!r}) asks for it"
+
+    rows: list[tuple[str, ...]] = []
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for op in sorted({op for kernels in KERNELS.values() for op in kernels}):
+            used = ops.choose(op, torch.empty(0, device=device))
+            others = [name for name in ("triton", "cpu") if name != used]
+            rows.append((op, device, used, "; ".join(reason(op, name, device) for name in others)))
+    return rows

@@ -1,0 +1,60 @@
+"""`moemamba eval`: how well a run's model predicts a text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ..training.config import TrainConfig
+from .terminal import find_device, parse, show
+from .train import begun
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure how well a run's model predicts a text."""
+
+    run: Positional[str]
+    """a run directory or a checkpoint"""
+    data: str | None = None
+    """text to predict, a file or a folder; the held-out text of the run if None"""
+    context: int | None = None
+    """tokens in a window; as in the run if None"""
+    batch_size: int = 16
+    tokens: int | None = None
+    """predict about that many at most; all if None"""
+    device: str = "auto"
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Eval, arguments, "eval")
+    from ..checkpoint import load
+    from ..training.data import cache_directory, prepare
+    from ..training.evaluate import evaluate
+
+    model, tokenizer = load(asked.run, find_device(asked.device))
+    path = Path(asked.run)
+    run = begun(path) or begun(path.parent.parent) or TrainConfig()  # a run, a checkpoint of one, or a model alone
+    source, held_out = (asked.data, asked.data) if asked.data else (run.data, run.validation)
+    corpus = prepare(source, tokenizer, cache_directory(path / "tokens"), held_out)
+    found = evaluate(
+        model,
+        corpus.validation,
+        context=asked.context or run.context,
+        batch_size=asked.batch_size,
+        most=asked.tokens,
+        reset_state=run.reset_state,
+        drop_gap=any(experts.capacity_factor for experts in model.config.routers),
+    )
+    rows = [
+        ("text", asked.data or f"held-out part of {corpus.name}", f"{found.tokens:,} tokens"),
+        ("loss", f"{found.loss:.4f}", "nats a token"),
+        ("perplexity", f"{found.perplexity:.3f}", ""),
+        ("bits per byte", f"{found.bits_per_byte:.4f}", "comparable between tokenizers"),
+    ]
+    if found.drop_gap is not None:
+        rows.append(
+            ("drop gap", f"{found.drop_gap:+.4f}", "what the capacity limits of training would add to the loss")
+        )
+    show(rows)

@@ -1,0 +1,46 @@
+"""`moemamba generate`: the text is printed as it comes."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from ..inference.config import Sampling
+from .terminal import find_device, parse
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, printing the text as it comes."""
+
+    run: Positional[str]
+    """a run directory or a checkpoint"""
+    prompt: str | None = None
+    """text to continue; - is standard input, and so is no prompt at all where that is not a terminal"""
+    max_new_tokens: int = 400
+    sampling: Annotated[Sampling, arg(name="")] = field(default_factory=Sampling)
+    seed: int | None = None
+    """makes the text repeatable"""
+    device: str = "auto"
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Generate, arguments, "generate")
+    prompt = asked.prompt
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        prompt = sys.stdin.read()
+    from ..checkpoint import load
+    from ..inference import stream
+    from ..tokenizer import StreamDecoder
+
+    model, tokenizer = load(asked.run, find_device(asked.device))
+    ids = tokenizer.encode(prompt or "") or [tokenizer.end_of_text]
+    text = StreamDecoder(tokenizer)
+    print(prompt or "", end="", flush=True)
+    tokens = stream(model, [ids], asked.max_new_tokens, asked.sampling, stop={tokenizer.end_of_text}, seed=asked.seed)
+    for (token,) in tokens:
+        assert token is not None  # of a single row the stream ends with it
+        print(text.push(token), end="", flush=True)
+    print(text.finish())

@@ -1,0 +1,99 @@
+"""`moemamba info`: what a model is and costs, from its configuration alone."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ..config import LETTERS, ModelConfig, from_dict, parse_pattern
+from ..counting import count_parameters, flops_per_token, state_bytes
+from ..presets import PRESETS, preset
+from .terminal import parse, show
+
+
+@dataclass(frozen=True)
+class Info:
+    """Layers, parameters, operations and memory of a model, without building it."""
+
+    model: Positional[str]
+    """a preset, a run directory or a config.json"""
+    context: int = 1024
+    """tokens in a sequence"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Info, arguments, "info")
+    config = find_config(asked.model)
+    print(f"{config.pattern} × {config.n_blocks}, d_model {config.d_model}\n")
+    show(layers(config), ("layer", "letter", "what", "parameters", "active", "times"))
+    print()
+    show(costs(config, asked.context))
+
+
+def find_config(source: str) -> ModelConfig:
+    """The model of a preset, a run directory or checkpoint, or a config.json.
+
+    Raises:
+        ValueError: it is none of these, or a configuration that cannot work.
+    """
+    path = Path(source)
+    file = path / "config.json" if path.is_dir() else path
+    if source in PRESETS or not file.is_file():
+        return preset(source)
+    return from_dict(ModelConfig, json.loads(file.read_text(encoding="utf-8")), str(file))
+
+
+def layers(config: ModelConfig) -> list[tuple[str, ...]]:
+    """One row for each residual sub-layer of the pattern."""
+    rows: list[tuple[str, ...]] = []
+    for number, letters in enumerate(parse_pattern(config.pattern)):
+        one = count_parameters(config.replace(pattern=f"({letters})", n_blocks=1, final_norm=False))
+        what = ", and in parallel ".join(_describe(config, letter) for letter in letters)
+        rows.append((f"{number}", letters, what, f"{one.total:,}", f"{one.active:,}", f"× {config.n_blocks}"))
+    return rows
+
+
+def costs(config: ModelConfig, context: int) -> list[tuple[str, ...]]:
+    """Parameters, operations and memory of the whole model, each with its value and what it means."""
+    count = count_parameters(config)
+    weights = count.total + count.embedding
+    return [
+        ("parameters", f"{count.total:,}", "without embedding and head"),
+        ("active", f"{count.active:,}", "of them, those that one token passes through"),
+        ("embedding, head", f"{count.embedding:,}", f"for a vocabulary of {config.vocab_size:,}"),
+        ("forward pass", f"{flops_per_token(config, context) / 1e6:,.1f} MFLOP", f"a token, at context {context:,}"),
+        ("weights", size(4 * weights), f"float32; {size(2 * weights)} in bfloat16"),
+        ("gradients", size(4 * weights), "float32, while training"),
+        ("optimiser", size(8 * weights), "float32, AdamW's two moments, while training"),
+        ("state", size(state_bytes(config, context)), f"of one sequence after {context:,} tokens"),
+    ]
+
+
+def size(number: float) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.1f} TiB"
+
+
+def _describe(config: ModelConfig, letter: str) -> str:
+    match letter:
+        case "M":
+            return f"Mamba: d_inner {config.d_inner}, d_state {config.mamba.d_state}, dt_rank {config.dt_rank}"
+        case "E":
+            e = config.experts
+            shared = f" + {e.n_shared_experts} shared" if e.n_shared_experts else ""
+            return f"experts: {e.n_experts} × {config.d_expert} {e.activation}, top-{e.top_k}{shared}"
+        case "F":
+            return f"feed-forward: {config.d_ff} {config.feedforward.activation}"
+        case "A":
+            return f"attention: {config.n_heads} heads"
+        case "R":
+            r = config.routed
+            return f"routed Mamba: {r.experts.n_experts} experts in {', '.join(r.projections)}, {r.routing} routing"
+        case _:
+            return LETTERS[letter]

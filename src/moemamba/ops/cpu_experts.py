@@ -1,0 +1,110 @@
+"""Experts on the CPU: one matrix product for each expert that has rows, written straight into its slice of the result.
+
+A handful of tokens, as in generation, goes through its experts' matrices one by one and touches no others.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cpu_kernel import traced
+from .reference import ACTIVATIONS, dispatch
+
+FEW = 4  # choices up to which sorting them costs more than it saves
+
+Expert = Callable[[Tensor, int], Tensor]
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """See `moemamba.ops.grouped_linear`."""
+    return _grouped(x, weight, counts)
+
+
+def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
+    """See `moemamba.ops.expert_linear`."""
+    if indices.numel() <= FEW and not traced(x, gates, weight):
+        return _one_by_one(x, indices, gates, weight.shape, lambda row, e: F.linear(row, weight[e].to(row.dtype)))
+    return dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: _grouped(rows, weight, counts))
+
+
+def expert_feedforward(
+    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
+) -> Tensor:
+    """See `moemamba.ops.expert_feedforward`."""
+    act = ACTIVATIONS[activation]
+    if indices.numel() <= FEW and not traced(x, gates, up, down):
+
+        def expert(row: Tensor, e: int) -> Tensor:
+            return F.linear(act(F.linear(row, up[e].to(row.dtype))), down[e].to(row.dtype))
+
+        return _one_by_one(x, indices, gates, down.shape, expert)
+
+    def experts(rows: Tensor, counts: Tensor) -> Tensor:
+        return _grouped(act(_grouped(rows, up, counts)), down, counts)
+
+    return dispatch(x, indices, gates, up.shape[0], experts)
+
+
+def _one_by_one(x: Tensor, indices: Tensor, gates: Tensor | None, shape: torch.Size, expert: Expert) -> Tensor:
+    """Without gradients: every choice by itself, with weights of `shape` (e, o, ·)."""
+    n_experts, width, _ = shape
+    y = torch.zeros(x.shape[0], width)
+    weights = torch.ones(indices.shape) if gates is None else gates
+    for token, (chosen, shares) in enumerate(zip(indices.tolist(), weights.tolist(), strict=True)):
+        for e, share in zip(chosen, shares, strict=True):
+            if e < n_experts:
+                y[token].add_(expert(x[token], e), alpha=share)
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op("moemamba::cpu_grouped_linear", mutates_args=())
+def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for expert, rows in _groups(counts):
+        torch.mm(x[rows], weight[expert].to(x.dtype).T, out=y[rows])
+    y[int(counts.sum()) :] = 0
+    return y
+
+
+def _groups(counts: Tensor) -> list[tuple[int, slice]]:
+    """Every expert and its rows."""
+    sizes = counts.tolist()
+    return [(e, slice(stop - size, stop)) for e, (size, stop) in enumerate(zip(sizes, accumulate(sizes), strict=True))]
+
+
+@_grouped.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("moemamba::cpu_grouped_linear_backward", mutates_args=())
+def _backward(x: Tensor, weight: Tensor, counts: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+    for expert, rows in _groups(counts):
+        torch.mm(dy[rows], weight[expert].to(x.dtype), out=dx[rows])
+        if weight.dtype == x.dtype:
+            torch.mm(dy[rows].T, x[rows], out=dweight[expert])
+        else:
+            dweight[expert] = dy[rows].T @ x[rows]
+    dx[int(counts.sum()) :] = 0
+    return dx, dweight
+
+
+@_backward.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_backward(*ctx.saved_tensors, dy), None
+
+
+_grouped.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -1,0 +1,91 @@
+"""How a model is trained. No torch here, so that the command line answers at once."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..config import ModelConfig, validate
+from ..presets import preset
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: model, data, schedule, and where it all goes.
+
+    The defaults train a small MoE-Mamba on Python's standard library in a few minutes on two CPU cores.
+
+    Raises:
+        ValueError: a value that cannot work, named with what would.
+    """
+
+    model: ModelConfig = field(default_factory=lambda: preset("moe-mamba-tiny"))
+    """vocab_size is replaced by the tokenizer's"""
+    data: str | None = None
+    """a text file, JSON lines with a "text" field, a folder of such files, a .bin file of uint16 tokens, or a folder of
+    prepared tokens; Python's own standard library if None"""
+    validation: str | None = None
+    """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
+    tokenizer: str = "bytes"
+    """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json"""
+    run: str = "runs/moe-mamba"
+    """directory of this run: configuration, metrics, checkpoints"""
+
+    steps: int = 400
+    batch_size: int = 16
+    """sequences in one optimiser step"""
+    context: int = 256
+    """tokens in a sequence"""
+    accumulate: int = 1
+    """parts that a batch is computed in, to save memory; must divide batch_size"""
+    reset_state: bool = False
+    """begin every document of a packed sequence from an empty state"""
+
+    learning_rate: float = 3e-3
+    warmup: float = 0.05
+    """share of the steps in which the learning rate rises linearly"""
+    final_lr: float = 0.1
+    """share of the learning rate that the cosine ends at"""
+    weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"
+    """what decays: matrices spares A_log, D, biases and norms; all is the paper's recipe"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    """largest norm of the gradient"""
+
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    eval_every: int = 100
+    eval_tokens: int = 65536
+    """validation tokens that an evaluation reads at most"""
+    save_every: int = 100
+    keep: int = 2
+    """newest checkpoints to keep, besides the best"""
+
+    seed: int = 0
+    """of the initial weights"""
+    data_seed: int = 0
+    """of the order of the data"""
+    device: str = "auto"
+    """auto is a GPU where there is one, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of activations; auto is bfloat16 on a GPU. Weights and optimiser are float32"""
+    compile: bool = False
+    """torch.compile the model"""
+    recompute: bool = False
+    """compute activations again in the backward pass, to save memory"""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
+        validate(
+            self,
+            positive=(*counts, "save_every", "keep", "learning_rate", "clip"),
+            not_negative=("warmup", "final_lr", "weight_decay", "beta1", "beta2", "seed", "data_seed"),
+        )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}; "
+                "choose one of its divisors"
+            )
+        for name, most in (("warmup", 1.0), ("final_lr", 1.0), ("beta1", 0.9999999), ("beta2", 0.9999999)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")

@@ -1,0 +1,146 @@
+"""Where text comes from: a file, a folder, JSON lines, or Python's own standard library, as a stream of documents."""
+
+import codecs
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any
+
+STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
+# Not the library's own text, or test data; absent from some distributions, so that leaving it out keeps them alike.
+STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
+DOCUMENT_MARK = b"<|endoftext|>"  # on a line of its own it ends a document
+FEW_FILES = 100
+LARGEST_PART = 16 << 20  # bytes; bounds memory
+BLOCK = 1 << 20
+
+
+class Documents:
+    """The documents of a source, always in the same order, read as a stream.
+
+    A file is a document, but where there are fewer than 100 files of plain text they are cut at line ends into parts of
+    about a hundredth of the whole (1 to 64 KiB), so that there is something to hold out. A line `<|endoftext|>` ends
+    a document too. In JSON lines every line is a document, its "text" field. Empty documents do not count.
+
+    Args:
+        source: a text file, JSON lines, or a folder of such files; Python's standard library if None.
+    Attributes:
+        files: what is read, in order.
+        bytes: their size.
+        skipped: files of the folder that are not UTF-8 text, known once the stream has passed them.
+    Raises:
+        FileNotFoundError: there is nothing at `source`.
+        ValueError: while reading, naming file and place: text that is not UTF-8, a line that is not a document.
+    """
+
+    def __init__(self, source: str | Path | None):
+        self.skipped: list[Path] = []
+        self._folder = True
+        if source is None:
+            self.name, root = "Python's standard library", Path(sysconfig.get_path("stdlib"))
+            self.files = [file for file in _files(root, STDLIB_WITHOUT) if file.suffix in STDLIB_SUFFIXES]
+        elif (root := Path(source)).is_dir():
+            self.name, self.files = str(source), _files(root)
+        elif root.is_file():
+            self.name, self.files, self._folder = str(source), [root], False
+        else:
+            raise FileNotFoundError(f"there is no data at {source}; give a text file, a .jsonl file or a folder")
+        self.bytes = sum(file.stat().st_size for file in self.files)
+        few = len(self.files) < FEW_FILES
+        self._part = min(max(self.bytes // 100, 1 << 10), 64 << 10) if few else LARGEST_PART
+
+    def fingerprint(self) -> list[Any]:
+        """Changes whenever a file does: paths, sizes and times of change."""
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+
+    def __iter__(self) -> Iterator[str]:
+        self.skipped.clear()
+        for file in self.files:
+            if self._folder and not _is_text(file):
+                self.skipped.append(file)
+            elif file.suffix in JSON_SUFFIXES:
+                yield from _json_lines(file)
+            else:
+                yield from _text(file, self._part)
+
+
+def held_out(document: bytes, share: float) -> bool:
+    """Whether a document belongs to the validation data: by its content, so that copies go together, for ever."""
+    digest = hashlib.blake2b(document, digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def _files(root: Path, without: Set[str] = frozenset()) -> list[Path]:
+    """All files below, sorted by path; hidden ones, caches of Python and folders named in `without` left out."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            name for name in folders if not (name.startswith(".") or name == "__pycache__" or name in without)
+        ]
+        found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return [Path(file) for file in sorted(found) if os.path.isfile(file)]
+
+
+def _is_text(file: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with file.open("rb") as stream:
+        try:
+            while block := stream.read(BLOCK):
+                if b"\0" in block:
+                    return False
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+def _text(file: Path, size: int) -> Iterator[str]:
+    """A file's text in documents: cut at marks, and at the first line end after `size` bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    parts: list[str] = []
+    length = position = 0
+    with file.open("rb") as stream:
+        while True:
+            line = stream.readline(BLOCK)  # bounded: a file may be one endless line
+            waiting = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(line, final=not line)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{file} is not UTF-8 text: byte {position - waiting + error.start} ({error.reason}); "
+                    "convert it, for instance with iconv -t utf-8"
+                ) from None
+            marked = line.strip() == DOCUMENT_MARK
+            if not marked:
+                parts.append(text)
+                length += len(line)
+            if (marked or not line or length >= size) and any(parts):
+                yield "".join(parts)
+                parts, length = [], 0
+            if not line:
+                return
+            position += len(line)
+
+
+def _json_lines(file: Path) -> Iterator[str]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line.decode())["text"]
+                if not isinstance(text, str):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError) as error:
+                why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "it is not that"
+                raise ValueError(
+                    f'{file}, line {number}: every line must be a JSON object with a string "text"; {why}'
+                ) from None
+            if text:
+                yield text

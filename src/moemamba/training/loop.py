@@ -1,0 +1,246 @@
+"""The training loop: batches, loss, gradients, update; evaluation and checkpoints on the way."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..counting import count_parameters
+from ..model import MoEMamba
+from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
+from .config import TrainConfig
+from .data import HELD_OUT, Batch, Batches, Corpus, cache_directory, prepare, require_window
+from .documents import Documents, held_out
+from .evaluate import Evaluation, autocast, evaluate
+from .loss import losses
+from .metrics import Measures, Meter, add, measures, router_stats
+from .optim import learning_rate, make_optimizer
+from .progress import Report
+from .run import Position, Run
+
+BPE_TEXT = 1 << 26  # characters that a tokenizer is trained on at most
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or its gradient became infinite or not a number; the run stopped, its checkpoints are good."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    run: Path
+    model: MoEMamba
+    step: int
+    loss: float | None
+    """mean training loss of the last steps, in nats a token"""
+    evaluation: Evaluation | None
+    """the last one"""
+
+
+def train(
+    config: TrainConfig, resume: bool = False, *, stop: int | None = None, report: Report | None = None
+) -> TrainResult:
+    """Train a model in a run directory.
+
+    Args:
+        resume: continue the run in `config.run` from its newest checkpoint, exactly as if it had never stopped.
+        stop: save and return after this step; a later call resumes.
+        report: where progress is shown; standard output if None.
+    Raises:
+        ValueError: data or configuration that cannot work, a resumed run whose configuration or data differ, and
+            (NonFiniteLoss) training that diverged.
+        OSError: the run directory holds a run already, or cannot be written.
+    """
+    report = report or Report()
+    run = Run(config.run)
+    run.claim(resume)
+    device = _device(config)
+    dtype = _dtype(config, device)
+    tokenizer = run.tokenizer() if resume else _tokenizer(config)
+    config = dataclasses.replace(config, model=config.model.replace(vocab_size=tokenizer.vocab_size))
+    if resume:
+        run.check_unchanged(config)
+    corpus = _corpus(config, tokenizer, report)
+    batches = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
+    require_window("the validation data", corpus.validation, config.context)
+    torch.manual_seed(config.seed)
+    model = MoEMamba(config.model).to(device)
+    model.recompute = config.recompute
+    optimizer = make_optimizer(model, config)
+    position = run.restore(model, optimizer, report.note) if resume else Position()
+    if position.step and position.content != corpus.content:
+        raise ValueError(f"the training data of {run.path} has changed since the run began; resume with the same data")
+    position.content = corpus.content
+    if not resume:
+        run.begin(config, tokenizer)
+    _introduce(report, config, corpus, device, dtype, position)
+
+    call: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    last = min(config.steps, stop or config.steps)
+    meter = Meter(config, model.router_names, position.seconds)
+    model.train()
+    report.begin("training", config.steps, position.step)
+    try:
+        for step in range(position.step + 1, last + 1):
+            rate = learning_rate(config, step - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            meter.add(step, *_update(call, model, optimizer, batches[step - 1].to(device), config, dtype))
+            position.step = step
+            saves = step == last or step % config.save_every == 0
+            evaluates = step == config.steps or step % config.eval_every == 0
+            if not (saves or evaluates or step % config.log_every == 0):
+                continue
+            if (failed := meter.first_failure()) is not None:
+                raise _failure(run, batches, failed)
+            line = meter.train_line(step, rate)
+            position.loss = line["loss"]
+            run.log("train", **line)
+            if meter.names:
+                run.log("router", **meter.router_line(step))
+            report.update(step, f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+            if evaluates:
+                position.evaluation, position.evaluated = _evaluate(model, corpus, config, dtype), step
+                result = asdict(position.evaluation)
+                result.update(step=step, tokens=line["tokens"], seconds=round(meter.seconds, 3))
+                run.log("evaluation", **result)
+                report.note(
+                    f"step {step:,}: held-out loss {position.evaluation.loss:.4f}, "
+                    f"{position.evaluation.bits_per_byte:.3f} bits per byte"
+                )
+            if saves:
+                position.seconds = meter.seconds
+                run.save(model, optimizer, tokenizer, position, config.keep)
+            meter.restart()
+    finally:
+        report.end()
+    report.note(f"step {position.step:,} is saved in {run.path}")
+    return TrainResult(run.path, model, position.step, position.loss, position.evaluation)
+
+
+def _update(
+    call: nn.Module,
+    model: MoEMamba,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: TrainConfig,
+    dtype: torch.dtype,
+) -> tuple[Measures, Tensor]:
+    """One optimiser step; returns the batch's measures and the gradient's norm before clipping."""
+    total: Measures = []
+    for part in batch.split(config.accumulate):
+        with autocast(batch.tokens.device, dtype):
+            output = call(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
+        language, auxiliary = losses(output, model.config.routers)
+        # Parts are of one size, so the mean of their means is that of the batch.
+        ((language + auxiliary) / config.accumulate).backward()
+        total = add(total, measures(language, auxiliary, output.router))
+    total = list(torch._foreach_div(total, config.accumulate))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.update_balance_bias(router_stats(total))
+    return total, norm
+
+
+def _evaluate(model: MoEMamba, corpus: Corpus, config: TrainConfig, dtype: torch.dtype) -> Evaluation:
+    return evaluate(
+        model,
+        corpus.validation,
+        context=config.context,
+        batch_size=config.batch_size // config.accumulate,
+        most=config.eval_tokens,
+        reset_state=config.reset_state,
+        dtype=dtype,
+        drop_gap=any(experts.capacity_factor is not None for experts in config.model.routers),
+    )
+
+
+def _failure(run: Run, batches: Batches, step: int) -> NonFiniteLoss:
+    """Write down which batch the step read; the checkpoints are all older than it."""
+    run.log("failure", step=step, windows=batches.chosen(step - 1).tolist(), context=batches.context)
+    return NonFiniteLoss(
+        f"the loss or its gradient is not finite at step {step}; the windows it read are in {run.metrics}, and the "
+        "checkpoints are from before; begin a new run with a lower learning_rate or clip, or a longer warmup"
+    )
+
+
+def _tokenizer(config: TrainConfig) -> Tokenizer:
+    if trained := re.fullmatch(r"bpe-(\d+)", config.tokenizer):
+        return train_bpe(_training_text(config), int(trained[1]))
+    return load_tokenizer(config.tokenizer)
+
+
+def _training_text(config: TrainConfig) -> Iterator[str]:
+    """Documents to train a tokenizer on, those that will be held out left out."""
+    left = BPE_TEXT
+    for text in Documents(config.data):
+        if config.validation is not None or not held_out(text.encode(), HELD_OUT):
+            yield text
+            left -= len(text)
+        if left <= 0:
+            return
+
+
+def _corpus(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus:
+    started = False
+
+    def show(done: int, total: int) -> None:
+        nonlocal started
+        if not started:
+            report.begin("tokenising", total)
+            started = True
+        report.update(done, f"{done / 1e6:,.1f} MB tokenised", total)
+
+    try:
+        corpus = prepare(config.data, tokenizer, cache_directory(Path(config.run) / "tokens"), config.validation, show)
+    finally:
+        report.end()
+    return corpus
+
+
+def _introduce(
+    report: Report, config: TrainConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, position: Position
+) -> None:
+    """The lines that begin a run's output."""
+    count = count_parameters(config.model)
+    for name, tokens in (("data", corpus.train), ("held out", corpus.validation)):
+        report.note(
+            f"{name:10}{len(tokens.ends):,} documents, {len(tokens.ids):,} tokens, {tokens.bytes / 1e6:,.1f} MB of "
+            f"{corpus.name}"
+        )
+    if corpus.skipped:
+        report.note(f"{'':10}{corpus.skipped:,} files skipped, which are not UTF-8 text")
+    report.note(
+        f"{'model':10}{config.model.pattern} x {config.model.n_blocks}, {count.total:,} parameters, {count.active:,} "
+        f"active, and {count.embedding:,} for a vocabulary of {config.model.vocab_size:,}"
+    )
+    backend = ops.choose("selective_scan", torch.empty(0, device=device))
+    report.note(f"{'device':10}{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels")
+    tokens_in_all = config.steps * config.batch_size * config.context
+    at = f"from step {position.step:,} of " if position.step else ""
+    report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens_in_all:,} tokens")
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """Raises ValueError for a device that this machine does not have."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {config.device!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+    return device
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32

@@ -1,0 +1,235 @@
+"""The directory of a training run: configuration, metrics, and checkpoints that resume exactly."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..checkpoint import (
+    CheckpointError,
+    checkpoints,
+    damaged,
+    new_directory,
+    read_json,
+    read_weights,
+    write_json,
+    write_model,
+)
+from ..config import from_dict, to_dict
+from ..model import MoEMamba
+from ..tokenizer import Tokenizer, load_tokenizer
+from .config import TrainConfig
+from .evaluate import Evaluation
+from .optim import load_optimizer_tensors, optimizer_tensors
+
+# What may differ between a run and its resumption: nothing that enters the weights.
+FREE = {"data", "validation", "tokenizer", "run", "device", "log_every", "eval_every", "eval_tokens", "save_every"}
+FREE |= {"keep", "recompute", "compile"}
+
+
+@dataclass
+class Position:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0
+    """optimiser steps done"""
+    seconds: float = 0.0
+    """of work so far"""
+    content: str = ""
+    """hash of the training tokens"""
+    loss: float | None = None
+    """mean training loss of the last steps"""
+    evaluation: Evaluation | None = None
+    """the last one"""
+    evaluated: int | None = None
+    """its step"""
+
+
+class Run:
+    """A run directory.
+
+    `config.json`, `train.json`, `tokenizer.json` and `metrics.jsonl` describe the run; `checkpoints/00001000/` holds
+    the model after 1,000 steps as `moemamba.load` reads it, with the optimiser (`training.safetensors`) and the
+    position (`training.json`).
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "train.json").exists()
+
+    def claim(self, resume: bool) -> None:
+        """Check, before any work, that the run can be written here.
+
+        Raises:
+            FileExistsError: it holds a run that is not to be resumed.
+            FileNotFoundError: it holds no run to resume.
+            OSError: it cannot be written.
+        """
+        if self.exists and not resume:
+            raise FileExistsError(
+                f"{self.path} already holds a run; resume it (--resume), or choose another run directory"
+            )
+        if resume and not self.exists:
+            raise FileNotFoundError(f"{self.path} holds no run to resume; start one without --resume")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise OSError(
+                f"cannot write to the run directory {self.path}: {error.strerror}; choose another (--run)"
+            ) from error
+        for leftover in (self.path / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover)  # of a process that was killed while it saved
+
+    def begin(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
+        """Write what describes the run; train.json comes last, so that with it the rest is there."""
+        self._replace("tokenizer.json", tokenizer.to_json())
+        self._replace("config.json", json.dumps(to_dict(config.model), indent=2) + "\n")
+        self._replace("train.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+    def config(self) -> TrainConfig:
+        """How the run was begun."""
+        file = self.path / "train.json"
+        return from_dict(TrainConfig, read_json(file), str(file))
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path)
+
+    def check_unchanged(self, config: TrainConfig) -> None:
+        """Raises ValueError if a field differs that would change the course of the run."""
+        then, now = dict(_flat(to_dict(self.config()))), dict(_flat(to_dict(config)))
+        for name, value in now.items():
+            if name.split(".")[0] not in FREE and then.get(name) != value:
+                raise ValueError(
+                    f"{name} is {value!r}, but the run in {self.path} began with {then.get(name)!r}; "
+                    "resume with that value, or begin a new run"
+                )
+
+    def log(self, kind: str, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"kind": kind, **values}) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {self.metrics}: {error.strerror}; free space, then resume the run") from error
+
+    def save(
+        self, model: MoEMamba, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, position: Position, keep: int
+    ) -> None:
+        """Write a checkpoint, then remove those that are neither among the newest `keep` nor the best evaluated."""
+        folder = self.path / "checkpoints" / f"{position.step:08d}"
+        with new_directory(folder) as beside:
+            write_model(beside, model, tokenizer)
+            tensors = {name: value.contiguous() for name, value in optimizer_tensors(model, optimizer).items()}
+            save_file(tensors | _random_state(), beside / "training.safetensors")
+            write_json(beside / "training.json", asdict(position))
+        found = checkpoints(self.path)
+        best = min(found, key=_evaluated_loss)
+        for old in found[:-keep]:
+            if old != best or _evaluated_loss(old) == math.inf:
+                gone = old.rename(old.with_name(f".{old.name}"))  # at once, so that nobody sees half of it
+                shutil.rmtree(gone)
+
+    def restore(self, model: MoEMamba, optimizer: torch.optim.Optimizer, notify: Any) -> Position:
+        """Load the newest checkpoint that is intact, and forget all that came after it.
+
+        Returns:
+            where the run stands; the beginning if nothing was saved yet.
+        Raises:
+            CheckpointError: there are checkpoints, but none is intact.
+        """
+        position = Position()
+        found = checkpoints(self.path)
+        for folder in reversed(found):
+            try:
+                position = _read(folder, model, optimizer)
+                break
+            except CheckpointError as error:
+                if folder == found[0]:
+                    raise
+                notify(str(error))
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+        self._forget_after(position.step)
+        return position
+
+    def _forget_after(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that the resumed run will write again, and one that is cut short."""
+        if self.metrics.exists():
+            lines = [line for line in _complete_lines(self.metrics) if json.loads(line)["step"] <= step]
+            self._replace("metrics.jsonl", "".join(lines))
+
+    def _replace(self, name: str, text: str) -> None:
+        beside = self.path / f".{name}"
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(self.path / name)
+
+
+def _read(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> Position:
+    read_weights(folder, model)
+    values: dict[str, Any] = read_json(folder / "training.json")
+    file = folder / "training.safetensors"
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
+        _set_random_state(tensors)
+        load_optimizer_tensors(model, optimizer, tensors)
+        evaluation = values.pop("evaluation")
+        return Position(**values, evaluation=evaluation and Evaluation(**evaluation))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise damaged(file, error) from error
+
+
+def _random_state() -> dict[str, Tensor]:
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_state(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    if (cuda := tensors.pop("random.cuda", None)) is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+
+
+def _evaluated_loss(checkpoint: Path) -> float:
+    """Validation loss of a checkpoint; infinite if it was not evaluated."""
+    try:
+        values: dict[str, Any] = read_json(checkpoint / "training.json")
+    except CheckpointError:
+        return math.inf
+    return values["evaluation"]["loss"] if values["evaluated"] == values["step"] else math.inf
+
+
+def _complete_lines(file: Path) -> Iterator[str]:
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield line
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

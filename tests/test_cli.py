@@ -1,0 +1,211 @@
+"""The command line: what it prints, what it answers to mistakes, and its exit status."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moemamba import TrainConfig, cli, ops
+from moemamba.cli.train import Train, read
+
+TINY = ["--model.pattern", "ME", "--model.n-blocks", "1", "--model.d-model", "16", "--model.experts.n-experts", "4"]
+SHORT = ["--steps", "4", "--batch-size", "2", "--context", "32", "--eval-tokens", "256", "--log-every", "2"]
+MAIN = [sys.executable, "-c", "from moemamba.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"{k} times {k} is {k * k}\n" for k in range(3000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A finished run."""
+    path = str(tmp_path_factory.mktemp("runs") / "run")
+    with ops.backend("reference"):
+        cli.run(["train", *TINY, *SHORT, "--data", text, "--run", path])
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command line as `main` does: (status, output, errors)."""
+
+    def call(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moemamba", *arguments])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = 0
+        with ops.backend("reference"):
+            try:
+                cli.main()
+            except SystemExit as left:
+                status = int(left.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_overview_and_version(call):
+    status, output, _ = call()
+    assert status == 0
+    assert all(name in output for name in (*cli.COMMANDS, "moe-mamba-tiny"))
+    assert call("--version")[1].strip() == "0.1.0"
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_command_has_help(call, command):
+    status, output, _ = call(command, "--help")
+    assert status == 0
+    assert f"moemamba {command}" in output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["train", "mamba-tinny"],
+        ["train", "--stepz", "3"],
+        ["train", "--model.d-model", "-1"],
+        ["compare", "mamba-tiny", "mamba-tinny"],
+        ["generate", "run", "--temperature", "-1"],
+        ["info", "moe-mamba-100m"],
+    ],
+)
+def test_help_and_mistakes_need_no_torch(arguments):
+    program = (
+        "import sys; sys.argv[0] = 'moemamba'\nfrom moemamba.cli import main\ntry: main()\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "False"
+    assert done.returncode == (0 if arguments[-1] in ("--help", "moe-mamba-100m") else 2)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "moemamba: there is no command 'trian'; did you mean train?"),
+        (["frobnicate"], "moemamba: there is no command 'frobnicate'; the commands are train, compare"),
+        (["info", "mamba-tinny"], "moemamba: there is no preset 'mamba-tinny'; choose one of mamba-25m"),
+        (["compare", "mamba-tiny"], "moemamba: a comparison needs two models or more"),
+        (["eval", "nowhere"], "moemamba: nowhere"),
+        (["generate", "nowhere", "--prompt", "x"], "moemamba: nowhere"),
+        (["train", "--data", "nowhere.txt", "--run", "unused"], "moemamba: "),
+    ],
+)
+def test_mistakes_get_one_sentence(call, arguments, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = call(*arguments)
+    assert status == 2
+    assert errors.startswith(sentence)
+    assert errors.count("\n") == 1
+
+
+def test_debug_shows_where(call, monkeypatch):
+    with pytest.raises(ValueError, match="no preset"):
+        call("info", "mamba-tinny", "--debug")
+    monkeypatch.setenv("MOEMAMBA_DEBUG", "1")
+    with pytest.raises(ValueError, match="no preset"):
+        call("info", "mamba-tinny")
+
+
+def test_unknown_option_suggests(call):
+    status, _, errors = call("train", "--stepz", "3")
+    assert status == 2
+    assert "--steps" in errors
+
+
+def test_train_writes_a_run(run):
+    files = {path.name for path in Path(run).iterdir()}
+    assert {"config.json", "train.json", "tokenizer.json", "metrics.jsonl", "checkpoints"} <= files
+    config = json.loads((Path(run) / "train.json").read_text())
+    assert (config["model"]["d_model"], config["steps"]) == (16, 4)
+
+
+def test_train_again_needs_resume(call, run, text):
+    status, _, errors = call("train", *TINY, *SHORT, "--data", text, "--run", run)
+    assert status == 2
+    assert "--resume" in errors
+
+
+def test_resume_remembers_the_options(call, run):
+    status, output, _ = call("train", "--run", run, "--resume")
+    assert status == 0
+    assert "step 4" in output
+
+
+def test_preset_comes_first_then_options():
+    asked = read(["mamba-tiny", "--model.d-model", "32", "--steps", "7"])
+    assert (asked.config.model.pattern, asked.config.model.d_model, asked.config.model.n_blocks) == ("M", 32, 8)
+    assert (asked.config.steps, asked.config.run, asked.resume) == (7, "runs/mamba-tiny", False)
+    assert read([]) == Train(TrainConfig(), False)
+
+
+def test_loss_that_diverges_fails(call, text, tmp_path):
+    options = ["--learning-rate", "1e30", "--clip", "1e30", "--steps", "40", "--warmup", "0"]
+    status, _, errors = call("train", *TINY, *SHORT, *options, "--data", text, "--run", str(tmp_path / "run"))
+    assert status == 1
+    assert "learning_rate" in errors
+    assert errors.count("\n") == 1
+
+
+def test_generate_is_repeatable_and_streams(call, run):
+    first = call("generate", run, "--prompt", "7 times", "--max-new-tokens", "12", "--seed", "1")
+    again = call("generate", run, "--prompt", "-", "--max-new-tokens", "12", "--seed", "1", stdin="7 times")
+    assert first[0] == 0
+    assert first[1].startswith("7 times")
+    assert len(first[1]) > len("7 times")
+    assert first == again
+
+
+def test_generate_from_nothing(call, run):
+    status, output, _ = call("generate", run, "--max-new-tokens", "5", "--temperature", "0", stdin="")
+    assert status == 0
+    assert output
+
+
+def test_eval(call, run, text):
+    status, output, _ = call("eval", run, "--tokens", "128")
+    assert status == 0
+    assert all(word in output for word in ("loss", "perplexity", "bits per byte", "128 tokens"))
+    status, output, _ = call("eval", run, "--data", text, "--context", "16", "--tokens", "64")
+    assert "64 tokens" in output
+
+
+def test_info_of_preset_run_and_file(call, run):
+    _, output, _ = call("info", "moe-mamba-25m")
+    assert all(word in output for word in ("542,228,480", "26,329,088", "42 × 1536 relu, top-1"))
+    assert call("info", run)[1] == call("info", f"{run}/config.json")[1]
+    assert "R" in call("info", "inner-moe-mamba-25m")[1]
+
+
+def test_doctor(call):
+    status, output, _ = call("doctor")
+    assert status == 0
+    assert all(word in output for word in ("torch", "python", "selective_scan"))
+
+
+def test_interrupted_training_says_how_to_go_on(text, tmp_path):
+    where = tmp_path / "run"
+    options = ["--steps", "100000", "--save-every", "2", "--data", text, "--run", str(where)]
+    process = subprocess.Popen(
+        [*MAIN, "train", *TINY, *SHORT[2:], *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(where.glob("checkpoints/[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert f"Go on with: moemamba train --run {where} --resume" in errors
+    assert "is saved" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,300 @@
+"""Comparisons: their arithmetic on curves made by hand, their fairness and resumption on tiny real runs."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from moemamba import TrainConfig, ops, preset, train
+from moemamba.config import ExpertsConfig, ModelConfig, to_dict
+from moemamba.experiments.chart import shade, ticks
+from moemamba.experiments.compare import compare
+from moemamba.experiments.contender import Contender, parse_contender, parse_contenders
+from moemamba.experiments.history import History, crossing, read_history, smoothed, speed_up
+from moemamba.experiments.results import Run, Spread, cells, count, signed, summarise
+
+MAMBA = ModelConfig("M", 1, 16)
+MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16))
+
+
+# Curves
+
+
+def test_crossing_is_interpolated():
+    curve = [(10, 3.0), (20, 2.0), (30, 2.5), (40, 1.0)]
+    assert crossing(curve, 2.25) == 17.5
+    assert crossing(curve, 2.0) == 20
+    assert crossing(curve, 1.75) == pytest.approx(35)
+    assert crossing(curve, 5.0) == 10
+    assert crossing(curve, 0.5) is None
+    assert crossing([], 1.0) is None
+
+
+def test_smoothing_starts_unbiased():
+    assert [value for _, value in smoothed([(1, 4.0), (2, 4.0), (3, 4.0)], 10)] == pytest.approx([4.0, 4.0, 4.0])
+    assert [value for _, value in smoothed([(1, 4.0), (2, 2.0)], 2)] == pytest.approx([4.0, 8 / 3])
+    assert smoothed([(1, 4.0), (2, 2.0)], 1) == [(1, 4.0), (2, 2.0)]
+
+
+def test_speed_up_of_a_curve_twice_as_fast():
+    slow = [(step, 10 - step / 10) for step in range(10, 81, 10)]
+    fast = [(step, 10 - step / 5) for step in range(10, 81, 10)]
+    assert [ratio for _, ratio in speed_up(slow, fast)][1:] == pytest.approx([2.0] * 7)
+    assert [step for step, _ in speed_up(fast, slow)] == [10, 20, 30, 40]  # what slow has reached in its 80 steps
+    assert {ratio for _, ratio in speed_up(slow, slow)} == {1.0}
+
+
+def test_history_of_a_run_that_still_writes(tmp_path):
+    lines = [
+        '{"kind": "train", "step": 1, "loss": 2.0}',
+        '{"kind": "evaluation", "step": 1, "loss": 2.5}',
+        '{"kind": "tr',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    history = read_history(tmp_path)
+    assert history.curve("train", "loss") == [(1, 2.0)]
+    assert history.curve("evaluation", "loss") == [(1, 2.5)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[2], *lines[:2]]))
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1, is not JSON"):
+        read_history(tmp_path)
+
+
+# Figures
+
+
+def fake_run(model: str, seed: int, *losses: float) -> Run:
+    train = [{"step": 10, "tokens_per_second": 100.0 + seed}]
+    evaluation = [
+        {"step": 10 * (k + 1), "loss": loss, "bits_per_byte": loss / math.log(2)} for k, loss in enumerate(losses)
+    ]
+    return Run(model, seed, Path("."), History(train, evaluation, []))
+
+
+def test_differences_are_paired_by_seed():
+    runs = [
+        fake_run("base", 0, 4.0, 3.0, 2.0),
+        fake_run("base", 1, 4.0, 3.1, 2.2),
+        fake_run("better", 1, 3.0, 2.2, 2.0),
+        fake_run("better", 0, 3.0, 2.0, 1.9),
+    ]
+    base, better = summarise(runs, {"base": MAMBA, "better": MOE}, context=32)
+    assert better.difference.values == pytest.approx((-0.1, -0.2))
+    assert better.loss.mean == pytest.approx(1.95)
+    assert better.loss.std == pytest.approx(math.sqrt(0.005))
+    assert better.steps_to_baseline == (20, 20)
+    assert better.speed_up and better.speed_up.mean == pytest.approx(1.5)
+    assert better.verdict == "lower with each of 2 seeds"
+    assert base.difference.values == (0, 0)
+    assert base.verdict == "no clear difference"
+    header_to_cell = cells([base, better], 30)[1]
+    assert header_to_cell[4] == "−0.1500 (−0.2000 … −0.1000)"
+    assert header_to_cell[6:8] == ("20", "1.50×")
+
+
+def test_a_model_that_never_gets_there():
+    runs = [fake_run("base", 0, 4.0, 2.0), fake_run("worse", 0, 4.0, 3.0)]
+    _, worse = summarise(runs, {"base": MAMBA, "worse": MOE}, context=32)
+    assert worse.steps_to_baseline == (None,)
+    assert worse.speed_up is None
+    assert cells([worse], 20)[0][6:8] == ("> 20", "–")
+    assert worse.verdict == "one seed, so the spread is unknown"
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ((-0.01, 0.012), "no clear difference"),
+        ((-0.001, -0.2), "no clear difference"),
+        ((-0.1, -0.12, -0.11), "lower with each of 3 seeds"),
+        ((0.1, 0.12), "higher with each of 2 seeds"),
+    ],
+)
+def test_verdict_needs_one_sign_and_more_than_the_spread(differences, verdict):
+    runs = [fake_run("base", seed, 2.0) for seed in range(len(differences))]
+    runs += [fake_run("other", seed, 2.0 + d) for seed, d in enumerate(differences)]
+    assert summarise(runs, {"base": MAMBA, "other": MOE}, context=32)[1].verdict == verdict
+
+
+def test_numbers_for_people():
+    assert [count(n) for n in (950, 27_131_904, 2_439_069_696)] == ["950", "27.1M", "2.44B"]
+    assert signed(Spread((0.5,))) == "+0.5000"
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(1.33, 1.67) == pytest.approx([1.4, 1.5, 1.6])
+    assert ticks(2, 2) == [2]
+    assert shade(1.0)[3] == 0
+    assert shade(4.0)[3] == shade(0.25)[3] == shade(0.0)[3] == 255
+    assert shade(2.0)[:3] != shade(0.5)[:3]
+
+
+# Naming models
+
+
+def test_contenders():
+    assert parse_contender("mamba-tiny") == Contender("mamba-tiny", preset("mamba-tiny"), {})
+    many = parse_contender("many=moe-mamba-tiny,n_experts=32,learning_rate=0.002,experts.activation=relu")
+    assert many.name == "many"
+    assert many.model == preset("moe-mamba-tiny", experts=ExpertsConfig(32, activation="relu"))
+    assert many.recipe == {"learning_rate": 0.002}
+
+
+def test_contender_from_a_file(tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(to_dict(MOE)))
+    assert parse_contender(f"{tmp_path}/own.json") == Contender("own", MOE, {})
+    assert parse_contender(f"x={tmp_path}/own.json").name == "x"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["mamba-tiny"], "two models or more"),
+        (["mamba-tiny", "mamba-tiny"], "two models are called 'mamba-tiny'"),
+        (["a=mamba-tiny", "b=mamba-tinny"], "no preset 'mamba-tinny'"),
+        (["a=mamba-tiny", "b=mamba-tiny,d_stat=3"], "d_stat does not name"),
+        (["a=mamba-tiny", "b=mamba-tiny,mamba.d_stat=3"], r"model.mamba has the unknown key 'd_stat'"),
+        (["a=mamba-tiny", "b=mamba-tiny,mambo.d_state=3"], "model has the unknown key 'mambo'"),
+        (["a=mamba-tiny", "b=mamba-tiny,d_state"], "write FIELD=VALUE"),
+        (["a=mamba-tiny", "b=mamba-tiny,steps=3"], "the same for all models"),
+        (["a=mamba-tiny", "../b=mamba-tiny"], "cannot name a model's folder"),
+    ],
+)
+def test_contenders_that_cannot_be(texts, message):
+    with pytest.raises(ValueError, match=message):
+        parse_contenders(texts)
+
+
+# Real runs
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file with enough to learn that training shows."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"{k} times {k} is {k * k}\n" for k in range(3000)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(text):
+    return TrainConfig(
+        data=text, steps=12, batch_size=2, context=32, log_every=2, eval_every=4, eval_tokens=512, learning_rate=1e-2
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reference_ops():
+    with ops.backend("reference"):
+        yield
+
+
+CONTENDERS = [
+    Contender("mamba", MAMBA, {}),
+    Contender("twin", MAMBA, {}),
+    Contender("moe", MOE, {}),
+    Contender("hardly", MAMBA, {"learning_rate": 1e-6}),
+]
+
+
+@pytest.fixture(scope="module")
+def compared(base, tmp_path_factory):
+    """(comparison, its directory)"""
+    with ops.backend("reference"):
+        out = tmp_path_factory.mktemp("compare")
+        return compare(CONTENDERS, base, 2, out, command="moemamba compare <these>", silent=True), out
+
+
+def test_identical_models_do_not_differ(compared):
+    """The check that the comparison itself is fair: same weights, same batches, same evaluation under another name."""
+    _, twin, _, hardly = compared[0].rows
+    assert twin.difference.values == (0, 0)
+    assert twin.verdict == "no clear difference"
+    assert twin.speed_up and twin.speed_up.values == (1, 1)
+    assert hardly.verdict == "higher with each of 2 seeds"
+
+
+def test_seeds_change_weights_and_data(compared):
+    runs = {(run.model, run.seed): run for run in compared[0].runs}
+    assert runs["mamba", 0].curve != runs["mamba", 1].curve
+    configs = [json.loads((runs["moe", seed].path / "train.json").read_text()) for seed in (0, 1)]
+    assert [(config["seed"], config["data_seed"]) for config in configs] == [(0, 0), (1, 1)]
+
+
+def test_results_hold_all_figures(compared):
+    comparison, out = compared
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads(json.dumps(comparison.to_dict()))
+    assert results["baseline"] == "mamba"
+    assert [model["name"] for model in results["models"]] == ["mamba", "twin", "moe", "hardly"]
+    assert results["models"][2]["parameters"]["active"] < results["models"][2]["parameters"]["total"]
+    assert results["models"][2]["config"]["vocab_size"] == 257
+    assert len(results["runs"]) == 8
+    assert [line["step"] for line in results["runs"][0]["evaluation"]] == [4, 8, 12]
+    assert results["settings"]["learning_rate"] == "0.01; hardly: 1e-06"
+
+
+class Outline(HTMLParser):
+    """Tags of a page, and whether each that opens closes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "meta":
+            self.open.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href") and not value.startswith("data:")]
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_report_stands_alone(compared):
+    page = (compared[1] / "report.html").read_text()
+    outline = Outline()
+    outline.feed(page)
+    assert not outline.open
+    assert not outline.links
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+    drawings = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.S)]
+    titles = [drawing[0].text for drawing in drawings]
+    assert titles[:4] == [
+        "Held-out loss over steps",
+        "Training loss over steps",
+        "Speed-up over steps",
+        "Held-out loss over seconds of training",
+    ]
+    assert titles.count("Load of the experts of layers.1.branches.0") == 2  # one a seed
+    assert "moemamba compare &lt;these&gt;" in page
+    assert "no clear difference" in page
+
+
+def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):
+    """Half a run, a finished run and runs that never began come to the same figures as without a stop."""
+    whole = compared[0]
+    for run, stop in ((whole.runs[0], None), (whole.runs[1], 6)):
+        config = TrainConfig(**{**vars(base), "model": MAMBA, "run": str(tmp_path / run.model / "seed-0")})
+        train(config, stop=stop)
+    finished = tmp_path / "mamba/seed-0/checkpoints/00000012/model.safetensors"
+    before = finished.stat().st_mtime_ns
+    again = compare(CONTENDERS[:3], base, 1, tmp_path, silent=True)
+    assert finished.stat().st_mtime_ns == before
+    for resumed, run in zip(again.runs, whole.runs, strict=False):
+        assert [line["loss"] for line in resumed.history.evaluation] == [
+            line["loss"] for line in run.history.evaluation
+        ]
+
+
+def test_other_runs_are_not_mixed_in(base, compared):
+    out = compared[1]
+    with pytest.raises(ValueError, match=r"seed-0 was made with steps = 12, not 13; choose another --out"):
+        compare(CONTENDERS, TrainConfig(**{**vars(base), "steps": 13}), 2, out, silent=True)
+    with pytest.raises(ValueError, match="seeds is 0"):
+        compare(CONTENDERS, base, 0, out, silent=True)

@@ -1,0 +1,303 @@
+"""The CPU backend against the reference: outputs and every gradient by name, in memory that starts out as NaN."""
+
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from moemamba import ops
+from moemamba.ops import cpu, reference
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` is filled with NaN, so that whatever a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.zeros(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def packed(batch, length):
+    """Rows of sequences of all lengths with padding before, between and inside them; one row is nothing but padding."""
+    seq_idx = (torch.rand(batch, length) < 0.1).cumsum(1)
+    seq_idx[torch.rand(batch, length) < 0.2] = -1
+    seq_idx[0] = -1
+    return seq_idx.int()
+
+
+def scan_inputs(batch=2, length=100, width=70, n=16, dtype=torch.float32):
+    """As a Mamba layer makes them: u and z halves of one tensor, dt, B and C slices of others."""
+    torch.manual_seed(0)
+    u, z = torch.randn(batch, length, 2 * width, dtype=dtype).chunk(2, dim=-1)
+    B, C = torch.randn(batch, length, 3 + 2 * n, dtype=dtype)[..., 3:].chunk(2, dim=-1)
+    dt = torch.randn(batch, length, width + 1, dtype=dtype)[..., 1:] - 2
+    A, D, dt_bias = -torch.rand(width, n) * 8 - 0.1, torch.randn(width), torch.randn(width) / 2
+    return {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, "dt_softplus": True} | {
+        "initial_state": torch.randn(batch, width, n),
+        "seq_idx": None,
+    }
+
+
+def conv_inputs(batch=2, length=100, width=70, k=4, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(batch, length, 2 * width, dtype=dtype).chunk(2, dim=-1)[0]
+    return {"x": x, "weight": torch.randn(width, k), "bias": torch.randn(width), "activation": "silu"} | {
+        "initial_state": torch.randn(batch, width, k - 1, dtype=dtype),
+        "seq_idx": None,
+    }
+
+
+def choices(tokens, top_k, n_experts, kind):
+    """Indices (t, k) of one kind; `n_experts` where a choice was dropped."""
+    torch.manual_seed(2)
+    indices = torch.rand(tokens, n_experts).topk(top_k).indices
+    if kind == "empty experts":
+        indices = indices.clamp(max=n_experts // 2)
+    elif kind == "one hot expert":
+        indices[:] = 1
+    elif kind == "dropped":
+        indices[torch.rand(tokens, top_k) < 0.4] = n_experts
+        indices[: tokens // 4] = n_experts
+    return indices
+
+
+def expert_inputs(kind="any", tokens=50, top_k=2, activation="relu", dtype=torch.float32):
+    indices = choices(tokens, top_k, 5, kind)
+    hidden = 48 if activation == "swiglu" else 24
+    return {
+        "x": torch.randn(tokens, 17, dtype=dtype),
+        "indices": indices,
+        "gates": torch.rand(tokens, top_k),
+        "up": torch.randn(5, hidden, 17) / 4,
+        "down": torch.randn(5, 13, 24) / 4,
+        "activation": activation,
+    }
+
+
+def outputs_and_gradients(op, inputs):
+    # A view stays a view, so that the layout reaches the kernel.
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items() if is_float(t)}
+    results = op(*(inputs | leaves).values())
+    results = {"y": results} if isinstance(results, torch.Tensor) else dict(zip(("y", "final"), results, strict=True))
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((r.float() * torch.randn(r.shape, generator=generator)).sum() for r in results.values())
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return results | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def is_float(argument):
+    return isinstance(argument, torch.Tensor) and argument.is_floating_point()
+
+
+def assert_same_as_reference(name, inputs, tolerance):
+    expected = outputs_and_gradients(getattr(reference, name), inputs)
+    actual = outputs_and_gradients(getattr(cpu, name), inputs)
+    for key, value in expected.items():
+        value = torch.zeros_like(actual[key]) if value is None else value
+        assert actual[key].dtype == value.dtype and actual[key].shape == value.shape, key
+        scale = value.abs().max().clamp(min=1).item() if value.numel() else 1
+        torch.testing.assert_close(
+            actual[key].float(),
+            value.float(),
+            rtol=0,
+            atol=tolerance * scale,
+            msg=lambda text, key=key: f"{key}: {text}",
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("length,width,n", [(1, 5, 1), (2, 64, 16), (63, 96, 5), (100, 70, 16), (257, 129, 3)])
+def test_scan(length, width, n, is_packed, dtype):
+    inputs = scan_inputs(3, length, width, n, dtype)
+    if is_packed:
+        inputs["seq_idx"] = packed(3, length)
+    assert_same_as_reference("selective_scan", inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("absent", ["D", "z", "dt_bias", "initial_state"])
+def test_scan_without(absent):
+    assert_same_as_reference("selective_scan", scan_inputs(length=40) | {absent: None}, 2e-5)
+
+
+def test_scan_without_softplus():
+    inputs = scan_inputs(length=40)
+    inputs |= {"dt": inputs["dt"].exp(), "dt_softplus": False, "dt_bias": None}
+    assert_same_as_reference("selective_scan", inputs, 2e-5)
+
+
+def test_scan_over_the_whole_range_of_steps():
+    """Steps from nothing to decay in one position: the kernels' own exponential and logarithm at their ends."""
+    inputs = scan_inputs(length=64)
+    inputs["dt"] = torch.linspace(-90, 90, 64)[None, :, None].expand(2, 64, 70).contiguous()
+    inputs["z"] = inputs["dt"].flip(1)
+    assert_same_as_reference("selective_scan", inputs, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("length,width,k", [(1, 5, 4), (2, 64, 4), (63, 96, 1), (100, 70, 3), (257, 129, 4)])
+def test_conv(length, width, k, is_packed, dtype):
+    inputs = conv_inputs(3, length, width, k, dtype)
+    if is_packed:
+        inputs["seq_idx"] = packed(3, length)
+    assert_same_as_reference("causal_conv1d", inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("absent", ["bias", "activation", "initial_state"])
+def test_conv_without(absent):
+    assert_same_as_reference("causal_conv1d", conv_inputs(length=40) | {absent: None}, 2e-5)
+
+
+def test_padding_may_hold_anything():
+    for name, inputs in (("selective_scan", scan_inputs()), ("causal_conv1d", conv_inputs())):
+        clean = inputs | {"seq_idx": packed(2, 100)}
+        padding = clean["seq_idx"] < 0
+        dirty = {
+            key: t.masked_fill(padding[..., None], torch.nan) if is_float(t) and t.shape[:2] == (2, 100) else t
+            for key, t in clean.items()
+        }
+        expected, actual = (outputs_and_gradients(getattr(cpu, name), each) for each in (clean, dirty))
+        for key in expected:
+            assert torch.equal(actual[key], expected[key]), key
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "empty experts", "one hot expert", "dropped"])
+def test_experts(kind, dtype):
+    inputs = expert_inputs(kind, dtype=dtype)
+    assert_same_as_reference("expert_feedforward", inputs, TOLERANCE[dtype])
+    linear = {key: inputs[key] for key in ("x", "indices", "gates")} | {"weight": inputs["up"]}
+    assert_same_as_reference("expert_linear", linear, TOLERANCE[dtype])
+    counts = torch.bincount(inputs["indices"].flatten(), minlength=6)[:5] // 3  # some rows belong to no expert
+    assert_same_as_reference(
+        "grouped_linear", {"x": inputs["x"].flip(0), "weight": inputs["up"], "counts": counts}, TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_activations(activation):
+    assert_same_as_reference("expert_feedforward", expert_inputs(activation=activation), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["any", "one hot expert", "dropped"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_few_tokens(kind, gated, dtype):
+    """The path of generation, without gradients."""
+    inputs = expert_inputs(kind, tokens=2, top_k=2, dtype=dtype)
+    inputs["gates"] = inputs["gates"] if gated else None
+    linear = {key: inputs[key] for key in ("x", "indices", "gates")} | {"weight": inputs["up"]}
+    with torch.no_grad():
+        for name, arguments in (("expert_feedforward", inputs), ("expert_linear", linear)):
+            y, expected = (getattr(backend, name)(*arguments.values()) for backend in (cpu, reference))
+            assert y.dtype == dtype
+            torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+CASES = [("selective_scan", scan_inputs(4, 100, 200)), ("causal_conv1d", conv_inputs(4, 100, 200))]
+CASES += [("expert_feedforward", expert_inputs())]
+
+
+@pytest.mark.parametrize("name,inputs", CASES[:2], ids=[name for name, _ in CASES[:2]])  # matrix products are torch's
+def test_results_do_not_depend_on_threads(name, inputs):
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(outputs_and_gradients(getattr(cpu, name), inputs))
+    torch.set_num_threads(before)
+    for other, key in itertools.product(results[1:], results[0]):
+        assert torch.equal(other[key], results[0][key]), key
+
+
+@pytest.mark.parametrize("name,inputs", CASES, ids=[name for name, _ in CASES])
+def test_calls_from_several_threads(name, inputs):
+    expected = outputs_and_gradients(getattr(cpu, name), inputs)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(outputs_and_gradients, getattr(cpu, name), inputs) for _ in range(8)]
+    for job, key in itertools.product(jobs, expected):
+        assert torch.equal(job.result()[key], expected[key]), key
+
+
+@pytest.mark.parametrize("name,inputs", CASES, ids=[name for name, _ in CASES])
+def test_compiles_as_one_graph(name, inputs):
+    if "seq_idx" in inputs:
+        inputs = inputs | {"seq_idx": packed(4, 100)}
+    expected = outputs_and_gradients(getattr(cpu, name), inputs)
+    for backend in ("eager", "aot_eager"):
+        torch.compiler.reset()
+        compiled = torch.compile(getattr(cpu, name), fullgraph=True, backend=backend)
+        actual = outputs_and_gradients(compiled, inputs)
+        for key in expected:
+            assert torch.equal(actual[key], expected[key]), (backend, key)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*inputs.values()), getattr(cpu, name)(*inputs.values()), rtol=0, atol=0)
+
+
+def test_custom_ops_follow_the_rules():
+    """Fake implementations, autograd registration and aliasing, by torch's own checks."""
+    inputs = scan_inputs(2, 33, 6, 3)
+    tensors = [t.detach().contiguous().requires_grad_() for t in inputs.values() if is_float(t)]
+    torch.library.opcheck(torch.ops.moemamba.cpu_selective_scan.default, (*tensors, True, None, True))
+    x, weight, bias, state = (t.detach().contiguous().requires_grad_() for t in conv_inputs().values() if is_float(t))
+    torch.library.opcheck(torch.ops.moemamba.cpu_causal_conv1d.default, (x, weight, bias, state, True, None))
+    rows, weight = torch.randn(9, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.moemamba.cpu_grouped_linear.default, (rows, weight, torch.tensor([5, 0, 2])))
+
+
+def test_step_equals_whole():
+    """The same op with one position at a time, states handed on, without gradients: the path of generation."""
+    inputs = scan_inputs(length=20)
+    timed = [key for key, t in inputs.items() if is_float(t) and t.shape[:2] == (2, 20)]
+    with torch.no_grad():
+        y, final = cpu.selective_scan(*inputs.values())
+        state, steps = inputs["initial_state"], []
+        for t in range(20):
+            now = {key: inputs[key][:, t : t + 1] for key in timed}
+            step, state = cpu.selective_scan(*(inputs | now | {"initial_state": state}).values())
+            steps.append(step)
+    assert torch.equal(torch.cat(steps, dim=1), y) and torch.equal(state, final)
+
+
+# One element only is looked at: torch's own threads do not survive a fork.
+SCRIPT = """
+import os, torch
+from moemamba import ops
+x = torch.randn(2, 300, 300)
+call = lambda: ops.causal_conv1d(x, torch.ones(300, 4))[0][1, 299, 299].item()
+torch.set_num_threads(2)
+expected = call()
+child = os.fork() if hasattr(os, "fork") else None
+if child == 0:
+    os._exit(0 if call() == expected else 1)
+elif child is not None:
+    assert os.waitpid(child, 0)[1] == 0
+print("same")
+"""
+
+
+def test_first_use_is_announced_and_cached(tmp_path):
+    """One line on stderr when kernels are compiled, silence when they come from the cache; forked children work."""
+    for announced in (True, False):
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.stdout == "same\n", result.stderr
+        assert ("compiling the CPU kernels" in result.stderr) == announced
+
+
+def test_backend_in_use():
+    x = torch.zeros(1, 1, 1)
+    assert ops.choose("selective_scan", x) == ops.choose("causal_conv1d", x) == "cpu"
+    assert ops.choose("selective_scan", x.double()) == "reference"
