@@ -42,7 +42,7 @@ def time(function: Function, inputs: dict[str, Tensor], parameters: Iterable[Ten
     dy, wanted = torch.randn_like(y), [*inputs.values(), *parameters]
     forward = measure(lambda: function(**inputs))
     backward = measure(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
-    del y
+    y = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     torch.autograd.grad(function(**inputs), wanted, dy)

@@ -1,4 +1,4 @@
-"""The experts' and the head's Triton kernels against the reference and a double loop, in the interpreter or on a GPU."""
+"""The Triton kernels of experts and head against the reference and a double loop, in the interpreter or on a GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from moemamba.ops import reference
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_cross_entropy, triton_experts, triton_sort  # noqa: E402
+from moemamba.ops import triton_cross_entropy, triton_experts, triton_sort
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
@@ -29,7 +29,9 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
 
 
-def make(tokens=37, n_experts=4, top_k=1, d=24, f=40, o=24, activation="relu", dtype=torch.float32, dropped=0.2, seed=0):
+def make(
+    tokens=37, n_experts=4, top_k=1, d=24, f=40, o=24, activation="relu", dtype=torch.float32, dropped=0.2, seed=0
+):
     """Arguments of `expert_feedforward`; expert 1 is chosen by nobody, and a fifth of the choices is dropped."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
 

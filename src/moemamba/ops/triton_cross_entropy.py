@@ -31,7 +31,7 @@ def _cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss () float32 and, if wanted, its gradients: dhidden (t, d), and dweight (v, d) float32."""
-    (tokens, d), v = hidden.shape, weight.shape[0]
+    tokens, v = hidden.shape[0], weight.shape[0]
     wide = triton.cdiv(v, ALIGNMENT) * ALIGNMENT
     targets = targets.contiguous()
     weight = F.pad(weight.to(hidden.dtype), (0, 0, 0, wide - v))

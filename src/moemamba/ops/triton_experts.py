@@ -96,7 +96,9 @@ def _feedforward(
 
 
 @_feedforward.register_fake
-def _(x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
+) -> tuple[Tensor, ...]:
     n_experts, o, f = down.shape
     order = _fake_order(x, indices, n_experts)
     n_rows = order.pairs.shape[0]
@@ -229,7 +231,9 @@ def _linear_backward(
     dx = rows.new_empty(tokens * top_k, d)
     dgates = _partial(gates, d, tiles)
     wide = _widen(weight.to(rows.dtype), 2)
-    _last_product(dy_rows, wide, dx, gates, order, tiles, transposed=True, inputs=rows, dgates=dgates)
+    _last_product(
+        dy_rows, wide, dx, gates, order, tiles, transposed=True, inputs=None if gates is None else rows, dgates=dgates
+    )
     dweight = _weight_gradient(dy_scaled, rows, order, weight.dtype, tiles)[:, : weight.shape[1], :d].contiguous()
     return _sum_choices(dx, top_k), _sum_partial(dgates, gates, rows), dweight
 
@@ -296,7 +300,7 @@ def _last_product(
         _blocks(weight, 1, *block),
         out,
         gates,
-        None if dgates is None else _blocks(inputs, tiles.rows, tiles.columns // 2),
+        None if inputs is None else _blocks(inputs, tiles.rows, tiles.columns // 2),
         dgates,
         *order,
         out.shape[0],
@@ -304,7 +308,7 @@ def _last_product(
         x.shape[1],
         out.shape[1],
         TRANSPOSED=transposed,
-        **_options(tiles, tiles.stages if dgates is None else tiles.stages - 1),
+        **_options(tiles, tiles.stages if inputs is None else tiles.stages - 1),
     )
 
 

@@ -1,8 +1,9 @@
 """The kernels of `triton_experts.py`: products of tiles of sorted rows with their expert's matrix.
 
 Operands are read through tensor descriptors (the tensor memory accelerator on Hopper), which give zeros beyond an edge,
-so no product masks anything; float32 operands are multiplied as three products of tf32 parts. The programs of the products are persistent: one tile's epilogue runs while the next one's
-operands are loaded, and works on half of the columns at a time to leave shared memory to them.
+so no product masks anything; float32 operands are multiplied as three products of tf32 parts. The programs of the
+products are persistent: one tile's epilogue runs while the next one's operands are loaded, and works on half of the
+columns at a time to leave shared memory to them.
 
 Letters besides the usual: p pairs (t * k), r rows (see `triton_sort.py`), g 2 for "swiglu" (gate and up halves of the
 first product), otherwise 1.
@@ -57,7 +58,7 @@ def first_product(
     x, weight, hidden, before, tile_experts, bounds, n_experts, depth, width,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """hidden (r, f) = activation(x (r, d) @ weight[expert] (g, f, d)); `before` (r, g, f) the activation, but for relu."""
+    """hidden (r, f) = activation(x (r, d) @ weight[expert] (g, f, d)), and but for relu, what was `before` it (r, g, f)."""
     GROUPS: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
     HALF: tl.constexpr = COLUMNS // 2
     across = tl.cdiv(width, COLUMNS // GROUPS)
@@ -109,7 +110,7 @@ def last_product(
 ):  # fmt: skip
     """out[pair] = gate * x[row] @ weight[expert], (n, k) or TRANSPOSED (k, n); zero for a dropped pair.
 
-    Where `inputs` (r, n) are given, also d(gate): the product before its gate times them; dgates (n tiles, p) are partial.
+    With `inputs` (r, n), also d(gate), which is the product before its gate times them; dgates (n tiles, p) are partial.
     """
     across = tl.cdiv(width, COLUMNS)
     tiles = tl.load(bounds + 2 * n_experts + 2) // ROWS * across
@@ -124,7 +125,9 @@ def last_product(
             else:
                 w = weight.load([expert, column, k]).reshape(COLUMNS, DEPTH).T
             product = tl.dot(x.load([row, k]), w, product, input_precision="tf32x3")
-        product = tl.where(expert < n_experts, product, 0.0)  # the rows of dropped pairs hold anything, x and inputs too
+        product = tl.where(
+            expert < n_experts, product, 0.0
+        )  # the rows of dropped pairs hold anything, x and inputs too
         pairs = tl.load(order + row + tl.arange(0, ROWS))
         left, right = _halves(product)
         if dgates is not None:
@@ -139,7 +142,7 @@ def last_product(
 
 @triton.jit
 def _activation_backward(product, gate, before, dbefore, hidden, row, column, ACTIVATION: tl.constexpr):
-    """From d(hidden) before the gate: d(before), hidden again where it was not kept, and this half's share of d(gate)."""
+    """From d(hidden) before the gate: d(before), hidden again where it was not kept, and this half of d(gate)."""
     ROWS: tl.constexpr = product.shape[0]
     HALF: tl.constexpr = product.shape[1]
     a = before.load([row, 0, column]).reshape(ROWS, HALF).to(tl.float32)
@@ -163,7 +166,7 @@ def last_product_backward(
     dy, weight, before, dbefore, hidden, gates, dgates, order, tile_experts, bounds, n_pairs, n_experts, depth, width,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """d(hidden) = dy[row] (r, o) @ weight[expert] (o, f), then `_activation_backward`; dgates (f tiles, p) are partial."""
+    """d(hidden) = dy (r, o) @ weight[expert] (o, f), then `_activation_backward`; dgates (f tiles, p) are partial."""
     across = tl.cdiv(width, COLUMNS)
     tiles = tl.load(bounds + 2 * n_experts) // ROWS * across
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):

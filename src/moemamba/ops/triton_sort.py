@@ -1,8 +1,8 @@
 """Sort the choices of a routed layer by expert, on the GPU and without asking it anything.
 
-A *pair* is one choice of one token, `token * k + choice`. A *row* is a pair's place once pairs are sorted by expert, each
-expert beginning at a whole tile; the rows that fill up an expert's last tile belong to no pair. So a tile of rows meets
-one expert's matrix. The tables have room for the worst case, and what is in use of them is known on the device alone.
+A *pair* is one choice of one token, `token * k + choice`. A *row* is a pair's place once pairs are sorted by expert,
+each expert beginning at a whole tile; the rows that fill up an expert's last tile belong to no pair. So a tile of rows
+meets one expert's matrix. The tables have room for the worst case, and only the device knows what is in use of them.
 """
 
 from typing import NamedTuple
@@ -56,9 +56,7 @@ def _count(indices, counts, n_pairs, blocks, n_groups, GROUPS: tl.constexpr, BLO
 
 
 @triton.jit
-def _lay_out(
-    ends, bounds, tile_experts, order, blocks, n_groups, GROUPS: tl.constexpr, TILE: tl.constexpr
-):
+def _lay_out(ends, bounds, tile_experts, order, blocks, n_groups, GROUPS: tl.constexpr, TILE: tl.constexpr):
     """One program a group: give it whole tiles, and mark the rows at its end that no pair will fill."""
     group = tl.program_id(0)
     groups = tl.arange(0, GROUPS)
