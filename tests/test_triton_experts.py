@@ -207,6 +207,21 @@ def test_sort_is_stable(n_pairs):
         assert end == bounds[2 * group + 2]
 
 
+@pytest.mark.parametrize("sizes", [(70, 40, 5), (1100, 17, 33), (0, 8, 4)])
+def test_linear_float32(sizes):
+    tokens, d, n_experts = sizes
+    x = torch.randn(tokens, d, device=DEVICE).half().requires_grad_()
+    weight = torch.randn(n_experts, d, device=DEVICE).requires_grad_()
+
+    def run(x, weight):
+        with ops.backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
+            return ops.linear_float32(x, weight)
+
+    assert_same(run, reference.linear_float32, {"x": x, "weight": weight}, tolerance=1e-3)
+    with torch.no_grad():  # the gradient of x is float16, the logits are not
+        torch.testing.assert_close(run(x, weight), x.float() @ weight.T, rtol=1e-5, atol=1e-4)
+
+
 def make_head(tokens=50, d=24, v=131, dtype=torch.float32):
     generator = torch.Generator(DEVICE).manual_seed(0)
     hidden = torch.randn(tokens, d, generator=generator, device=DEVICE).to(dtype).requires_grad_()

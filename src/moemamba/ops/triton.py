@@ -2,5 +2,6 @@
 
 from .triton_cross_entropy import linear_cross_entropy
 from .triton_experts import expert_feedforward, expert_linear, grouped_linear
+from .triton_router import linear_float32
 
-__all__ = ["expert_feedforward", "expert_linear", "grouped_linear", "linear_cross_entropy"]
+__all__ = ["expert_feedforward", "expert_linear", "grouped_linear", "linear_cross_entropy", "linear_float32"]

@@ -58,7 +58,7 @@ def first_product(
     x, weight, hidden, before, tile_experts, bounds, n_experts, depth, width,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """hidden (r, f) = activation(x (r, d) @ weight[expert] (g, f, d)), and but for relu, what was `before` it (r, g, f)."""
+    """hidden (r, f) = activation(x (r, d) @ weight[expert] (g, f, d)); for all but relu also `before` it (r, g, f)."""
     GROUPS: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
     HALF: tl.constexpr = COLUMNS // 2
     across = tl.cdiv(width, COLUMNS // GROUPS)
@@ -110,7 +110,7 @@ def last_product(
 ):  # fmt: skip
     """out[pair] = gate * x[row] @ weight[expert], (n, k) or TRANSPOSED (k, n); zero for a dropped pair.
 
-    With `inputs` (r, n), also d(gate), which is the product before its gate times them; dgates (n tiles, p) are partial.
+    With `inputs` (r, n), also d(gate), the product before its gate times them; dgates (n tiles, p) are partial.
     """
     across = tl.cdiv(width, COLUMNS)
     tiles = tl.load(bounds + 2 * n_experts + 2) // ROWS * across
