@@ -25,6 +25,7 @@ from torch import Tensor
 from .packing import boundaries
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
+WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes tens
 
 Rows = tuple[int, int, int, int]
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -71,8 +72,11 @@ event.register("numba:compile", _Announce())
 
 
 def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (elements) is worth waking them."""
-    threads = min(torch.get_num_threads(), tasks) if work > 32768 else 1
+    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
+    threads = min(torch.get_num_threads(), tasks)
+    if threads == 1 or work < WORTH_THREADS:
+        compiled(0, tasks, *arguments)
+        return
     bounds = [tasks * i // threads for i in range(threads + 1)]
     others = [_pool().submit(compiled, *bounds[i : i + 2], *arguments) for i in range(1, threads)]
     compiled(*bounds[:2], *arguments)

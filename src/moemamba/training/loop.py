@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..checkpoint import find_device
 from ..counting import count_parameters
 from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -63,7 +64,7 @@ def train(
     report = report or Report()
     run = Run(config.run)
     run.claim(resume)
-    device = _device(config)
+    device = find_device(config.device)
     dtype = _dtype(config, device)
     tokenizer = run.tokenizer() if resume else _tokenizer(config)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=tokenizer.vocab_size))
@@ -228,18 +229,6 @@ def _introduce(
     tokens_in_all = config.steps * config.batch_size * config.context
     at = f"from step {position.step:,} of " if position.step else ""
     report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens_in_all:,} tokens")
-
-
-def _device(config: TrainConfig) -> torch.device:
-    """Raises ValueError for a device that this machine does not have."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {config.device!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
-    return device
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
