@@ -18,7 +18,7 @@ from moemamba.experiments.history import History, crossing, read_history, smooth
 from moemamba.experiments.results import Run, Spread, cells, count, signed, summarise
 
 MAMBA = ModelConfig("M", 1, 16)
-MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16))
+MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16, capacity_factor=1.0))
 
 
 # Curves
@@ -274,6 +274,7 @@ def test_report_stands_alone(compared):
     assert titles.count("Load of the experts of layers.1.branches.0") == 2  # one a seed
     assert "moemamba compare &lt;these&gt;" in page
     assert "no clear difference" in page
+    assert page.count("the capacity limits of training would add") == 2
 
 
 def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):
