@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from moemamba import TrainConfig, ops, preset, train
 from moemamba.config import ExpertsConfig, ModelConfig, to_dict
@@ -185,9 +186,13 @@ def base(text):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def reference_ops():
+def small_work():
+    """Tensors are tiny: threads would only wait for each other, kernels for their compilation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with ops.backend("reference"):
         yield
+    torch.set_num_threads(threads)
 
 
 CONTENDERS = [
@@ -199,11 +204,10 @@ CONTENDERS = [
 
 
 @pytest.fixture(scope="module")
-def compared(base, tmp_path_factory):
+def compared(base, small_work, tmp_path_factory):
     """(comparison, its directory)"""
-    with ops.backend("reference"):
-        out = tmp_path_factory.mktemp("compare")
-        return compare(CONTENDERS, base, 2, out, command="moemamba compare <these>", silent=True), out
+    out = tmp_path_factory.mktemp("compare")
+    return compare(CONTENDERS, base, 2, out, command="moemamba compare <these>", silent=True), out
 
 
 def test_identical_models_do_not_differ(compared):
