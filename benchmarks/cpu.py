@@ -200,7 +200,7 @@ def main() -> None:
             print(f"{title:9} {name:13} {rate:8.0f} tokens/s   ours is {rates['ours'] / rate:6.2f} times that")
     for row in by_length:
         print(
-            f"scan of {row['length']:6} positions: {row['ms']:8.2f} ms, {row['extra_over_u']:.2f} x u beyond its outputs"
+            f"scan of {row['length']:6} positions: {row['ms']:8.2f} ms, {row['extra_over_u']:.2f} x u beyond outputs"
         )
     result = {
         "threads": args.threads,
