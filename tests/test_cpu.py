@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moemamba import ops
-from moemamba.ops import cpu, reference
+from moemamba.ops import cpu, cpu_kernel, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -296,6 +296,22 @@ def test_first_use_is_announced_and_cached(tmp_path):
         )
         assert result.stdout == "same\n", result.stderr
         assert ("compiling the CPU kernels" in result.stderr) == announced
+
+
+def test_nowhere_to_write(monkeypatch):
+    """Kernels compile in every process where no folder can be written to."""
+
+    def refuse(**options):
+        raise OSError
+
+    monkeypatch.setattr(cpu_kernel, "TemporaryFile", refuse)
+    cpu_kernel._cache_folder.cache_clear()
+    try:
+        assert cpu_kernel._cache_folder() == ""
+        compiled = cpu_kernel.kernel(lambda first, last: None)
+        compiled(0, 1)
+    finally:
+        cpu_kernel._cache_folder.cache_clear()
 
 
 def test_backend_in_use():
