@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CODE := src tests $(wildcard benchmarks)
 
 # What the demo trains; make demo STEPS=20 SEEDS=1 is a quick look.
 STEPS ?= 300
@@ -23,13 +24,13 @@ test-gpu: .venv/developing
 	$(BIN)/python -m pytest -m gpu
 
 check: .venv/developing  ## format, lint and types
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
 format: .venv/developing
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 bench: .venv/developing  ## each benchmark ends in one line of JSON
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

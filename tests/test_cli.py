@@ -15,7 +15,8 @@ from moemamba.cli.train import Train, read
 
 TINY = ["--model.pattern", "ME", "--model.n-blocks", "1", "--model.d-model", "16", "--model.experts.n-experts", "4"]
 SHORT = ["--steps", "4", "--batch-size", "2", "--context", "32", "--eval-tokens", "256", "--log-every", "2"]
-MAIN = [sys.executable, "-c", "from moemamba.cli import main; main()"]
+# The reference, since the CPU's kernels may have to be compiled first.
+MAIN = [sys.executable, "-c", "from moemamba import cli, ops; ops.backend('reference'); cli.main()"]
 
 
 @pytest.fixture(scope="module")

@@ -239,7 +239,7 @@ def _paper_fan_in(module: nn.Module) -> list[tuple[Tensor, int]]:
 
 
 def _save_top_k(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    chosen = op is torch.ops.aten.topk.default
+    chosen = op in (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)
     return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
 

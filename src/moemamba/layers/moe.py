@@ -60,18 +60,18 @@ class Router(nn.Module):
         """x (b, l, d), seq_idx (b, l) whose negative entries are not routed -> Routing."""
         batch, length, _ = x.shape
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            logits = x.flatten(0, 1).to(dtype) @ self.weight.to(dtype).T  # (t, e)
+            logits = ops.linear_float32(x.flatten(0, 1), self.weight)  # (t, e)
             probabilities = logits.softmax(dim=-1)
-            indices = (probabilities + self.balance_bias).topk(self.top_k, dim=-1).indices
+            scores = probabilities + self.balance_bias
+            indices = scores.argmax(-1, keepdim=True) if self.top_k == 1 else scores.topk(self.top_k, dim=-1).indices
             gates = probabilities.gather(1, indices)
-            valid = logits.new_ones(batch * length) if seq_idx is None else (seq_idx.flatten() >= 0).to(dtype)
+            valid = logits.new_ones(batch * length) if seq_idx is None else (seq_idx.flatten() >= 0).to(logits.dtype)
             tokens = valid.sum().clamp(min=1)
             if seq_idx is not None:
                 indices = indices.masked_fill(valid[:, None] == 0, self.n_experts)
 
             experts = torch.arange(self.n_experts, device=x.device)
-            load = (indices[..., None] == experts).sum(dim=(0, 1)).to(dtype)
+            load = (indices[..., None] == experts).sum(dim=(0, 1)).to(logits.dtype)
             kept = indices < self.n_experts
             if self.training and self.capacity_factor is not None:
                 limit = capacity(self.capacity_factor, valid.double().sum(), self.top_k, self.n_experts)

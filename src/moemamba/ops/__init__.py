@@ -26,6 +26,7 @@ __all__ = [
     "expert_linear",
     "grouped_linear",
     "linear_cross_entropy",
+    "linear_float32",
     "selective_scan",
     "why_not",
 ]
@@ -186,6 +187,19 @@ def expert_feedforward(
     _expect("gates", gates, tuple(indices.shape))
     x = _autocast(x)
     return implementation("expert_feedforward", x)(x, indices, gates, up, down, activation)
+
+
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` in float32 whatever x's dtype, also under `torch.autocast`: a router's logits.
+
+    Args:
+        x: (t, d).
+        weight: (e, d).
+    Returns:
+        (t, e) float32; float64 of float64.
+    """
+    _expect("weight", weight, (weight.shape[0], x.shape[1]))
+    return implementation("linear_float32", x)(x, weight)
 
 
 def linear_cross_entropy(

@@ -174,6 +174,13 @@ def dispatch(
     return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, token, y).to(x.dtype)
 
 
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """See `moemamba.ops.linear_float32`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(dtype) @ weight.to(dtype).T
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """See `moemamba.ops.linear_cross_entropy`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
