@@ -252,6 +252,12 @@ def test_custom_ops_follow_the_rules():
     torch.library.opcheck(torch.ops.moemamba.cpu_grouped_linear.default, (rows, weight, torch.tensor([5, 0, 2])))
 
 
+@pytest.mark.parametrize("batch,length", [(0, 5), (2, 0)])
+def test_nothing(batch, length):
+    assert_same_as_reference("selective_scan", scan_inputs(batch, length), 2e-5)
+    assert_same_as_reference("causal_conv1d", conv_inputs(batch, length), 2e-5)
+
+
 def test_step_equals_whole():
     """The same op with one position at a time, states handed on, without gradients: the path of generation."""
     inputs = scan_inputs(length=20)

@@ -180,8 +180,8 @@ def traced(*tensors: Tensor | None) -> bool:
 
 def summed(parts: Tensor) -> Tensor:
     """The sum over the first dimension in its order, whatever the number of threads."""
-    total = torch.zeros_like(parts[0]) if len(parts) == 0 else parts[0].clone()
-    for part in parts[1:]:
+    total = parts.new_zeros(parts.shape[1:])
+    for part in parts:
         total += part
     return total
 
