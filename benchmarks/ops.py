@@ -6,7 +6,7 @@ A case is two ways to compute the same thing. Outputs and gradients are compared
 that fails is not timed and the exit status is 1. Times are medians of CUDA events, the two sides taking turns. The last
 line is JSON: milliseconds of both sides and how many times faster ours is, forward and backward, by case.
 
-Both packages build from their PyPI source distributions (`MAMBA_KEEP_CUDA_BUILD=TRUE` keeps mamba-ssm's Mamba-1 kernels).
+Both packages build from their PyPI source distributions (MAMBA_KEEP_CUDA_BUILD=TRUE keeps mamba-ssm's Mamba-1 kernels).
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The selective scan on a GPU: which kernels of `triton_scan_kernels.py` run, and how; a custom op with its gradient.
 
 Where batch and channels fill the GPU, one program walks a tile of channels through all of time. Elsewhere time is cut
-into chunks that run side by side, after a pass that finds the state each begins with: the decays are computed twice, which
-pays when more of the GPU has work. Nothing is summed by atomics: results are the same bit for bit from run to run.
+into chunks that run side by side, after a pass that finds the state each begins with: decays are then computed twice,
+which pays where most of the GPU would idle. Nothing is summed by atomics: results repeat bit for bit.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ step_kernel = triton.jit(forward_kernel.fn)
 # How each kernel is launched: K positions a group, M states at a time.
 LAUNCH: dict[str, dict[str, int]] = {
     "step": {"K": 1, "num_warps": 1},
-    "forward": {"K": 1, "num_warps": 1},
-    "summarise": {"K": 1, "num_warps": 1},
+    "forward": {"K": 2, "num_warps": 1, "maxnreg": 168},
+    "summarise": {"K": 2, "num_warps": 1},
     "carry": {"K": 8, "BLOCK": 128, "num_warps": 4},
     "backward": {"K": 4, "M": 4, "T": 8, "num_warps": 1, "num_stages": 1},
 }
@@ -99,7 +99,8 @@ def _forward(
     """y (b, l, i), final_state (b, i, n), and if `save` the state at the beginning of every chunk."""
     (batch, length, width), n_state = u.shape, A.shape[1]
     how = plan(batch, length, width, n_state)
-    u, dt, z, A = _rows(u), _rows(dt), _rows(z), A.float().contiguous()
+    u, dt, A = _rows(u), _rows(dt), A.float().contiguous()
+    z = None if z is None else _rows(z)
     initial_state = None if initial_state is None else initial_state.contiguous()
     if length > 1:  # read by every tile of channels: converted once, not each time
         B, C = B.float(), C.float()
@@ -151,7 +152,8 @@ def _backward(
     how = plan(batch, length, width, n_state)
     grads = _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
     dinitial = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
-    dy, u, dt, z, natural = dy.contiguous(), _rows(u), _rows(dt), _rows(z), A.float().contiguous()
+    dy, u, dt, natural = dy.contiguous(), _rows(u), _rows(dt), A.float().contiguous()
+    z = None if z is None else _rows(z)
     B, C = _rows(B.float()), _rows(C.float())
     dfinal = None if dfinal is None else dfinal.contiguous()
     strides = (*dt.stride()[:2], *C.stride()[:2], *_strides(z))
@@ -177,27 +179,33 @@ def _backward(
     dA = new((parts, padded // GROUP.value, how.states, GROUP.value), dtype=torch.float32)
     dBC = new((2, tiles, batch, length, n_state), dtype=torch.float32)
     dD, dbias = new((2, parts, width), dtype=torch.float32)
+    precision = "tf32x3" if u.dtype == torch.float32 else "tf32"  # of the products that sum dB and dC over channels
     if parts * tiles:
         backward_kernel[(parts * tiles,)](
             dy, u, dt, natural, B, C, D, z, dt_bias, marks, starts, dfinal, scratch,
             grads[0], grads[1], grads[6], dA, dBC, dD, dbias, dinitial,
             *u.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *_strides(z), batch, *sizes,
             CHUNKED=how.chunked, SOFTPLUS=dt_softplus,
-            I=how.backward_tile, N=how.states, PRECISION="tf32x3" if u.dtype == torch.float32 else "tf32", **LAUNCH["backward"],
+            I=how.backward_tile, N=how.states, PRECISION=precision, **LAUNCH["backward"],
         )  # fmt: skip
-    grads[2].copy_(dA.sum(0).transpose(1, 2).reshape(padded, how.states)[:width, :n_state])
-    dBC = dBC.sum(1)
-    sums = ((3, dBC[0]), (4, dBC[1]), (5, dD.sum(0)), (7, dbias.sum(0)), (8, dinitial))
-    for index, value in sums:
+    sums = {
+        2: dA.sum(0).transpose(1, 2).reshape(padded, how.states)[:width, :n_state],
+        3: dBC[0].sum(0),
+        4: dBC[1].sum(0),
+        5: dD.sum(0),
+        7: dbias.sum(0),
+        8: dinitial,
+    }
+    for index, value in sums.items():
         if grads[index].numel():
-            grads[index].copy_(value)
+            grads[index] = value.to(grads[index].dtype).contiguous()
     return grads
 
 
 def _carry(
     A: Tensor, sums: Tensor, totals: Tensor, first: Tensor | None, last: Tensor, how: Plan, reverse: bool
 ) -> None:
-    """Turn what each chunk adds to a state into the state it meets, from `first` to `last`, along time or against it."""
+    """Turn what each chunk adds to a state into the state it meets, from `first` to `last`, along or against time."""
     batch, chunks = sums.shape[:2]
     grid = (batch * triton.cdiv(sums[0, 0].numel(), LAUNCH["carry"]["BLOCK"]),)
     carry_kernel[grid](
@@ -206,12 +214,12 @@ def _carry(
     )  # fmt: skip
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Tensor) -> Tensor:
     """Kernels read any tensor whose rows are dense; another is copied."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(x: Tensor | None) -> tuple[int, int]:
+def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
 
 

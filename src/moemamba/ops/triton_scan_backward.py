@@ -1,4 +1,5 @@
-"""Triton kernels of the selective scan's backward pass; `triton_scan_kernels.py` says how tiles and chunks are laid out."""
+# mypy: ignore-errors
+"""Triton kernels of the selective scan's backward pass; `triton_scan_kernels.py` says how tiles and chunks lie."""
 
 import triton
 import triton.language as tl
@@ -32,8 +33,8 @@ def summarise_backward_kernel(
     dt_b, dt_t, C_b, C_t, z_b, z_t, length, width, n_state, chunk, unit,
     SOFTPLUS: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint state that each chunk hands to the chunk before it when none comes from after it, and its sum of steps."""
-    tile, c, _, batch, chunks, tiles = _place(length, width, chunk, True, I)
+    """The adjoint state each chunk hands to the one before it when none comes from after it, and its sum of steps."""
+    tile, c, _, batch, chunks, _ = _place(length, width, chunk, True, I)
     padded = tl.cdiv(width, WIDEST) * WIDEST
     channel = tile * I + tl.arange(0, I)
     inside = channel < width
@@ -108,8 +109,9 @@ def backward_kernel(
     """Every gradient, chunk by chunk from the last: first the states at each group of K positions go to `scratch`, then
     the groups are walked backwards, their states computed again in registers, M states of a channel at a time.
 
-    `dfinal` is the adjoint of the final state (b, i, n), or of each chunk's (b, chunks, n, i) if CHUNKED. dA (parts, n, i),
-    dD and dbias (parts, i) and dBC (2, tiles, b, l, n) are sums over this program's positions or channels.
+    `dfinal` is the adjoint of the final state (b, i, n), or of each chunk's last state if CHUNKED, laid out like
+    `starts`. dA (parts, ...), dD and dbias (parts, i) are sums over this program's positions, dBC (2, tiles, b, l, n)
+    over its channels: the matrix unit adds up products of two positions at a time, each in a column of its own.
     """
     tile, first, last, batch, chunks, tiles = _place(length, width, chunk, CHUNKED, I)
     J: tl.constexpr = N // M
@@ -128,7 +130,6 @@ def backward_kernel(
     if marks is not None:
         marks += batch * length
     dB = dBC + (_wide(tile) * batches + batch) * length * n_state
-    dC = dB + _wide(tiles) * batches * length * n_state
     replay = scratch + _wide(tl.program_id(0)) * tl.cdiv(chunk, K) * (N * I)
     dskip = tl.zeros((I,), tl.float32)
     dstep_bias = tl.zeros((I,), tl.float32)
@@ -156,14 +157,13 @@ def backward_kernel(
             t = c * chunk + group * K
             tl.store(_saved(replay, group, I, 0, unit, I, N, N), h)
             mark = _marks(marks, t, stop, K)
-            next_us, next_dts, next_every_B = (), (), ()
+            next_us = _rows(u, u_t, t + K, stop, offsets, inside, K)
+            next_dts = _rows(dt, dt_t, t + K, stop, offsets, inside, K)
+            next_every_B = _rows(B, B_t, t + K, stop, every_n, every_n < n_state, K)
             for k in tl.static_range(K):
                 step = _step(dts[k], step_bias, mark[k], SOFTPLUS)
                 decay = _decay(step, every_a2, mark[k], marks is not None)
                 h = decay * h + (step * _input(us[k], mark[k]))[:, None] * every_B[k].to(tl.float32)[None, :]
-                next_us = next_us + (_row(u, u_t, t + K + k, stop, offsets, inside),)
-                next_dts = next_dts + (_row(dt, dt_t, t + K + k, stop, offsets, inside),)
-                next_every_B = next_every_B + (_row(B, B_t, t + K + k, stop, every_n, every_n < n_state),)
             us, dts, every_B = next_us, next_dts, next_every_B
         t = c * chunk + (groups - 1) * K
         us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
@@ -171,7 +171,6 @@ def backward_kernel(
         zs = dys
         if z is not None:
             zs = _rows(z, z_t, t, stop, offsets, inside, K)
-        Bs, Cs = _rows(B, B_t, t, stop, n, n < n_state, K), _rows(C, C_t, t, stop, n, n < n_state, K)
         beginnings = _blocks(replay, groups - 1, unit, I, N, M)
         for group in range(groups):
             t = c * chunk + (groups - 1 - group) * K
@@ -196,11 +195,8 @@ def backward_kernel(
                 outs, ddrives, dsteps = outs + (skip * x,), ddrives + (tl.zeros_like(x),), dsteps + (tl.zeros_like(x),)
             carried, grown = (), ()
             for j in tl.static_range(J):
-                ahead, there = ((j + 1) % J) * M + n, t  # the next M states, or the first of the group before
-                if j == J - 1:
-                    there = before
-                next_Bs = _rows(B, B_t, there, stop, ahead, ahead < n_state, K)
-                next_Cs = _rows(C, C_t, there, stop, ahead, ahead < n_state, K)
+                Bs = _rows(B, B_t, t, stop, j * M + n, j * M + n < n_state, K)
+                Cs = _rows(C, C_t, t, stop, j * M + n, j * M + n < n_state, K)
                 state = beginnings[j]
                 hs, decays, sums = (state,), (), ()
                 for k in tl.static_range(K):
@@ -232,7 +228,6 @@ def backward_kernel(
                 time = t + 2 * pair + term % 2
                 cell = _wide(time) * n_state + states + term // 2 % 2 * (_wide(tiles) * batches * length * n_state)
                 tl.store(dB + cell, dBCs, mask=(states < n_state) & (time < stop) & (pair < K // 2))
-                Bs, Cs = next_Bs, next_Cs
                 carried, grown = carried + (adjoint,), grown + (da_j,)
             g, da = carried, grown
             for k in tl.static_range(K):

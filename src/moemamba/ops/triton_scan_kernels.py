@@ -1,16 +1,17 @@
-"""Triton kernels of the selective scan. `triton_scan.py` launches them and says which run when.
+# mypy: ignore-errors
+"""Triton kernels of the selective scan; those of the backward pass are in `triton_scan_backward.py`.
 
-A program owns a tile of I channels with all their states, as (I, N) tiles in registers, and walks through time K positions
-at a go: the loads of a group are issued together, then its steps run one after another. The layout that Triton gives a
-tile follows from how it is loaded. Here every thread must hold all N states of a channel, so that sums over states need
-no other thread: `unit` is the stride of the channel dimension, one, hidden in a variable so that Triton sees no
-contiguous dimension and lays channels across the threads of the one warp.
+A program owns a tile of I channels with all their states, as (I, N) tiles in registers, and walks through time K
+positions at a go, the loads of later positions under way while it computes. Triton lays a tile out as it is loaded.
+Here every thread must hold all N states of a channel, so that sums over states need no other thread: `unit` is the
+stride of the channel dimension, one, hidden in a variable so that Triton sees no contiguous dimension and lays channels
+across the threads of the one warp.
 
 `marks` (b, l) int8 says what a position is: PLAIN, BEGIN (the state is reset before it) or PADDING (nothing happens).
-Time is cut into chunks. `starts` (b, chunks, n, i) holds the state that each chunk begins with. Where batch and channels
-do not fill the GPU, each program walks one chunk only (CHUNKED) and `starts` is computed beforehand: what a chunk does to
-any state is a decay, `exp(A sum(dt))`, and an addition (`_summarise_forward`), which `_carry` applies chunk after chunk.
-The same goes for the adjoint state in the backward pass, the other way round in time.
+Time is cut into chunks. `starts` (b, chunks, ...) holds the state that each chunk begins with. Where batch and channels
+do not fill the GPU, each program walks one chunk only (CHUNKED) and `starts` is computed beforehand: what a chunk does
+to any state is a decay, `exp(A sum(dt))`, and an addition (`summarise_forward_kernel`), which `carry_kernel` applies
+chunk after chunk. The same goes for the adjoint state in the backward pass, the other way round in time.
 """
 
 import triton
@@ -55,8 +56,7 @@ def _softplus(x):
 
 @triton.jit
 def _place(length, width, chunk, CHUNKED: tl.constexpr, I: tl.constexpr):
-    """What this program works on: tile of channels, first chunk, chunk after the last, row of the batch; and how many
-    chunks and tiles there are."""
+    """This program's tile of channels, first chunk, chunk after the last and row; then numbers of chunks and tiles."""
     tiles = tl.cdiv(width, I)
     chunks = tl.cdiv(length, chunk)
     tile = tl.program_id(0) % tiles
@@ -160,7 +160,7 @@ def forward_kernel(
     I: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """y, and either the final state (one program a row) or nothing but y (CHUNKED, from `starts`)."""
-    tile, first, last, batch, chunks, tiles = _place(length, width, chunk, CHUNKED, I)
+    tile, first, last, batch, chunks, _ = _place(length, width, chunk, CHUNKED, I)
     padded = tl.cdiv(width, WIDEST) * WIDEST
     channel = tile * I + tl.arange(0, I)
     inside = channel < width
@@ -223,8 +223,8 @@ def summarise_forward_kernel(
     u, dt, A, B, bias, marks, sums, totals, u_b, u_t, dt_b, dt_t, B_b, B_t, length, width, n_state, chunk, unit,
     SOFTPLUS: tl.constexpr, I: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """The state that each chunk leaves behind when it begins with zero, and the sum of its steps (infinite if it resets)."""
-    tile, c, _, batch, chunks, tiles = _place(length, width, chunk, True, I)
+    """The state each chunk leaves behind when it begins with zero, and the sum of its steps (infinite if it resets)."""
+    tile, c, _, batch, chunks, _ = _place(length, width, chunk, True, I)
     padded = tl.cdiv(width, WIDEST) * WIDEST
     channel = tile * I + tl.arange(0, I)
     inside = channel < width
