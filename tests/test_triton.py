@@ -115,8 +115,8 @@ def _assert_equal_to_reference(op: Callable[..., tuple[Tensor, Tensor]], inputs:
         with ops.backend(backend):
             outputs = op(**leaves)
         weights = weights or [torch.randn_like(t, dtype=torch.float32) for t in outputs]
-        products = [w.to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
-        gradients = torch.autograd.grad(outputs, [leaves[name] for name in names], products)
+        scalar = sum((w.to(t.dtype) * t).sum() for w, t in zip(weights, outputs, strict=True))  # an output may be empty
+        gradients = torch.autograd.grad(scalar, [leaves[name] for name in names], materialize_grads=True)
         results.append(dict(zip(["y", "final_state", *names], [*outputs, *gradients], strict=True)))
     got, expected = results
     for name, reference in expected.items():
