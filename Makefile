@@ -10,7 +10,7 @@ SEEDS ?= 2
 OUT ?= runs/demo
 MAMBA := mamba=mamba-tiny,d_model=32
 MOE_MAMBA := moe-mamba=moe-mamba-tiny,d_model=32,expand=3.0,n_experts=32,top_k=2,d_expert=16
-BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 100 --eval-tokens 32768
+BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 150 --eval-tokens 131072
 
 .PHONY: demo test check format test-gpu bench clean
 
