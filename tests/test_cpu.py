@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moemamba import ops
-from moemamba.ops import cpu, reference
+from moemamba.ops import cpu, cpu_kernel, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -252,6 +252,12 @@ def test_custom_ops_follow_the_rules():
     torch.library.opcheck(torch.ops.moemamba.cpu_grouped_linear.default, (rows, weight, torch.tensor([5, 0, 2])))
 
 
+@pytest.mark.parametrize("batch,length", [(0, 5), (2, 0)])
+def test_nothing(batch, length):
+    assert_same_as_reference("selective_scan", scan_inputs(batch, length), 2e-5)
+    assert_same_as_reference("causal_conv1d", conv_inputs(batch, length), 2e-5)
+
+
 def test_step_equals_whole():
     """The same op with one position at a time, states handed on, without gradients: the path of generation."""
     inputs = scan_inputs(length=20)
@@ -296,6 +302,22 @@ def test_first_use_is_announced_and_cached(tmp_path):
         )
         assert result.stdout == "same\n", result.stderr
         assert ("compiling the CPU kernels" in result.stderr) == announced
+
+
+def test_nowhere_to_write(monkeypatch):
+    """Kernels compile in every process where no folder can be written to."""
+
+    def refuse(**options):
+        raise OSError
+
+    monkeypatch.setattr(cpu_kernel, "TemporaryFile", refuse)
+    cpu_kernel._cache_folder.cache_clear()
+    try:
+        assert cpu_kernel._cache_folder() == ""
+        compiled = cpu_kernel.kernel(lambda first, last: None)
+        compiled(0, 1)
+    finally:
+        cpu_kernel._cache_folder.cache_clear()
 
 
 def test_backend_in_use():

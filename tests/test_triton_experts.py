@@ -217,8 +217,8 @@ def test_linear_float32(sizes):
         with ops.backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
             return ops.linear_float32(x, weight)
 
-    assert_same(run, reference.linear_float32, {"x": x, "weight": weight}, tolerance=1e-3)
-    with torch.no_grad():  # the gradient of x is float16, the logits are not
+    assert_same(run, reference.linear_float32, {"x": x, "weight": weight}, tolerance=2e-3)
+    with torch.no_grad():  # gradients are products in float16, the logits are not
         torch.testing.assert_close(run(x, weight), x.float() @ weight.T, rtol=1e-5, atol=1e-4)
 
 
@@ -245,12 +245,15 @@ def compare_head(tensors, targets, tolerance=1e-5, **options):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("bytes_at_once", [1, 1 << 30], ids=["chunks", "whole"])
-def test_linear_cross_entropy(reduction, bytes_at_once, monkeypatch):
-    monkeypatch.setattr(triton_cross_entropy, "LOGITS_BYTES", bytes_at_once)
-    tensors, targets = make_head(tokens=140)
+def test_linear_cross_entropy(reduction):
+    tensors, targets = make_head(tokens=30)
     compare_head(tensors, targets, reduction=reduction)
     compare_head(tensors, targets.where(targets >= 0, 5), ignore_index=5, reduction=reduction)
+
+
+def test_linear_cross_entropy_in_chunks(monkeypatch):
+    monkeypatch.setattr(triton_cross_entropy, "LOGITS_BYTES", 1)
+    compare_head(*make_head(tokens=140))
 
 
 def test_linear_cross_entropy_with_large_logits():

@@ -135,6 +135,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         if path.exists():
             raise FileExistsError(f"{path} exists already; choose another place, or remove it")
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed process that had our number, as in a container
         beside.mkdir(parents=True)
         yield beside
         for file in (*beside.iterdir(), beside):

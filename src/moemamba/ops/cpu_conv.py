@@ -18,6 +18,7 @@ from .cpu_kernel import (
     Rows,
     address,
     bytes_at,
+    cast,
     floats,
     inner,
     kernel,
@@ -50,11 +51,11 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """See `moemamba.ops.causal_conv1d`."""
     dtype = x.dtype
-    history = None if initial_state is None else initial_state.to(dtype)
+    history = None if initial_state is None else cast(initial_state, dtype)
     x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
     op = _forward if traced(x, weight, bias, history) else _run_forward
     y, final_state = op(x, weight, bias, history, activation == "silu", marks(seq_idx))
-    return y.to(dtype), final_state.to(dtype)
+    return cast(y, dtype), cast(final_state, dtype)
 
 
 # --- the two kernels ---

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_kernel import TILE, address, marks, plain, readable, rows, run, summed, traced, wants_grad
+from .cpu_kernel import TILE, address, cast, marks, plain, readable, rows, run, summed, traced, wants_grad
 from .cpu_scan_kernels import CHUNK, scan, scan_backward, step
 
 
@@ -33,7 +33,7 @@ def selective_scan(
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     op = _forward if traced(*tensors) else _run_forward
     y, final_state, _ = op(*tensors, dt_softplus, marks(seq_idx), wants_grad(*tensors))
-    return y.to(dtype), final_state
+    return cast(y, dtype), final_state
 
 
 # --- custom ops: what torch.compile and autograd see ---
