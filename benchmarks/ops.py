@@ -161,11 +161,16 @@ def _check(case: Case) -> str | None:
 
 
 def _time(calls: list[Callable[[], object]], repeat: int) -> list[float]:
-    """Milliseconds of each call, the calls taking turns; `repeat` of them in a row where one is short."""
+    """Milliseconds of each call, the calls taking turns; `repeat` of them in a row where one is short.
+
+    Clearing a large buffer first empties the cache, and keeps the GPU busy while the host queues the call.
+    """
     samples: list[list[float]] = [[] for _ in calls]
+    flush = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     for _ in range(ROUNDS + 2):
         for call, times in zip(calls, samples, strict=True):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
             start.record()
             for _ in range(repeat):
                 call()

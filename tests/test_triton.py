@@ -31,6 +31,12 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
+def full_precision() -> None:
+    """The reference's own matrix products must not round to tf32."""
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
 def scalar_indices() -> Iterator[None]:
     """Triton 3.6's interpreter turns a tensor of one element into an index in a way that NumPy 2.4 refuses."""
     if not INTERPRETED:
@@ -109,8 +115,8 @@ def _assert_equal_to_reference(op: Callable[..., tuple[Tensor, Tensor]], inputs:
         with ops.backend(backend):
             outputs = op(**leaves)
         weights = weights or [torch.randn_like(t, dtype=torch.float32) for t in outputs]
-        products = [w.to(t.dtype) for w, t in zip(weights, outputs, strict=True)]
-        gradients = torch.autograd.grad(outputs, [leaves[name] for name in names], products)
+        scalar = sum((w.to(t.dtype) * t).sum() for w, t in zip(weights, outputs, strict=True))  # an output may be empty
+        gradients = torch.autograd.grad(scalar, [leaves[name] for name in names], materialize_grads=True)
         results.append(dict(zip(["y", "final_state", *names], [*outputs, *gradients], strict=True)))
     got, expected = results
     for name, reference in expected.items():
@@ -128,8 +134,7 @@ def _conv(**fixed: object) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @kernels
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 63, 100])
+@pytest.mark.parametrize(("length", "packed"), [(1, False), (1, True), (2, True), (63, False), (100, True)])
 def test_scan_equals_reference(length: int, packed: bool, poisoned: None) -> None:
     torch.manual_seed(length)
     inputs = _scan_inputs(1, length, 20, 5, torch.float32)
@@ -137,7 +142,7 @@ def test_scan_equals_reference(length: int, packed: bool, poisoned: None) -> Non
 
 
 @kernels
-@pytest.mark.parametrize("length", [100, 257])
+@pytest.mark.parametrize("length", [257] if INTERPRETED else [100, 257, 1000])
 def test_scan_in_chunks_equals_reference(length: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from moemamba.ops import triton_scan
 
@@ -148,7 +153,7 @@ def test_scan_in_chunks_equals_reference(length: int, poisoned: None, monkeypatc
 
 
 @kernels
-@pytest.mark.parametrize("shape", [(2, 5, 70, 17), (1, 3, 40, 33)])
+@pytest.mark.parametrize("shape", [(1, 3, 70, 17), (1, 2, 40, 33)])
 def test_scan_of_any_width(shape: tuple[int, int, int, int], poisoned: None) -> None:
     torch.manual_seed(0)
     _assert_equal_to_reference(_scan(), _scan_inputs(*shape, torch.float32))
@@ -167,15 +172,15 @@ def test_nothing_to_scan() -> None:
 @pytest.mark.parametrize("absent", ["D", "z", "dt_bias", "initial_state"])
 def test_scan_without(absent: str, poisoned: None) -> None:
     torch.manual_seed(0)
-    inputs = _scan_inputs(2, 7, 20, 5, torch.float32)
+    inputs = _scan_inputs(1, 6, 20, 5, torch.float32)
     _assert_equal_to_reference(_scan(), {**inputs, absent: None})
 
 
 @kernels
 def test_scan_with_steps_as_they_are() -> None:
     torch.manual_seed(0)
-    inputs = _scan_inputs(2, 7, 20, 5, torch.float32)
-    inputs["dt"] = torch.rand(2, 7, 20, device=DEVICE)
+    inputs = _scan_inputs(1, 6, 20, 5, torch.float32)
+    inputs["dt"] = torch.rand(1, 6, 20, device=DEVICE)
     _assert_equal_to_reference(_scan(dt_softplus=False), {**inputs, "dt_bias": None})
 
 

@@ -9,9 +9,9 @@ from .triton_conv_kernels import backward_kernel, forward_kernel
 from .triton_scan import position_marks
 
 # Positions and channels of a program's tile (forward), channels and positions of a segment (backward).
-FORWARD = {"T": 16, "I": 128, "num_warps": 4}
+FORWARD = {"T": 32, "I": 128, "num_warps": 4}
 BACKWARD = {"K": 4, "I": 128, "num_warps": 1}
-SEGMENT = 64
+SEGMENT = 128
 
 
 def causal_conv1d(

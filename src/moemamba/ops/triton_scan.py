@@ -18,13 +18,13 @@ from .triton_scan_kernels import BEGIN, GROUP, PADDING, WIDEST, carry_kernel, fo
 # Without a hidden stride a state tile is laid out along d_state, as it is in memory: right for reading one, once.
 step_kernel = triton.jit(forward_kernel.fn)
 
-# How each kernel is launched: K positions a group, M states at a time.
+# How each kernel is launched: K positions a group.
 LAUNCH: dict[str, dict[str, int]] = {
     "step": {"K": 1, "num_warps": 1},
     "forward": {"K": 2, "num_warps": 1, "maxnreg": 168},
     "summarise": {"K": 2, "num_warps": 1},
     "carry": {"K": 8, "BLOCK": 128, "num_warps": 4},
-    "backward": {"K": 4, "M": 4, "T": 8, "num_warps": 1, "num_stages": 1},
+    "backward": {"K": 4, "T": 8, "num_warps": 1, "num_stages": 1},
 }
 PROGRAMS = 2000  # programs of one warp each that fill the GPU
 CHUNK = 256  # positions between saved states
@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     """How a scan of some shape runs."""
 
     states: int  # N, d_state rounded up to a power of two
+    block: int  # M, states of a channel that the backward pass holds at a time
     forward_tile: int  # channels of a program
     backward_tile: int
     chunk: int  # positions between saved states
@@ -50,7 +51,14 @@ def plan(batch: int, length: int, width: int, n_state: int) -> Plan:
     while chunk > 64 and programs * triton.cdiv(length, chunk) < PROGRAMS:
         chunk //= 2
     chunked = length > chunk and programs < PROGRAMS // 2
-    return Plan(states, forward_tile, backward_tile, chunk if chunked else max(1, min(length, CHUNK)), chunked)
+    return Plan(
+        states,
+        max(4, states // 4),
+        forward_tile,
+        backward_tile,
+        chunk if chunked else max(1, min(length, CHUNK)),
+        chunked,
+    )
 
 
 def selective_scan(
@@ -186,7 +194,7 @@ def _backward(
             grads[0], grads[1], grads[6], dA, dBC, dD, dbias, dinitial,
             *u.stride()[:2], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *_strides(z), batch, *sizes,
             CHUNKED=how.chunked, SOFTPLUS=dt_softplus,
-            I=how.backward_tile, N=how.states, PRECISION=precision, **LAUNCH["backward"],
+            I=how.backward_tile, N=how.states, M=how.block, PRECISION=precision, **LAUNCH["backward"],
         )  # fmt: skip
     sums = {
         2: dA.sum(0).transpose(1, 2).reshape(padded, how.states)[:width, :n_state],
