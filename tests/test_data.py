@@ -327,6 +327,9 @@ def test_sequential_pass():
     assert [len(part) for part in read] == [4, 4, 3]
     assert torch.cat(read).flatten().tolist() == tokens.ids[:99].tolist()
     assert sum(batch.tokens.numel() for batch in sequential(tokens, 4, 9, most=50)) == 45
+    some = torch.cat([batch.tokens for batch in sequential(tokens, 4, 9, most=50)])
+    whole = torch.cat(read)
+    assert torch.equal(some, whole[torch.arange(5) * len(whole) // 5])  # spread over the text
 
 
 def test_too_short():

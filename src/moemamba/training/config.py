@@ -56,7 +56,7 @@ class TrainConfig:
     """steps between lines of metrics.jsonl"""
     eval_every: int = 100
     eval_tokens: int = 65536
-    """validation tokens that an evaluation reads at most"""
+    """validation tokens that an evaluation reads at most, in windows spread evenly over the text"""
     save_every: int = 100
     keep: int = 2
     """newest checkpoints to keep, besides the best"""

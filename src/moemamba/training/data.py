@@ -92,17 +92,17 @@ def sequential(
     """One pass in the text's own order: every window once, the last batch perhaps smaller.
 
     Args:
-        most: stop after about that many tokens, at least one window.
+        most: read about that many tokens only, at least one window; the windows are spread evenly over the text, since
+            its beginning need not be like the rest.
     Raises:
         ValueError: the tokens do not fill one window.
     """
     require_window("the validation data", tokens, context)
     windows = (len(tokens.ids) - 1) // context
-    if most is not None:
-        windows = min(windows, max(1, most // context))
-    for first in range(0, windows, batch_size):
-        starts = np.arange(first, min(first + batch_size, windows)) * context
-        yield _batch(tokens, starts, context, reset_state)
+    count = windows if most is None else min(windows, max(1, most // context))
+    chosen = np.arange(count) * windows // count
+    for first in range(0, count, batch_size):
+        yield _batch(tokens, chosen[first : first + batch_size] * context, context, reset_state)
 
 
 def require_window(what: str, tokens: Tokens, context: int) -> None:
