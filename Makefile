@@ -2,17 +2,20 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CODE := src tests $(wildcard benchmarks)
 
-# What the demo trains; make demo STEPS=20 SEEDS=1 is a quick look.
-STEPS ?= 300
+# The demo: the same size per token, but MoE-Mamba chooses among 32 experts. make demo STEPS=20 SEEDS=1 is a quick look.
+STEPS ?= 1500
 SEEDS ?= 2
 OUT ?= runs/demo
-DEMO := mamba=mamba-tiny moe-mamba=moe-mamba-tiny
+MAMBA := mamba=mamba-tiny,d_model=32
+MOE_MAMBA := moe-mamba=moe-mamba-tiny,d_model=32,expand=3.0,n_experts=32,top_k=2,d_expert=16
+BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 100 --eval-tokens 32768
 
 .PHONY: demo test check format test-gpu bench clean
 
 demo: .venv/installed  ## train Mamba and MoE-Mamba of equal active size on Python's standard library, compare, sample
-	$(BIN)/moemamba compare $(DEMO) --steps $(STEPS) --seeds $(SEEDS) --out $(OUT)
+	$(BIN)/moemamba compare $(MAMBA) $(MOE_MAMBA) --steps $(STEPS) --seeds $(SEEDS) $(BUDGET) --out $(OUT)
 	@echo
 	$(BIN)/moemamba generate $(OUT)/moe-mamba/seed-0 --prompt 'def ' --max-new-tokens 400 --temperature 0.8 --seed 0
 
@@ -23,13 +26,13 @@ test-gpu: .venv/developing
 	$(BIN)/python -m pytest -m gpu
 
 check: .venv/developing  ## format, lint and types
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
 format: .venv/developing
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 bench: .venv/developing  ## each benchmark ends in one line of JSON
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, and exactly the model that was saved."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -70,6 +71,14 @@ def test_nothing_half_written(tmp_path):
         assert not (tmp_path / "x").exists()
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leftover_of_a_killed_process_with_our_number(tmp_path):
+    (tmp_path / f".x.{os.getpid()}").mkdir()
+    (tmp_path / f".x.{os.getpid()}" / "half").touch()
+    with new_directory(tmp_path / "x") as folder:
+        (folder / "whole").touch()
+    assert [file.name for file in tmp_path.rglob("*")] == ["x", "whole"]
 
 
 def test_full_disk(tmp_path):

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moemamba import TrainConfig, cli, ops
 from moemamba.cli.train import Train, read
 
 TINY = ["--model.pattern", "ME", "--model.n-blocks", "1", "--model.d-model", "16", "--model.experts.n-experts", "4"]
 SHORT = ["--steps", "4", "--batch-size", "2", "--context", "32", "--eval-tokens", "256", "--log-every", "2"]
-MAIN = [sys.executable, "-c", "from moemamba.cli import main; main()"]
+# As `small_work` below has it.
+ALONE = "import torch; from moemamba import cli, ops; torch.set_num_threads(1); ops.backend('reference'); cli.main()"
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +27,21 @@ def text(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_work():
+    """Tensors are tiny: threads would only wait for each other, kernels for their compilation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with ops.backend("reference"):
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def run(text, tmp_path_factory):
+def run(text, small_work, tmp_path_factory):
     """A finished run."""
     path = str(tmp_path_factory.mktemp("runs") / "run")
-    with ops.backend("reference"):
-        cli.run(["train", *TINY, *SHORT, "--data", text, "--run", path])
+    cli.run(["train", *TINY, *SHORT, "--data", text, "--run", path])
     return path
 
 
@@ -43,11 +54,10 @@ def call(monkeypatch, capsys):
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         status = 0
-        with ops.backend("reference"):
-            try:
-                cli.main()
-            except SystemExit as left:
-                status = int(left.code or 0)
+        try:
+            cli.main()
+        except SystemExit as left:
+            status = int(left.code or 0)
         return status, *capsys.readouterr()
 
     return call
@@ -198,7 +208,10 @@ def test_interrupted_training_says_how_to_go_on(text, tmp_path):
     where = tmp_path / "run"
     options = ["--steps", "100000", "--save-every", "2", "--data", text, "--run", str(where)]
     process = subprocess.Popen(
-        [*MAIN, "train", *TINY, *SHORT[2:], *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", ALONE, "train", *TINY, *SHORT[2:], *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while not list(where.glob("checkpoints/[0-9]*")) and time.monotonic() < deadline:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from moemamba import TrainConfig, ops, preset, train
 from moemamba.config import ExpertsConfig, ModelConfig, to_dict
@@ -18,7 +19,7 @@ from moemamba.experiments.history import History, crossing, read_history, smooth
 from moemamba.experiments.results import Run, Spread, cells, count, signed, summarise
 
 MAMBA = ModelConfig("M", 1, 16)
-MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16))
+MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16, capacity_factor=1.0))
 
 
 # Curves
@@ -185,9 +186,13 @@ def base(text):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def reference_ops():
+def small_work():
+    """Tensors are tiny: threads would only wait for each other, kernels for their compilation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with ops.backend("reference"):
         yield
+    torch.set_num_threads(threads)
 
 
 CONTENDERS = [
@@ -199,11 +204,10 @@ CONTENDERS = [
 
 
 @pytest.fixture(scope="module")
-def compared(base, tmp_path_factory):
+def compared(base, small_work, tmp_path_factory):
     """(comparison, its directory)"""
-    with ops.backend("reference"):
-        out = tmp_path_factory.mktemp("compare")
-        return compare(CONTENDERS, base, 2, out, command="moemamba compare <these>", silent=True), out
+    out = tmp_path_factory.mktemp("compare")
+    return compare(CONTENDERS, base, 2, out, command="moemamba compare <these>", silent=True), out
 
 
 def test_identical_models_do_not_differ(compared):
@@ -274,6 +278,7 @@ def test_report_stands_alone(compared):
     assert titles.count("Load of the experts of layers.1.branches.0") == 2  # one a seed
     assert "moemamba compare &lt;these&gt;" in page
     assert "no clear difference" in page
+    assert page.count("the capacity limits of training would add") == 2
 
 
 def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moemamba import ops
-from moemamba.ops import cpu, reference
+from moemamba.ops import cpu, cpu_kernel, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -202,7 +202,7 @@ def test_few_tokens(kind, gated, dtype):
             torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-CASES = [("selective_scan", scan_inputs(4, 100, 200)), ("causal_conv1d", conv_inputs(4, 100, 200))]
+CASES = [("selective_scan", scan_inputs(8, 100, 200)), ("causal_conv1d", conv_inputs(8, 100, 200))]
 CASES += [("expert_feedforward", expert_inputs())]
 
 
@@ -229,7 +229,7 @@ def test_calls_from_several_threads(name, inputs):
 @pytest.mark.parametrize("name,inputs", CASES, ids=[name for name, _ in CASES])
 def test_compiles_as_one_graph(name, inputs):
     if "seq_idx" in inputs:
-        inputs = inputs | {"seq_idx": packed(4, 100)}
+        inputs = inputs | {"seq_idx": packed(8, 100)}
     expected = outputs_and_gradients(getattr(cpu, name), inputs)
     for backend in ("eager", "aot_eager"):
         torch.compiler.reset()
@@ -252,6 +252,12 @@ def test_custom_ops_follow_the_rules():
     torch.library.opcheck(torch.ops.moemamba.cpu_grouped_linear.default, (rows, weight, torch.tensor([5, 0, 2])))
 
 
+@pytest.mark.parametrize("batch,length", [(0, 5), (2, 0)])
+def test_nothing(batch, length):
+    assert_same_as_reference("selective_scan", scan_inputs(batch, length), 2e-5)
+    assert_same_as_reference("causal_conv1d", conv_inputs(batch, length), 2e-5)
+
+
 def test_step_equals_whole():
     """The same op with one position at a time, states handed on, without gradients: the path of generation."""
     inputs = scan_inputs(length=20)
@@ -263,14 +269,15 @@ def test_step_equals_whole():
             now = {key: inputs[key][:, t : t + 1] for key in timed}
             step, state = cpu.selective_scan(*(inputs | now | {"initial_state": state}).values())
             steps.append(step)
-    assert torch.equal(torch.cat(steps, dim=1), y) and torch.equal(state, final)
+    torch.testing.assert_close(torch.cat(steps, dim=1), y)
+    torch.testing.assert_close(state, final)
 
 
 # One element only is looked at: torch's own threads do not survive a fork.
 SCRIPT = """
 import os, torch
 from moemamba import ops
-x = torch.randn(2, 300, 300)
+x = torch.randn(8, 300, 300)
 call = lambda: ops.causal_conv1d(x, torch.ones(300, 4))[0][1, 299, 299].item()
 torch.set_num_threads(2)
 expected = call()
@@ -295,6 +302,22 @@ def test_first_use_is_announced_and_cached(tmp_path):
         )
         assert result.stdout == "same\n", result.stderr
         assert ("compiling the CPU kernels" in result.stderr) == announced
+
+
+def test_nowhere_to_write(monkeypatch):
+    """Kernels compile in every process where no folder can be written to."""
+
+    def refuse(**options):
+        raise OSError
+
+    monkeypatch.setattr(cpu_kernel, "TemporaryFile", refuse)
+    cpu_kernel._cache_folder.cache_clear()
+    try:
+        assert cpu_kernel._cache_folder() == ""
+        compiled = cpu_kernel.kernel(lambda first, last: None)
+        compiled(0, 1)
+    finally:
+        cpu_kernel._cache_folder.cache_clear()
 
 
 def test_backend_in_use():

@@ -9,16 +9,10 @@ import pytest
 import torch
 
 from moemamba.tokenizer import ByteTokenizer, train_bpe
-from moemamba.training.data import (
-    HELD_OUT,
-    Batches,
-    Tokens,
-    cache_directory,
-    permute,
-    prepare,
-    sequential,
-)
+from moemamba.training import preparation
+from moemamba.training.data import Batches, Tokens, permute, sequential
 from moemamba.training.documents import Documents, held_out
+from moemamba.training.preparation import HELD_OUT, cache_directory, prepare
 
 BYTES = ByteTokenizer()
 
@@ -45,7 +39,8 @@ def test_folder_in_order_without_binaries(tmp_path):
         "b.txt": b"second",
         "a/z.py": "first π".encode(),
         "c.jsonl": b'{"text": "third"}\n\n{"text": ""}\n{"text": "fourth", "id": 3}\n',
-        "data.bin.gz": b"\x00\x01",
+        "0.bin": b"\x00\x01",
+        "d.json": b'{"a": "json file is text here"}',
         "latin.txt": "é".encode("latin-1"),
         "empty.txt": b"",
         ".git/config": b"hidden",
@@ -54,8 +49,13 @@ def test_folder_in_order_without_binaries(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     documents = Documents(tmp_path)
-    assert list(documents) == list(documents) == ["first π", "second", "third", "fourth"]
-    assert [file.name for file in documents.skipped] == ["data.bin.gz", "latin.txt"]
+    assert (
+        list(documents)
+        == list(documents)
+        == ["first π", "second", "third", "fourth", '{"a": "json file is text here"}']
+    )
+    assert [file.name for file in documents.skipped] == ["0.bin", "latin.txt"]
+    assert prepare(str(tmp_path), BYTES, tmp_path.parent / "cache").skipped == 2
 
 
 def test_one_large_file_is_cut_at_line_ends(tmp_path):
@@ -152,16 +152,16 @@ def test_large_vocabulary_takes_four_bytes(tmp_path):
     assert corpus.train.ids.dtype == np.uint32 and corpus.train.ids[corpus.train.ends[0] - 1] == 69_999
 
 
-def test_cache_is_used_and_never_stale(tmp_path):
+def test_cache_is_used_and_never_stale(tmp_path, monkeypatch):
     source = tmp_path / "in.jsonl"
     lines = [json.dumps({"text": f"document {k}"}) for k in range(100)]
     source.write_text("\n".join(lines))
-    seen = []
+    write, seen = preparation._write, []
+    monkeypatch.setattr(preparation, "_write", lambda *args: (seen.append(1), write(*args)))
 
     def count(tokenizer=BYTES):
         seen.clear()
-        corpus = prepare(str(source), tokenizer, tmp_path / "cache", report=lambda done, total: seen.append(done))
-        return corpus.content, bool(seen)
+        return prepare(str(source), tokenizer, tmp_path / "cache").content, bool(seen)
 
     first, read = count()
     assert read and count() == (first, False)
@@ -172,6 +172,28 @@ def test_cache_is_used_and_never_stale(tmp_path):
     assert read and changed != first
     assert count(train_bpe(lines, 300))[1], "another tokenizer, other tokens"
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def test_source_that_changes_while_it_is_read(tmp_path):
+    source = tmp_path / "in.txt"
+    source.write_text("line\n" * 1000)
+
+    class Slow(ByteTokenizer):
+        def encode_batch(self, texts):
+            with source.open("a") as stream:
+                stream.write("more\n")
+            return super().encode_batch(texts)
+
+    with pytest.raises(ValueError, match=r"in\.txt changed while it was read"):
+        prepare(str(source), Slow(), tmp_path / "cache")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_progress_of_tokenising(tmp_path):
+    (tmp_path / "in.txt").write_text("line\n" * 1_000_000)
+    seen = []
+    prepare(str(tmp_path / "in.txt"), BYTES, tmp_path / "cache", report=lambda *shown: seen.append(shown))
+    assert 4 <= len(seen) <= 5 and seen == sorted(seen) and seen[-1][0] <= seen[-1][1] == 5_000_000
 
 
 def test_given_validation(tmp_path):

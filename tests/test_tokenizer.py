@@ -91,7 +91,7 @@ def test_errors_say_what_to_do(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     broken = tmp_path / "tokenizer.json"
     broken.write_text(ByteTokenizer().to_json()[:500])
-    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json cannot be used as a tokenizer"):
         load_tokenizer(tmp_path)
     broken.write_text(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str())
     with pytest.raises(ValueError, match="no token that ends a document"):

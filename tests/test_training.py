@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 import moemamba
 from moemamba import ModelConfig, MoEMamba, TrainConfig, evaluate, load, train
 from moemamba.config import AttentionConfig, ExpertsConfig, RoutedMambaConfig, from_dict, to_dict
-from moemamba.training import loop
+from moemamba.training import loop, progress
 from moemamba.training.data import Tokens
 from moemamba.training.evaluate import Evaluation
 from moemamba.training.loop import NonFiniteLoss
@@ -197,6 +197,7 @@ def test_metrics_say_what_happened(config):
     assert set(last) == {
         *("kind", "step", "tokens", "loss", "auxiliary", "learning_rate", "grad_norm", "tokens_per_second", "seconds")
     }
+    assert not result.model.training
     assert {"loss", "perplexity", "bits_per_byte", "drop_gap", "seconds"} < set(lines(config, "evaluation")[0])
     (layer,) = lines(config, "router")[-1]["layers"]
     assert layer["name"] == "layers.1.branches.0" and layer["max_entropy"] == math.log(4)
@@ -235,6 +236,12 @@ def test_resuming_drops_what_was_not_saved(config):
     assert [(line["kind"], line["step"]) for line in lines(other)] == [(x["kind"], x["step"]) for x in lines(config)]
 
 
+def test_watching_changes_nothing(config):
+    often = {"log_every": 1, "eval_every": 3, "eval_tokens": 64, "save_every": 4, "keep": 1}
+    watched = dataclasses.replace(config, **often, run=config.run + "-often")
+    assert same_weights(train(config, report=SILENT).model, train(watched, report=SILENT).model)
+
+
 KILLED = """
 import json, sys
 from moemamba import TrainConfig, train
@@ -251,7 +258,7 @@ def test_killed_at_any_moment(config):
     killed = dataclasses.replace(config, run=config.run + "-killed")
     command = [sys.executable, "-c", KILLED, json.dumps(to_dict(killed))]
     moments = random.Random(time.time_ns())
-    for _ in range(3):
+    for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         start = time.monotonic()
         while not (Path(killed.run) / "checkpoints").exists() and time.monotonic() - start < 60:
@@ -374,7 +381,7 @@ def test_text_that_cannot_be_trained_on(config, tmp_path, content, said):
 
 def test_too_little_to_hold_out(config, tmp_path):
     (tmp_path / "v.txt").write_text("short")
-    with pytest.raises(ValueError, match="the validation data has 6 tokens, but one window needs 33"):
+    with pytest.raises(ValueError, match=r"the held-out data .* has 6 tokens, but one window needs 33"):
         train(dataclasses.replace(config, validation=str(tmp_path / "v.txt")), report=SILENT)
 
 
@@ -432,12 +439,23 @@ def test_own_tokenizer(config):
     assert train(dataclasses.replace(config, tokenizer="bpe-300", steps=2), resume=True, report=SILENT).step == 2
 
 
-def test_plain_lines_without_a_terminal(config, capsys):
+def test_plain_lines_without_a_terminal(config, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET", 0.0)
     train(config, report=Report("name"))
     said = capsys.readouterr().out.splitlines()
     assert all(line.startswith("name: ") for line in said)
     text = "\n".join(said)
-    for part in ("documents", "tokens", "ME x 1", "active", "cpu, float32", config.run, "step 10: held-out loss"):
+    for part in (
+        "documents",
+        "tokens",
+        "ME x 1",
+        "active",
+        "cpu, float32",
+        config.run,
+        "step 10: held-out loss",
+        "step 8 of 10: loss ",
+        " tokens/s, 0:00:00 left",
+    ):
         assert part in text
 
 

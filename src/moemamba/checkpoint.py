@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
@@ -38,10 +39,12 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
 
     Args:
         path: a directory that `save` has written, or a run directory, whose newest checkpoint is meant.
+        device: see `find_device`.
     Raises:
         CheckpointError: there is none, or it is damaged.
+        ValueError: this machine has no such device.
     """
-    folder = Path(path)
+    place, folder = find_device(device), Path(path)
     if not (folder / "model.safetensors").exists() and (found := checkpoints(folder)):
         folder = found[-1]
     config = from_dict(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
@@ -51,7 +54,23 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:
         raise damaged(folder / "tokenizer.json", error) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
+
+
+def find_device(name: str) -> torch.device:
+    """A device by name; "auto" is a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+    return device
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -116,6 +135,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         if path.exists():
             raise FileExistsError(f"{path} exists already; choose another place, or remove it")
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed process that had our number, as in a container
         beside.mkdir(parents=True)
         yield beside
         for file in (*beside.iterdir(), beside):

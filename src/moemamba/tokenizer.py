@@ -56,8 +56,7 @@ class ByteTokenizer:
 
     def to_json(self) -> str:
         """A byte-level BPE without merges, so that other programs read it too."""
-        vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
-        plain = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        plain = tokenizers.Tokenizer(models.BPE(_byte_vocabulary(), []))
         _byte_level(plain, use_regex=False)
         plain.add_special_tokens([END_OF_TEXT])
         return plain.to_str(pretty=True)
@@ -134,24 +133,21 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if source == "bytes":
         return ByteTokenizer()
     path = Path(source)
-    vocab, merges = path / "vocab.json", path / "merges.txt"
-    if vocab.is_file() and merges.is_file() and not (path / "tokenizer.json").is_file():
-        inner = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-        _byte_level(inner)
-        inner.add_special_tokens([END_OF_TEXT])
-        return TrainedTokenizer(inner)
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f'there is no tokenizer at {file}; give "bytes", or the path of a tokenizer.json')
     try:
+        if not file.is_file() and (path / "merges.txt").is_file():
+            inner = tokenizers.Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt")))
+            _byte_level(inner)
+            inner.add_special_tokens([END_OF_TEXT])
+            return TrainedTokenizer(inner)
         text = file.read_text(encoding="utf-8")
-        description = json.loads(text)
-        if description["model"]["vocab"] == {letter: byte for byte, letter in enumerate(_byte_letters())}:
+        if json.loads(text)["model"]["vocab"] == _byte_vocabulary():
             return ByteTokenizer()
-        inner = tokenizers.Tokenizer.from_str(text)
+        return TrainedTokenizer(tokenizers.Tokenizer.from_str(text))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'there is no tokenizer at {file}; give "bytes", or a tokenizer.json') from None
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a tokenizer.json that can be read ({error}); save it again") from error
-    return TrainedTokenizer(inner)
+        raise ValueError(f"{file} cannot be used as a tokenizer: {error}") from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -179,8 +175,8 @@ def _byte_level(inner: tokenizers.Tokenizer, use_regex: bool = True) -> None:
     inner.decoder = decoders.ByteLevel()
 
 
-def _byte_letters() -> list[str]:
-    """The printable letter by which byte-level tokenizers spell each byte."""
+def _byte_vocabulary() -> dict[str, int]:
+    """Every byte by the printable letter that byte-level tokenizers spell it with."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    return {chr(byte) if byte in printable else chr(next(others)): byte for byte in range(256)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ..training.config import TrainConfig
-from .terminal import find_device, parse, show
+from .terminal import parse, show
 from .train import begun
 
 
@@ -25,15 +25,16 @@ class Eval:
     tokens: int | None = None
     """predict about that many at most; all if None"""
     device: str = "auto"
+    """auto is a GPU where there is one, else the CPU"""
 
 
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
     from ..checkpoint import load
-    from ..training.data import cache_directory, prepare
     from ..training.evaluate import evaluate
+    from ..training.preparation import cache_directory, prepare
 
-    model, tokenizer = load(asked.run, find_device(asked.device))
+    model, tokenizer = load(asked.run, asked.device)
     path = Path(asked.run)
     run = begun(path) or begun(path.parent.parent) or TrainConfig()  # a run, a checkpoint of one, or a model alone
     source, held_out = (asked.data, asked.data) if asked.data else (run.data, run.validation)

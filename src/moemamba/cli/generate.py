@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ..inference.config import Sampling
-from .terminal import find_device, parse
+from .terminal import parse
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Generate:
     seed: int | None = None
     """makes the text repeatable"""
     device: str = "auto"
+    """auto is a GPU where there is one, else the CPU"""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     from ..inference import stream
     from ..tokenizer import StreamDecoder
 
-    model, tokenizer = load(asked.run, find_device(asked.device))
+    model, tokenizer = load(asked.run, asked.device)
     ids = tokenizer.encode(prompt or "") or [tokenizer.end_of_text]
     text = StreamDecoder(tokenizer)
     print(prompt or "", end="", flush=True)

@@ -21,13 +21,6 @@ def parse(kind: type[Arguments], arguments: Sequence[str], command: str, default
     return tyro.cli(kind, args=arguments, prog=f"moemamba {command}", config=options, default=missing)
 
 
-def find_device(name: str) -> str:
-    """The device that "auto" stands for: a GPU where there is one."""
-    import torch
-
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def show(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
     """Print a table: ruled on a terminal, plain columns elsewhere. Columns of figures lie right, words left."""
     rows = list(rows)

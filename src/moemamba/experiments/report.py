@@ -174,7 +174,12 @@ def _routing(comparison: Comparison) -> list[str]:
     ]
     for index, run in enumerate(runs):
         opened = " open" if index == 0 or run.model != runs[index - 1].model else ""
-        parts.append(f"<details{opened}><summary>{escape(run.model)}, seed {run.seed}</summary><div class='grid'>")
+        gap = run.history.evaluation[-1].get("drop_gap")
+        limits = (
+            "" if gap is None else f"; the capacity limits of training would add {gap:+.4f} nats to its held-out loss"
+        )
+        summary = f"{escape(run.model)}, seed {run.seed}{limits}"
+        parts.append(f"<details{opened}><summary>{summary}</summary><div class='grid'>")
         layers = range(len(run.history.router[-1]["layers"]))
         parts += [_layer([(line["step"], line["layers"][k]) for line in run.history.router]) for k in layers]
         parts.append("</div></details>")

@@ -15,7 +15,15 @@ BACKENDS = ("reference", "cpu", "triton")
 KERNELS: dict[str, tuple[str, ...]] = {
     "reference": (),
     "cpu": ("causal_conv1d", "expert_feedforward", "expert_linear", "grouped_linear", "selective_scan"),
-    "triton": ("expert_feedforward", "expert_linear", "grouped_linear", "linear_cross_entropy", "linear_float32"),
+    "triton": (
+        "causal_conv1d",
+        "expert_feedforward",
+        "expert_linear",
+        "grouped_linear",
+        "linear_cross_entropy",
+        "linear_float32",
+        "selective_scan",
+    ),
 }
 
 INSTALLED = {

@@ -1,7 +1,8 @@
 """Causal depthwise convolution on the CPU: a task walks a tile of channels of one row through time.
 
-The last k inputs stay in a ring, which is all that padding and sequence boundaries have to know about: padding
-leaves it alone, a new sequence empties it. The backward pass walks forward in time too, with a ring of gradients.
+A task keeps a window on the inputs of the current sequence, which is all that padding and sequence boundaries have to
+know about: padding does not enter it, and a new sequence empties it. The backward pass walks forward in time too, with
+a window of gradients that are finished once no later position sees their input.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from .cpu_kernel import (
     Rows,
     address,
     bytes_at,
+    cast,
     floats,
     inner,
     kernel,
@@ -36,7 +38,7 @@ from .cpu_kernel import (
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _CHUNK = 32  # positions that are fetched together, to hide the memory behind each other
-_NOWHERE = -(1 << 62)  # the place of a slot that no input has filled
+_NOWHERE = -(1 << 62)  # the place of a row of the window that holds no input
 
 
 def causal_conv1d(
@@ -49,25 +51,27 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """See `moemamba.ops.causal_conv1d`."""
     dtype = x.dtype
-    history = None if initial_state is None else initial_state.to(dtype)
+    history = None if initial_state is None else cast(initial_state, dtype)
     x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
     op = _forward if traced(x, weight, bias, history) else _run_forward
     y, final_state = op(x, weight, bias, history, activation == "silu", marks(seq_idx))
-    return y.to(dtype), final_state.to(dtype)
+    return cast(y, dtype), cast(final_state, dtype)
 
 
 # --- the two kernels ---
 
 
+# Rows are copied by explicit loops below: numba first copies the right side of `a[i] = b[j]`, in case they overlap.
+
+
 @inner
-def _convolve(out: Any, bias: Any, taps: Any, ring: Any, now: int) -> None:
-    """out = bias + sum_j taps_j x_(now - k + 1 + j), the inputs by their place in the ring."""
-    k = taps.shape[0]
-    out[:] = bias
-    for j in range(k):
-        slot = (now + 1 + j) % k
+def _convolve(out: Any, j: int, bias: Any, taps: Any, window: Any, row: int) -> None:
+    """out[j] = bias + sum_tap taps[tap] window[row + tap]."""
+    for c in range(TILE):
+        out[j, c] = bias[0, c]
+    for tap in range(taps.shape[0]):
         for c in range(TILE):
-            out[c] += taps[j, c] * ring[slot, c]
+            out[j, c] += taps[tap, c] * window[row + tap, c]
 
 
 @kernel
@@ -87,46 +91,49 @@ def _conv(
     batch, length, width, k = shape
     tiles = (width + TILE - 1) // TILE
     mark = bytes_at(marks, (batch, length))
+    chunk = min(_CHUNK, length)
     taps, shift = np.empty((k, TILE), np.float32), np.empty((1, TILE), np.float32)
-    block, out = np.zeros((_CHUNK, TILE), np.float32), np.empty((_CHUNK, TILE), np.float32)
-    ring = np.empty((k, TILE), np.float32)
+    block, out = np.zeros((chunk, TILE), np.float32), np.empty((chunk, TILE), np.float32)
+    window = np.empty((k - 1 + chunk, TILE), np.float32)
     for task in range(first, last):
         b, channel = task // tiles, task % tiles * TILE
         count = min(TILE, width - channel)
         load_columns(taps, weight, channel, count)
         load_columns(shift, bias, channel, count)
-        load_columns(ring[: k - 1], initial_state, b * width + channel, count)
-        ring[k - 1] = _ZERO
-        now = k - 1  # inputs so far, the history counted; input m is in slot m % k of the ring
+        load_columns(window[: k - 1], initial_state, b * width + channel, count)
         for start in range(0, length, _CHUNK):
             size = min(_CHUNK, length - start)
             read(block[:size], x, b, start, channel, count)
+            top = k - 1  # rows of the window that are filled
             for j in range(size):
                 if marks and mark[b, start + j] == PADDING:
                     out[j] = _ZERO  # and silu(0) = 0
                     continue
                 if marks and mark[b, start + j] == START:
-                    ring[:] = _ZERO
-                ring[now % k] = block[j]
-                _convolve(out[j], shift[0], taps, ring, now)
-                now += 1
+                    top = k - 1
+                    window[:top] = _ZERO
+                for c in range(TILE):
+                    window[top, c] = block[j, c]
+                top += 1
+                _convolve(out, j, shift, taps, window, top - k)
+            for j in range(k - 1):
+                window[j] = window[top - k + 1 + j]
             if silu:
                 for j in range(size):
                     for c in range(TILE):
                         out[j, c] *= sigmoid(out[j, c])
             write(out[:size], y, b, start, channel, count)
-        target = floats(final_state, (batch, width, k - 1))
-        for j in range(k - 1):
-            target[b, channel : channel + count, j] = ring[(now + 1 + j) % k, :count]
+        store_columns(final_state, b * width + channel, count, window[: k - 1])
 
 
 @inner
-def _flush(gradient: Any, place: int, dx: Rows, dhistory: Any, b: int, first: int, count: int) -> None:
-    """Hand over a finished gradient: of the input at position `place`, or of column `-1 - place` of the history."""
-    if place >= 0:
-        write(gradient, dx, b, place, first, count)
-    elif place != _NOWHERE:
-        dhistory[b, first : first + count, -1 - place] = gradient[0, :count]
+def _flush(dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int, count: int) -> None:
+    """Hand over finished gradients: of the input at position `place`, or of column `-1 - place` of the history."""
+    for j in range(place.shape[0]):
+        if place[j] >= 0:
+            write(dwindow[j : j + 1], dx, b, place[j], first, count)
+        elif place[j] != _NOWHERE:
+            dhistory[b, first : first + count, -1 - place[j]] = dwindow[j, :count]
 
 
 @kernel
@@ -151,61 +158,67 @@ def _conv_backward(
     batch, length, width, k = shape
     tiles = (width + TILE - 1) // TILE
     mark = bytes_at(marks, (batch, length))
+    chunk = min(_CHUNK, length)
     dhistory = floats(dinitial_state, (batch, width, k - 1))
     dfinal = floats(dfinal_state, (batch, width, k - 1))
     taps, dtaps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
     shift, dshift = np.empty((1, TILE), np.float32), np.empty((1, TILE), np.float32)
-    block, g = np.zeros((_CHUNK, TILE), np.float32), np.zeros((_CHUNK, TILE), np.float32)
-    ring, dring, place = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32), np.empty(k, np.int64)
-    out, nothing = np.empty(TILE, np.float32), np.zeros((1, TILE), np.float32)
+    block, g = np.zeros((chunk, TILE), np.float32), np.zeros((chunk, TILE), np.float32)
+    window, dwindow = np.empty((k - 1 + chunk, TILE), np.float32), np.empty((k - 1 + chunk, TILE), np.float32)
+    place = np.empty(k - 1 + chunk, np.int64)
+    out, nothing = np.empty((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
     for task in range(first, last):
         b, channel = task // tiles, task % tiles * TILE
         count = min(TILE, width - channel)
         load_columns(taps, weight, channel, count)
         load_columns(shift, bias, channel, count)
-        load_columns(ring[: k - 1], initial_state, b * width + channel, count)
-        ring[k - 1] = _ZERO
-        dring[:] = _ZERO
+        load_columns(window[: k - 1], initial_state, b * width + channel, count)
         dtaps[:] = _ZERO
         dshift[:] = _ZERO
-        for j in range(k):
-            place[j] = -1 - j if j < k - 1 else _NOWHERE
-        now = k - 1
+        dwindow[: k - 1] = _ZERO
+        for j in range(k - 1):
+            place[j] = -1 - j
         for start in range(0, length, _CHUNK):
             size = min(_CHUNK, length - start)
             read(block[:size], x, b, start, channel, count)
             read(g[:size], dy, b, start, channel, count)
+            top = k - 1
             for j in range(size):
                 if marks and mark[b, start + j] == PADDING:
                     write(nothing, dx, b, start + j, channel, count)
                     continue
                 if marks and mark[b, start + j] == START:
-                    for slot in range(k):
-                        _flush(dring[slot : slot + 1], place[slot], dx, dhistory, b, channel, count)
-                    ring[:] = _ZERO
-                    place[:] = _NOWHERE
-                slot = now % k
-                _flush(dring[slot : slot + 1], place[slot], dx, dhistory, b, channel, count)
-                place[slot] = start + j
-                dring[slot] = _ZERO
-                ring[slot] = block[j]
+                    _flush(dwindow, place[:top], dx, dhistory, b, channel, count)
+                    top = k - 1
+                    window[:top] = _ZERO
+                    dwindow[:top] = _ZERO
+                    place[:top] = _NOWHERE
+                for c in range(TILE):
+                    window[top, c] = block[j, c]
+                    dwindow[top, c] = _ZERO
+                place[top] = start + j
+                top += 1
                 if silu:
-                    _convolve(out, shift[0], taps, ring, now)
+                    _convolve(out, 0, shift, taps, window, top - k)
                     for c in range(TILE):
-                        open_ = sigmoid(out[c])
-                        g[j, c] *= open_ * (_ONE + out[c] * (_ONE - open_))
+                        open_ = sigmoid(out[0, c])
+                        g[j, c] *= open_ * (_ONE + out[0, c] * (_ONE - open_))
                 for tap in range(k):
-                    slot = (now + 1 + tap) % k
+                    row = top - k + tap
                     for c in range(TILE):
-                        dtaps[tap, c] += g[j, c] * ring[slot, c]
-                        dring[slot, c] += g[j, c] * taps[tap, c]
+                        dtaps[tap, c] += g[j, c] * window[row, c]
+                        dwindow[row, c] += g[j, c] * taps[tap, c]
                 for c in range(TILE):
                     dshift[0, c] += g[j, c]
-                now += 1
+            keep = top - (k - 1)  # the rows that later positions still see
+            _flush(dwindow, place[:keep], dx, dhistory, b, channel, count)
+            for j in range(k - 1):
+                window[j] = window[keep + j]
+                dwindow[j] = dwindow[keep + j]
+                place[j] = place[keep + j]
         for j in range(k - 1):
-            dring[(now + 1 + j) % k, :count] += dfinal[b, channel : channel + count, j]
-        for slot in range(k):
-            _flush(dring[slot : slot + 1], place[slot], dx, dhistory, b, channel, count)
+            dwindow[j, :count] += dfinal[b, channel : channel + count, j]
+        _flush(dwindow, place[: k - 1], dx, dhistory, b, channel, count)
         store_columns(dweight, b * width + channel, count, dtaps)
         store_columns(dbias, b * width + channel, count, dshift)
 

@@ -6,11 +6,14 @@ same for every number of threads. Tensors are handed over as addresses, so that 
 for every dtype, layout and absent argument, and so that a call costs microseconds (it is made for every token).
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import numba
@@ -25,7 +28,9 @@ from torch import Tensor
 from .packing import boundaries
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
+WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes tens
 
+_config: Any = numba.config
 Rows = tuple[int, int, int, int]
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -35,13 +40,36 @@ FAST = {"contract", "nsz"}
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Compile at the first call, for this machine's vector units, and keep the result on disk if that can be."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST | {"reassoc"}}
+    folder = _cache_folder()
+    before, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
-        compiled = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder that it may write to: compile in every process
-        compiled = numba.njit(**options)(function)
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST | {"reassoc"}}
+        compiled = numba.njit(cache=bool(folder), **options)(function)
+    finally:
+        _config.CACHE_DIR = before
     _kernels.add(function.__qualname__)
     return compiled  # type: ignore[no-any-return]
+
+
+@cache
+def _cache_folder() -> str:
+    """Where compiled kernels are kept, or nothing if no place can be written to.
+
+    A folder for each state of the sources, since numba takes a kernel's own file alone as a sign of change, and not
+    those whose functions and constants are compiled into it.
+    """
+    here = Path(__file__).parent
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("cpu*.py")))).hexdigest()[:16]
+    for base in (_config.CACHE_DIR, here / "__pycache__", Path.home() / ".cache" / "moemamba"):
+        if base:
+            try:
+                folder = Path(base) / f"kernels-{sources}"
+                folder.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=folder):
+                    return str(folder)
+            except OSError:
+                continue
+    return ""
 
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,8 +99,11 @@ event.register("numba:compile", _Announce())
 
 
 def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (elements) is worth waking them."""
-    threads = min(torch.get_num_threads(), tasks) if work > 32768 else 1
+    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
+    threads = min(torch.get_num_threads(), tasks)
+    if threads == 1 or work < WORTH_THREADS:
+        compiled(0, tasks, *arguments)
+        return
     bounds = [tasks * i // threads for i in range(threads + 1)]
     others = [_pool().submit(compiled, *bounds[i : i + 2], *arguments) for i in range(1, threads)]
     compiled(*bounds[:2], *arguments)
@@ -115,6 +146,11 @@ def plain(tensor: MaybeTensor) -> MaybeTensor:
     return None if tensor is None else tensor.float().contiguous()
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs a microsecond also where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -144,8 +180,8 @@ def traced(*tensors: Tensor | None) -> bool:
 
 def summed(parts: Tensor) -> Tensor:
     """The sum over the first dimension in its order, whatever the number of threads."""
-    total = torch.zeros_like(parts[0]) if len(parts) == 0 else parts[0].clone()
-    for part in parts[1:]:
+    total = parts.new_zeros(parts.shape[1:])
+    for part in parts:
         total += part
     return total
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_kernel import TILE, address, marks, plain, readable, rows, run, summed, traced, wants_grad
-from .cpu_scan_kernels import CHUNK, scan, scan_backward
+from .cpu_kernel import TILE, address, cast, marks, plain, readable, rows, run, summed, traced, wants_grad
+from .cpu_scan_kernels import CHUNK, scan, scan_backward, step
 
 
 def selective_scan(
@@ -33,7 +33,7 @@ def selective_scan(
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     op = _forward if traced(*tensors) else _run_forward
     y, final_state, _ = op(*tensors, dt_softplus, marks(seq_idx), wants_grad(*tensors))
-    return y.to(dtype), final_state
+    return cast(y, dtype), final_state
 
 
 # --- custom ops: what torch.compile and autograd see ---
@@ -56,21 +56,15 @@ def _run_forward(
     """y, the final state, and the states that the backward pass starts from (empty unless `keep`)."""
     y, final_state, kept = _outputs(u, A, keep)
     shape, tiles = (*u.shape, A.shape[1]), -(-u.shape[2] // TILE)
-    streams = [rows(t) for t in (u, dt, B, C, z, y)]
-    parameters = [address(t) for t in (A, D, dt_bias)]
-    states = [address(t) for t in (initial_state, final_state, marks)]
-    work = u.numel() * A.shape[1]
-    run(
-        scan,
-        u.shape[0] * tiles,
-        work,
-        shape,
-        *streams,
-        *parameters,
-        dt_softplus,
-        *states,
-        address(kept) if keep else 0,
-    )
+    streams = (rows(u), rows(dt), rows(B), rows(C), rows(z), rows(y))
+    parameters = (address(A), address(D), address(dt_bias), dt_softplus)
+    states = (address(initial_state), address(final_state))
+    tasks, work = u.shape[0] * tiles, u.numel() * A.shape[1]
+    if u.shape[1] == 1 and marks is None and not keep:
+        run(step, tasks, work, shape, *streams, *parameters, *states)
+    else:
+        rest = (address(marks), address(kept) if keep else 0)
+        run(scan, tasks, work, shape, *streams, *parameters, *states, *rest)
     return y, final_state, kept
 
 

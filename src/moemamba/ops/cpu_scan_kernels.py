@@ -122,6 +122,60 @@ def scan(
 
 
 @kernel
+def step(
+    first: int,
+    last: int,
+    shape: Rows,
+    u: Rows,
+    dt: Rows,
+    B: Rows,
+    C: Rows,
+    z: Rows,
+    y: Rows,
+    A: int,
+    D: int,
+    dt_bias: int,
+    dt_softplus: bool,
+    initial_state: int,
+    final_state: int,
+) -> None:
+    """`scan` of one position: so little work that the states are better left as they lie, (i, n), than transposed."""
+    _, _, width, n = shape
+    tiles = (width + TILE - 1) // TILE
+    blocks = np.zeros((4, 1, TILE), np.float32)
+    x, dts, gate, out = blocks[0], blocks[1], blocks[2], blocks[3]
+    columns = np.zeros((2, 1, TILE), np.float32)
+    skip, bias = columns[0], columns[1]
+    Bt, Ct, zeros = np.empty((1, n), np.float32), np.empty((1, n), np.float32), np.zeros((TILE, n), np.float32)
+    for task in range(first, last):
+        b, channel = task // tiles, task % tiles * TILE
+        count = min(TILE, width - channel)
+        load_columns(skip, D, channel, count)
+        load_columns(bias, dt_bias, channel, count)
+        matrix = floats(A + 4 * n * channel, (count, n))
+        place = 4 * n * (b * width + channel)
+        h = floats(initial_state + place, (count, n)) if initial_state else zeros
+        after = floats(final_state + place, (count, n))
+        read(x, u, b, 0, channel, count)
+        read(dts, dt, b, 0, channel, count)
+        read(Bt, B, b, 0, 0, n)
+        read(Ct, C, b, 0, 0, n)
+        _steps(dts, gate, bias[0], dt_softplus)
+        for c in range(count):
+            sum_ = skip[0, c] * x[0, c]
+            drive = dts[0, c] * x[0, c]
+            for s in range(n):
+                after[c, s] = exp2(dts[0, c] * (LOG2E * matrix[c, s])) * h[c, s] + drive * Bt[0, s]
+                sum_ += Ct[0, s] * after[c, s]
+            out[0, c] = sum_
+        if z[0]:
+            read(gate, z, b, 0, channel, count)
+            for c in range(TILE):
+                out[0, c] *= gate[0, c] * sigmoid(gate[0, c])
+        write(out, y, b, 0, channel, count)
+
+
+@kernel
 def scan_backward(
     first: int,
     last: int,

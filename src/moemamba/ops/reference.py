@@ -116,7 +116,7 @@ def causal_conv1d(
             for j in reversed(range(taps_count - 1))
         ]
         windows = [g[:, :-1] for g in gathered] + [x.masked_fill(seq_idx[..., None] < 0, 0)]
-        final_state = torch.stack([g[:, -1] for g in gathered], dim=-1) if gathered else x.new_zeros(batch, width, 0)
+        final_state = torch.stack([g[:, -1] for g in gathered], dim=-1) if gathered else row[:, :0].transpose(1, 2)
     kernel = weight.to(dtype)
     y = sum((window.to(dtype) * kernel[:, tap] for tap, window in enumerate(windows)), torch.zeros_like(x, dtype=dtype))
     if bias is not None:

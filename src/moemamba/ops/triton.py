@@ -1,7 +1,17 @@
 """The ops that have kernels in Triton, one file a family."""
 
+from .triton_conv import causal_conv1d
 from .triton_cross_entropy import linear_cross_entropy
 from .triton_experts import expert_feedforward, expert_linear, grouped_linear
 from .triton_router import linear_float32
+from .triton_scan import selective_scan
 
-__all__ = ["expert_feedforward", "expert_linear", "grouped_linear", "linear_cross_entropy", "linear_float32"]
+__all__ = [
+    "causal_conv1d",
+    "expert_feedforward",
+    "expert_linear",
+    "grouped_linear",
+    "linear_cross_entropy",
+    "linear_float32",
+    "selective_scan",
+]

@@ -29,7 +29,7 @@ class TrainConfig:
     run: str = "runs/moe-mamba"
     """directory of this run: configuration, metrics, checkpoints"""
 
-    steps: int = 400
+    steps: int = 1000
     batch_size: int = 16
     """sequences in one optimiser step"""
     context: int = 256

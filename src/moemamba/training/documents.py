@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator, Set
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
 # Not the library's own text, or test data; absent from some distributions, so that leaving it out keeps them alike.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
-DOCUMENT_MARK = b"<|endoftext|>"  # on a line of its own it ends a document
+JSON_LINES = {".jsonl", ".ndjson"}
+DOCUMENT_MARK = re.compile(r"^<\|endoftext\|>\s*?(?:\n|\Z)", re.MULTILINE)
 FEW_FILES = 100
 LARGEST_PART = 16 << 20  # bytes; bounds memory
 BLOCK = 1 << 20
@@ -31,6 +32,7 @@ class Documents:
     Attributes:
         files: what is read, in order.
         bytes: their size.
+        is_tokens: it is a .bin file, of tokens and not of text.
         skipped: files of the folder that are not UTF-8 text, known once the stream has passed them.
     Raises:
         FileNotFoundError: there is nothing at `source`.
@@ -40,6 +42,7 @@ class Documents:
     def __init__(self, source: str | Path | None):
         self.skipped: list[Path] = []
         self._folder = True
+        self.is_tokens = False
         if source is None:
             self.name, root = "Python's standard library", Path(sysconfig.get_path("stdlib"))
             self.files = [file for file in _files(root, STDLIB_WITHOUT) if file.suffix in STDLIB_SUFFIXES]
@@ -47,6 +50,7 @@ class Documents:
             self.name, self.files = str(source), _files(root)
         elif root.is_file():
             self.name, self.files, self._folder = str(source), [root], False
+            self.is_tokens = root.suffix == ".bin"
         else:
             raise FileNotFoundError(f"there is no data at {source}; give a text file, a .jsonl file or a folder")
         self.bytes = sum(file.stat().st_size for file in self.files)
@@ -63,7 +67,7 @@ class Documents:
         for file in self.files:
             if self._folder and not _is_text(file):
                 self.skipped.append(file)
-            elif file.suffix in JSON_SUFFIXES:
+            elif file.suffix in JSON_LINES or (file.suffix == ".json" and not self._folder):
                 yield from _json_lines(file)
             else:
                 yield from _text(file, self._part)
@@ -101,31 +105,28 @@ def _is_text(file: Path) -> bool:
 
 
 def _text(file: Path, size: int) -> Iterator[str]:
-    """A file's text in documents: cut at marks, and at the first line end after `size` bytes."""
+    """A file's text in documents: cut at marks and, where there is none for `size` bytes, at a line end."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    parts: list[str] = []
-    length = position = 0
+    position = 0
+    rest = ""
     with file.open("rb") as stream:
         while True:
-            line = stream.readline(BLOCK)  # bounded: a file may be one endless line
+            block = stream.read(size) + stream.readline(BLOCK)  # bounded: a file may be one endless line
             waiting = len(decoder.getstate()[0])
             try:
-                text = decoder.decode(line, final=not line)
+                text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{file} is not UTF-8 text: byte {position - waiting + error.start} ({error.reason}); "
                     "convert it, for instance with iconv -t utf-8"
                 ) from None
-            marked = line.strip() == DOCUMENT_MARK
-            if not marked:
-                parts.append(text)
-                length += len(line)
-            if (marked or not line or length >= size) and any(parts):
-                yield "".join(parts)
-                parts, length = [], 0
-            if not line:
+            position += len(block)
+            *whole, rest = DOCUMENT_MARK.split(rest + text)
+            if not whole:
+                whole, rest = [rest], ""
+            yield from filter(None, whole)
+            if not block:
                 return
-            position += len(line)
 
 
 def _json_lines(file: Path) -> Iterator[str]:

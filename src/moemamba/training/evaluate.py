@@ -42,7 +42,7 @@ def evaluate(
     No token is dropped for want of capacity, so the result does not depend on batch_size.
 
     Args:
-        data: see `data.prepare`.
+        data: see `preparation.prepare`.
         context: tokens in a window.
         batch_size: windows computed at once.
         most: read about that many tokens at most; all if None.

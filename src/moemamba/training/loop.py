@@ -1,6 +1,7 @@
 """The training loop: batches, loss, gradients, update; evaluation and checkpoints on the way."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..checkpoint import find_device
 from ..counting import count_parameters
 from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
 from .config import TrainConfig
-from .data import HELD_OUT, Batch, Batches, Corpus, cache_directory, prepare, require_window
+from .data import Batch, Batches, require_window
 from .documents import Documents, held_out
 from .evaluate import Evaluation, autocast, evaluate
 from .loss import losses
 from .metrics import Measures, Meter, add, measures, router_stats
 from .optim import learning_rate, make_optimizer
+from .preparation import HELD_OUT, Corpus, cache_directory, prepare
 from .progress import Report
 from .run import Position, Run
 
@@ -36,6 +39,7 @@ class TrainResult:
 
     run: Path
     model: MoEMamba
+    """in evaluation mode"""
     step: int
     loss: float | None
     """mean training loss of the last steps, in nats a token"""
@@ -53,14 +57,14 @@ def train(
         stop: save and return after this step; a later call resumes.
         report: where progress is shown; standard output if None.
     Raises:
-        ValueError: data or configuration that cannot work, a resumed run whose configuration or data differ, and
-            (NonFiniteLoss) training that diverged.
+        ValueError: data or configuration that cannot work, or a resumed run whose configuration or data differ.
+        NonFiniteLoss: training diverged.
         OSError: the run directory holds a run already, or cannot be written.
     """
     report = report or Report()
     run = Run(config.run)
     run.claim(resume)
-    device = _device(config)
+    device = find_device(config.device)
     dtype = _dtype(config, device)
     tokenizer = run.tokenizer() if resume else _tokenizer(config)
     config = dataclasses.replace(config, model=config.model.replace(vocab_size=tokenizer.vocab_size))
@@ -68,21 +72,20 @@ def train(
         run.check_unchanged(config)
     corpus = _corpus(config, tokenizer, report)
     batches = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
-    require_window("the validation data", corpus.validation, config.context)
+    require_window("the held-out data (a share of `data`, or `validation`)", corpus.validation, config.context)
     torch.manual_seed(config.seed)
     model = MoEMamba(config.model).to(device)
     model.recompute = config.recompute
     optimizer = make_optimizer(model, config)
-    position = run.restore(model, optimizer, report.note) if resume else Position()
-    if position.step and position.content != corpus.content:
-        raise ValueError(f"the training data of {run.path} has changed since the run began; resume with the same data")
-    position.content = corpus.content
-    if not resume:
+    if resume:
+        position = run.restore(model, optimizer, corpus.content, report.note)
+    else:
+        position = Position(content=corpus.content)
         run.begin(config, tokenizer)
     _introduce(report, config, corpus, device, dtype, position)
 
     call: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    last = min(config.steps, stop or config.steps)
+    last = config.steps if stop is None else min(stop, config.steps)
     meter = Meter(config, model.router_names, position.seconds)
     model.train()
     report.begin("training", config.steps, position.step)
@@ -97,23 +100,23 @@ def train(
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
-            if (failed := meter.first_failure()) is not None:
+            if failed := meter.first_failure():
                 raise _failure(run, batches, failed)
             line = meter.train_line(step, rate)
             position.loss = line["loss"]
             run.log("train", **line)
             if meter.names:
                 run.log("router", **meter.router_line(step))
-            report.update(step, f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s")
+            speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+            report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
             if evaluates:
-                position.evaluation, position.evaluated = _evaluate(model, corpus, config, dtype), step
-                result = asdict(position.evaluation)
-                result.update(step=step, tokens=line["tokens"], seconds=round(meter.seconds, 3))
-                run.log("evaluation", **result)
-                report.note(
-                    f"step {step:,}: held-out loss {position.evaluation.loss:.4f}, "
-                    f"{position.evaluation.bits_per_byte:.3f} bits per byte"
-                )
+                found = _evaluate(model, corpus, config, dtype)
+                if not math.isfinite(found.loss):
+                    raise _failure(run, batches, step)
+                position.evaluation, position.evaluated = found, step
+                training = {"step": step, "tokens": line["tokens"], "seconds": round(meter.seconds, 3)}
+                run.log("evaluation", **asdict(found) | training)  # tokens are those trained on, as in every line
+                report.note(f"step {step:,}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits per byte")
             if saves:
                 position.seconds = meter.seconds
                 run.save(model, optimizer, tokenizer, position, config.keep)
@@ -121,7 +124,7 @@ def train(
     finally:
         report.end()
     report.note(f"step {position.step:,} is saved in {run.path}")
-    return TrainResult(run.path, model, position.step, position.loss, position.evaluation)
+    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
 
 
 def _update(
@@ -196,7 +199,7 @@ def _corpus(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus
         if not started:
             report.begin("tokenising", total)
             started = True
-        report.update(done, f"{done / 1e6:,.1f} MB tokenised", total)
+        report.update(done, f"{done / 1e6:,.1f} MB tokenised")
 
     try:
         corpus = prepare(config.data, tokenizer, cache_directory(Path(config.run) / "tokens"), config.validation, show)
@@ -226,18 +229,6 @@ def _introduce(
     tokens_in_all = config.steps * config.batch_size * config.context
     at = f"from step {position.step:,} of " if position.step else ""
     report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens_in_all:,} tokens")
-
-
-def _device(config: TrainConfig) -> torch.device:
-    """Raises ValueError for a device that this machine does not have."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {config.device!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
-    return device
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -41,7 +41,7 @@ class Meter:
     def __init__(self, config: TrainConfig, names: tuple[str, ...], seconds: float):
         self.config, self.names = config, names
         self.origin = time.perf_counter() - seconds
-        self.diverged: Tensor | None = None
+        self.failure = torch.tensor(math.inf)
         self.restart()
 
     def restart(self) -> None:
@@ -60,12 +60,11 @@ class Meter:
         self.steps += 1
         self.sums, self.norm = add(self.sums, values), norm
         failed = ~(values[0] + values[1] + norm).isfinite()
-        first = torch.where(failed, step, math.inf)
-        self.diverged = first if self.diverged is None else torch.minimum(self.diverged, first)
+        self.failure = torch.minimum(self.failure.to(norm.device), torch.where(failed, step, math.inf))
 
     def first_failure(self) -> int | None:
         """The first step whose loss or gradient was not finite."""
-        return None if self.diverged is None or self.diverged.isinf() else int(self.diverged)
+        return None if self.failure.isinf() else int(self.failure)
 
     def train_line(self, step: int, rate: float) -> dict[str, Any]:
         """What metrics.jsonl says about the steps since the last line."""

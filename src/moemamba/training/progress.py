@@ -22,7 +22,8 @@ class Report:
         self._console = Console(file=sys.stdout, quiet=silent, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._last = 0.0
+        self._first = self._total = 0
+        self._begun = self._last = 0.0
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -31,20 +32,23 @@ class Report:
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """Begin a task of `total` units."""
         self.end()
-        self._last = time.monotonic()
+        self._first, self._total = done, total
+        self._begun = self._last = time.monotonic()
         if self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(f"{self.label} {what}".strip(), total=total, completed=done, text="")
 
-    def update(self, done: int, text: str = "", total: int | None = None) -> None:
+    def update(self, done: int, text: str) -> None:
         """So much of the task is done; `text` says how it goes."""
+        now = time.monotonic()
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, text=text)
-        elif text and time.monotonic() - self._last >= QUIET:
-            self._last = time.monotonic()
-            self.note(text)
+            self._bar.update(self._task, completed=done, text=text)
+        elif now - self._last >= QUIET and done > self._first:
+            self._last = now
+            left = max(0, round((self._total - done) * (now - self._begun) / (done - self._first)))
+            self.note(f"{text}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
     def end(self) -> None:
         """Take the bar away."""

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,21 @@ class Run:
                 gone = old.rename(old.with_name(f".{old.name}"))  # at once, so that nobody sees half of it
                 shutil.rmtree(gone)
 
-    def restore(self, model: MoEMamba, optimizer: torch.optim.Optimizer, notify: Any) -> Position:
+    def restore(
+        self, model: MoEMamba, optimizer: torch.optim.Optimizer, content: str, notify: Callable[[str], None]
+    ) -> Position:
         """Load the newest checkpoint that is intact, and forget all that came after it.
 
+        Args:
+            content: hash of the training tokens, which must be that of the run.
+            notify: told about checkpoints that are damaged, which are moved aside.
         Returns:
             where the run stands; the beginning if nothing was saved yet.
         Raises:
             CheckpointError: there are checkpoints, but none is intact.
+            ValueError: the training data has changed.
         """
-        position = Position()
+        position = Position(content=content)
         found = checkpoints(self.path)
         for folder in reversed(found):
             try:
@@ -166,14 +172,17 @@ class Run:
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
+        if position.content != content:
+            raise ValueError(
+                f"the training data of {self.path} has changed since the run began; resume with the same data"
+            )
         self._forget_after(position.step)
         return position
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that the resumed run will write again, and one that is cut short."""
         if self.metrics.exists():
-            lines = [line for line in _complete_lines(self.metrics) if json.loads(line)["step"] <= step]
-            self._replace("metrics.jsonl", "".join(lines))
+            self._replace("metrics.jsonl", "".join(_lines_until(self.metrics, step)))
 
     def _replace(self, name: str, text: str) -> None:
         beside = self.path / f".{name}"
@@ -221,10 +230,14 @@ def _evaluated_loss(checkpoint: Path) -> float:
     return values["evaluation"]["loss"] if values["evaluated"] == values["step"] else math.inf
 
 
-def _complete_lines(file: Path) -> Iterator[str]:
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield line
+def _lines_until(file: Path, step: int) -> Iterator[str]:
+    """The lines of a metrics file up to a step, without one that was cut short."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith("\n"):
+                yield line
+        except ValueError:
+            continue
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

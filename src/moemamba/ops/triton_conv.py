@@ -1,0 +1,142 @@
+"""The causal depthwise convolution on a GPU: SiLU, state and packed rows fused; a custom op with its gradient."""
+
+import torch
+import triton
+from torch import Tensor
+
+from .packing import boundaries, taps
+from .triton_conv_kernels import backward_kernel, forward_kernel
+from .triton_scan import position_marks
+
+# Positions and channels of a program's tile (forward), channels and positions of a segment (backward).
+FORWARD = {"T": 16, "I": 128, "num_warps": 4}
+BACKWARD = {"K": 4, "I": 128, "num_warps": 1}
+SEGMENT = 64
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.causal_conv1d`."""
+    marks = sources = resume = None
+    if seq_idx is not None and seq_idx.shape[1]:
+        marks, sources, resume = _packed(seq_idx, weight.shape[1])
+    args = (x, weight, bias, initial_state, marks, sources, resume, activation == "silu")
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _conv(*args)
+    return _forward(*args)
+
+
+def _packed(seq_idx: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What positions are (b, l), where their windows lie (b, l + 1, k), and where each segment's walk begins (b, s)."""
+    length = seq_idx.shape[1]
+    index, inside = taps(seq_idx, width)
+    valid, _ = boundaries(seq_idx)
+    time = torch.arange(length + 1, device=seq_idx.device)
+    own = torch.where(torch.nn.functional.pad(valid, (0, 1)), time, -width)
+    earlier = torch.where(inside, index - (width - 1), -width)
+    sources = torch.cat([own[..., None], earlier], dim=-1).to(torch.int32)
+    # A walk begins after the (k - 1)th token from the segment's end on: the first place that so many tokens precede.
+    tokens = valid.cumsum(1)
+    stops = torch.arange(SEGMENT, length + SEGMENT, SEGMENT, device=seq_idx.device).clamp(max=length)
+    wanted = tokens[:, stops - 1] + width - 1
+    resume = (torch.searchsorted(tokens, wanted) + 1).clamp(max=length).maximum(stops)
+    return position_marks(seq_idx), sources.contiguous(), resume.to(torch.int32).contiguous()
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    marks: Tensor | None,
+    sources: Tensor | None,
+    resume: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (b, l, i) and final_state (b, i, k - 1)."""
+    (batch, length, width), count = x.shape, weight.shape[1]
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    history = None if initial_state is None else initial_state.to(x.dtype).contiguous()
+    y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
+    final_state = torch.empty((batch, width, count - 1), dtype=x.dtype, device=x.device)
+    programs = batch * max(triton.cdiv(length, FORWARD["T"]), 1) * triton.cdiv(width, FORWARD["I"])
+    if programs:
+        forward_kernel[(programs,)](
+            x, weight.contiguous(), bias, history, sources, y, final_state, *x.stride()[:2], length, width,
+            SILU=silu, TAPS=count, **FORWARD,
+        )  # fmt: skip
+    return y, final_state
+
+
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    marks: Tensor | None,
+    sources: Tensor | None,
+    resume: Tensor | None,
+    silu: bool,
+) -> list[Tensor]:
+    """Gradients of x, weight, bias, initial_state, in this order; empty where there is no such input."""
+    (batch, length, width), count = x.shape, weight.shape[1]
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    history = None if initial_state is None else initial_state.to(x.dtype).contiguous()
+    parts = batch * max(triton.cdiv(length, SEGMENT), 1)
+    dx = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
+    dweight = torch.empty((parts, count, width), dtype=torch.float32, device=x.device)
+    dbias = torch.empty((parts, width), dtype=torch.float32, device=x.device)
+    dhistory = torch.empty((batch, width, count - 1), dtype=torch.float32, device=x.device)
+    programs = parts * triton.cdiv(width, BACKWARD["I"])
+    if programs:
+        backward_kernel[(programs,)](
+            dy.contiguous(), None if dfinal is None else dfinal.contiguous(), x, weight.contiguous(), bias, history,
+            marks, sources, resume, dx, dweight, dbias, dhistory, *x.stride()[:2], length, width, SEGMENT,
+            SILU=silu, TAPS=count, **BACKWARD,
+        )  # fmt: skip
+    return [
+        dx,
+        dweight.sum(0).T.to(weight.dtype).contiguous(),
+        dx.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
+        dx.new_empty(0) if initial_state is None else dhistory.to(initial_state.dtype, copy=True),
+    ]
+
+
+_conv = torch.library.custom_op("moemamba::causal_conv1d", _forward, mutates_args=())
+_conv_backward = torch.library.custom_op("moemamba::causal_conv1d_backward", _backward, mutates_args=())
+
+
+@_conv.register_fake
+def _(x, weight, bias, initial_state, marks, sources, resume, silu):  # type: ignore[no-untyped-def]
+    batch, length, width = x.shape
+    return x.new_empty((batch, length, width)), x.new_empty((batch, width, weight.shape[1] - 1))
+
+
+@_conv_backward.register_fake
+def _(dy, dfinal, x, weight, bias, initial_state, marks, sources, resume, silu):  # type: ignore[no-untyped-def]
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
+
+
+def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
+    tensors = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    grads = _conv_backward(dy, dfinal, *tensors, ctx.silu)
+    present = [None if t is None else g for t, g in zip(tensors[:4], grads, strict=True)]
+    return (*present, None, None, None, None)
+
+
+_conv.register_autograd(_differentiate, setup_context=_remember)
