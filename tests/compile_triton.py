@@ -1,0 +1,73 @@
+"""Compile what the Triton backend launches for a GPU that need not be there: `python tests/compile_triton.py 90`.
+
+The interpreter accepts programs that the compiler refuses. So here the ops run on CPU tensors while every launch is
+turned into a compilation for the compute capability given; their results mean nothing. Prints the shared memory that
+each kernel takes, as JSON.
+"""
+
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from moemamba.ops import triton, triton_experts
+
+
+class Absent:
+    """A driver of a GPU that is not there."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+shared = {}
+
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    key = f"{self.fn.__module__}.{self.fn.__name__}"
+    shared[key] = max(shared.get(key, 0), kernel.metadata.shared)
+    return kernel
+
+
+launch, JITFunction.run = JITFunction.run, compile_only
+capability = int(sys.argv[1])
+driver.set_active(Absent(capability))
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def differentiate(y):
+    y.float().sum().backward()
+
+
+for name, tiles in triton_experts.TILES.items():
+    if name == ("ampere" if capability >= 90 else "hopper"):
+        continue
+    dtype = torch.float32 if name == "float32" else torch.bfloat16
+    triton_experts.choose_tiles = lambda *_, tiles=tiles: tiles
+    x, indices = draw(48, 32, dtype=dtype), torch.randint(0, 5, (48, 2))
+    cases = [("relu", True), ("relu", False), ("gelu", True), ("swiglu", True)]
+    for activation, gates in cases if name in ("hopper", "ampere") else cases[-1:]:
+        up, down = draw(4, 128 if activation == "swiglu" else 64, 32, dtype=dtype), draw(4, 32, 64, dtype=dtype)
+        weights = draw(48, 2, dtype=torch.float32) if gates else None
+        differentiate(triton.expert_feedforward(x, indices, weights, up, down, activation))
+        differentiate(triton.expert_linear(x, indices, weights, up))
+    differentiate(triton.grouped_linear(x, up, torch.tensor([9, 0, 30, 5])))
+differentiate(triton.linear_cross_entropy(draw(48, 32), draw(99, 32), torch.randint(0, 99, (48,)), -100, "mean"))
+differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
+print(json.dumps(shared))
