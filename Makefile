@@ -11,12 +11,11 @@ OUT ?= runs/demo
 MAMBA := mamba=mamba-tiny,d_model=32
 MOE_MAMBA := moe-mamba=moe-mamba-tiny,d_model=32,expand=3.0,n_experts=32,top_k=2,d_expert=16
 BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 150 --eval-tokens 131072
-# One thread: products this small only wait for each other. The scan's and the experts' own threads are not meant by it.
 
 .PHONY: demo test check format test-gpu bench clean
 
 demo: .venv/installed  ## train Mamba and MoE-Mamba of equal active size on Python's standard library, compare, sample
-	OMP_NUM_THREADS=1 $(BIN)/moemamba compare $(MAMBA) $(MOE_MAMBA) --steps $(STEPS) --seeds $(SEEDS) $(BUDGET) --out $(OUT)
+	$(BIN)/moemamba compare $(MAMBA) $(MOE_MAMBA) --steps $(STEPS) --seeds $(SEEDS) --jobs 2 $(BUDGET) --out $(OUT)
 	@echo
 	$(BIN)/moemamba generate $(OUT)/moe-mamba/seed-0 --prompt 'def ' --max-new-tokens 400 --temperature 0.8 --seed 0
 

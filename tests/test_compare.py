@@ -297,6 +297,16 @@ def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):
         ]
 
 
+def test_runs_at_once_come_to_the_same(base, compared, tmp_path):
+    """In processes of their own, on the backend that they choose; an error in one of them is raised here."""
+    again = compare(CONTENDERS[:3], base, 1, tmp_path / "runs", jobs=2, silent=True)
+    for run, alone in zip(again.runs, compared[0].runs, strict=False):
+        assert [loss for _, loss in run.curve] == pytest.approx([loss for _, loss in alone.curve], abs=1e-3)
+    wild = Contender("wild", MAMBA, {"learning_rate": 1e30})
+    with pytest.raises(ArithmeticError, match="not finite at step"):
+        compare([CONTENDERS[0], wild], base, 1, tmp_path / "wild", jobs=2, silent=True)
+
+
 def test_other_runs_are_not_mixed_in(base, compared):
     out = compared[1]
     with pytest.raises(ValueError, match=r"seed-0 was made with steps = 12, not 13; choose another --out"):

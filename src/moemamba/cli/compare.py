@@ -32,6 +32,8 @@ class Compare:
     """two or more, the baseline first: PRESET, NAME=PRESET or NAME=config.json, each with changes behind commas if
     wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002"""
     seeds: int = 2
+    jobs: int = 1
+    """runs trained at once, each with its share of the cores"""
     out: str = "runs/compare"
     """directory of the runs, results.json and report.html; a comparison that was stopped goes on there"""
     budget: Annotated[Budget, arg(name="")] = field(default_factory=Budget)
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
     out, command = Path(asked.out), shlex.join(["moemamba", "compare", *arguments])
     try:
-        found = compare(contenders, asked.budget, asked.seeds, out, command=command)
+        found = compare(contenders, asked.budget, asked.seeds, out, jobs=asked.jobs, command=command)
     except KeyboardInterrupt:
         stopped(out, command)
         raise

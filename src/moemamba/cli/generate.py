@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated
 
 from tyro.conf import Positional, arg
@@ -39,9 +40,10 @@ def main(arguments: Sequence[str]) -> None:
     model, tokenizer = load(asked.run, asked.device)
     ids = tokenizer.encode(prompt or "") or [tokenizer.end_of_text]
     text = StreamDecoder(tokenizer)
-    print(prompt or "", end="", flush=True)
     tokens = stream(model, [ids], asked.max_new_tokens, asked.sampling, stop={tokenizer.end_of_text}, seed=asked.seed)
-    for (token,) in tokens:
+    first = next(tokens, None)  # before anything is printed, since it may have to compile kernels, and say so
+    print(prompt or "", end="", flush=True)
+    for (token,) in chain([] if first is None else [first], tokens):
         assert token is not None  # of a single row the stream ends with it
         print(text.push(token), end="", flush=True)
     print(text.finish())

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ def compare(
     seeds: int,
     out: Path,
     *,
+    jobs: int = 1,
     command: str | None = None,
     silent: bool = False,
 ) -> Comparison:
@@ -44,27 +47,54 @@ def compare(
         contenders: the first is the baseline.
         base: data, budget and recipe of all of them; its `model`, `run`, `seed` and `data_seed` do not matter.
         out: directory of everything.
+        jobs: runs at once, each a process with its share of this one's threads; small models waste cores otherwise.
         command: what was typed, for the report.
         silent: show no progress.
     Raises:
         ValueError: `out` holds runs of another comparison; and what `train` raises.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds is {seeds}; it must be 1 or more")
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
     plan = [(contender, seed) for seed in range(seeds) for contender in contenders]
     configs = [_config(contender, base, seed, out) for contender, seed in plan]
     begun = [_begun(config) for config in configs]
-    runs = []
-    for number, ((contender, seed), config, resume) in enumerate(zip(plan, configs, begun, strict=True), start=1):
-        label = f"[{number}/{len(plan)}] {contender.name}, seed {seed}"
-        train(config, resume, report=Report(label, silent))
-        runs.append(Run(contender.name, seed, Path(config.run), read_history(Path(config.run))))
+    labels = [f"[{k}/{len(plan)}] {contender.name}, seed {seed}" for k, (contender, seed) in enumerate(plan, start=1)]
+    if jobs == 1:
+        for config, resume, label in zip(configs, begun, labels, strict=True):
+            train(config, resume, report=Report(label, silent))
+    else:
+        _train_at_once(jobs, configs, begun, labels, silent)
+    runs = [
+        Run(contender.name, seed, Path(config.run), read_history(Path(config.run)))
+        for (contender, seed), config in zip(plan, configs, strict=True)
+    ]
     models = {run.model: _model(run.path) for run in runs}
     rows = summarise(runs, models, base.context)
-    comparison = Comparison(rows, runs, _settings(base, contenders), _environment(), command)
+    comparison = Comparison(rows, runs, _settings(base, contenders), _environment(jobs), command)
     (out / "results.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
     (out / "report.html").write_text(report(comparison), encoding="utf-8")
     return comparison
+
+
+def _train_at_once(
+    jobs: int, configs: Sequence[TrainConfig], begun: Sequence[bool], labels: Sequence[str], silent: bool
+) -> None:
+    """Train in processes of their own; the first error ends the comparison once the runs under way are done."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        work = zip(configs, begun, labels, strict=True)
+        futures = [pool.submit(_train_one, config, resume, label, silent) for config, resume, label in work]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _train_one(config: TrainConfig, resume: bool, label: str, silent: bool) -> None:
+    train(config, resume, report=Report(label, silent, plain=True))
 
 
 def _config(contender: Contender, base: TrainConfig, seed: int, out: Path) -> TrainConfig:
@@ -110,7 +140,7 @@ def _settings(base: TrainConfig, contenders: Sequence[Contender]) -> dict[str, A
     return settings | {"data": base.data or "Python's standard library"}
 
 
-def _environment() -> dict[str, str]:
+def _environment(jobs: int) -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "moemamba": __version__,
@@ -118,4 +148,5 @@ def _environment() -> dict[str, str]:
         "torch": torch.__version__,
         "system": platform.platform(),
         "device": f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "runs at once": str(jobs),
     }

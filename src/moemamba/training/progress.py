@@ -15,10 +15,11 @@ class Report:
     Args:
         label: begins every line, for several runs one after another.
         silent: show nothing.
+        plain: show lines on a terminal too, where several runs share it.
     """
 
-    def __init__(self, label: str = "", silent: bool = False):
-        self.label = label
+    def __init__(self, label: str = "", silent: bool = False, plain: bool = False):
+        self.label, self._plain = label, plain
         self._console = Console(file=sys.stdout, quiet=silent, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -34,7 +35,7 @@ class Report:
         self.end()
         self._first, self._total = done, total
         self._begun = self._last = time.monotonic()
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._plain:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
             self._bar.start()
