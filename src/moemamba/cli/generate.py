@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Annotated
 
 from tyro.conf import Positional, arg
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str]) -> None:
     ids = tokenizer.encode(prompt or "") or [tokenizer.end_of_text]
     text = StreamDecoder(tokenizer)
     tokens = stream(model, [ids], asked.max_new_tokens, asked.sampling, stop={tokenizer.end_of_text}, seed=asked.seed)
-    first = next(tokens, None)  # before anything is printed, since it may have to compile kernels, and say so
+    begun = list(islice(tokens, 2))  # before anything is printed, since they may have to compile kernels, and say so
     print(prompt or "", end="", flush=True)
-    for (token,) in chain([] if first is None else [first], tokens):
+    for (token,) in chain(begun, tokens):
         assert token is not None  # of a single row the stream ends with it
         print(text.push(token), end="", flush=True)
     print(text.finish())
