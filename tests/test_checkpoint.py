@@ -115,7 +115,7 @@ def test_wrong_values(tmp_path):
     file.write_text(json.dumps(values | {"d_model": 32}))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         load(tmp_path / "m")
-    with pytest.raises(CheckpointError, match=r"nowhere.config\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"there is no model at .*nowhere"):
         load(tmp_path / "nowhere")
 
 

@@ -45,6 +45,8 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
         ValueError: this machine has no such device.
     """
     place, folder = find_device(device), Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model at {path}; name a directory that train or save has written")
     if not (folder / "model.safetensors").exists() and (found := checkpoints(folder)):
         folder = found[-1]
     config = from_dict(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
