@@ -107,8 +107,8 @@ def test_help_and_mistakes_need_no_torch(arguments):
         (["frobnicate"], "moemamba: there is no command 'frobnicate'; the commands are train, compare"),
         (["info", "mamba-tinny"], "moemamba: there is no preset 'mamba-tinny'; choose one of mamba-25m"),
         (["compare", "mamba-tiny"], "moemamba: a comparison needs two models or more"),
-        (["eval", "nowhere"], "moemamba: nowhere"),
-        (["generate", "nowhere", "--prompt", "x"], "moemamba: nowhere"),
+        (["eval", "nowhere"], "moemamba: there is no model at nowhere"),
+        (["generate", "nowhere", "--prompt", "x"], "moemamba: there is no model at nowhere"),
         (["train", "--data", "nowhere.txt", "--run", "unused"], "moemamba: "),
     ],
 )
