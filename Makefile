@@ -48,4 +48,7 @@ clean:
 
 .venv/developing: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# CUDA builds of torch bring their Triton; elsewhere on Linux its interpreter tests the kernels, in this version.
+	[ "$$(uname)" != Linux ] || $(BIN)/python -c 'import triton' 2> /dev/null || \
+		$(BIN)/pip install --quiet --disable-pip-version-check triton==3.6.0
 	@touch $@
