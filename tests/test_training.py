@@ -23,10 +23,11 @@ from moemamba.config import AttentionConfig, ExpertsConfig, RoutedMambaConfig, f
 from moemamba.training import loop, progress
 from moemamba.training.data import Tokens
 from moemamba.training.evaluate import Evaluation
-from moemamba.training.loop import NonFiniteLoss
+from moemamba.training.guard import Diverged
 from moemamba.training.loss import losses
-from moemamba.training.optim import learning_rate, make_optimizer
+from moemamba.training.optim import make_optimizer
 from moemamba.training.progress import Report
+from moemamba.training.schedule import learning_rate
 
 SILENT = Report(silent=True)
 EXPERTS = ExpertsConfig(4, capacity_factor=1.0, bias_rate=0.01)
@@ -359,7 +360,7 @@ def test_diverging_loss_stops_the_run(config, monkeypatch):
         return output._replace(loss=output.loss * (math.nan if next(calls) == 6 else 1))
 
     monkeypatch.setattr(MoEMamba, "forward", poisoned)
-    with pytest.raises(NonFiniteLoss, match=r"not finite at step 7; .*metrics.jsonl.*learning_rate"):
+    with pytest.raises(Diverged, match=r"not finite at step 7; .*metrics.jsonl.*learning_rate"):
         train(config, report=SILENT)
     failure = lines(config)[-1]
     assert failure["kind"] == "failure" and failure["step"] == 7 and len(failure["windows"]) == 4

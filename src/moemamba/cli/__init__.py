@@ -5,12 +5,14 @@ What needs torch is imported by the function that uses it, so that help and mist
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
 from ..presets import presets
+from ..training.stop import Interrupted
 
 # Each command is the function `main(arguments)` of the file of its name.
 COMMANDS = {
@@ -24,11 +26,14 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command of `sys.argv` and exit: 0 done, 1 failed, 2 asked for the impossible, 130 interrupted."""
+    """Run the command of `sys.argv` and exit: 0 done, 1 failed, 2 asked for the impossible, 130 interrupted (Ctrl-C), 75 (the
+    system's "try again later") saved and stopped because a scheduler said so with SIGTERM or SIGUSR1."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get("MOEMAMBA_DEBUG") == "1"
     try:
         run(arguments)
+    except Interrupted as stopped:
+        sys.exit(130 if stopped.number == signal.SIGINT else 75)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left, as in `| head`

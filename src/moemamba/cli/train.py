@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from tyro.conf import arg
 
 from ..config import from_dict
 from ..training.config import TrainConfig
+from ..training.stop import Interrupted
 from .info import find_config
 from .terminal import parse, stopped
 
@@ -23,6 +25,9 @@ class Train:
     resume: bool = False
     """continue the run in --run from its newest checkpoint, exactly as if it had never stopped; the run's own options
     need not be given again"""
+    auto_resume: bool = False
+    """continue the run in --run if it has begun, and begin it otherwise: for schedulers and torchrun, which start the
+    same command again"""
 
 
 def read(arguments: Sequence[str]) -> Train:
@@ -34,8 +39,9 @@ def read(arguments: Sequence[str]) -> Train:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run", default=default.run)
     first.add_argument("--resume", action="store_true")
+    first.add_argument("--auto-resume", action="store_true")
     known, _ = first.parse_known_args(arguments)
-    if known.resume:
+    if known.resume or known.auto_resume:
         default = begun(Path(known.run)) or default
     return parse(Train, arguments, "train [PRESET]", Train(default))
 
@@ -51,7 +57,10 @@ def main(arguments: Sequence[str]) -> None:
     from ..training.loop import train
 
     try:
-        train(asked.config, asked.resume)
+        train(asked.config, "auto" if asked.auto_resume else asked.resume)
+    except Interrupted as interrupted:
+        print(f"\n{interrupted}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         stopped(Path(asked.config.run), f"moemamba train --run {asked.config.run} --resume")
         raise

@@ -24,7 +24,7 @@ from .results import Comparison, Run, summarise
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
 _OWN = {"model", "run", "seed", "data_seed"}
-_FREE = {"run", "device", "compile", "recompute", "save_every", "keep", "log_every"}
+_FREE = {"run", "device", "compile", "recompute", "save_every", "keep", "log_every", "tensorboard"}
 
 
 def compare(

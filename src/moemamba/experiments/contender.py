@@ -12,7 +12,19 @@ from ..presets import preset
 from ..training.config import TrainConfig
 
 # What may differ between models in training: their recipe, but never the data, its order or the budget.
-RECIPE = ("learning_rate", "warmup", "final_lr", "weight_decay", "decay", "beta1", "beta2", "clip")
+RECIPE = (
+    "optimizer",
+    "learning_rate",
+    "schedule",
+    "warmup",
+    "cooldown",
+    "final_lr",
+    "weight_decay",
+    "decay",
+    "beta1",
+    "beta2",
+    "clip",
+)
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,18 @@ class TrainConfig:
     reset_state: bool = False
     """begin every document of a packed sequence from an empty state"""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices between hidden layers and the experts, AdamW for all else, at the same learning_rate"""
     learning_rate: float = 3e-3
+    """the highest of the schedule"""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """how it falls after the warm-up; wsd (warmup, stable, decay) stays level until the cooldown"""
     warmup: float = 0.05
     """share of the steps in which the learning rate rises linearly"""
+    cooldown: float = 0.2
+    """share of the steps in which it falls with wsd"""
     final_lr: float = 0.1
-    """share of the learning rate that the cosine ends at"""
+    """share of the learning rate that the schedule ends at"""
     weight_decay: float = 0.1
     decay: Literal["matrices", "all"] = "matrices"
     """what decays: matrices spares A_log, D, biases and norms; all is the paper's recipe"""
@@ -51,6 +58,13 @@ class TrainConfig:
     beta2: float = 0.95
     clip: float = 1.0
     """largest norm of the gradient"""
+
+    on_failure: Literal["stop", "skip"] = "stop"
+    """when a step's loss or gradient is not finite, or spikes: stop the run, or go on without that update"""
+    max_skips: int = 10
+    """steps skipped one after another that stop the run all the same"""
+    spike_factor: float | None = None
+    """a gradient this many times the median norm of the last 100 steps fails too, such as 10; None: never"""
 
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
@@ -60,6 +74,8 @@ class TrainConfig:
     save_every: int = 100
     keep: int = 2
     """newest checkpoints to keep, besides the best"""
+    tensorboard: bool = False
+    """write the metrics for TensorBoard too, into the folder tensorboard of the run"""
 
     seed: int = 0
     """of the initial weights"""
@@ -78,14 +94,22 @@ class TrainConfig:
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
         validate(
             self,
-            positive=(*counts, "save_every", "keep", "learning_rate", "clip"),
-            not_negative=("warmup", "final_lr", "weight_decay", "beta1", "beta2", "seed", "data_seed"),
+            positive=(*counts, "save_every", "keep", "learning_rate", "clip", "max_skips"),
+            not_negative=("warmup", "cooldown", "final_lr", "weight_decay", "beta1", "beta2", "seed", "data_seed"),
         )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}; "
                 "choose one of its divisors"
             )
-        for name, most in (("warmup", 1.0), ("final_lr", 1.0), ("beta1", 0.9999999), ("beta2", 0.9999999)):
+        for name, most in (
+            ("warmup", 1.0),
+            ("cooldown", 1.0),
+            ("final_lr", 1.0),
+            ("beta1", 0.9999999),
+            ("beta2", 0.9999999),
+        ):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")

@@ -1,46 +1,40 @@
-"""AdamW with its decay groups, the learning rate of a step, and the optimiser's state by parameter name."""
+"""The optimiser with its groups, and its state by parameter name."""
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .muon import Muon, takes_muon
 
 NEVER_DECAYS = {"A_log", "D", "bias"}
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in two groups: what decays and what does not.
+    """AdamW, or Muon for the matrices and AdamW for all else, in groups by what decays.
 
     With `decay="matrices"` weights of two or more dimensions decay (projections, convolutions, experts, routers,
     embedding and head), but not `A_log`, `D`, biases and norms, as the authors of Mamba mark them. With "all", the
-    recipe of MoE-Mamba, everything decays.
+    recipe of MoE-Mamba, everything decays. Muon takes what `takes_muon` says.
     """
-    named = list(model.named_parameters())
-    decays = [p for name, p in named if config.decay == "all" or _decays(name, p)]
-    spared = [p for name, p in named if not (config.decay == "all" or _decays(name, p))]
-    groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+    muon = config.optimizer == "muon"
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        decays, matrix = config.decay == "all" or _decays(name, parameter), muon and takes_muon(name, parameter)
+        group = {"params": [], "weight_decay": config.weight_decay if decays else 0.0, "muon": matrix}
+        groups.setdefault((matrix, decays), group)["params"].append(parameter)
+    # Fused, an update can be withheld by a flag on the device; see `guard.apply`.
+    return (Muon if muon else torch.optim.AdamW)(
+        list(groups.values()),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=named[0][1].device.type in ("cpu", "cuda"),
+        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in NEVER_DECAYS
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the update that ends step `step` (0 is the first): linear warm-up, then a cosine to the final rate."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
-    share = config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return config.learning_rate * share
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -30,6 +30,10 @@ class Report:
         """A line that stays."""
         self._console.print(f"{self.label}: {text}" if self.label else text, markup=False)
 
+    def warn(self, text: str) -> None:
+        """A line that stays and is seen."""
+        self._console.print(f"{self.label}: {text}" if self.label else text, markup=False, style="bold yellow")
+
     def begin(self, what: str, total: int, done: int = 0) -> None:
         """Begin a task of `total` units."""
         self.end()

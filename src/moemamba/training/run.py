@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,13 @@ from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer
 from .config import TrainConfig
 from .evaluate import Evaluation
+from .guard import Skips
 from .optim import load_optimizer_tensors, optimizer_tensors
+from .tensorboard import TensorBoard
 
-# What may differ between a run and its resumption: nothing that enters the weights.
+# What may differ between a run and its resumption: nothing that enters the weights, but for what helps a failed run on.
 FREE = {"data", "validation", "tokenizer", "run", "device", "log_every", "eval_every", "eval_tokens", "save_every"}
-FREE |= {"keep", "recompute", "compile"}
+FREE |= {"keep", "recompute", "compile", "tensorboard", "on_failure", "max_skips", "spike_factor"}
 
 
 @dataclass
@@ -53,6 +55,10 @@ class Position:
     """the last one"""
     evaluated: int | None = None
     """its step"""
+    skips: Skips = field(default_factory=Skips)
+    """of the updates that were withheld"""
+    alarms: dict[str, Any] = field(default_factory=dict)
+    """about the routers; see `Alarms.state`"""
 
 
 class Run:
@@ -66,6 +72,8 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
+        self.board: TensorBoard | None = None
+        """gets every line of metrics.jsonl too"""
 
     @property
     def exists(self) -> bool:
@@ -127,6 +135,8 @@ class Run:
                 stream.write(json.dumps({"kind": kind, **values}) + "\n")
         except OSError as error:
             raise OSError(f"cannot write {self.metrics}: {error.strerror}; free space, then resume the run") from error
+        if self.board:
+            self.board.write(kind, values)
 
     def save(
         self, model: MoEMamba, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, position: Position, keep: int
@@ -202,8 +212,8 @@ def _read(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> Po
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
         _set_random_state(tensors)
         load_optimizer_tensors(model, optimizer, tensors)
-        evaluation = values.pop("evaluation")
-        return Position(**values, evaluation=evaluation and Evaluation(**evaluation))
+        evaluation, skips = values.pop("evaluation"), Skips(**values.pop("skips", {}))
+        return Position(**values, evaluation=evaluation and Evaluation(**evaluation), skips=skips)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise damaged(file, error) from error
 

@@ -1,0 +1,118 @@
+"""Muon for matrices, single or stacked, beside AdamW for all else."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+# Keller Jordan's quintic (https://kellerjordan.github.io/posts/muon/), as in torch.optim.Muon: five iterations bring
+# every singular value near 1.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+MOMENTUM = 0.95
+RMS = 0.2
+"""root mean square of an update at learning rate 1, about that of AdamW's (arXiv 2502.16982, section 2.2)"""
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups marked `"muon": True` take Muon's step instead.
+
+    The momentum of a matrix's gradient is made orthogonal by Newton-Schulz iterations, then scaled by
+    `RMS * sqrt(max(rows, columns))`, so that learning rate and weight decay are those of AdamW (arXiv 2502.16982). What
+    torch.optim.Muon lacks: parameters (..., rows, columns) are stacks of matrices, each orthogonal by itself, as
+    experts are; parameters that are sharded over processes; one optimiser with AdamW's groups; and `found_inf`.
+
+    Attributes:
+        found_inf: () float32; where it is 1, a step changes nothing, without the host having to know (as in fused
+            AdamW).
+    """
+
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("muon")]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        keep = 1.0 if self.found_inf is None else 1 - self.found_inf
+        for group in groups:
+            if group.get("muon"):
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step(parameter, parameter.grad, group["lr"], group["weight_decay"], keep)
+        return loss
+
+    def _step(self, parameter: Tensor, gradient: Tensor, rate: float, decay: float, keep: Tensor | float) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        rows, columns = parameter.shape[-2:]
+        # On local tensors: a shard of the momentum needs no other process.
+        weight, momentum, gradient = (_local(tensor) for tensor in (parameter, state["momentum_buffer"], gradient))
+        if isinstance(keep, Tensor):
+            gradient = torch.where(keep > 0, gradient, 0.0)  # not finite times 0 would not be 0
+        momentum.lerp_(gradient, torch.as_tensor((1 - MOMENTUM) * keep, dtype=momentum.dtype, device=momentum.device))
+        update = orthogonal_like(gradient.lerp(momentum, MOMENTUM), parameter)
+        weight.mul_(1 - rate * decay * keep)
+        weight.add_(update * (-rate * RMS * math.sqrt(max(rows, columns)) * keep))
+
+
+def orthogonal_like(local: Tensor, parameter: Tensor) -> Tensor:
+    """`orthogonal` of this process's shard of a tensor that is sharded as a parameter is; plain tensors are whole.
+
+    A shard of whole matrices of a stack, as experts on several processes are, is computed where it is. Other
+    shards are gathered, computed by every process, and cut again.
+    """
+    if not isinstance(parameter, DTensor):
+        return orthogonal(local)
+    if parameter.ndim > 2 and all(
+        placement.is_replicate() or placement.is_shard(0) for placement in parameter.placements
+    ):
+        return orthogonal(local)
+    shards = DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+    whole = DTensor.from_local(
+        orthogonal(shards.full_tensor()), parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
+    )
+    return whole.redistribute(parameter.device_mesh, parameter.placements).to_local()
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T for every matrix U S V^T of a stack: (..., rows, columns) -> the same, float32.
+
+    Five Newton-Schulz iterations, in bfloat16 on a GPU; singular values end between about 0.7 and 1.2, which serves as
+    well as 1 (https://kellerjordan.github.io/posts/muon/).
+    """
+    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices.float()
+    x = x.flatten(0, -3) if x.ndim > 2 else x[None]
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7).to(x.dtype)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape).float()
+
+
+def takes_muon(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of the model is a matrix between hidden layers, or a stack of such.
+
+    Not the embedding, head and routers, whose rows stand for tokens or experts one by one; not convolutions, A_log, D,
+    norms and biases, which act on channels one by one.
+    """
+    parts = set(name.split("."))
+    return parameter.ndim >= 2 and not parts & {"embedding", "head", "router", "conv1d", "norm", "A_log", "D", "bias"}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

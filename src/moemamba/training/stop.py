@@ -1,0 +1,52 @@
+"""Signals that end a run in good order: the step is finished, saved, and said how to go on from."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+# A person's Ctrl-C; a scheduler's or container's end; what SLURM sends before it if asked to (--signal=USR1@120).
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the run, which is saved; str() says how to go on."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message, number)
+        self.message, self.number = message, number
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Stop:
+    """While entered, the first signal is remembered in `number`, and a second one does what it would have done.
+
+    Outside the main thread Python cannot handle signals: there nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        """of the signal; 0 if there was none. Several processes agree by its maximum over them."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
+
+    @property
+    def name(self) -> str:
+        """Of the signal: "SIGTERM"."""
+        return signal.Signals(self.number).name

@@ -1,0 +1,41 @@
+"""The lines of metrics.jsonl as TensorBoard's scalars."""
+
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoard:
+    """Writes event files into a folder.
+
+    Args:
+        folder: of the event files; `tensorboard --logdir` shows those of all runs below a folder.
+        step: what was written about later steps is void: the run was resumed from there.
+    Raises:
+        ValueError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                f"tensorboard cannot be used ({error}); pip install 'moemamba[tensorboard]', or leave --tensorboard out"
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl: every number of it, those of routers under their layer's name."""
+        step = values["step"]
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        for layer in values.get("layers", ()):
+            figures = {name: value for name, value in layer.items() if isinstance(value, int | float)}
+            figures |= {"load/least": min(layer["load"]), "load/most": max(layer["load"])}
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{kind}/{layer['name']}/{name}", value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write the rest and close the file."""
+        self._writer.close()
