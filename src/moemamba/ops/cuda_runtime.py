@@ -18,7 +18,7 @@ import torch
 SHARED_MEMORY_OPT_IN = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not() -> str | None:
     """Why these kernels cannot run here: one sentence, or None if they can."""
     return _why_not()
@@ -112,7 +112,9 @@ def _nvrtc() -> ctypes.CDLL:
     folders = [Path(folder) for folder in (nvidia.submodule_search_locations or [])] if nvidia else []
     for place in [path for folder in folders for path in sorted(folder.glob(f"*/lib/{name}"))]:
         try:
-            for part in place.parent.glob("libnvrtc-builtins.so*"):  # NVRTC looks for it where the system's libraries are
+            for part in place.parent.glob(
+                "libnvrtc-builtins.so*"
+            ):  # NVRTC looks for it where the system's libraries are
                 ctypes.CDLL(str(part))
             return ctypes.CDLL(str(place))
         except OSError:
