@@ -165,9 +165,9 @@ def _earlier_elsewhere(counts: Tensor, process: int) -> Tensor:
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(processes, ...): x of every process; without gradient."""
-    everyone = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(everyone, x.contiguous(), group=group)
-    return everyone
+    everyone = x.new_empty(group.size() * x.numel())
+    dist.all_gather_into_tensor(everyone, x.flatten(), group=group)
+    return everyone.view(group.size(), *x.shape)
 
 
 class Experts(nn.Module):
@@ -211,13 +211,11 @@ class LinearExperts(nn.Module):
         nn.init.uniform_(self.weight, -1 / math.sqrt(d_model), 1 / math.sqrt(d_model))
 
     def forward(self, x: Tensor, routing: Routing, gated: bool) -> Tensor:
-        """x (b, l, d) -> (b, l, d_out): the sum of the chosen experts, each weighed by its gate if `gated`."""
-        tokens, gates = x.flatten(0, 1), routing.gates if gated else None
+        """x (t, d) -> (t, d_out): the sum of the chosen experts, each weighed by its gate if `gated`."""
+        gates = routing.gates if gated else None
         if self.group is None:
-            y = self._compute(tokens, routing.indices, gates)
-        else:
-            y = visit_experts(tokens, routing.indices, gates, self.n_experts, self.group, self._compute)
-        return y.unflatten(0, x.shape[:2])
+            return self._compute(x, routing.indices, gates)
+        return visit_experts(x, routing.indices, gates, self.n_experts, self.group, self._compute)
 
     def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
         return ops.expert_linear(x, indices, gates, held(self.weight))
