@@ -238,7 +238,10 @@ def draw(model: MoEMamba, fill: Callable[[Tensor, Tensor], None]) -> None:
     config = model.config
     makers: list[tuple[nn.Module, Callable[[], nn.Module]]] = [
         (model.embedding, lambda: nn.Embedding(config.vocab_size, config.d_model)),
-        *((layer, partial(Residual, config, letters)) for layer, letters in zip(model.layers, config.layers, strict=True)),
+        *(
+            (layer, partial(Residual, config, letters))
+            for layer, letters in zip(model.layers, config.layers, strict=True)
+        ),
         (model.norm, lambda: make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()),
         (model.head, lambda: Head(config.d_model, config.vocab_size, bias=False)),
     ]

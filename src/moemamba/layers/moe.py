@@ -165,9 +165,9 @@ def _earlier_elsewhere(counts: Tensor, process: int) -> Tensor:
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(processes, ...): x of every process; without gradient."""
-    everyone = x.new_empty(group.size() * x.numel())
-    dist.all_gather_into_tensor(everyone, x.flatten(), group=group)
-    return everyone.view(group.size(), *x.shape)
+    everyone = x.new_empty(group.size(), *x.shape)
+    dist.all_gather(list(everyone.unbind()), x.contiguous(), group=group)
+    return everyone
 
 
 class Experts(nn.Module):

@@ -1,8 +1,8 @@
 """A model over several processes: batches, parameters and experts shared out with PyTorch's FSDP2 and DTensor.
 
-Data parallelism is FSDP2 over a mesh whose sharding dimension has length one, so that parameters are whole
-everywhere and their gradients summed: one engine, one way to save and to clip, whatever is sharded. Inside `forward` parameters are
-plain tensors, but the experts' are DTensors of the expert dimension (`layers.exchange.held`).
+Plain data parallelism is FSDP2 too, over a mesh whose sharding dimension has length one: parameters are whole
+everywhere and their gradients summed. So there is one engine, one way to clip and one to save, whatever is sharded.
+Inside `forward` parameters are plain tensors, but spread experts are DTensors (`layers.exchange.held`).
 
 Gradients are summed, never averaged: each process's loss is its share of the global one.
 """
@@ -35,7 +35,7 @@ def check(config: TrainConfig, size: int) -> None:
     rows, parallel = config.batch_size, config.expert_parallel
     if rows % (size * config.accumulate):
         raise ValueError(
-            f"batch_size is {rows}, which does not divide into {size} processes times accumulate = {config.accumulate}; "
+            f"batch_size is {rows}, which {size} processes times accumulate = {config.accumulate} do not divide; "
             f"choose a multiple of {size * config.accumulate}"
         )
     if size % parallel:
@@ -100,14 +100,14 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     cast = options | {"mp_policy": narrow} if dtype != torch.float32 else exact
     for layer in model.layers:
-        experts = [module for module in layer.modules() if isinstance(module, Experts | LinearExperts)]
+        experts: list[nn.Module] = [module for module in layer.modules() if isinstance(module, Experts | LinearExperts)]
         if parallel > 1 and experts:
             for module in experts:
                 _spread(module, expert_mesh["expert"])
             fully_shard(experts, mesh=_data(expert_mesh), **cast)
         elif dtype != torch.float32 and experts:
             fully_shard(experts, mesh=_data(mesh), **cast)
-        matrices = [
+        matrices: list[nn.Module] = [
             module for name, module in layer.named_modules() if isinstance(module, nn.Linear) and "dt_proj" not in name
         ]
         if dtype != torch.float32 and matrices:
@@ -116,10 +116,10 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
     if not config.model.tie_embeddings:
         fully_shard(model.head, mesh=_data(mesh), **cast)
     fully_shard(model, mesh=_data(mesh), **exact)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale on the way
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale on the way
 
 
 def _mesh(kind: str, data: int, parallel: int, whole: bool) -> DeviceMesh:
@@ -133,7 +133,8 @@ def _data(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["copy", "shard"] if mesh["shard"].size() == 1 else mesh["shard"]
 
 
-def _spread(module: Experts | LinearExperts, mesh: DeviceMesh) -> None:
+def _spread(module: nn.Module, mesh: DeviceMesh) -> None:
+    assert isinstance(module, Experts | LinearExperts)
     for name, parameter in list(module.named_parameters()):
         own = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(own))
@@ -199,7 +200,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(tensor: Tensor, source: Any) -> None:
-    """Copy this process's part out of a whole: a tensor, or the slice of a safetensors file, of which no more is read."""
+    """Copy this process's part out of a whole: a tensor, or a slice of a safetensors file, of which no more is read."""
     if not isinstance(tensor, DTensor):
         tensor.copy_(source[...] if isinstance(source, Tensor) or tensor.ndim == 0 else source[:])
         return
@@ -207,5 +208,3 @@ def fill(tensor: Tensor, source: Any) -> None:
     local = tensor.to_local()
     if local.numel():
         local.copy_(source[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))])
-
-
