@@ -70,9 +70,9 @@ def gradients(config, rank=0, size=1, distributed=True):
     language, auxiliary = losses(output, config.model.routers)
     share = (targets[rows] != -100).sum() / (targets != -100).sum()
     (language * share + auxiliary / size).backward()
-    found = {name: parallel.whole(parameter.grad) for name, parameter in model.named_parameters()}
+    found = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
     norm = parallel.clip_gradients(model.parameters(), 0.01, processes)
-    clipped = {name: parallel.whole(parameter.grad) for name, parameter in model.named_parameters()}
+    clipped = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
     return found, norm, clipped
 
 
@@ -112,11 +112,18 @@ def runs(base, tmp_path_factory):
                 jobs += [(saved, False, 10), (dataclasses.replace(saved, run=str(folder / "whole")), False, None)]
                 halves = dataclasses.replace(saved, run=str(folder / "halves"))
                 jobs += [(halves, False, 10), (halves, True, None)]
+                jobs.append((dataclasses.replace(killed(base), run=str(folder / "never-killed")), False, None))
             else:
                 copy(folder / "saved", folder / "on-4")
                 jobs.append((dataclasses.replace(saved, run=str(folder / "on-4")), True, None))
             mp.spawn(work, (size, folder, jobs), size)
         yield folder
+
+
+def killed(base):
+    """The run that is killed again and again; 60 steps for two kills, more for more."""
+    steps = max(60, 10 * KILLS)
+    return dataclasses.replace(base, steps=steps, save_every=3, shard="parameters", expert_parallel=2, model=FULL)
 
 
 def copy(run, place):
@@ -252,51 +259,51 @@ def test_an_error_of_writing_surfaces(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_killed_at_any_moment(base, tmp_path):
-    """One process of two is killed without warning; torchrun starts both again, which go on by themselves."""
+def test_killed_at_any_moment(base, runs, tmp_path):
+    """One process of two is killed without warning, and torchrun with it; another torchrun goes on."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-
-    def start(run):
-        options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(KILLS)]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, str(tmp_path / "program.py"), str(run)]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=(tmp_path / "log").open("a")
-        )
-
-    config = dataclasses.replace(base, steps=60, save_every=3, shard="parameters", expert_parallel=2, model=FULL)
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    config = dataclasses.replace(killed(base), run=str(tmp_path / "run"))
     (tmp_path / "program.py").write_text(
-        "import dataclasses, json, sys\n"
+        "import json, sys\n"
         "from moemamba import TrainConfig, train\n"
         "from moemamba.config import from_dict\n"
-        f"config = from_dict(TrainConfig, json.load(open({str(tmp_path / 'config.json')!r})))\n"
-        "train(dataclasses.replace(config, run=sys.argv[1]))\n"
+        "from moemamba.training.run import Run\n"
+        f"config = from_dict(TrainConfig, json.loads({json.dumps(dataclasses.asdict(config))!r}))\n"
+        "train(config, resume=Run(config.run).exists)\n"
     )
-    assert start(tmp_path / "whole").wait() == 0, (tmp_path / "log").read_text()[-3000:]
-    process = start(tmp_path / "killed")
+
+    def start():
+        options = ["--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, str(tmp_path / "program.py")]
+        with (tmp_path / "log").open("w") as log:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+
     moments = random.Random(time.time_ns())
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    seen, kills = set(), 0
-    while process.poll() is None and kills < KILLS:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    ended = kills = 0
+    while kills < KILLS and not ended:
+        process = start()
+        before = newest(checkpoints)
+        while process.poll() is None and newest(checkpoints) == before:
+            time.sleep(0.01)  # until it saves, so that every attempt gets somewhere
+        time.sleep(moments.uniform(0, 0.3))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        fresh = [int(child) for child in children.read_text().split() if child not in seen]
-        before = {path.name for path in checkpoints.glob("*")}
-        while fresh and process.poll() is None and {path.name for path in checkpoints.glob("*")} == before:
-            time.sleep(0.01)  # until they have begun to save
-        if len(fresh) < 2:
-            time.sleep(0.05)
-            continue
-        seen |= set(map(str, fresh))
-        time.sleep(moments.uniform(0, 0.4))
-        if process.poll() is None:
-            os.kill(moments.choice(fresh), signal.SIGKILL)
+        workers = children.read_text().split() if process.poll() is None else []
+        if workers:
+            os.kill(int(moments.choice(workers)), signal.SIGKILL)
             kills += 1
+        ended = process.wait() == 0
+        assert newest(checkpoints) != before, (tmp_path / "log").read_text()[-3000:]
         for checkpoint in checkpoints.glob("[0-9]*"):
-            if checkpoint.exists():
-                load(checkpoint)
-    assert process.wait() == 0, (tmp_path / "log").read_text()[-3000:]
+            load(checkpoint)
+    if not ended:
+        assert start().wait() == 0, (tmp_path / "log").read_text()[-3000:]
     assert kills
-    expected = tensors(tmp_path / "whole")
-    assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "killed").items())
+    expected = tensors(runs / "never-killed")
+    assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "run").items())
     assert not list(checkpoints.glob(".*"))
+
+
+def newest(checkpoints):
+    return max((path.name for path in checkpoints.glob("[0-9]*")), default="")

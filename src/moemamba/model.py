@@ -249,7 +249,15 @@ def draw(model: MoEMamba, fill: Callable[[Tensor, Tensor], None]) -> None:
         values = make().state_dict()
         for name, tensor in module.state_dict(keep_vars=True).items():
             fill(tensor, values[name])
-    initialise(model, fill)
+    drawn: set[int] = set()
+
+    def fill_once(parameter: Tensor, values: Tensor) -> None:
+        """A tied head is drawn too, but the embedding's values stay."""
+        if id(parameter) not in drawn:
+            fill(parameter, values)
+        drawn.add(id(parameter))
+
+    initialise(model, fill_once)
 
 
 def _paper_fan_in(module: nn.Module) -> list[tuple[Tensor, int]]:
