@@ -48,7 +48,7 @@ def work(rank, size, folder, jobs):
     for config, resume, stop in jobs:
         train(config, resume, stop=stop, report=SILENT)
     for shard in ("none", "parameters"):
-        for spread in (1, 2, size):
+        for spread in sorted({1, 2, size}):
             found = gradients(dataclasses.replace(UNEVEN, shard=shard, expert_parallel=spread), rank, size)
             if rank == 0:
                 torch.save(found, folder / f"{size}-{shard}-{spread}.pt")
