@@ -234,6 +234,32 @@ def test_impossible_combinations(change, size, said):
         parallel.check(dataclasses.replace(TrainConfig(MODEL), **change), size)
 
 
+def test_one_process_resumes_what_spread_experts_began():
+    parallel.check(TrainConfig(MODEL, expert_parallel=2), 1)
+
+
+def test_what_travels_in_bfloat16():
+    """Matrices do; routers and what the scan reads stay float32, as do all master weights."""
+    if dist.is_initialized():
+        pytest.skip("there is a process group already")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        processes = Processes(torch.device("cpu"), 0, 1, True)
+        model = parallel.build(TrainConfig(MODEL, shard="parameters"), processes, torch.bfloat16)
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        model.unshard()
+        for module in model.modules():
+            if hasattr(module, "unshard"):
+                module.unshard()
+        narrow = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
+        assert {name.rsplit(".", 1)[-1] for name in narrow} == {"weight", "up_proj", "down_proj"}
+        exact = ("router", "dt_proj", "conv1d", "norm", "embedding", "A_log", "D", "bias")
+        assert not [name for name in narrow if set(name.split(".")) & set(exact)]
+        assert {"head.weight", "layers.0.branches.0.in_proj.weight", "layers.1.branches.0.experts.up_proj"} <= narrow
+    finally:
+        dist.destroy_process_group()
+
+
 def test_groups_smaller_than_parts():
     with pytest.raises(ValueError, match="routing_groups is 2; it must divide batch_size = 16 and be a multiple of"):
         TrainConfig(accumulate=4, routing_groups=2)

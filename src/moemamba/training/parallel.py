@@ -32,7 +32,7 @@ def check(config: TrainConfig, size: int) -> None:
     Raises:
         ValueError: with the field to change.
     """
-    rows, parallel = config.batch_size, config.expert_parallel
+    rows, parallel = config.batch_size, _expert_parallel(config, size)
     if rows % (size * config.accumulate):
         raise ValueError(
             f"batch_size is {rows}, which {size} processes times accumulate = {config.accumulate} do not divide; "
@@ -56,6 +56,11 @@ def check(config: TrainConfig, size: int) -> None:
             f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch and {size} "
             "processes; one of the two must divide the other"
         )
+
+
+def _expert_parallel(config: TrainConfig, size: int) -> int:
+    """Processes that experts are spread over; one alone has them all, so that it can resume any run."""
+    return config.expert_parallel if size > 1 else 1
 
 
 def routing_groups(config: TrainConfig, size: int) -> int:
@@ -91,7 +96,8 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
     With bfloat16 activations, the matrices that products cast to bfloat16 anyway travel in it; master weights and
     gradients' sums are float32, and so are routers, norms, embedding, convolutions and what the scan reads.
     """
-    size, parallel, whole = processes.size, config.expert_parallel, config.shard == "none"
+    size, whole = processes.size, config.shard == "none"
+    parallel = _expert_parallel(config, size)
     kind = processes.device.type
     mesh = _mesh(kind, size, 1, whole)
     expert_mesh = _mesh(kind, size // parallel, parallel, whole)

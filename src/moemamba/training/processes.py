@@ -107,6 +107,12 @@ def join(device: str) -> Iterator[Processes]:
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
-    yield Processes(place, dist.get_rank(), dist.get_world_size(), True)
-    if ours:  # not after an error, when others may never come
-        dist.destroy_process_group()
+    lost = False
+    try:
+        yield Processes(place, dist.get_rank(), dist.get_world_size(), True)
+    except RuntimeError:  # another process is gone, for which leaving in order would wait
+        lost = True
+        raise
+    finally:
+        if ours and not lost:
+            dist.destroy_process_group()
