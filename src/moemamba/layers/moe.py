@@ -88,18 +88,20 @@ class Router(nn.Module):
 
             experts = torch.arange(self.n_experts, device=x.device)
             chosen = indices[..., None] == experts  # (t, k, e)
-            own = load = chosen.view(groups, size * self.top_k, -1).sum(1).to(logits.dtype)  # (g, e)
+            own = load = chosen.view(groups, size * self.top_k, self.n_experts).sum(1).to(logits.dtype)  # (g, e)
             tokens = valid.view(groups, size).sum(1)  # (g,)
             earlier, share = None, 1
             if across is not None:
-                there = _gather(chosen.view(batch, length, self.top_k, -1).sum((0, 2)), across)  # (processes, l, e)
+                there = _gather(
+                    chosen.view(batch, length, self.top_k, self.n_experts).sum((0, 2)), across
+                )  # (processes, l, e)
                 earlier, share = _earlier_elsewhere(there, across.rank()), across.size()
                 load = there.sum((0, 1))[None].to(logits.dtype)
                 tokens = _gather(tokens, across).sum(0)
             kept = indices < self.n_experts
             if self.training and self.capacity_factor is not None:
                 limit = capacity(self.capacity_factor, tokens.double(), self.top_k, self.n_experts)
-                place = arrival(indices.view(batch, length, -1), self.n_experts, groups, earlier)
+                place = arrival(indices.view(batch, length, self.top_k), self.n_experts, groups, earlier)
                 kept = kept & (place < limit.repeat_interleave(rows)[:, None, None]).flatten(0, 1)
 
             def mean(values: Tensor) -> Tensor:
