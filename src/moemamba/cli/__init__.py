@@ -42,6 +42,8 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """One command; raises what it raises, and SystemExit after help and for unknown options."""
+    if arguments[:1] == ["--"]:  # keeps `torchrun -m moemamba -- train --run ...` from reading our options
+        arguments = arguments[1:]
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help", "help"):
         print(_overview())

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,5 +54,6 @@ def main(arguments: Sequence[str]) -> None:
     try:
         train(asked.config, asked.resume)
     except KeyboardInterrupt:
-        stopped(Path(asked.config.run), f"moemamba train --run {asked.config.run} --resume")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            stopped(Path(asked.config.run), f"moemamba train --run {asked.config.run} --resume")
         raise

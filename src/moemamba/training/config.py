@@ -36,6 +36,9 @@ class TrainConfig:
     """tokens in a sequence"""
     accumulate: int = 1
     """parts that a batch is computed in, to save memory; must divide batch_size"""
+    routing_groups: int | None = None
+    """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
+    a group, so that results depend on neither processes nor parts; one for each process and part if None"""
     reset_state: bool = False
     """begin every document of a packed sequence from an empty state"""
 
@@ -69,6 +72,11 @@ class TrainConfig:
     """auto is a GPU where there is one, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of activations; auto is bfloat16 on a GPU. Weights and optimiser are float32"""
+    shard: Literal["none", "parameters"] = "none"
+    """of several processes (torchrun): none copies parameters, gradients and optimiser to each; parameters shares them
+    out"""
+    expert_parallel: int = 1
+    """processes that the experts of a layer are spread over; tokens travel to them"""
     compile: bool = False
     """torch.compile the model"""
     recompute: bool = False
@@ -78,13 +86,20 @@ class TrainConfig:
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
         validate(
             self,
-            positive=(*counts, "save_every", "keep", "learning_rate", "clip"),
+            positive=(*counts, "save_every", "keep", "learning_rate", "clip", "routing_groups", "expert_parallel"),
             not_negative=("warmup", "final_lr", "weight_decay", "beta1", "beta2", "seed", "data_seed"),
         )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}; "
                 "choose one of its divisors"
+            )
+        if self.routing_groups is not None and (
+            self.batch_size % self.routing_groups or self.routing_groups % self.accumulate
+        ):
+            raise ValueError(
+                f"routing_groups is {self.routing_groups}; it must divide batch_size = {self.batch_size} and be a "
+                f"multiple of accumulate = {self.accumulate}, since a part is routed before the next is known"
             )
         for name, most in (("warmup", 1.0), ("final_lr", 1.0), ("beta1", 0.9999999), ("beta2", 0.9999999)):
             if getattr(self, name) > most:

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..checkpoint import find_device
 from ..counting import count_parameters
 from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -22,9 +23,12 @@ from .evaluate import Evaluation, autocast, evaluate
 from .loss import losses
 from .metrics import Measures, Meter, add, measures, router_stats
 from .optim import learning_rate, make_optimizer
+from .parallel import build, check, clip_gradients, last_part, routing_groups
 from .preparation import HELD_OUT, Corpus, cache_directory, prepare
+from .processes import Processes, join
 from .progress import Report
 from .run import Position, Run
+from .saving import Saver, take
 
 BPE_TEXT = 1 << 26  # characters that a tokenizer is trained on at most
 
@@ -39,7 +43,7 @@ class TrainResult:
 
     run: Path
     model: MoEMamba
-    """in evaluation mode"""
+    """in evaluation mode; of several processes, this one's part"""
     step: int
     loss: float | None
     """mean training loss of the last steps, in nats a token"""
@@ -50,7 +54,7 @@ class TrainResult:
 def train(
     config: TrainConfig, resume: bool = False, *, stop: int | None = None, report: Report | None = None
 ) -> TrainResult:
-    """Train a model in a run directory.
+    """Train a model in a run directory; with the processes that `torchrun` started, if it did.
 
     Args:
         resume: continue the run in `config.run` from its newest checkpoint, exactly as if it had never stopped.
@@ -61,32 +65,41 @@ def train(
         NonFiniteLoss: training diverged.
         OSError: the run directory holds a run already, or cannot be written.
     """
-    report = report or Report()
+    with join(config.device) as processes:
+        return _train(config, resume, stop, report or Report(), processes)
+
+
+def _train(config: TrainConfig, resume: bool, stop: int | None, report: Report, processes: Processes) -> TrainResult:
+    report = report if processes.first else Report(silent=True)
     run = Run(config.run)
-    run.claim(resume)
-    device = find_device(config.device)
-    dtype = _dtype(config, device)
-    tokenizer = run.tokenizer() if resume else _tokenizer(config)
-    config = dataclasses.replace(config, model=config.model.replace(vocab_size=tokenizer.vocab_size))
-    if resume:
-        run.check_unchanged(config)
-    corpus = _corpus(config, tokenizer, report)
-    batches = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
+    resume = resume or (restarted() and run.exists)
+    config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
+    corpus = processes.first_of_machine_first(lambda: _corpus(config, tokenizer, report))
+    parts = config.accumulate
+    batches = Batches(
+        corpus.train,
+        config.batch_size // (parts * processes.size),
+        config.context,
+        config.data_seed,
+        reset_state=config.reset_state,
+        rank=processes.rank,
+        world_size=processes.size,
+    )
     require_window("the held-out data (a share of `data`, or `validation`)", corpus.validation, config.context)
-    torch.manual_seed(config.seed)
-    model = MoEMamba(config.model).to(device)
-    model.recompute = config.recompute
+    dtype = _dtype(config, processes.device)
+    model = build(config, processes, dtype)
     optimizer = make_optimizer(model, config)
     if resume:
-        position = run.restore(model, optimizer, corpus.content, report.note)
+        position = run.restore(model, optimizer, corpus.content, report.note, processes)
     else:
         position = Position(content=corpus.content)
-        run.begin(config, tokenizer)
-    _introduce(report, config, corpus, device, dtype, position)
+        processes.once(lambda: run.begin(config, tokenizer))
+    _introduce(report, config, corpus, processes, dtype, position)
 
     call: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     last = config.steps if stop is None else min(stop, config.steps)
     meter = Meter(config, model.router_names, position.seconds)
+    saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)
     try:
@@ -94,81 +107,120 @@ def train(
             rate = learning_rate(config, step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            meter.add(step, *_update(call, model, optimizer, batches[step - 1].to(device), config, dtype))
+            batch = [batches[(step - 1) * parts + part] for part in range(parts)]
+            meter.add(step, *_update(call, model, optimizer, batch, config, dtype, processes))
             position.step = step
             saves = step == last or step % config.save_every == 0
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
             if failed := meter.first_failure():
-                raise _failure(run, batches, failed)
+                processes.once(partial(_fail, run, corpus, config, failed))
             line = meter.train_line(step, rate)
             position.loss = line["loss"]
-            run.log("train", **line)
-            if meter.names:
-                run.log("router", **meter.router_line(step))
+            if processes.first:
+                run.log("train", **line)
+                if meter.names:
+                    run.log("router", **meter.router_line(step))
             speed = f"{line['tokens_per_second']:,.0f} tokens/s"
             report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
             if evaluates:
-                found = _evaluate(model, corpus, config, dtype)
+                found = _evaluate(model, corpus, config, dtype, processes)
                 if not math.isfinite(found.loss):
-                    raise _failure(run, batches, step)
+                    processes.once(partial(_fail, run, corpus, config, step))
                 position.evaluation, position.evaluated = found, step
                 training = {"step": step, "tokens": line["tokens"], "seconds": round(meter.seconds, 3)}
-                run.log("evaluation", **asdict(found) | training)  # tokens are those trained on, as in every line
+                if processes.first:
+                    run.log("evaluation", **asdict(found) | training)  # tokens are those trained on, as in every line
                 report.note(f"step {step:,}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits per byte")
             if saves:
                 position.seconds = meter.seconds
-                run.save(model, optimizer, tokenizer, position, config.keep)
+                processes.once(saver.wait)
+                if snapshot := take(model, optimizer, asdict(position), processes):
+                    saver.begin(partial(run.write, snapshot, tokenizer, config.keep))
             meter.restart()
     finally:
         report.end()
+        saver.wait()
+    processes.wait()  # nobody leaves before all is written
     report.note(f"step {position.step:,} is saved in {run.path}")
     return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
+
+
+def restarted() -> bool:
+    """Whether torchrun (`--max-restarts`) has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[TrainConfig, Tokenizer]:
+    """Check what can be checked before any work; the configuration with what the run settles, and its tokenizer."""
+    run.claim(resume)
+    if resume and config.routing_groups is None:
+        begun = run.config()
+        config = dataclasses.replace(config, routing_groups=begun.routing_groups or begun.accumulate)
+    check(config, size)
+    tokenizer = run.tokenizer() if resume else _tokenizer(config)
+    model = config.model.replace(vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model, routing_groups=routing_groups(config, size))
+    if resume:
+        run.check_unchanged(config)
+    return config, tokenizer
 
 
 def _update(
     call: nn.Module,
     model: MoEMamba,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batch: list[Batch],
     config: TrainConfig,
     dtype: torch.dtype,
+    processes: Processes,
 ) -> tuple[Measures, Tensor]:
-    """One optimiser step; returns the batch's measures and the gradient's norm before clipping."""
+    """One optimiser step; returns the measures of all processes' batches and the gradient's norm before clipping."""
     total: Measures = []
-    for part in batch.split(config.accumulate):
-        with autocast(batch.tokens.device, dtype):
+    parts = len(batch) * processes.size
+    counted = torch.stack([(part.targets != -100).sum() for part in batch]).to(processes.device, torch.float32)
+    (everywhere,) = processes.sum([counted.sum()])
+    shares = counted / everywhere  # of all positions that count
+    for number, part in enumerate(batch):
+        part = part.to(processes.device)
+        last_part(model, number == len(batch) - 1)
+        with autocast(processes.device, dtype):
             output = call(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
         language, auxiliary = losses(output, model.config.routers)
-        # Parts are of one size, so the mean of their means is that of the batch.
-        ((language + auxiliary) / config.accumulate).backward()
-        total = add(total, measures(language, auxiliary, output.router))
-    total = list(torch._foreach_div(total, config.accumulate))
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        (language * shares[number] + auxiliary / parts).backward()
+        total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
+    total = processes.sum(list(torch._foreach_div(total, parts)))
+    norm = clip_gradients(model.parameters(), config.clip, processes)
     optimizer.step()
     optimizer.zero_grad()
     model.update_balance_bias(router_stats(total))
     return total, norm
 
 
-def _evaluate(model: MoEMamba, corpus: Corpus, config: TrainConfig, dtype: torch.dtype) -> Evaluation:
+def _evaluate(
+    model: MoEMamba, corpus: Corpus, config: TrainConfig, dtype: torch.dtype, processes: Processes
+) -> Evaluation:
+    rows = config.batch_size // (config.accumulate * processes.size)
     return evaluate(
         model,
         corpus.validation,
         context=config.context,
-        batch_size=config.batch_size // config.accumulate,
+        batch_size=rows,
         most=config.eval_tokens,
         reset_state=config.reset_state,
         dtype=dtype,
         drop_gap=any(experts.capacity_factor is not None for experts in config.model.routers),
+        group=min(rows, config.batch_size // routing_groups(config, processes.size)),
+        processes=processes,
     )
 
 
-def _failure(run: Run, batches: Batches, step: int) -> NonFiniteLoss:
-    """Write down which batch the step read; the checkpoints are all older than it."""
-    run.log("failure", step=step, windows=batches.chosen(step - 1).tolist(), context=batches.context)
-    return NonFiniteLoss(
+def _fail(run: Run, corpus: Corpus, config: TrainConfig, step: int) -> None:
+    """Write down which batch the step read, and raise; the checkpoints are all older than it."""
+    batches = Batches(corpus.train, config.batch_size, config.context, config.data_seed)
+    run.log("failure", step=step, windows=batches.chosen(step - 1).tolist(), context=config.context)
+    raise NonFiniteLoss(
         f"the loss or its gradient is not finite at step {step}; the windows it read are in {run.metrics}, and the "
         "checkpoints are from before; begin a new run with a lower learning_rate or clip, or a longer warmup"
     )
@@ -209,7 +261,7 @@ def _corpus(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus
 
 
 def _introduce(
-    report: Report, config: TrainConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, position: Position
+    report: Report, config: TrainConfig, corpus: Corpus, processes: Processes, dtype: torch.dtype, position: Position
 ) -> None:
     """The lines that begin a run's output."""
     count = count_parameters(config.model)
@@ -224,8 +276,13 @@ def _introduce(
         f"{'model':10}{config.model.pattern} x {config.model.n_blocks}, {count.total:,} parameters, {count.active:,} "
         f"active, and {count.embedding:,} for a vocabulary of {config.model.vocab_size:,}"
     )
-    backend = ops.choose("selective_scan", torch.empty(0, device=device))
+    device = processes.device.type if processes.size > 1 else processes.device
+    backend = ops.choose("selective_scan", torch.empty(0, device=processes.device))
     report.note(f"{'device':10}{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels")
+    if processes.size > 1:
+        spread = f", experts over {config.expert_parallel}" if config.expert_parallel > 1 else ""
+        what = "parameters shared out" if config.shard == "parameters" else "parameters in each"
+        report.note(f"{'processes':10}{processes.size}, {what}{spread}")
     tokens_in_all = config.steps * config.batch_size * config.context
     at = f"from step {position.step:,} of " if position.step else ""
     report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens_in_all:,} tokens")

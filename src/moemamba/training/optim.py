@@ -4,6 +4,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .config import TrainConfig
 
@@ -20,13 +22,25 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     named = list(model.named_parameters())
     decays = [p for name, p in named if config.decay == "all" or _decays(name, p)]
     spared = [p for name, p in named if not (config.decay == "all" or _decays(name, p))]
-    groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": same_mesh, "weight_decay": weight_decay}
+        for parameters, weight_decay in ((decays, config.weight_decay), (spared, 0.0))
+        for same_mesh in _by_mesh(parameters)
+    ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=named[0][1].device.type in ("cpu", "cuda"),
     )
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Sharded parameters of one mesh together, since one fused update cannot span two."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(found.values())
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
