@@ -130,6 +130,10 @@ def test_evaluation_is_the_mean_over_all_tokens():
     ids = np.random.default_rng(0).integers(0, 257, 120).astype(np.uint16)
     data = Tokens(ids, np.array([50, 120]), bytes=240)
     result = evaluate(model, data, context=20, batch_size=2)
+    windows = [torch.from_numpy(data.ids[k : k + 21].astype("int64")) for k in range(0, len(data.ids) - 20, 20)]
+    with torch.no_grad():
+        right = [model(window[None, :-1]).logits.argmax(-1)[0] == window[1:] for window in windows]
+    assert result.accuracy == pytest.approx(torch.cat(right).double().mean().item())
     assert model.training
     model.eval()
     windows = torch.tensor(ids[:100].astype(np.int64)).view(5, 20)

@@ -5,9 +5,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..model import MoEMamba
 from .data import Tokens, sequential
+
+ROWS = 2048  # positions whose logits are held at once
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Evaluation:
     """of the UTF-8 text, comparable between tokenizers"""
     tokens: int
     """that were predicted"""
+    accuracy: float = math.nan
+    """share of the tokens that the model held likeliest; nan in checkpoints of versions that did not count them"""
     drop_gap: float | None = None
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
 
@@ -53,11 +58,11 @@ def evaluate(
         ValueError: the text does not fill one window.
     """
     arguments = (data, context, batch_size, most, reset_state, dtype)
-    loss, tokens = _mean_loss(model, False, *arguments)
-    gap = _mean_loss(model, True, *arguments)[0] - loss if drop_gap else None
+    loss, accuracy, tokens = _means(model, False, *arguments)
+    gap = _means(model, True, *arguments)[0] - loss if drop_gap else None
     per_byte = len(data.ids) / max(1, data.bytes)
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, loss * per_byte / math.log(2), tokens, gap)
+    return Evaluation(loss, perplexity, loss * per_byte / math.log(2), tokens, accuracy, gap)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -66,7 +71,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @torch.no_grad()
-def _mean_loss(
+def _means(
     model: MoEMamba,
     capacity: bool,
     data: Tokens,
@@ -75,20 +80,24 @@ def _mean_loss(
     most: int | None,
     reset_state: bool,
     dtype: torch.dtype,
-) -> tuple[float, int]:
-    """Loss in nats a token, and the number of tokens."""
+) -> tuple[float, float, int]:
+    """Loss in nats a token, share of tokens predicted right, and the number of tokens."""
     device = next(model.parameters()).device
     was_training = model.training
     model.train(capacity)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, right = torch.zeros(2, dtype=torch.float64, device=device)
     tokens = 0
     try:
         for batch in sequential(data, batch_size, context, most, reset_state):
             batch = batch.to(device)
             with autocast(device, dtype):
-                loss = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
-            total += loss.double() * batch.tokens.numel()
+                hidden, _, _ = model.backbone(batch.tokens, seq_idx=batch.seq_idx)
+                parts = hidden.flatten(0, 1).split(ROWS), batch.targets.flatten().split(ROWS)
+                for part, targets in zip(*parts, strict=True):
+                    logits = model.head(part).float()
+                    total += nn.functional.cross_entropy(logits, targets, reduction="sum")
+                    right += (logits.argmax(-1) == targets).sum()
             tokens += batch.tokens.numel()
     finally:
         model.train(was_training)
-    return total.item() / tokens, tokens
+    return total.item() / tokens, right.item() / tokens, tokens
