@@ -136,6 +136,8 @@ def test_evaluation_is_the_mean_over_all_tokens():
     logits = model(windows).logits
     expected = cross_entropy(logits.flatten(0, 1), torch.tensor(ids[1:101].astype(np.int64))).item()
     assert result.loss == pytest.approx(expected, rel=1e-5) and result.tokens == 100
+    right = logits.argmax(-1).flatten() == torch.tensor(ids[1:101].astype(np.int64))
+    assert 0 < result.accuracy == pytest.approx(right.double().mean().item()) < 1
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
     assert result.bits_per_byte == pytest.approx(expected / math.log(2) / 2, rel=1e-5)
     assert result.drop_gap is None

@@ -6,11 +6,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from ..layers import Router
 from ..model import MoEMamba
 from .data import Batch, Tokens, sequential
 from .processes import Processes
+
+LOGITS = 2**27  # held at once while predictions are counted
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Evaluation:
     """of the UTF-8 text, comparable between tokenizers"""
     tokens: int
     """that were predicted"""
+    accuracy: float = math.nan
+    """share of the tokens that the model held likeliest; nan in checkpoints of versions that did not count them"""
     drop_gap: float | None = None
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
 
@@ -65,13 +70,14 @@ def evaluate(
     def batches(rows: int) -> Iterator[Batch]:
         return _dealt(sequential(data, rows, context, most, reset_state), processes)
 
-    loss, tokens = _mean_loss(model, False, batches(batch_size), dtype, processes)
+    rows = min(batch_size, max(1, LOGITS // (context * model.config.vocab_size)))
+    loss, accuracy, tokens = _means(model, False, batches(rows), dtype, processes)
     gap = None
     if drop_gap:
-        gap = _mean_loss(model, True, batches(group or batch_size), dtype, processes)[0] - loss
+        gap = _means(model, True, batches(group or batch_size), dtype, processes)[0] - loss
     per_byte = len(data.ids) / max(1, data.bytes)
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, loss * per_byte / math.log(2), tokens, gap)
+    return Evaluation(loss, perplexity, loss * per_byte / math.log(2), tokens, accuracy, gap)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -80,25 +86,35 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @torch.no_grad()
-def _mean_loss(
+def _means(
     model: MoEMamba, capacity: bool, batches: Iterator[Batch], dtype: torch.dtype, processes: Processes
-) -> tuple[float, int]:
-    """Loss in nats a token, and the number of tokens; with `capacity` every batch is one routing group."""
+) -> tuple[float, float, int]:
+    """Loss in nats a token, share of tokens predicted right, number of tokens; with `capacity` a batch is one group."""
     was_training = model.training
     model.train(capacity)
-    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)  # loss, tokens
+    sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, right, tokens
     try:
         with one_group(model):
             for batch in batches:
                 batch = batch.to(processes.device)
                 with autocast(processes.device, dtype):
-                    loss = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
-                counted = (batch.targets != -100).sum()
-                sums += torch.stack([loss.double() * counted, counted.double()])
+                    sums += _sums(model, batch, capacity)
     finally:
         model.train(was_training)
-    total, tokens = processes.sum([sums])[0].tolist()
-    return total / tokens, int(tokens)
+    total, right, tokens = processes.sum([sums])[0].tolist()
+    return total / tokens, right / tokens, int(tokens)
+
+
+def _sums(model: MoEMamba, batch: Batch, capacity: bool) -> Tensor:
+    """(3,) float64: loss and right predictions, summed, and how many positions count."""
+    counted = batch.targets != -100
+    if capacity:  # only the loss is asked for, and a routing group cannot be cut to spare memory
+        mean = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
+        return torch.stack([mean.double() * counted.sum(), torch.zeros_like(mean).double(), counted.sum().double()])
+    logits = model(batch.tokens, seq_idx=batch.seq_idx).logits[counted].float()
+    targets = batch.targets[counted]
+    loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum().double(), counted.sum().double()])
 
 
 def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
