@@ -222,3 +222,9 @@ def test_interrupted_training_says_how_to_go_on(text, tmp_path):
     assert f"Go on with: moemamba train --run {where} --resume" in errors
     assert "is saved" in errors
     assert "Traceback" not in errors
+
+
+def test_a_leading_dash_dash_is_not_a_command(capsys):
+    """`torchrun -m moemamba -- train`: some versions of Python hand the mark on."""
+    cli.run(["--", "--version"])
+    assert capsys.readouterr().out.strip()

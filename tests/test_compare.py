@@ -70,7 +70,8 @@ def test_history_of_a_run_that_still_writes(tmp_path):
 def fake_run(model: str, seed: int, *losses: float) -> Run:
     train = [{"step": 10, "tokens_per_second": 100.0 + seed}]
     evaluation = [
-        {"step": 10 * (k + 1), "loss": loss, "bits_per_byte": loss / math.log(2)} for k, loss in enumerate(losses)
+        {"step": 10 * (k + 1), "loss": loss, "bits_per_byte": loss / math.log(2), "accuracy": 1 / (1 + loss)}
+        for k, loss in enumerate(losses)
     ]
     return Run(model, seed, Path("."), History(train, evaluation, []))
 
@@ -93,7 +94,7 @@ def test_differences_are_paired_by_seed():
     assert base.verdict == "no clear difference"
     header_to_cell = cells([base, better], 30)[1]
     assert header_to_cell[4] == "−0.1500 (−0.2000 … −0.1000)"
-    assert header_to_cell[6:8] == ("20", "1.50×")
+    assert header_to_cell[7:9] == ("20", "1.50×")
 
 
 def test_a_model_that_never_gets_there():
@@ -101,7 +102,7 @@ def test_a_model_that_never_gets_there():
     _, worse = summarise(runs, {"base": MAMBA, "worse": MOE}, context=32)
     assert worse.steps_to_baseline == (None,)
     assert worse.speed_up is None
-    assert cells([worse], 20)[0][6:8] == ("> 20", "–")
+    assert cells([worse], 20)[0][7:9] == ("> 20", "–")
     assert worse.verdict == "one seed, so the spread is unknown"
 
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoint"},
     {"training", "inference", "integrations"},
     {"experiments"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 PUBLIC = {
     "MoEMamba",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
+from torch import Tensor
 
 from .config import ModelConfig, from_dict, to_dict
 from .model import MoEMamba
@@ -31,7 +32,7 @@ def save(path: str | Path, model: MoEMamba, tokenizer: Tokenizer) -> None:
         OSError: it cannot be written; what was there before is untouched.
     """
     with new_directory(Path(path)) as folder:
-        write_model(folder, model, tokenizer)
+        write_model(folder, model.config, model_tensors(model), tokenizer)
 
 
 def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
@@ -81,11 +82,17 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
-def write_model(folder: Path, model: MoEMamba, tokenizer: Tokenizer) -> None:
+def model_tensors(model: MoEMamba) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once, as model.safetensors holds them."""
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """The three files that `load` needs, into an existing directory."""
-    write_json(folder / "config.json", to_dict(model.config))
+    write_json(folder / "config.json", to_dict(config))
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    save_model(model, str(folder / "model.safetensors"))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_weights(folder: Path, model: MoEMamba) -> None:

@@ -156,7 +156,8 @@ class Head(nn.Linear):
         """(b, l, d) -> logits (b, l, v), or the mean cross-entropy against targets (b, l)."""
         if targets is None:
             return super().forward(input)
-        return ops.linear_cross_entropy(input.flatten(0, 1), self.weight, targets.flatten())
+        total = ops.linear_cross_entropy(input.flatten(0, 1), self.weight, targets.flatten(), reduction="sum")
+        return total / (targets != -100).sum().clamp(min=1)  # 0 where nothing counts, which adds nothing to a mean
 
 
 def make_layer(config: ModelConfig, letter: str) -> nn.Module:
@@ -197,25 +198,66 @@ def make_layer(config: ModelConfig, letter: str) -> nn.Module:
             return FeedForward(config.d_model, config.d_ff, config.feedforward.activation, config.feedforward.bias)
 
 
-def initialise(model: MoEMamba) -> None:
+def overwrite(parameter: Tensor, values: Tensor) -> None:
+    """Copy values into a parameter."""
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def initialise(model: MoEMamba, fill: Callable[[Tensor, Tensor], None] = overwrite) -> None:
     """Draw the weights again as `config.init` says, from torch's global generator.
 
     Both leave the Mamba layers' own parameters as the layer draws them (mamba_ssm's initialisation), but "default"
     divides what writes into the residual stream by the square root of its depth (as GPT-2 and mamba_ssm's models do).
     "paper" is that of MoE-Mamba's authors: truncated normal of variance 0.1 / fan_in, cut at +-0.2, where the fan-in of
     the experts' second matrix counts all experts.
+
+    Args:
+        fill: puts drawn values, which are on the CPU, into a parameter.
     """
     if model.config.init == "paper":
         for module in model.modules():
             for weight, fan_in in _paper_fan_in(module):
-                nn.init.trunc_normal_(weight, std=math.sqrt(0.1 / fan_in), a=-0.2, b=0.2)
+                values = torch.empty(weight.shape)
+                fill(weight, nn.init.trunc_normal_(values, std=math.sqrt(0.1 / fan_in), a=-0.2, b=0.2))
         return
-    nn.init.normal_(model.embedding.weight, std=0.02)
-    nn.init.normal_(model.head.weight, std=0.02)
+    for weight in (model.embedding.weight, model.head.weight):
+        fill(weight, nn.init.normal_(torch.empty(weight.shape), std=0.02))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight", "down_proj")):
                 parameter.div_(math.sqrt(len(model.layers)))
+
+
+def draw(model: MoEMamba, fill: Callable[[Tensor, Tensor], None]) -> None:
+    """Give a model that was built on the meta device the weights that `MoEMamba(config)` has, a sub-layer at a time.
+
+    Args:
+        fill: puts values, which are on the CPU, into a parameter or buffer, which may be sharded.
+    """
+    config = model.config
+    makers: list[tuple[nn.Module, Callable[[], nn.Module]]] = [
+        (model.embedding, lambda: nn.Embedding(config.vocab_size, config.d_model)),
+        *(
+            (layer, partial(Residual, config, letters))
+            for layer, letters in zip(model.layers, config.layers, strict=True)
+        ),
+        (model.norm, lambda: make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()),
+        (model.head, lambda: Head(config.d_model, config.vocab_size, bias=False)),
+    ]
+    for module, make in makers:
+        values = make().state_dict()
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            fill(tensor, values[name])
+    drawn: set[int] = set()
+
+    def fill_once(parameter: Tensor, values: Tensor) -> None:
+        """A tied head is drawn too, but the embedding's values stay."""
+        if id(parameter) not in drawn:
+            fill(parameter, values)
+        drawn.add(id(parameter))
+
+    initialise(model, fill_once)
 
 
 def _paper_fan_in(module: nn.Module) -> list[tuple[Tensor, int]]:

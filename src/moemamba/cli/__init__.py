@@ -26,8 +26,11 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command of `sys.argv` and exit: 0 done, 1 failed, 2 asked for the impossible, 130 interrupted (Ctrl-C), 75 (the
-    system's "try again later") saved and stopped because a scheduler said so with SIGTERM or SIGUSR1."""
+    """Run the command of `sys.argv` and exit.
+
+    0 done, 1 failed, 2 asked for the impossible, 130 interrupted (Ctrl-C), 75 (the system's "try again later") saved
+    and stopped because a scheduler said so with SIGTERM or SIGUSR1.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get("MOEMAMBA_DEBUG") == "1"
     try:
@@ -47,6 +50,8 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> None:
     """One command; raises what it raises, and SystemExit after help and for unknown options."""
+    if arguments[:1] == ["--"]:  # keeps `torchrun -m moemamba -- train --run ...` from reading our options
+        arguments = arguments[1:]
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help", "help"):
         print(_overview())

@@ -63,6 +63,6 @@ def backends() -> list[tuple[str, ...]]:
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for op in sorted({op for kernels in KERNELS.values() for op in kernels}):
             used = ops.choose(op, torch.empty(0, device=device))
-            others = [name for name in ("triton", "cpu") if name != used]
+            others = [name for name in ("cuda", "triton", "cpu") if name != used]
             rows.append((op, device, used, "; ".join(reason(op, name, device) for name in others)))
     return rows

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
         ("loss", f"{found.loss:.4f}", "nats a token"),
         ("perplexity", f"{found.perplexity:.3f}", ""),
         ("bits per byte", f"{found.bits_per_byte:.4f}", "comparable between tokenizers"),
+        ("accuracy", f"{found.accuracy:.2%}", "of the tokens were the model's likeliest"),
     ]
     if found.drop_gap is not None:
         rows.append(

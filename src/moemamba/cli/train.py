@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -62,5 +63,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"\n{interrupted}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        stopped(Path(asked.config.run), f"moemamba train --run {asked.config.run} --resume")
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            stopped(Path(asked.config.run), f"moemamba train --run {asked.config.run} --resume")
         raise

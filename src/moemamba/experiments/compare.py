@@ -117,6 +117,8 @@ def _begun(config: TrainConfig) -> bool:
     wanted = dataclasses.replace(config, model=config.model.replace(vocab_size=vocab_size))
     for name in (field.name for field in dataclasses.fields(TrainConfig)):
         then, now = getattr(before, name), getattr(wanted, name)
+        if name == "routing_groups" and now is None:  # what the run settled on
+            continue
         if then != now and name not in _FREE:
             raise ValueError(
                 f"{config.run} was made with {name} = {then}, not {now}; choose another --out, or remove that folder"

@@ -63,6 +63,8 @@ class Row:
     loss: Spread
     """held-out loss at the last step, nats per token, without auxiliary losses and without dropping"""
     bits_per_byte: Spread
+    accuracy: Spread
+    """share of held-out tokens predicted right"""
     difference: Spread
     """loss minus the baseline's with the same seed, so on the same batches in the same order"""
     steps_to_baseline: tuple[float | None, ...]
@@ -88,6 +90,7 @@ class Row:
             "flops_per_token": self.flops_per_token,
             "loss": self.loss.to_dict(),
             "bits_per_byte": self.bits_per_byte.to_dict(),
+            "accuracy": self.accuracy.to_dict(),
             "difference": self.difference.to_dict(),
             "verdict": self.verdict,
             "steps_to_baseline": list(self.steps_to_baseline),
@@ -142,6 +145,7 @@ def _row(name: str, config: ModelConfig, runs: list[Run], baseline: list[Run], c
         flops_per_token=flops_per_token(config, context),
         loss=Spread(tuple(losses)),
         bits_per_byte=Spread(tuple(run.history.evaluation[-1]["bits_per_byte"] for run in runs)),
+        accuracy=Spread(tuple(run.history.evaluation[-1]["accuracy"] for run in runs)),
         difference=Spread(tuple(loss - target for loss, target in zip(losses, targets, strict=True))),
         steps_to_baseline=tuple(steps),
         speed_up=Spread(tuple(ratios)) if len(ratios) == len(runs) else None,
@@ -161,6 +165,7 @@ HEADER = (
     "held-out loss",
     "vs baseline",
     "bits/byte",
+    "accuracy",
     "steps to its loss",
     "speed-up",
     "tokens/s",
@@ -177,6 +182,7 @@ def cells(rows: list[Row], steps: int) -> list[tuple[str, ...]]:
             f"{row.loss.mean:.4f}" + (f" ± {row.loss.std:.4f}" if row.loss.std is not None else ""),
             "baseline" if row is rows[0] else signed(row.difference),
             f"{row.bits_per_byte.mean:.4f}",
+            f"{row.accuracy.mean:.2%}",
             _steps(row.steps_to_baseline, steps),
             f"{row.speed_up.mean:.2f}×" if row.speed_up else "–",
             f"{row.tokens_per_second.mean:,.0f}",

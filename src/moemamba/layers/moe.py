@@ -4,14 +4,18 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .exchange import held, visit_experts
 from .feedforward import FeedForward
 
 
 class RouterStats(NamedTuple):
-    """What one router did with a batch. Returned, never stored; only the losses carry gradients."""
+    """What one router did with a batch: means over its routing groups. Returned, never stored; only the losses carry
+    gradients."""
 
     balance_loss: Tensor
     """() n_experts * sum_e (share of choices) (mean probability): 1 when balanced (arXiv 2101.03961, eq. 4)"""
@@ -42,8 +46,15 @@ class Router(nn.Module):
         d_model: width of the tokens, d.
         n_experts: e.
         top_k: choices for each token, k.
-        capacity_factor: while training, each expert takes floor(capacity_factor * tokens * top_k / n_experts) choices,
-            in order of time across the batch, and drops later ones. None, and evaluation, never drop.
+        capacity_factor: while training, each expert takes floor(capacity_factor * tokens * top_k / n_experts) choices
+            of a routing group, in order of time, and drops later ones. None, and evaluation, never drop.
+
+    Attributes:
+        groups: while training, a batch is this many routing groups of equally many consecutive rows; capacity, order
+            and statistics are those of a group.
+        across: processes whose batches, one after another, make up one group, which then is the only one; None if a
+            group lies within a process. Each returns its share of the group's losses times their number, so that the
+            mean over processes is the loss.
     """
 
     balance_bias: Tensor
@@ -51,6 +62,8 @@ class Router(nn.Module):
     def __init__(self, d_model: int, n_experts: int, top_k: int = 1, capacity_factor: float | None = None):
         super().__init__()
         self.n_experts, self.top_k, self.capacity_factor = n_experts, top_k, capacity_factor
+        self.groups = 1
+        self.across: dist.ProcessGroup | None = None
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         nn.init.uniform_(self.weight, -(d_model**-0.5), d_model**-0.5)
         # Added to the probabilities when choosing, never to the gates: loss-free balancing (arXiv 2408.15664).
@@ -59,6 +72,10 @@ class Router(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Routing:
         """x (b, l, d), seq_idx (b, l) whose negative entries are not routed -> Routing."""
         batch, length, _ = x.shape
+        groups, across = (self.groups, self.across) if self.training else (1, None)
+        if batch % groups:
+            raise ValueError(f"a batch of {batch} rows cannot be cut into {groups} routing groups; give a multiple")
+        rows, size = batch // groups, batch // groups * length
         with torch.autocast(x.device.type, enabled=False):
             logits = ops.linear_float32(x.flatten(0, 1), self.weight)  # (t, e)
             probabilities = logits.softmax(dim=-1)
@@ -66,24 +83,42 @@ class Router(nn.Module):
             indices = scores.argmax(-1, keepdim=True) if self.top_k == 1 else scores.topk(self.top_k, dim=-1).indices
             gates = probabilities.gather(1, indices)
             valid = logits.new_ones(batch * length) if seq_idx is None else (seq_idx.flatten() >= 0).to(logits.dtype)
-            tokens = valid.sum().clamp(min=1)
             if seq_idx is not None:
                 indices = indices.masked_fill(valid[:, None] == 0, self.n_experts)
 
             experts = torch.arange(self.n_experts, device=x.device)
-            load = (indices[..., None] == experts).sum(dim=(0, 1)).to(logits.dtype)
+            chosen = indices[..., None] == experts  # (t, k, e)
+            own = load = chosen.view(groups, size * self.top_k, self.n_experts).sum(1).to(logits.dtype)  # (g, e)
+            tokens = valid.view(groups, size).sum(1)  # (g,)
+            earlier, share = None, 1
+            if across is not None:
+                there = _gather(
+                    chosen.view(batch, length, self.top_k, self.n_experts).sum((0, 2)), across
+                )  # (processes, l, e)
+                earlier, share = _earlier_elsewhere(there, across.rank()), across.size()
+                load = there.sum((0, 1))[None].to(logits.dtype)
+                tokens = _gather(tokens, across).sum(0)
             kept = indices < self.n_experts
             if self.training and self.capacity_factor is not None:
-                limit = capacity(self.capacity_factor, valid.double().sum(), self.top_k, self.n_experts)
-                kept = kept & (arrival(indices.view(batch, length, -1), self.n_experts).flatten(0, 1) < limit)
+                limit = capacity(self.capacity_factor, tokens.double(), self.top_k, self.n_experts)
+                place = arrival(indices.view(batch, length, self.top_k), self.n_experts, groups, earlier)
+                kept = kept & (place < limit.repeat_interleave(rows)[:, None, None]).flatten(0, 1)
+
+            def mean(values: Tensor) -> Tensor:
+                """(t, ...) -> (g, ...) means over a group's valid tokens; of several processes this one's share."""
+                total = valid.view(groups, 1, size) @ values.reshape(groups, size, math.prod(values.shape[1:]))
+                return share * total.squeeze(1) / tokens.clamp(min=1)[:, None]
 
             log_z = logits.logsumexp(dim=-1)
+            entropy = log_z - (probabilities * logits).sum(-1)
+            fraction = load / (tokens.clamp(min=1) * self.top_k)[:, None]
+            dropped = share * (own.sum(1) - kept.view(groups, size * self.top_k).sum(1)) / load.sum(1).clamp(min=1)
             stats = RouterStats(
-                balance_loss=self.n_experts * (load / (tokens * self.top_k)) @ ((valid @ probabilities) / tokens),
-                z_loss=(valid @ log_z.square()) / tokens,
-                load=load,
-                dropped=1 - kept.sum() / load.sum().clamp(min=1),
-                entropy=(valid @ (log_z - (probabilities * logits).sum(-1)).detach()) / tokens,
+                balance_loss=self.n_experts * (fraction * mean(probabilities)).sum(1).mean(),
+                z_loss=mean(log_z.square()).mean(),
+                load=own.sum(0),
+                dropped=dropped.mean(),
+                entropy=mean(entropy.detach()).mean(),
             )
             return Routing(indices.masked_fill(~kept, self.n_experts), gates.masked_fill(~kept, 0), stats)
 
@@ -98,35 +133,58 @@ def capacity(factor: float, tokens: Tensor, top_k: int, n_experts: int) -> Tenso
     return torch.floor(factor * tokens * top_k / n_experts)
 
 
-def arrival(indices: Tensor, n_experts: int) -> Tensor:
-    """How many earlier choices of the batch fell on the same expert: a token's place in its expert's queue.
+def arrival(indices: Tensor, n_experts: int, groups: int = 1, earlier: Tensor | None = None) -> Tensor:
+    """How many earlier choices of its group fell on the same expert: a token's place in its expert's queue.
 
     Earlier means earlier in time, then by row, then by choice, so that no token depends on one that comes later.
 
     Args:
         indices: (b, l, k) chosen experts; n_experts marks no choice, which queues by itself.
+        groups: of equally many consecutive rows, each with queues of its own.
+        earlier: (l, e) choices of other processes that come before those made here at each time.
     Returns:
         (b, l, k) int64.
     """
-    in_time = indices.transpose(0, 1)  # (l, b, k)
+    queues = groups * (n_experts + 1)
+    group = torch.arange(groups, device=indices.device).repeat_interleave(indices.shape[0] // groups)
+    in_time = (indices + group[:, None, None] * (n_experts + 1)).transpose(0, 1)  # (l, b, k)
     flat = in_time.flatten()
     order = flat.argsort(stable=True)
     chosen = flat[order]
-    first = torch.searchsorted(chosen, torch.arange(n_experts + 1, device=flat.device))
+    first = torch.searchsorted(chosen, torch.arange(queues, device=flat.device))
     place = torch.empty_like(flat)
     place[order] = torch.arange(flat.numel(), device=flat.device) - first[chosen]
+    if earlier is not None:
+        place += F.pad(earlier, (0, 1)).gather(1, indices.transpose(0, 1).flatten(1)).flatten()
     return place.view_as(in_time).transpose(0, 1)
+
+
+def _earlier_elsewhere(counts: Tensor, process: int) -> Tensor:
+    """(l, e): of all processes' choices (processes, l, e), those of others that come before this one's at each time."""
+    others = counts.sum(0) - counts[process]
+    return others.cumsum(0) - others + counts[:process].sum(0)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(processes, ...): x of every process; without gradient."""
+    everyone = x.new_empty(group.size(), *x.shape)
+    dist.all_gather(list(everyone.unbind()), x.contiguous(), group=group)
+    return everyone
 
 
 class Experts(nn.Module):
     """Two-layer feed-forward experts without biases, as stacked matrices.
 
     Parameters: up_proj (e, f, d), or (e, 2f, d) with the gate's rows first for "swiglu"; down_proj (e, d_out, f).
+
+    Attributes:
+        group: processes that hold equal shares of the experts, in order (`exchange.visit_experts`); None: all are here.
     """
 
     def __init__(self, d_model: int, n_experts: int, d_expert: int, d_out: int, activation: str):
         super().__init__()
-        self.activation = activation
+        self.n_experts, self.activation = n_experts, activation
+        self.group: dist.ProcessGroup | None = None
         rows = 2 * d_expert if activation == "swiglu" else d_expert
         self.up_proj = nn.Parameter(torch.empty(n_experts, rows, d_model))
         self.down_proj = nn.Parameter(torch.empty(n_experts, d_out, d_expert))
@@ -135,23 +193,34 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (t, d) -> (t, d_out)."""
-        return ops.expert_feedforward(
-            x, routing.indices, routing.gates, self.up_proj, self.down_proj, activation=self.activation
-        )
+        if self.group is None:
+            return self._compute(x, routing.indices, routing.gates)
+        return visit_experts(x, routing.indices, routing.gates, self.n_experts, self.group, self._compute)
+
+    def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
+        up, down = held(self.up_proj), held(self.down_proj)
+        return ops.expert_feedforward(x, indices, gates, up, down, activation=self.activation)
 
 
 class LinearExperts(nn.Module):
-    """One matrix an expert: `weight` (e, d_out, d)."""
+    """One matrix an expert: `weight` (e, d_out, d). `group` as in `Experts`."""
 
     def __init__(self, d_model: int, n_experts: int, d_out: int):
         super().__init__()
+        self.n_experts = n_experts
+        self.group: dist.ProcessGroup | None = None
         self.weight = nn.Parameter(torch.empty(n_experts, d_out, d_model))
         nn.init.uniform_(self.weight, -1 / math.sqrt(d_model), 1 / math.sqrt(d_model))
 
     def forward(self, x: Tensor, routing: Routing, gated: bool) -> Tensor:
-        """x (b, l, d) -> (b, l, d_out): the sum of the chosen experts, each weighed by its gate if `gated`."""
-        y = ops.expert_linear(x.flatten(0, 1), routing.indices, routing.gates if gated else None, self.weight)
-        return y.unflatten(0, x.shape[:2])
+        """x (t, d) -> (t, d_out): the sum of the chosen experts, each weighed by its gate if `gated`."""
+        gates = routing.gates if gated else None
+        if self.group is None:
+            return self._compute(x, routing.indices, gates)
+        return visit_experts(x, routing.indices, gates, self.n_experts, self.group, self._compute)
+
+    def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
+        return ops.expert_linear(x, indices, gates, held(self.weight))
 
 
 class MoE(nn.Module):

@@ -73,7 +73,7 @@ class RoutedMamba(SelectiveSSM):
         def project(layer: nn.Module, x: Tensor, gated: bool = False) -> Tensor:
             y: Tensor
             if isinstance(layer, LinearExperts):
-                y = layer(x, routing, gated)
+                y = layer(x.flatten(0, 1), routing, gated).unflatten(0, x.shape[:2])
             elif isinstance(layer, MoE):
                 y, layer_stats = layer(x, seq_idx)
                 stats.append(layer_stats)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "cpu", "triton")
+from . import cuda_runtime
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # The ops that a backend has kernels for; others run on the reference.
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -24,6 +26,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "linear_float32",
         "selective_scan",
     ),
+    "cuda": ("selective_scan",),
 }
 
 INSTALLED = {
@@ -50,9 +53,9 @@ def choose(op: str, tensor: Tensor) -> str:
         if reason:
             raise RuntimeError(reason)
         return _forced
-    natural = "triton" if device == "cuda" else "cpu"
-    if tensor.dtype != torch.float64 and op in KERNELS[natural] and why_not(natural, device) is None:
-        return natural
+    for natural in ("cuda", "triton") if device == "cuda" else ("cpu",):
+        if tensor.dtype != torch.float64 and op in KERNELS[natural] and why_not(natural, device) is None:
+            return natural
     return "reference"
 
 
@@ -68,6 +71,10 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
             from . import triton
 
             backend = triton
+        case "cuda":
+            from . import cuda_scan
+
+            return cuda_scan.scan_or_triton if _forced is None else cuda_scan.selective_scan
         case _:
             from . import reference
 
@@ -85,6 +92,10 @@ def why_not(name: str, device: str) -> str | None:
                 f"the triton backend runs on CUDA tensors, and these are on {device}; move the model to a GPU, or set "
                 "TRITON_INTERPRET=1 to step through the kernels on the CPU"
             )
+    if name == "cuda":
+        if device != "cuda":
+            return f"the cuda backend runs on CUDA tensors, and these are on {device}; move the model to a GPU"
+        return cuda_runtime.why_not()
     if name == "cpu":
         if not INSTALLED["cpu"]:
             return "the cpu backend needs the package numba: pip install numba"

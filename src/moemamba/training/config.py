@@ -36,11 +36,14 @@ class TrainConfig:
     """tokens in a sequence"""
     accumulate: int = 1
     """parts that a batch is computed in, to save memory; must divide batch_size"""
+    routing_groups: int | None = None
+    """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
+    a group, so that results depend on neither processes nor parts; one for each process and part if None"""
     reset_state: bool = False
     """begin every document of a packed sequence from an empty state"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices between hidden layers and the experts, AdamW for all else, at the same learning_rate"""
+    """muon: Muon for experts and matrices between hidden layers, AdamW for all else, at the same learning_rate"""
     learning_rate: float = 3e-3
     """the highest of the schedule"""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
@@ -85,6 +88,11 @@ class TrainConfig:
     """auto is a GPU where there is one, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of activations; auto is bfloat16 on a GPU. Weights and optimiser are float32"""
+    shard: Literal["none", "parameters"] = "none"
+    """of several processes (torchrun): none copies parameters, gradients and optimiser to each; parameters shares them
+    out"""
+    expert_parallel: int = 1
+    """processes that the experts of a layer are spread over; tokens travel to them"""
     compile: bool = False
     """torch.compile the model"""
     recompute: bool = False
@@ -92,9 +100,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
+        more = ("save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
         validate(
             self,
-            positive=(*counts, "save_every", "keep", "learning_rate", "clip", "max_skips"),
+            positive=(*counts, *more, "learning_rate", "clip"),
             not_negative=("warmup", "cooldown", "final_lr", "weight_decay", "beta1", "beta2", "seed", "data_seed"),
         )
         if self.batch_size % self.accumulate:
@@ -102,13 +111,15 @@ class TrainConfig:
                 f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}; "
                 "choose one of its divisors"
             )
-        for name, most in (
-            ("warmup", 1.0),
-            ("cooldown", 1.0),
-            ("final_lr", 1.0),
-            ("beta1", 0.9999999),
-            ("beta2", 0.9999999),
+        if self.routing_groups is not None and (
+            self.batch_size % self.routing_groups or self.routing_groups % self.accumulate
         ):
+            raise ValueError(
+                f"routing_groups is {self.routing_groups}; it must divide batch_size = {self.batch_size} and be a "
+                f"multiple of accumulate = {self.accumulate}, since a part is routed before the next is known"
+            )
+        shares = {"warmup": 1.0, "cooldown": 1.0, "final_lr": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}
+        for name, most in shares.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.spike_factor is not None and not self.spike_factor > 1:

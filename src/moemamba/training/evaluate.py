@@ -1,13 +1,19 @@
 """How well a model predicts a text."""
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
+from ..layers import Router
 from ..model import MoEMamba
-from .data import Tokens, sequential
+from .data import Batch, Tokens, sequential
+from .processes import Processes
+
+LOGITS = 2**27  # held at once while predictions are counted
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class Evaluation:
     """of the UTF-8 text, comparable between tokenizers"""
     tokens: int
     """that were predicted"""
+    accuracy: float = math.nan
+    """share of the tokens that the model held likeliest; nan in checkpoints of versions that did not count them"""
     drop_gap: float | None = None
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
 
@@ -36,6 +44,8 @@ def evaluate(
     reset_state: bool = False,
     dtype: torch.dtype = torch.float32,
     drop_gap: bool = False,
+    group: int | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Predict every token of a text, in its own order, in windows that begin from an empty state.
 
@@ -48,16 +58,26 @@ def evaluate(
         most: read about that many tokens at most; all if None.
         reset_state: begin every document from an empty state too.
         dtype: of the activations (torch.float32 or torch.bfloat16).
-        drop_gap: measure too what the capacity limits of training would cost; this does depend on batch_size.
+        drop_gap: measure too what the capacity limits of training would cost.
+        group: windows that are routed together for the drop gap, which depends on it; batch_size if None.
+        processes: that share the work, each with the same model; every one returns the whole result.
     Raises:
         ValueError: the text does not fill one window.
     """
-    arguments = (data, context, batch_size, most, reset_state, dtype)
-    loss, tokens = _mean_loss(model, False, *arguments)
-    gap = _mean_loss(model, True, *arguments)[0] - loss if drop_gap else None
+    device = next(model.parameters()).device
+    processes = processes or Processes(device)
+
+    def batches(rows: int) -> Iterator[Batch]:
+        return _dealt(sequential(data, rows, context, most, reset_state), processes)
+
+    rows = min(batch_size, max(1, LOGITS // (context * model.config.vocab_size)))
+    loss, accuracy, tokens = _means(model, False, batches(rows), dtype, processes)
+    gap = None
+    if drop_gap:
+        gap = _means(model, True, batches(group or batch_size), dtype, processes)[0] - loss
     per_byte = len(data.ids) / max(1, data.bytes)
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, loss * per_byte / math.log(2), tokens, gap)
+    return Evaluation(loss, perplexity, loss * per_byte / math.log(2), tokens, accuracy, gap)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -66,29 +86,58 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @torch.no_grad()
-def _mean_loss(
-    model: MoEMamba,
-    capacity: bool,
-    data: Tokens,
-    context: int,
-    batch_size: int,
-    most: int | None,
-    reset_state: bool,
-    dtype: torch.dtype,
-) -> tuple[float, int]:
-    """Loss in nats a token, and the number of tokens."""
-    device = next(model.parameters()).device
+def _means(
+    model: MoEMamba, capacity: bool, batches: Iterator[Batch], dtype: torch.dtype, processes: Processes
+) -> tuple[float, float, int]:
+    """Loss in nats a token, share of tokens predicted right, number of tokens; with `capacity` a batch is one group."""
     was_training = model.training
     model.train(capacity)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
+    sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, right, tokens
     try:
-        for batch in sequential(data, batch_size, context, most, reset_state):
-            batch = batch.to(device)
-            with autocast(device, dtype):
-                loss = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
-            total += loss.double() * batch.tokens.numel()
-            tokens += batch.tokens.numel()
+        with one_group(model):
+            for batch in batches:
+                batch = batch.to(processes.device)
+                with autocast(processes.device, dtype):
+                    sums += _sums(model, batch, capacity)
     finally:
         model.train(was_training)
-    return total.item() / tokens, tokens
+    total, right, tokens = processes.sum([sums])[0].tolist()
+    return total / tokens, right / tokens, int(tokens)
+
+
+def _sums(model: MoEMamba, batch: Batch, capacity: bool) -> Tensor:
+    """(3,) float64: loss and right predictions, summed, and how many positions count."""
+    counted = batch.targets != -100
+    if capacity:  # only the loss is asked for, and a routing group cannot be cut to spare memory
+        mean = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
+        return torch.stack([mean.double() * counted.sum(), torch.zeros_like(mean).double(), counted.sum().double()])
+    logits = model(batch.tokens, seq_idx=batch.seq_idx).logits[counted].float()
+    targets = batch.targets[counted]
+    loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum().double(), counted.sum().double()])
+
+
+def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
+    """Every process's share; as many for each, since sharded layers need all: where one has no more, padding."""
+    last = None
+    for number, batch in enumerate(batches):
+        if number % processes.size == processes.rank:
+            yield batch
+        last = (number, batch)
+    if last is not None and processes.rank > last[0] % processes.size:
+        tokens, targets, _ = last[1]
+        yield Batch(tokens, torch.full_like(targets, -100), torch.full_like(tokens, -1, dtype=torch.int32))
+
+
+@contextmanager
+def one_group(model: MoEMamba) -> Iterator[None]:
+    """Let routers take each batch of this process as one routing group."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    before = [(router.groups, router.across) for router in routers]
+    for router in routers:
+        router.groups, router.across = 1, None
+    try:
+        yield
+    finally:
+        for router, (groups, across) in zip(routers, before, strict=True):
+            router.groups, router.across = groups, across

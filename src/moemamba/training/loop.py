@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
+import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..checkpoint import find_device
 from ..counting import count_parameters
 from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -26,10 +28,13 @@ from .guard import Diverged, Failed, Fatal, Guard, apply
 from .loss import losses
 from .metrics import Measures, Meter, add, measures, router_stats
 from .optim import make_optimizer
+from .parallel import build, check, clip_gradients, last_part, routing_groups
 from .peak import peak_flops
 from .preparation import HELD_OUT, Corpus, cache_directory, prepare
+from .processes import Processes, join
 from .progress import Report
 from .run import Position, Run
+from .saving import Saver, take
 from .schedule import learning_rate
 from .stop import Interrupted, Stop
 from .tensorboard import TensorBoard
@@ -43,7 +48,7 @@ class TrainResult:
 
     run: Path
     model: MoEMamba
-    """in evaluation mode"""
+    """in evaluation mode; of several processes, this one's part"""
     step: int
     loss: float | None
     """mean training loss of the last steps, in nats a token"""
@@ -58,7 +63,7 @@ def train(
     stop: int | None = None,
     report: Report | None = None,
 ) -> TrainResult:
-    """Train a model in a run directory.
+    """Train a model in a run directory; with the processes that `torchrun` started, if it did.
 
     Args:
         resume: continue the run in `config.run` from its newest checkpoint, exactly as if it had never stopped;
@@ -71,53 +76,66 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the step was finished and saved. A second signal ends at once.
         OSError: the run directory holds a run already, or cannot be written.
     """
-    report = report or Report()
+    with join(config.device) as processes:
+        return _train(config, resume, stop, report or Report(), processes)
+
+
+def _train(
+    config: TrainConfig, resume: bool | Literal["auto"], stop: int | None, report: Report, processes: Processes
+) -> TrainResult:
+    report = report if processes.first else Report(silent=True)
     run = Run(config.run)
-    resume = run.exists if resume == "auto" else resume
-    run.claim(resume)
-    device = find_device(config.device)
-    dtype = _dtype(config, device)
-    tokenizer = run.tokenizer() if resume else _tokenizer(config)
-    config = dataclasses.replace(config, model=config.model.replace(vocab_size=tokenizer.vocab_size))
-    if resume:
-        run.check_unchanged(config)
-    corpus = _corpus(config, tokenizer, report)
-    batches = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
+    run.writes = processes.first
+    resume = (run.exists if resume == "auto" else resume) or (restarted() and run.exists)
+    config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
+    corpus = processes.first_of_machine_first(lambda: _corpus(config, tokenizer, report))
+    parts = config.accumulate
+    whole = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
+    batches = Batches(
+        corpus.train,
+        config.batch_size // (parts * processes.size),
+        config.context,
+        config.data_seed,
+        reset_state=config.reset_state,
+        rank=processes.rank,
+        world_size=processes.size,
+    )
     require_window("the held-out data (a share of `data`, or `validation`)", corpus.validation, config.context)
-    torch.manual_seed(config.seed)
-    model = MoEMamba(config.model).to(device)
-    model.recompute = config.recompute
+    dtype = _dtype(config, processes.device)
+    model = build(config, processes, dtype)
     optimizer = make_optimizer(model, config)
     if resume:
-        position = run.restore(model, optimizer, corpus.content, report.note)
+        position = run.restore(model, optimizer, corpus.content, report.note, processes)
     else:
         position = Position(content=corpus.content)
-        run.begin(config, tokenizer)
-    _introduce(report, config, corpus, device, dtype, position)
+        processes.once(lambda: run.begin(config, tokenizer))
+    _introduce(report, config, corpus, processes, dtype, position)
 
     call: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
     last = config.steps if stop is None else min(stop, config.steps)
-    meter = Meter(config, model.router_names, position.seconds, peak_flops(device, dtype))
-    guard = Guard(config, device, position.skips)
+    peak = peak_flops(processes.device, dtype)
+    meter = Meter(config, model.router_names, position.seconds, peak and peak * processes.size)
+    guard = Guard(config, processes.device, position.skips)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
-    if config.tensorboard:
+    if config.tensorboard and processes.first:
         run.board = TensorBoard(run.path / "tensorboard", position.step)
+    saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)
-    with Stop() as signals, _closing(report, run):
+    with Stop() as signals, _closing(report, run, saver):
         for step in range(position.step + 1, last + 1):
             rate = learning_rate(config, step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = batches[step - 1].to(device)
-            meter.add(*_update(call, model, optimizer, batch, config, dtype, guard, step))
+            batch = [batches[(step - 1) * parts + part] for part in range(parts)]
+            meter.add(*_update(call, model, optimizer, batch, config, dtype, guard, step, processes))
             position.step = step
-            signalled = signals.number  # several processes must agree on it
+            signalled = _agreed(signals, processes, step, config)
             saves = step == last or step % config.save_every == 0 or signalled > 0
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
-            skipped = _skipped(run, report, batches, guard)
+            skipped = _skipped(run, report, whole, guard, processes)
             if skipped < meter.steps:
                 line = meter.train_line(step, rate, skipped)
                 position.loss = line["loss"]
@@ -127,9 +145,10 @@ def train(
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
             if evaluates:
-                found = _evaluate(model, corpus, config, dtype)
+                found = _evaluate(model, corpus, config, dtype, processes)
                 if not math.isfinite(found.loss):
-                    raise _diverged(run, batches, step, f"the held-out loss is not finite after step {step:,}")
+                    what = f"the held-out loss is not finite after step {step:,}"
+                    processes.once(partial(_diverged, run, whole, step, what))
                 position.evaluation, position.evaluated = found, step
                 tokens = step * config.batch_size * config.context
                 training = {"step": step, "tokens": tokens, "seconds": round(meter.seconds, 3)}
@@ -137,71 +156,123 @@ def train(
                 report.note(f"step {step:,}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits per byte")
             if saves:
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
-                run.save(model, optimizer, tokenizer, position, config.keep)
+                processes.once(saver.wait)
+                if snapshot := take(model, optimizer, asdict(position), processes):
+                    saver.begin(partial(run.write, snapshot, tokenizer, config.keep))
             if signalled and step < config.steps:
+                saver.wait()
+                processes.wait()
                 raise Interrupted(
-                    f"stopped by {signals.name}; step {step:,} is saved in {run.path}. "
+                    f"stopped by {signal.Signals(signalled).name}; step {step:,} is saved in {run.path}. "
                     f"Go on with: moemamba train --run {run.path} --resume",
                     signalled,
                 )
             meter.restart()
+    processes.wait()  # nobody leaves before all is written
     report.note(f"step {position.step:,} is saved in {run.path}")
     return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
+
+
+def restarted() -> bool:
+    """Whether torchrun (`--max-restarts`) has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[TrainConfig, Tokenizer]:
+    """Check what can be checked before any work; the configuration with what the run settles, and its tokenizer."""
+    run.claim(resume)
+    if resume and config.routing_groups is None:
+        begun = run.config()
+        config = dataclasses.replace(config, routing_groups=begun.routing_groups or begun.accumulate)
+    check(config, size)
+    tokenizer = run.tokenizer() if resume else _tokenizer(config)
+    model = config.model.replace(vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model, routing_groups=routing_groups(config, size))
+    if resume:
+        run.check_unchanged(config)
+    return config, tokenizer
 
 
 def _update(
     call: nn.Module,
     model: MoEMamba,
     optimizer: torch.optim.Optimizer,
-    batch: Batch,
+    batch: list[Batch],
     config: TrainConfig,
     dtype: torch.dtype,
     guard: Guard,
     step: int,
+    processes: Processes,
 ) -> tuple[Measures, Tensor, Tensor]:
-    """One optimiser step, withheld if it fails: the batch's measures, the gradient's norm before clipping, and that."""
+    """One optimiser step, withheld if it fails: the measures of all processes' batches, the gradient's norm before
+    clipping, and whether it failed."""
     total: Measures = []
-    for part in batch.split(config.accumulate):
-        with autocast(batch.tokens.device, dtype):
+    parts = len(batch) * processes.size
+    counted = torch.stack([(part.targets != -100).sum() for part in batch]).to(processes.device, torch.float32)
+    (everywhere,) = processes.sum([counted.sum()])
+    shares = counted / everywhere  # of all positions that count
+    for number, part in enumerate(batch):
+        part = part.to(processes.device)
+        last_part(model, number == len(batch) - 1)
+        with autocast(processes.device, dtype):
             output = call(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
         language, auxiliary = losses(output, model.config.routers)
-        # Parts are of one size, so the mean of their means is that of the batch.
-        ((language + auxiliary) / config.accumulate).backward()
-        total = add(total, measures(language, auxiliary, output.router))
-    total = list(torch._foreach_div(total, config.accumulate))
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        (language * shares[number] + auxiliary / parts).backward()
+        total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
+    total = processes.sum(list(torch._foreach_div(total, parts)))
+    norm = clip_gradients(model.parameters(), config.clip, processes)
     failed = guard.check(step, total[0] + total[1], norm)
-    apply(optimizer, failed)
+    if not processes.distributed:
+        apply(optimizer, failed)
+    elif (
+        config.on_failure == "stop" or not failed
+    ):  # sharded updates take no flag; a run that stops saves nothing of it
+        optimizer.step()
     optimizer.zero_grad()
     # A load of 0 everywhere leaves the biases where they are.
     model.update_balance_bias(router_stats(list(torch._foreach_mul(total, (~failed).to(total[0].dtype)))))
     return total, norm, failed
 
 
-def _evaluate(model: MoEMamba, corpus: Corpus, config: TrainConfig, dtype: torch.dtype) -> Evaluation:
+def _evaluate(
+    model: MoEMamba, corpus: Corpus, config: TrainConfig, dtype: torch.dtype, processes: Processes
+) -> Evaluation:
+    rows = config.batch_size // (config.accumulate * processes.size)
     return evaluate(
         model,
         corpus.validation,
         context=config.context,
-        batch_size=config.batch_size // config.accumulate,
+        batch_size=rows,
         most=config.eval_tokens,
         reset_state=config.reset_state,
         dtype=dtype,
         drop_gap=any(experts.capacity_factor is not None for experts in config.model.routers),
+        group=min(rows, config.batch_size // routing_groups(config, processes.size)),
+        processes=processes,
     )
 
 
+def _agreed(signals: Stop, processes: Processes, step: int, config: TrainConfig) -> int:
+    """The signal to stop for, 0 if there is none; several processes ask each other with the log lines only."""
+    if processes.size == 1:
+        return signals.number
+    if step % config.log_every or not processes.any(signals.number > 0):
+        return 0
+    return signals.number or signal.SIGTERM
+
+
 @contextmanager
-def _closing(report: Report, run: Run) -> Iterator[None]:
+def _closing(report: Report, run: Run, saver: Saver) -> Iterator[None]:
     try:
         yield
     finally:
         report.end()
+        saver.wait()
         if run.board:
             run.board.close()
 
 
-def _skipped(run: Run, report: Report, batches: Batches, guard: Guard) -> int:
+def _skipped(run: Run, report: Report, batches: Batches, guard: Guard, processes: Processes) -> int:
     """Read and write down which steps failed since the last line; returns how many.
 
     Raises:
@@ -212,8 +283,8 @@ def _skipped(run: Run, report: Report, batches: Batches, guard: Guard) -> int:
     except Fatal as fatal:
         *failed, last = fatal.failed
         _log_skips(run, batches, failed)
-        row = f", the {guard.in_a_row}th failure in a row" if guard.in_a_row > 1 else ""
-        raise _diverged(run, batches, last.step, f"{last}{row}") from None
+        row = f", failure {guard.in_a_row} in a row" if guard.in_a_row > 1 else ""
+        return processes.once(partial(_diverged, run, batches, last.step, f"{last}{row}"))
     _log_skips(run, batches, failed)
     if failed:
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
@@ -228,10 +299,10 @@ def _log_skips(run: Run, batches: Batches, failed: Sequence[Failed]) -> None:
         run.log("skip", step=skip.step, **finite, **_identity(batches, skip.step))
 
 
-def _diverged(run: Run, batches: Batches, step: int, what: str) -> Diverged:
-    """Write down which batch the step read; the checkpoints are all older than it."""
+def _diverged(run: Run, batches: Batches, step: int, what: str) -> NoReturn:
+    """Write down which batch the step read, and raise; the checkpoints are all older than it."""
     run.log("failure", step=step, **_identity(batches, step))
-    return Diverged(
+    raise Diverged(
         f"{what}; the windows it read are in {run.metrics}, and the checkpoints are from before; resume with "
         "--on-failure skip, or begin a new run with a lower learning_rate or clip, or a longer warmup"
     )
@@ -287,7 +358,7 @@ def _corpus(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus
 
 
 def _introduce(
-    report: Report, config: TrainConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, position: Position
+    report: Report, config: TrainConfig, corpus: Corpus, processes: Processes, dtype: torch.dtype, position: Position
 ) -> None:
     """The lines that begin a run's output."""
     count = count_parameters(config.model)
@@ -302,8 +373,13 @@ def _introduce(
         f"{'model':10}{config.model.pattern} x {config.model.n_blocks}, {count.total:,} parameters, {count.active:,} "
         f"active, and {count.embedding:,} for a vocabulary of {config.model.vocab_size:,}"
     )
-    backend = ops.choose("selective_scan", torch.empty(0, device=device))
+    device = processes.device.type if processes.size > 1 else processes.device
+    backend = ops.choose("selective_scan", torch.empty(0, device=processes.device))
     report.note(f"{'device':10}{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels")
+    if processes.size > 1:
+        spread = f", experts over {config.expert_parallel}" if config.expert_parallel > 1 else ""
+        what = "parameters shared out" if config.shard == "parameters" else "parameters in each"
+        report.note(f"{'processes':10}{processes.size}, {what}{spread}")
     tokens_in_all = config.steps * config.batch_size * config.context
     at = f"from step {position.step:,} of " if position.step else ""
     report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens_in_all:,} tokens")

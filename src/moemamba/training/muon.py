@@ -54,6 +54,7 @@ class Muon(torch.optim.AdamW):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # AdamW asks for it when state is loaded; Muon has no use for it
         rows, columns = parameter.shape[-2:]
         # On local tensors: a shard of the momentum needs no other process.
         weight, momentum, gradient = (_local(tensor) for tensor in (parameter, state["momentum_buffer"], gradient))

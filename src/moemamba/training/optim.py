@@ -1,9 +1,9 @@
 """The optimiser with its groups, and its state by parameter name."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .config import TrainConfig
 from .muon import Muon, takes_muon
@@ -19,18 +19,29 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     recipe of MoE-Mamba, everything decays. Muon takes what `takes_muon` says.
     """
     muon = config.optimizer == "muon"
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        decays, matrix = config.decay == "all" or _decays(name, parameter), muon and takes_muon(name, parameter)
-        group = {"params": [], "weight_decay": config.weight_decay if decays else 0.0, "muon": matrix}
-        groups.setdefault((matrix, decays), group)["params"].append(parameter)
+        matrix = muon and takes_muon(name, parameter)
+        groups.setdefault((matrix, config.decay == "all" or _decays(name, parameter)), []).append(parameter)
     # Fused, an update can be withheld by a flag on the device; see `guard.apply`.
     return (Muon if muon else torch.optim.AdamW)(
-        list(groups.values()),
+        [
+            {"params": same_mesh, "weight_decay": config.weight_decay if decays else 0.0, "muon": matrix}
+            for (matrix, decays), parameters in groups.items()
+            for same_mesh in _by_mesh(parameters)
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Sharded parameters of one mesh together, since one fused update cannot span two."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(found.values())
 
 
 def _decays(name: str, parameter: Tensor) -> bool:

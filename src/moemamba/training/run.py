@@ -6,14 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..checkpoint import (
     CheckpointError,
@@ -21,7 +20,6 @@ from ..checkpoint import (
     damaged,
     new_directory,
     read_json,
-    read_weights,
     write_json,
     write_model,
 )
@@ -31,12 +29,14 @@ from ..tokenizer import Tokenizer, load_tokenizer
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .guard import Skips
-from .optim import load_optimizer_tensors, optimizer_tensors
+from .processes import Processes
+from .saving import Snapshot, read_parts
 from .tensorboard import TensorBoard
 
 # What may differ between a run and its resumption: nothing that enters the weights, but for what helps a failed run on.
 FREE = {"data", "validation", "tokenizer", "run", "device", "log_every", "eval_every", "eval_tokens", "save_every"}
 FREE |= {"keep", "recompute", "compile", "tensorboard", "on_failure", "max_skips", "spike_factor"}
+FREE |= {"shard", "expert_parallel", "accumulate"}
 
 
 @dataclass
@@ -72,6 +72,8 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
+        self.writes = True
+        """False in all processes of a run but the first"""
         self.board: TensorBoard | None = None
         """gets every line of metrics.jsonl too"""
 
@@ -121,6 +123,7 @@ class Run:
     def check_unchanged(self, config: TrainConfig) -> None:
         """Raises ValueError if a field differs that would change the course of the run."""
         then, now = dict(_flat(to_dict(self.config()))), dict(_flat(to_dict(config)))
+        then["routing_groups"] = then["routing_groups"] or then["accumulate"]  # None in runs of older versions
         for name, value in now.items():
             if name.split(".")[0] not in FREE and then.get(name) != value:
                 raise ValueError(
@@ -130,6 +133,8 @@ class Run:
 
     def log(self, kind: str, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
+        if not self.writes:
+            return
         try:
             with self.metrics.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"kind": kind, **values}) + "\n")
@@ -138,16 +143,13 @@ class Run:
         if self.board:
             self.board.write(kind, values)
 
-    def save(
-        self, model: MoEMamba, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, position: Position, keep: int
-    ) -> None:
+    def write(self, snapshot: Snapshot, tokenizer: Tokenizer, keep: int) -> None:
         """Write a checkpoint, then remove those that are neither among the newest `keep` nor the best evaluated."""
-        folder = self.path / "checkpoints" / f"{position.step:08d}"
+        folder = self.path / "checkpoints" / f"{snapshot.position['step']:08d}"
         with new_directory(folder) as beside:
-            write_model(beside, model, tokenizer)
-            tensors = {name: value.contiguous() for name, value in optimizer_tensors(model, optimizer).items()}
-            save_file(tensors | _random_state(), beside / "training.safetensors")
-            write_json(beside / "training.json", asdict(position))
+            write_model(beside, snapshot.config, snapshot.model, tokenizer)
+            save_file(snapshot.training, beside / "training.safetensors")
+            write_json(beside / "training.json", snapshot.position)
         found = checkpoints(self.path)
         best = min(found, key=_evaluated_loss)
         for old in found[:-keep]:
@@ -156,11 +158,17 @@ class Run:
                 shutil.rmtree(gone)
 
     def restore(
-        self, model: MoEMamba, optimizer: torch.optim.Optimizer, content: str, notify: Callable[[str], None]
+        self,
+        model: MoEMamba,
+        optimizer: torch.optim.Optimizer,
+        content: str,
+        notify: Callable[[str], None],
+        processes: Processes,
     ) -> Position:
-        """Load the newest checkpoint that is intact, and forget all that came after it.
+        """Load the newest checkpoint that is intact, and forget all that came after it. All processes call this.
 
         Args:
+            model, optimizer: sharded in any way; each process reads its own part of the files.
             content: hash of the training tokens, which must be that of the run.
             notify: told about checkpoints that are damaged, which are moved aside.
         Returns:
@@ -170,23 +178,25 @@ class Run:
             ValueError: the training data has changed.
         """
         position = Position(content=content)
-        found = checkpoints(self.path)
+        found = processes.once(lambda: checkpoints(self.path))
         for folder in reversed(found):
+            failed = None
             try:
                 position = _read(folder, model, optimizer)
-                break
             except CheckpointError as error:
-                if folder == found[0]:
-                    raise
-                notify(str(error))
-                aside = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
+                failed = error
+            if not processes.any(failed is not None):
+                break
+            failed = failed or CheckpointError(f"{folder} could not be read by another process")
+            if folder == found[0]:
+                processes.once(partial(_raise, failed))
+            notify(str(failed))
+            processes.once(partial(_put_aside, folder))
         if position.content != content:
             raise ValueError(
                 f"the training data of {self.path} has changed since the run began; resume with the same data"
             )
-        self._forget_after(position.step)
+        processes.once(lambda: self._forget_after(position.step))
         return position
 
     def _forget_after(self, step: int) -> None:
@@ -204,31 +214,23 @@ class Run:
 
 
 def _read(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> Position:
-    read_weights(folder, model)
     values: dict[str, Any] = read_json(folder / "training.json")
-    file = folder / "training.safetensors"
+    read_parts(folder, model, optimizer)
     try:
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-        _set_random_state(tensors)
-        load_optimizer_tensors(model, optimizer, tensors)
         evaluation, skips = values.pop("evaluation"), Skips(**values.pop("skips", {}))
         return Position(**values, evaluation=evaluation and Evaluation(**evaluation), skips=skips)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise damaged(file, error) from error
+    except (KeyError, TypeError) as error:
+        raise damaged(folder / "training.json", error) from error
 
 
-def _random_state() -> dict[str, Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    return states
+def _put_aside(folder: Path) -> None:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
-def _set_random_state(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    if (cuda := tensors.pop("random.cuda", None)) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _evaluated_loss(checkpoint: Path) -> float:

@@ -1,0 +1,6 @@
+"""`python -m moemamba`, and `torchrun -m moemamba`: the command line."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""CUDA C++ kernels without a compiler at install: NVRTC, which comes with PyTorch, compiles them at their first use.
+
+What it makes is kept in `$XDG_CACHE_HOME/moemamba` (or `~/.cache/moemamba`), named after source, options and GPU, so
+that later processes start at once.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+SHARED_MEMORY_OPT_IN = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not() -> str | None:
+    """Why these kernels cannot run here: one sentence, or None if they can."""
+    return _why_not()
+
+
+@functools.cache
+def _why_not() -> str | None:
+    if not torch.cuda.is_available() or torch.version.hip or not torch.version.cuda:
+        return "the cuda backend needs an NVIDIA GPU; the triton backend runs on others"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"the cuda backend needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    try:
+        _nvrtc(), _driver()
+    except OSError as error:
+        return f"the cuda backend needs NVRTC and the CUDA driver: {error}"
+    return None
+
+
+class Module:
+    """Kernels compiled from one source with some constants, for one GPU."""
+
+    def __init__(self, source: str, constants: dict[str, int], device: int):
+        self.handle = ctypes.c_void_p()
+        self.functions: dict[str, ctypes.c_void_p] = {}
+        self.cubin = _compiled(source, constants, torch.cuda.get_device_capability(device))
+        _check(_driver().cuModuleLoadData(ctypes.byref(self.handle), self.cubin), "loading a kernel")
+
+    def launch(self, name: str, blocks: int, threads: int, shared: int, arguments: bytes) -> None:
+        """Start a kernel, whose one parameter is a struct, on the current stream of the current device."""
+        function = self.functions.get(name)
+        if function is None:
+            function = ctypes.c_void_p()
+            _check(_driver().cuModuleGetFunction(ctypes.byref(function), self.handle, name.encode()), name)
+            if shared > 48 * 1024:
+                _check(_driver().cuFuncSetAttribute(function, SHARED_MEMORY_OPT_IN, shared), name)
+            self.functions[name] = function
+        parameters = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(
+            _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None),
+            f"the kernel {name}",
+        )
+
+
+def _compiled(source: str, constants: dict[str, int], capability: tuple[int, int]) -> bytes:
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "--use_fast_math"]
+    options += [f"-D{name}={value}" for name, value in constants.items()]
+    key = hashlib.sha256("\n".join([source, *options, str(torch.version.cuda)]).encode()).hexdigest()[:32]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemamba"
+    path = folder / f"{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        cubin = _compile(source, options)
+    with contextlib.suppress(OSError):  # a folder that cannot be written to costs a compilation a process
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)  # complete or absent, whoever else writes it
+    return cubin
+
+
+def _compile(source: str, options: list[str]) -> bytes:
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"moemamba.cu", 0, None, None)
+    encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
+    size = ctypes.c_size_t()
+    if failed:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC refuses a kernel; please report this:\n{log.value.decode()}")
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    name = f"libnvrtc.so.{(torch.version.cuda or '0').split('.')[0]}"
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) for folder in (nvidia.submodule_search_locations or [])] if nvidia else []
+    for place in [path for folder in folders for path in sorted(folder.glob(f"*/lib/{name}"))]:
+        try:
+            for part in place.parent.glob(
+                "libnvrtc-builtins.so*"
+            ):  # NVRTC looks for it where the system's libraries are
+                ctypes.CDLL(str(part))
+            return ctypes.CDLL(str(place))
+        except OSError:
+            continue
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(name)
+    raise OSError(f"{name} is not to be found beside PyTorch or among the system's libraries")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(message))
+        raise RuntimeError(f"CUDA, {what}: {(message.value or b'unknown error').decode()}")

@@ -1,0 +1,342 @@
+// The selective scan and its gradients for NVIDIA GPUs (sm_80 and later), compiled at run time by cuda_runtime.py.
+//
+//     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t        y_t = (C_t h_t + D u_t) silu(z_t)
+//
+// Constants of a compilation. TYPE is that of u, dt, z, B, C and y: 0 float, 1 bfloat16, 2 float16; everything is computed in
+// float. MARKED: there are marks (b, l) that say which positions reset the state (BEGIN) and which are padding (PADDING).
+// GATED: there is a z. SOFTPLUS: steps go through it. PAIRED: two channels can be loaded at a time. CHUNK: positions between
+// saved states, a multiple of STEPS.
+//
+// Time is cut into `parts` of `span` chunks, which run side by side. One part will do where batch and channels fill the
+// GPU. Where not, `summarise` finds what each part adds to a state that enters as zero, and the sum of its steps, from which
+// its decay follows; `carry` turns these into the states that enter the parts (`entry`); likewise, back in time, for adjoints.
+// States that only kernels see lie as (b, parts or chunks, N, i), so that neighbouring channels are neighbours in memory.
+//
+// Nothing is summed by atomics: results repeat bit for bit.
+
+#ifndef EMULATED
+__device__ inline float ex2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float wide(unsigned short x) {  // of TYPE 2
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+__device__ inline unsigned narrow(float low, float high) {
+    unsigned y;
+#if TYPE == 1
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#endif
+    return y;
+}
+
+// Copies that arrive in shared memory by themselves; `arrived` waits for all that this thread has begun.
+template <class Pair> __device__ inline void copy(Pair* to, const Pair* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
+                 "n"(sizeof(Pair)));
+}
+
+__device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// sum += left right, of tf32: left (16, 8), right (8, 8), sum (16, 8). In lane l, with r = l / 4 and k = l % 4, left holds
+// (r, k), (r + 8, k), (r, k + 4), (r + 8, k + 4); right (k, r), (k + 4, r); sum (r, 2k), (r, 2k + 1), (r + 8, 2k), (r + 8, 2k + 1).
+__device__ inline void product(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// The same with a sum that begins with zero.
+__device__ inline void first_product(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.0f));
+}
+#endif
+
+typedef long long wide_int;
+constexpr int N = 16;      // states of a channel; a scan of fewer is padded with states that stay zero
+constexpr int STEPS = 8;   // positions that are loaded at a time
+constexpr int PLAIN = 0, BEGIN = 1, PADDING = 2;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+extern __shared__ float4 shared[];
+#define INFINITE __int_as_float(0x7f800000)
+
+// Laid out as cuda_scan.py packs it. u, dt, z, B and C have strides, in bytes; every other tensor is contiguous.
+struct Scan {
+    const void *u, *dt, *z, *B, *C, *dy;
+    const float *A, *D, *bias, *initial, *dfinal;
+    const signed char* marks;
+    float *entry, *totals, *starts;
+    void *y, *du, *ddt, *dz;
+    float *final, *dinitial, *dBC, *sums;
+    wide_int u_b, dt_b, z_b, B_b, C_b;
+    int u_t, dt_t, z_t, B_t, C_t;
+    int batch, length, width, states, span, parts;
+};
+
+#if TYPE == 0
+typedef float Element;
+typedef float2 Pair;
+__device__ inline float value(Element x) { return x; }
+__device__ inline float2 values(Pair x) { return x; }
+__device__ inline Pair packed(float2 x) { return x; }
+__device__ inline Pair paired(Element low, Element high) { return make_float2(low, high); }
+__device__ inline Element low(Pair x) { return x.x; }
+__device__ inline Element high(Pair x) { return x.y; }
+#else
+typedef unsigned short Element;
+typedef unsigned Pair;
+#if TYPE == 1
+__device__ inline float value(Element x) { return __uint_as_float((unsigned)x << 16); }
+__device__ inline float2 values(Pair x) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)); }
+#else
+__device__ inline float value(Element x) { return wide(x); }
+__device__ inline float2 values(Pair x) { return make_float2(wide((Element)x), wide((Element)(x >> 16))); }
+#endif
+__device__ inline Pair packed(float2 x) { return narrow(x.x, x.y); }
+__device__ inline Pair paired(Element low, Element high) { return low | (unsigned)high << 16; }
+__device__ inline Element low(Pair x) { return (Element)x; }
+__device__ inline Element high(Pair x) { return (Element)(x >> 16); }
+#endif
+
+// A tensor's elements from some row and element of it.
+__device__ inline const Element* place(const void* tensor, wide_int row, wide_int stride, int element) {
+    return (const Element*)((const char*)tensor + row * stride) + element;
+}
+
+__device__ inline const Element* moved(const Element* from, int rows, int stride) {
+    return (const Element*)((const char*)from + (wide_int)rows * stride);
+}
+
+// Two neighbouring channels of a row, of which `count` (2 or more, 1, 0 or less) exist.
+__device__ inline Pair load(const Element* row, int count) {
+    if (PAIRED) return count > 0 ? *(const Pair*)row : Pair();
+    return paired(count > 0 ? row[0] : Element(), count > 1 ? row[1] : Element());
+}
+
+__device__ inline void store(Element* row, int count, float2 x) {
+    Pair pair = packed(x);
+    if (PAIRED) {
+        if (count > 0) *(Pair*)row = pair;
+    } else {
+        if (count > 0) row[0] = low(pair);
+        if (count > 1) row[1] = high(pair);
+    }
+}
+
+__device__ inline float2 load_vector(const float* vector, int channel, int count) {
+    if (!vector) return make_float2(0, 0);
+    return make_float2(count > 0 ? vector[channel] : 0, count > 1 ? vector[channel + 1] : 0);
+}
+
+__device__ inline float sigmoid(float x) { return reciprocal(1 + ex2(-LOG2E * x)); }
+
+// max(x, 0) + log1p(e^-|x|), the logarithm as e P(e): Chebyshev fit on [0, 1], relative error below 4e-7.
+__device__ inline float softplus(float x) {
+    float e = ex2(-LOG2E * fabsf(x)), p = -0.008574675768613815f;
+    p = p * e + 0.044214192777872086f;
+    p = p * e - 0.10785368084907532f;
+    p = p * e + 0.17757023870944977f;
+    p = p * e - 0.2449961155653f;
+    p = p * e + 0.3327617645263672f;
+    p = p * e - 0.49997448921203613f;
+    p = p * e + 0.9999998211860657f;
+    return fmaxf(x, 0) + e * p;
+}
+
+// ---- Along time, or back: one thread has two neighbouring channels with all their states in registers.
+
+enum Pass { FORWARD, SUMMARY, ADJOINT };  // ADJOINT: the summary of adjoint states, g_{t-1} = exp(dt_t A) (g_t + C_t dout_t)
+
+template <Pass PASS> __device__ inline void walk(const Scan& s) {
+    const int threads = blockDim.x, thread = threadIdx.x, tiles = (s.width + 2 * threads - 1) / (2 * threads);
+    const int part = blockIdx.x / tiles % s.parts;
+    const wide_int row = blockIdx.x / tiles / s.parts;
+    const int channel = (blockIdx.x % tiles * threads + thread) * 2, channels = s.width - channel;
+    const int begin = part * s.span * CHUNK, end = min(s.length, begin + s.span * CHUNK), count = end - begin;
+    float(*weights)[STEPS][2 * N] = (float(*)[STEPS][2 * N]) shared;  // [2]: B and C of the positions at hand, and of the next
+    int(*marks)[STEPS] = (int(*)[STEPS])(weights + 2);
+    Pair* ring = (Pair*)(marks + 2);  // [2][3][STEPS][threads]: u or dy, dt, z
+
+    constexpr bool gated = GATED && PASS != SUMMARY;
+    const int line = s.width * (int)sizeof(Element);
+    const Element* inputs[3] = {PASS == ADJOINT ? place(s.dy, row * s.length, line, channel) : place(s.u, row, s.u_b, channel),
+                                place(s.dt, row, s.dt_b, channel), place(s.z, row, s.z_b, channel)};
+    const int strides[3] = {PASS == ADJOINT ? line : s.u_t, s.dt_t, s.z_t};
+    const int n = thread % N;  // what this thread loads of B and C
+    const bool is_C = thread / N % 2, wanted = PASS == FORWARD || is_C == (PASS == ADJOINT);
+    const Element* weight = is_C ? place(s.C, row, s.C_b, n) : place(s.B, row, s.B_b, n);
+
+    auto fetch = [&](int group) {
+        const int side = group & 1, here = min(STEPS, count - group * STEPS), way = PASS == ADJOINT ? -1 : 1;
+        const int first = PASS == ADJOINT ? end - 1 - group * STEPS : begin + group * STEPS;
+#pragma unroll
+        for (int i = 0; i < (gated ? 3 : 2); i++) {
+            const Element* from = moved(inputs[i], first, strides[i]);
+            Pair* to = ring + (side * 3 + i) * STEPS * threads + thread;
+            if (PAIRED && here == STEPS) {
+                if (channels > 0)
+#pragma unroll
+                    for (int k = 0; k < STEPS; k++) copy(to + k * threads, (const Pair*)moved(from, way * k, strides[i]));
+            } else
+#pragma unroll 1
+                for (int k = 0; k < here; k++) to[k * threads] = load(moved(from, way * k, strides[i]), channels);
+        }
+        if (wanted)
+            for (int k = thread / 32; k < here; k += threads / 32) {
+                const Element* from = moved(weight, first + way * k, is_C ? s.C_t : s.B_t);
+                weights[side][k][thread % 32] = n < s.states ? value(*from) : 0;
+            }
+        if (MARKED && thread < here) marks[side][thread] = s.marks[row * s.length + first + way * thread];
+    };
+
+    float h[N][2], A[N][2];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const bool exists = n < s.states && c < channels;
+            A[n][c] = exists ? s.A[(wide_int)(channel + c) * s.states + n] * LOG2E : 0;
+            h[n][c] = 0;
+            if (PASS != FORWARD) continue;
+            if (s.parts > 1)
+                h[n][c] = c < channels ? s.entry[((row * s.parts + part) * N + n) * s.width + channel + c] : 0;
+            else if (s.initial && exists)
+                h[n][c] = s.initial[(row * s.width + channel + c) * s.states + n];
+        }
+    const float2 bias = load_vector(s.bias, channel, channels), skip = load_vector(s.D, channel, channels);
+    float2 total = make_float2(0, 0);
+
+    fetch(0);
+    for (int group = 0; group * STEPS < count; group++) {
+        arrived();
+        __syncthreads();
+        if ((group + 1) * STEPS < count) fetch(group + 1);
+        const int side = group & 1, here = min(STEPS, count - group * STEPS), first = begin + group * STEPS;
+        if (PASS == FORWARD && s.starts && first % CHUNK == 0) {
+            float* start = s.starts + (row * ((s.length + CHUNK - 1) / CHUNK) + first / CHUNK) * N * s.width + channel;
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int c = 0; c < 2; c++)
+                    if (c < channels) start[(wide_int)n * s.width + c] = h[n][c];
+        }
+        const Pair* at = ring + side * 3 * STEPS * threads + thread;
+        Element* to = (Element*)s.y + (row * s.length + first) * s.width + channel;
+#pragma unroll 1
+        for (int k = 0; k < here; k++) {
+            float2 x = values(at[0]), step = values(at[STEPS * threads]), gate = make_float2(0, 0), open = gate;
+            if (gated) gate = values(at[2 * STEPS * threads]);
+            at += threads;
+            step.x += bias.x, step.y += bias.y;
+            if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
+            if (gated) open.x = gate.x * sigmoid(gate.x), open.y = gate.y * sigmoid(gate.y);
+            const int mark = MARKED ? marks[side][k] : PLAIN;
+            if (MARKED && mark == PADDING) step = x = gate = open = make_float2(0, 0);
+            float drive[2] = {step.x * x.x, step.y * x.y}, out[2] = {skip.x * x.x, skip.y * x.y};
+            if (PASS == ADJOINT) drive[0] = gated ? x.x * open.x : x.x, drive[1] = gated ? x.y * open.y : x.y;
+            if (PASS != FORWARD) total.x += step.x, total.y += step.y;
+            if (MARKED && mark == BEGIN && PASS != ADJOINT)
+#pragma unroll
+                for (int n = 0; n < N; n++) h[n][0] = h[n][1] = 0;
+#pragma unroll
+            for (int n = 0; n < N; n += 4) {
+                const float4 B4 = *(const float4*)&weights[side][k][PASS == ADJOINT ? N + n : n];
+                const float4 C4 = PASS == FORWARD ? *(const float4*)&weights[side][k][N + n] : B4;
+                const float B[4] = {B4.x, B4.y, B4.z, B4.w}, C[4] = {C4.x, C4.y, C4.z, C4.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const float decay = ex2((c ? step.y : step.x) * A[n + j][c]);
+                        float& state = h[n + j][c];
+                        if (PASS == ADJOINT)
+                            state = decay * (state + drive[c] * B[j]);
+                        else
+                            state = decay * state + drive[c] * B[j];
+                        if (PASS == FORWARD) out[c] += state * C[j];
+                    }
+            }
+            if (MARKED && mark == BEGIN && PASS != FORWARD) {
+                total = make_float2(INFINITE, INFINITE);
+                if (PASS == ADJOINT)
+#pragma unroll
+                    for (int n = 0; n < N; n++) h[n][0] = h[n][1] = 0;
+            }
+            if (PASS == FORWARD) {
+                if (gated) out[0] *= open.x, out[1] *= open.y;
+                if (MARKED && mark == PADDING) out[0] = out[1] = 0;
+                store(to, channels, make_float2(out[0], out[1]));
+                to += s.width;
+            }
+        }
+    }
+    if (PASS != FORWARD) {
+        float* sum = s.totals + (row * s.parts + part) * s.width + channel;
+        if (channels > 0) sum[0] = total.x;
+        if (channels > 1) sum[1] = total.y;
+    } else if (part != s.parts - 1)
+        return;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+            if (c < channels) {
+                if (PASS != FORWARD)
+                    s.entry[((row * s.parts + part) * N + n) * s.width + channel + c] = h[n][c];
+                else if (n < s.states)
+                    s.final[(row * s.width + channel + c) * s.states + n] = h[n][c];
+            }
+}
+
+extern "C" __global__ void __launch_bounds__(128, 4) forward(const Scan s) { walk<FORWARD>(s); }
+extern "C" __global__ void __launch_bounds__(128, 4) summarise(const Scan s) { walk<SUMMARY>(s); }
+extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s) { walk<ADJOINT>(s); }
+
+// What each part adds to a state (entry, totals) becomes the state that enters it: one thread for each state.
+template <bool BACK> __device__ inline void carried(const Scan& s) {
+    const wide_int size = (wide_int)N * s.width, cell = (wide_int)blockIdx.x * blockDim.x + threadIdx.x;
+    if (cell >= s.batch * size) return;
+    const wide_int row = cell / size;
+    const int n = cell % size / s.width, channel = cell % s.width;
+    const bool exists = n < s.states;
+    const float A = exists ? s.A[(wide_int)channel * s.states + n] * LOG2E : 0, *first = BACK ? s.dfinal : s.initial;
+    float state = exists && first ? first[(row * s.width + channel) * s.states + n] : 0;
+    float* entry = s.entry + row * s.parts * size + cell % size;
+    const float* totals = s.totals + row * s.parts * s.width + channel;
+    constexpr int AHEAD = 8;  // loads that are under way together
+    for (int begin = 0; begin < s.parts; begin += AHEAD) {
+        float added[AHEAD], decay[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            const wide_int part = BACK ? s.parts - 1 - begin - k : begin + k;
+            added[k] = begin + k < s.parts ? entry[part * size] : 0;
+            decay[k] = begin + k < s.parts ? totals[part * s.width] : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) {
+            const wide_int part = BACK ? s.parts - 1 - begin - k : begin + k;
+            if (begin + k < s.parts) entry[part * size] = state;
+            state = (decay[k] == INFINITE ? 0 : ex2(decay[k] * A)) * state + added[k];
+        }
+    }
+}
+
+extern "C" __global__ void carry(const Scan s) { carried<false>(s); }
+extern "C" __global__ void carry_back(const Scan s) { carried<true>(s); }

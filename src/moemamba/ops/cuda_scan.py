@@ -1,0 +1,280 @@
+"""The selective scan on an NVIDIA GPU: how the kernels of `cuda_scan.cu` are launched; a custom op with its gradient.
+
+They hold for up to 16 states a channel and tensors of one dtype; the Triton kernels hold for every other scan.
+"""
+
+import functools
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cuda_runtime import Module
+from .triton_scan import _empty_gradients, _rows, position_marks
+from .triton_scan import selective_scan as general_scan
+
+STATES, STEPS, CHUNK = 16, 8, 128
+WALKERS = 128  # threads of a block that walks along time, two channels each
+TILE, THREADS = 64, 256  # channels and threads of a block of the backward pass
+BLOCKS = 8  # of a kernel, for each multiprocessor, that fill a GPU
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# `struct Scan` of cuda_scan.cu.
+POINTERS = (
+    "u", "dt", "z", "B", "C", "dy", "A", "D", "bias", "initial", "dfinal", "marks", "entry", "totals", "starts",
+    "y", "du", "ddt", "dz", "final", "dinitial", "dBC", "sums",
+)  # fmt: skip
+ARGUMENTS = struct.Struct(f"={len(POINTERS)}Q5q11i4x")
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.selective_scan`."""
+    reason = _why_not(u, dt, A, B, C, z)
+    if reason:
+        raise RuntimeError(reason)
+    marks = None if seq_idx is None else position_marks(seq_idx)
+    args = (u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y, final_state, _ = _scan(*args, torch.is_grad_enabled())
+    else:
+        y, final_state, _ = _forward(*args, False)
+    return y, final_state
+
+
+def scan_or_triton(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """The same where nobody asked for a backend: what these kernels do not cover, the Triton kernels do."""
+    scan = general_scan if _why_not(u, dt, A, B, C, z) else selective_scan
+    return scan(u, dt, A, B, C, D, z, *rest)
+
+
+def _why_not(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> str | None:
+    if A.shape[1] > STATES:
+        return f'the cuda backend scans up to {STATES} states, and A has {A.shape[1]}; use ops.backend("triton")'
+    if u.dtype not in TYPES or any(t is not None and t.dtype != u.dtype for t in (dt, B, C, z)):
+        return 'the cuda backend scans u, dt, B, C and z of one dtype; use ops.backend("triton") for a mixture'
+    return None
+
+
+class _Launcher:
+    """The kernels for some tensors, and what every one of them is told."""
+
+    def __init__(self, marks: Tensor | None, softplus: bool, **tensors: Tensor | None):
+        u, A = tensors["u"], tensors["A"]
+        assert u is not None and A is not None
+        self.device, self.tensors = u.device.index or 0, {**tensors, "marks": marks}
+        self.counts = (*u.shape, A.shape[1])
+        named = [(name, tensors.get(name)) for name in ("u", "dt", "z", "B", "C")]
+        size = u.element_size()
+        strides = [(0, 0) if t is None else tuple(stride * size for stride in t.stride()[:2]) for _, t in named]
+        self.rows, self.steps = [row for row, _ in strides], [step for _, step in strides]
+        channels = [t for name, t in (*named[:3], ("dy", tensors.get("dy"))) if t is not None]
+        paired = u.shape[2] % 2 == 0 and not any(
+            t.data_ptr() % (2 * size) or any(stride % 2 for stride in t.stride()[:2]) for t in channels
+        )
+        self.module = _module(
+            self.device, TYPES[u.dtype], marks is not None, tensors.get("z") is not None, softplus, paired
+        )
+        self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def parts(self, blocks: int) -> tuple[int, int]:
+        """Into how many parts time is cut if each has so many blocks, and the chunks of a part."""
+        chunks = -(-self.counts[1] // CHUNK)
+        wanted = self.processors * BLOCKS
+        parts = 1 if blocks * 2 >= wanted else min(chunks, -(-wanted // max(1, blocks)))
+        span = -(-chunks // parts)
+        return -(-chunks // span), span
+
+    def __call__(
+        self, kernel: str, blocks: int, threads: int, shared: int, parts: int, span: int, **more: Tensor
+    ) -> None:
+        tensors: dict[str, Tensor | None] = {**self.tensors, **more}
+        found = [tensors.get(name) for name in POINTERS]
+        pointers = [0 if t is None else t.data_ptr() for t in found]
+        arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
+        with torch.cuda.device(self.device):
+            self.module.launch(kernel, blocks, threads, shared, arguments)
+
+
+@functools.cache
+def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, paired: bool) -> Module:
+    files = ("cuda_scan.cu", "cuda_scan_backward.cu")
+    source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
+    constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "PAIRED": paired, "CHUNK": CHUNK}
+    with torch.cuda.device(device):
+        return Module(source, {name: int(value) for name, value in constants.items()}, device)
+
+
+def _walk_memory(threads: int, size: int) -> int:
+    return 2 * STEPS * (2 * STATES * 4 + 4) + 2 * 3 * STEPS * threads * 2 * size
+
+
+def _backward_memory() -> int:
+    segments = CHUNK // STEPS
+    sizes = (segments * THREADS * 16, STEPS * TILE * 16, CHUNK * 2 * STATES * 4, 3 * STEPS * (TILE + 4) * 4)
+    return sum(sizes) + 2 * 8 * STEPS * (STATES + 2) * 4 + CHUNK * 4
+
+
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    marks: Tensor | None,
+    dt_softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, i), final_state (b, i, n), and if `save` the state at the beginning of every chunk."""
+    (batch, length, width), n_state = u.shape, A.shape[1]
+    y, final_state, starts = _outputs(u, n_state, save)
+    if u.numel() == 0:
+        return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state), starts
+    launch = _Launcher(
+        marks, dt_softplus, u=_rows(u), dt=_rows(dt), A=_float(A), B=_rows(B), C=_rows(C), D=_float(D),
+        z=None if z is None else _rows(z), bias=_float(dt_bias), initial=_float(initial_state), y=y, final=final_state,
+        starts=starts if save else None,
+    )  # fmt: skip
+    threads = WALKERS if length > 1 else 32
+    blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size())
+    parts, span = launch.parts(blocks)
+    passed = _passed(u, parts)
+    if parts > 1:
+        launch("summarise", blocks * parts, threads, shared, parts, span, **passed)
+        launch("carry", -(-batch * STATES * width // 128), 128, 0, parts, span, **passed)
+    launch("forward", blocks * parts, threads, shared, parts, span, **passed)
+    return y, final_state, starts
+
+
+def _backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    marks: Tensor | None,
+    starts: Tensor,
+    dt_softplus: bool,
+) -> list[Tensor]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order; empty where there is no such input."""
+    (batch, length, width), n_state = u.shape, A.shape[1]
+    grads = _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    if u.numel() == 0:
+        for gradient in grads:
+            gradient.zero_()
+        if initial_state is not None and dfinal is not None:
+            grads[8].copy_(dfinal)
+        return grads
+    dinitial = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
+    launch = _Launcher(
+        marks, dt_softplus, u=_rows(u), dt=_rows(dt), A=_float(A), B=_rows(B), C=_rows(C), D=_float(D),
+        z=None if z is None else _rows(z), bias=_float(dt_bias), dy=dy.contiguous(), dfinal=_float(dfinal),
+        starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial,
+    )  # fmt: skip
+    tiles = -(-width // TILE)
+    parts, span = launch.parts(batch * tiles)
+    passed = _passed(u, parts)
+    if parts > 1:
+        blocks, shared = batch * -(-width // (2 * WALKERS)), _walk_memory(WALKERS, u.element_size())
+        launch("summarise_back", blocks * parts, WALKERS, shared, parts, span, **passed)
+        launch("carry_back", -(-batch * STATES * width // 128), 128, 0, parts, span, **passed)
+    dBC = torch.empty((tiles, batch, length, 2 * STATES), dtype=torch.float32, device=u.device)
+    sums = torch.empty((batch * parts, STATES + 2, width), dtype=torch.float32, device=u.device)
+    launch("backward", batch * parts * tiles, THREADS, _backward_memory(), parts, span, dBC=dBC, sums=sums, **passed)
+    dB_dC, summed = dBC.sum(0), sums.sum(0)
+    found = {
+        2: summed[:n_state].T,
+        3: dB_dC[..., :n_state],
+        4: dB_dC[..., STATES : STATES + n_state],
+        5: summed[STATES],
+        7: summed[STATES + 1],
+        8: dinitial,
+    }
+    for index, value in found.items():
+        if grads[index].numel():
+            grads[index].copy_(value)
+    return grads
+
+
+def _float(x: Tensor | None) -> Any:
+    return None if x is None else x.float().contiguous()
+
+
+def _outputs(u: Tensor, n_state: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = u.shape
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    final_state = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
+    chunks = -(-length // CHUNK) if save else 0
+    return y, final_state, torch.empty((batch, chunks, STATES, width), dtype=torch.float32, device=u.device)
+
+
+def _passed(u: Tensor, parts: int) -> dict[str, Tensor]:
+    """The states that parts pass on, and the sums of their steps."""
+    if parts == 1:
+        return {}
+    entry = torch.empty((u.shape[0], parts, STATES, u.shape[2]), dtype=torch.float32, device=u.device)
+    return {"entry": entry, "totals": torch.empty_like(entry[:, :, 0])}
+
+
+_scan = torch.library.custom_op("moemamba::selective_scan_cuda", _forward, mutates_args=())
+_scan_backward = torch.library.custom_op("moemamba::selective_scan_cuda_backward", _backward, mutates_args=())
+
+
+@_scan.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus, save):  # type: ignore[no-untyped-def]
+    return _outputs(u, A.shape[1], save)
+
+
+@_scan_backward.register_fake
+def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial_state, marks, starts, dt_softplus):  # type: ignore[no-untyped-def]
+    return _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+
+
+def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.dt_softplus, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
+    *tensors, starts = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(tensors[0])
+    grads = _scan_backward(dy, dfinal, *tensors, starts, ctx.dt_softplus)
+    present = [None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)]
+    return (*present, None, None, None)
+
+
+_scan.register_autograd(_differentiate, setup_context=_remember)

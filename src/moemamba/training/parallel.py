@@ -1,0 +1,216 @@
+"""A model over several processes: batches, parameters and experts shared out with PyTorch's FSDP2 and DTensor.
+
+Plain data parallelism is FSDP2 too, over a mesh whose sharding dimension has length one: parameters are whole
+everywhere and their gradients summed. So there is one engine, one way to clip and one to save, whatever is sharded.
+Inside `forward` parameters are plain tensors, but spread experts are DTensors (`layers.exchange.held`).
+
+Gradients are summed, never averaged: each process's loss is its share of the global one.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..layers import Router
+from ..layers.moe import Experts, LinearExperts
+from ..model import MoEMamba, draw
+from .config import TrainConfig
+from .processes import Processes
+
+
+def check(config: TrainConfig, size: int) -> None:
+    """Whether so many processes can train this.
+
+    Raises:
+        ValueError: with the field to change.
+    """
+    rows, parallel = config.batch_size, _expert_parallel(config, size)
+    if rows % (size * config.accumulate):
+        raise ValueError(
+            f"batch_size is {rows}, which {size} processes times accumulate = {config.accumulate} do not divide; "
+            f"choose a multiple of {size * config.accumulate}"
+        )
+    if size % parallel:
+        raise ValueError(
+            f"expert_parallel is {parallel}, which does not divide the {size} processes; choose one of its divisors"
+        )
+    if parallel > 1 and not config.model.routers:
+        raise ValueError(f"expert_parallel is {parallel}, but the model has no experts; set it to 1")
+    for experts in config.model.routers:
+        if experts.n_experts % parallel:
+            raise ValueError(
+                f"n_experts is {experts.n_experts}, which expert_parallel = {parallel} does not divide; "
+                "choose a multiple, or a divisor of n_experts"
+            )
+    groups = routing_groups(config, size) // config.accumulate
+    if groups % size and size % groups:
+        raise ValueError(
+            f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch and {size} "
+            "processes; one of the two must divide the other"
+        )
+
+
+def _expert_parallel(config: TrainConfig, size: int) -> int:
+    """Processes that experts are spread over; one alone has them all, so that it can resume any run."""
+    return config.expert_parallel if size > 1 else 1
+
+
+def routing_groups(config: TrainConfig, size: int) -> int:
+    """Groups that a batch is routed in; one for each process and part if the configuration does not say."""
+    return config.routing_groups or size * config.accumulate
+
+
+def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEMamba:
+    """The model on its device, sharded as the configuration says, with the weights that its seed gives.
+
+    They are the same for every number of processes. With a process group they are drawn one sub-layer at a time, so
+    that no process ever holds the whole model.
+    """
+    torch.manual_seed(config.seed)
+    if not processes.distributed:
+        model = MoEMamba(config.model).to(processes.device)
+    else:
+        with torch.device("meta"):
+            model = MoEMamba(config.model)
+        shard(model, config, processes, dtype)
+        model.to_empty(device=processes.device)
+        if config.model.tie_embeddings:
+            model.head.weight = model.embedding.weight
+        draw(model, fill)
+    model.recompute = config.recompute
+    _group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
+    return model
+
+
+def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: torch.dtype) -> None:
+    """Replace a model's parameters by this process's parts of them.
+
+    With bfloat16 activations, the matrices that products cast to bfloat16 anyway travel in it; master weights and
+    gradients' sums are float32, and so are routers, norms, embedding, convolutions and what the scan reads.
+    """
+    size, whole = processes.size, config.shard == "none"
+    parallel = _expert_parallel(config, size)
+    kind = processes.device.type
+    mesh = _mesh(kind, size, 1, whole)
+    expert_mesh = _mesh(kind, size // parallel, parallel, whole)
+    options: dict[str, Any] = {"reshard_after_forward": not whole}
+    exact = options | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+    narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    cast = options | {"mp_policy": narrow} if dtype != torch.float32 else exact
+    for layer in model.layers:
+        experts: list[nn.Module] = [module for module in layer.modules() if isinstance(module, Experts | LinearExperts)]
+        if parallel > 1 and experts:
+            for module in experts:
+                _spread(module, expert_mesh["expert"])
+            fully_shard(experts, mesh=_data(expert_mesh), **cast)
+        elif dtype != torch.float32 and experts:
+            fully_shard(experts, mesh=_data(mesh), **cast)
+        matrices: list[nn.Module] = [
+            module for name, module in layer.named_modules() if isinstance(module, nn.Linear) and "dt_proj" not in name
+        ]
+        if dtype != torch.float32 and matrices:
+            fully_shard(matrices, mesh=_data(mesh), **cast)
+        fully_shard(layer, mesh=_data(mesh), **exact)
+    if not config.model.tie_embeddings:
+        fully_shard(model.head, mesh=_data(mesh), **cast)
+    fully_shard(model, mesh=_data(mesh), **exact)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale on the way
+
+
+def _mesh(kind: str, data: int, parallel: int, whole: bool) -> DeviceMesh:
+    """All processes: neighbours share experts, the rest copies or shards."""
+    shape = (data, 1, parallel) if whole else (1, data, parallel)
+    return init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard", "expert"))
+
+
+def _data(mesh: DeviceMesh) -> DeviceMesh:
+    """What FSDP works over: copies of shards, or shards alone."""
+    return mesh["copy", "shard"] if mesh["shard"].size() == 1 else mesh["shard"]
+
+
+def _spread(module: nn.Module, mesh: DeviceMesh) -> None:
+    assert isinstance(module, Experts | LinearExperts)
+    for name, parameter in list(module.named_parameters()):
+        own = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(own))
+    module.group = mesh.get_group()
+
+
+def _group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
+    """Tell the routers their groups, `groups` in a part of the batch of all processes."""
+    across = None
+    if groups < processes.size:
+        mesh = init_device_mesh(
+            processes.device.type, (groups, processes.size // groups), mesh_dim_names=("group", "member")
+        )
+        across = mesh["member"].get_group()
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.groups, module.across = max(1, groups // processes.size), across
+
+
+def last_part(model: nn.Module, last: bool) -> None:
+    """Copies exchange their gradients with the last part of a batch alone; shards are summed with each."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float, processes: Processes) -> Tensor:
+    """Scale the gradient down to a norm of `most`; returns its global norm before that, () float32."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not processes.distributed:
+        norm = nn.utils.get_total_norm(gradients)
+    else:
+        parts = list(zip(torch._foreach_norm([local(gradient) for gradient in gradients]), gradients, strict=True))
+        squares = torch.stack([part.square() / _copies(gradient) for part, gradient in parts]).sum()
+        norm = processes.sum([squares])[0].sqrt()
+    torch._foreach_mul_([local(gradient) for gradient in gradients], (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _copies(tensor: Tensor) -> int:
+    """How many processes hold the same part."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_world_size()
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_replicate())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part, in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from all its parts; every process calls this."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for dimension in range(len(placements)):  # one after another: experts were shared out first, so they come last
+        placements[dimension] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, source: Any) -> None:
+    """Copy this process's part out of a whole: a tensor, or a slice of a safetensors file, of which no more is read."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(source[...] if isinstance(source, Tensor) or tensor.ndim == 0 else source[:])
+        return
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local()
+    if local.numel():
+        local.copy_(source[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))])
