@@ -1,10 +1,11 @@
-"""A whole training step on a GPU, against mamba-ssm's kernels: `python benchmarks/training.py`.
+"""A whole training step on a GPU, against mamba-ssm's kernels: `python benchmarks/training.py [--profile] [--only moe]`.
 
 Forward, loss, backward, clipping and fused AdamW at 256 x 256 tokens and a vocabulary of 50,257, bfloat16 over float32
-weights. Tokens per second from the median step (CUDA events), and the most memory in GiB. The last line is one JSON
-object.
+weights. Tokens per second from the median step (CUDA events), and the most memory in GiB. `--profile` prints the
+kernels that one step spends most time in. The last line is one JSON object.
 """
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from moemamba.training.loss import losses
 from moemamba.training.optim import make_optimizer
 
 BATCH, LENGTH, REPEATS = 256, 256, 10
+KERNELS = 40  # that a profile lists
 
 
 def ours(name: str, **changes: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
@@ -69,7 +71,7 @@ def mamba_ssm(n_layers: int = 16, d: int = 512) -> tuple[nn.Module, Callable[[Te
     return mamba, loss
 
 
-def measure(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+def measure(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], profile: bool) -> dict[str, float]:
     """Tokens per second and peak GiB of a training step."""
     optimizer = make_optimizer(model, TrainConfig())
     tokens = torch.randint(0, 50_257, (BATCH, LENGTH + 1), device="cuda")
@@ -93,13 +95,31 @@ def measure(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> dict[
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
+    peak = torch.cuda.max_memory_allocated()
+    if profile:
+        print_kernels(step)
     return {
         "tokens_per_second": round(BATCH * LENGTH / statistics.median(times) * 1e3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        "peak_gib": round(peak / 2**30, 1),
     }
 
 
+def print_kernels(step: Callable[[], None]) -> None:
+    """Milliseconds, calls and name of each kernel of a step,."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    print(f"{sum(event.self_device_time_total for event in kernels) / 1e3:8.2f} ms in all")
+    for event in kernels[:KERNELS]:
+        print(f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:4d} x {event.key[:90]}")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    options = parser.parse_args()
     results: dict[str, object] = {"gpu": torch.cuda.get_device_name()}
     cases: dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]]] = {
         "mamba-25m": lambda: ours("mamba-25m"),
@@ -107,12 +127,14 @@ def main() -> None:
         "mamba-ssm, M x 16": mamba_ssm,
     }
     for name, case in cases.items():
+        if not name.startswith(options.only):
+            continue
         try:
             model, loss = case()
         except ImportError as error:
             results[name] = f"skipped: {error}"
         else:
-            results[name] = measure(model, loss)
+            results[name] = measure(model, loss, options.profile)
             del model, loss
             torch.cuda.empty_cache()
         print(f"{name:30s} {results[name]}", flush=True)

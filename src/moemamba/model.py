@@ -128,6 +128,8 @@ class Residual(nn.Module):
     ) -> tuple[Tensor, list[MixerState], list[RouterStats]]:
         """x (b, l, d); `states` begins with those of this sub-layer's mixers."""
         h = self.norm(x)
+        if torch.is_autocast_enabled(x.device.type):  # the norm's float32 would otherwise be read by every branch
+            h = h.to(torch.get_autocast_dtype(x.device.type))
         after: list[MixerState] = []
         stats: list[RouterStats] = []
         for letter, layer in zip(self.letters, self.branches, strict=True):

@@ -5,13 +5,17 @@ import triton
 from torch import Tensor
 
 from .packing import boundaries, taps
-from .triton_conv_kernels import backward_kernel, forward_kernel
+from .triton_conv_kernels import backward_kernel, forward_kernel, sum_kernel
+from .triton_conv_packed import packed_backward_kernel, packed_forward_kernel
 from .triton_scan import position_marks
 
-# Positions and channels of a program's tile (forward), channels and positions of a segment (backward).
-FORWARD = {"T": 32, "I": 128, "num_warps": 4}
-BACKWARD = {"K": 4, "I": 128, "num_warps": 1}
-SEGMENT = 128
+# How kernels are launched: S runs of T positions by I channels a program, K positions' loads at a time.
+FORWARD = {"S": 4, "T": 32, "K": 16, "I": 128, "num_warps": 4}
+BACKWARD = {"S": 4, "T": 64, "K": 4, "I": 128, "num_warps": 4}
+PACKED_FORWARD = {"T": 32, "I": 128, "num_warps": 4}
+PACKED_BACKWARD = {"K": 4, "I": 128, "num_warps": 1}
+SEGMENT = 128  # positions of a program in the backward pass of packed rows
+SUM = {"R": 32, "I": 32, "num_warps": 4}
 
 
 def causal_conv1d(
@@ -65,12 +69,19 @@ def _forward(
     history = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
     final_state = torch.empty((batch, width, count - 1), dtype=x.dtype, device=x.device)
-    programs = batch * max(triton.cdiv(length, FORWARD["T"]), 1) * triton.cdiv(width, FORWARD["I"])
-    if programs:
-        forward_kernel[(programs,)](
-            x, weight.contiguous(), bias, history, sources, y, final_state, *x.stride()[:2], length, width,
-            SILU=silu, TAPS=count, **FORWARD,
-        )  # fmt: skip
+    how = FORWARD if sources is None else PACKED_FORWARD
+    tiles = triton.cdiv(width, how["I"])
+    parts = batch * max(triton.cdiv(length, how["T"] * how.get("S", 1)), 1)
+    if parts * tiles:
+        args = (y, final_state, *x.stride()[:2], length, width)
+        if sources is None:
+            forward_kernel[(parts * tiles,)](
+                x, weight.contiguous(), bias, history, *args, SILU=silu, TAPS=count, WIDE=_power(count), **how
+            )
+        else:
+            packed_forward_kernel[(parts * tiles,)](
+                x, weight.contiguous(), bias, history, sources, *args, SILU=silu, TAPS=count, **how
+            )
     return y, final_state
 
 
@@ -90,24 +101,40 @@ def _backward(
     (batch, length, width), count = x.shape, weight.shape[1]
     x = x if x.stride(-1) == 1 else x.contiguous()
     history = None if initial_state is None else initial_state.to(x.dtype).contiguous()
-    parts = batch * max(triton.cdiv(length, SEGMENT), 1)
+    dy, weight = dy.contiguous(), weight.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    how = BACKWARD if sources is None else PACKED_BACKWARD
+    tiles = triton.cdiv(width, how["I"])
+    parts = batch * max(triton.cdiv(length, SEGMENT if sources is not None else how["S"] * how["T"]), 1)
     dx = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
-    dweight = torch.empty((parts, count, width), dtype=torch.float32, device=x.device)
-    dbias = torch.empty((parts, width), dtype=torch.float32, device=x.device)
+    dweight = torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
     dhistory = torch.empty((batch, width, count - 1), dtype=torch.float32, device=x.device)
-    programs = parts * triton.cdiv(width, BACKWARD["I"])
-    if programs:
-        backward_kernel[(programs,)](
-            dy.contiguous(), None if dfinal is None else dfinal.contiguous(), x, weight.contiguous(), bias, history,
-            marks, sources, resume, dx, dweight, dbias, dhistory, *x.stride()[:2], length, width, SEGMENT,
-            SILU=silu, TAPS=count, **BACKWARD,
-        )  # fmt: skip
+    partial = torch.empty((parts, count + 1, width), dtype=torch.float32, device=x.device)
+    if parts * tiles:
+        inputs, strides = (dy, dfinal, x, weight, bias, history), (*x.stride()[:2], length, width)
+        if sources is None:
+            backward_kernel[(parts * tiles,)](
+                *inputs, dx, partial, None if history is None else dhistory, *strides,
+                SILU=silu, TAPS=count, WIDE=_power(count), **how,
+            )  # fmt: skip
+        else:
+            packed_backward_kernel[(parts * tiles,)](
+                *inputs, marks, sources, resume, dx, partial, dhistory, *strides, SEGMENT, SILU=silu, TAPS=count, **how
+            )
+    if width:
+        programs = (count + 1) * triton.cdiv(width, SUM["I"])
+        sum_kernel[(programs,)](partial, dweight, dbias, parts, width, TAPS=count, **SUM)
     return [
         dx,
-        dweight.sum(0).T.to(weight.dtype).contiguous(),
-        dx.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype),
+        dweight,
+        dx.new_empty(0) if dbias is None else dbias,
         dx.new_empty(0) if initial_state is None else dhistory.to(initial_state.dtype, copy=True),
     ]
+
+
+def _power(count: int) -> int:
+    return int(triton.next_power_of_2(count))
 
 
 _conv = torch.library.custom_op("moemamba::causal_conv1d", _forward, mutates_args=())

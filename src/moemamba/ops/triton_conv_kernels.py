@@ -1,161 +1,212 @@
 # mypy: ignore-errors
-"""Triton kernels of the causal depthwise convolution.
+"""Triton kernels of the causal depthwise convolution over whole rows; those of packed rows: `triton_conv_packed.py`.
 
-A position's window is found by index: `source` is a row of x, or if negative a row of the history before it (-1 the
-last), or below that nothing. Without `seq_idx` it is the position minus the tap; with it, `packing.taps` says. The
-forward pass takes a tile of positions and channels. The backward pass walks a segment of time backwards, since what a
-position sends back to the tokens before it passes through them in order; rows that are read again come from the cache.
+A program owns S runs of T positions and a tile of I channels, a warp to each run. A run is walked position by position
+with its window in registers, so that every row of x is read once, and the loads of K positions are issued together.
+Beside its own positions a run reads the k - 1 before it, and in the backward pass the k - 1 after it, whose gradients
+reach back into it.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_scan_kernels import BEGIN, PADDING, PLAIN, _sigmoid, _wide
+from .triton_scan_kernels import _sigmoid, _wide
 
 
 @triton.jit
-def _tokens(x, x_t, history, source, channel, inside, HISTORY: tl.constexpr):
-    """Rows `source` of x in float32, or of history (i, k - 1) where negative, zeros where neither has them."""
-    tokens = tl.load(x + _wide(source) * x_t + channel, mask=inside & (source >= 0), other=0.0).to(tl.float32)
+def _place(length, width, S: tl.constexpr, T: tl.constexpr, I: tl.constexpr):
+    """Row of the batch; part of it; first position of each run (S, 1); channels (1, I); whether these exist."""
+    tiles = tl.cdiv(width, I)
+    parts = tl.maximum(tl.cdiv(length, S * T), 1)
+    channel = tl.program_id(0) % tiles * I + tl.arange(0, I)
+    part = tl.program_id(0) // tiles
+    start = (part % parts * S + tl.arange(0, S)) * T
+    return _wide(part // parts), _wide(part), start[:, None], channel[None, :], (channel < width)[None, :]
+
+
+@triton.jit
+def _taps(weight, channel, inside, TAPS: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of weight (i, k) as rows (1, I), that of the current position first; a channel's taps are read at once."""
+    tap = tl.arange(0, WIDE)[None, :]
+    mask = tl.trans(inside) & (tap < TAPS)
+    matrix = tl.load(weight + tl.trans(channel) * TAPS + tap, mask=mask, other=0.0).to(tl.float32)
+    columns = ()
+    for back in tl.static_range(TAPS):
+        columns = columns + (tl.sum(tl.where(tap == TAPS - 1 - back, matrix, 0.0), 1)[None, :],)
+    return columns
+
+
+@triton.jit
+def _row(x, x_t, t, length, history, channel, inside, HISTORY: tl.constexpr):
+    """Position t of x (pointers to position 0), or of the history before it, in float32; zeros where neither is."""
+    row = tl.load(x + _wide(t) * x_t, mask=inside & (t >= 0) & (t < length), other=0.0).to(tl.float32)
     if history is not None:
-        early = inside & (source < 0) & (source >= -HISTORY)
-        tokens += tl.load(history + channel * HISTORY + source + HISTORY, mask=early, other=0.0).to(tl.float32)
-    return tokens
+        early = inside & (t < 0) & (t >= -HISTORY)
+        row += tl.load(history + channel * HISTORY + t + HISTORY, mask=early, other=0.0).to(tl.float32)
+    return row
 
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, history, sources, y, final, x_b, x_t, length, width,
-    SILU: tl.constexpr, TAPS: tl.constexpr, T: tl.constexpr, I: tl.constexpr,
+    x, weight, bias, history, y, final, x_b, x_t, length, width,
+    SILU: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
     HISTORY: tl.constexpr = TAPS - 1
-    tiles = tl.cdiv(width, I)
-    segments = tl.maximum(tl.cdiv(length, T), 1)
-    batch = _wide(tl.program_id(0) // tiles // segments)
-    segment = tl.program_id(0) // tiles % segments
-    channel = (tl.program_id(0) % tiles * I + tl.arange(0, I))[None, :]
-    time = (segment * T + tl.arange(0, T))[:, None]
-    inside = channel < width
-    live = inside & (time < length)
-    x += batch * x_b
+    batch, _, start, channel, inside = _place(length, width, S, T, I)
+    x += batch * x_b + channel
+    y += batch * length * width + channel
     if history is not None:
         history += batch * width * HISTORY
-    present = live
-    if sources is not None:
-        sources += batch * (length + 1) * TAPS
-        present = live & (tl.load(sources + time * TAPS, mask=time < length, other=-TAPS) >= 0)
-    out = tl.zeros((T, I), tl.float32)
+    kernel = _taps(weight, channel, inside, TAPS, WIDE)
+    offset = tl.zeros((1, I), tl.float32)
     if bias is not None:
-        out += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    for back in tl.static_range(TAPS):
-        source = time - back
-        if sources is not None:
-            source = tl.load(sources + time * TAPS + back, mask=time < length, other=-TAPS)
-        tap = tl.load(weight + channel * TAPS + HISTORY - back, mask=inside, other=0.0).to(tl.float32)
-        out += tap * _tokens(x, x_t, history, source, channel, live, HISTORY)
-    if SILU:
-        out *= _sigmoid(out)
-    out = tl.where(present, out, 0.0).to(y.dtype.element_ty)
-    tl.store(y + batch * length * width + _wide(time) * width + channel, out, mask=live)
-    if segment == segments - 1:  # the window of a position after the last is the state left behind
-        final += batch * width * HISTORY
+        offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    window = ()  # the latest first
+    for back in tl.static_range(1, TAPS):
+        window = window + (_row(x, x_t, start - back, length, history, channel, inside, HISTORY),)
+    for group in range(T // K):
+        first, found = start + group * K, ()
+        for k in tl.static_range(K):
+            found = found + (tl.load(x + _wide(first + k) * x_t, mask=inside & (first + k < length), other=0.0),)
+        for k in tl.static_range(K):
+            row = found[k].to(tl.float32)
+            out = offset + kernel[0] * row
+            for back in tl.static_range(1, TAPS):
+                out += kernel[back] * window[back - 1]
+            if SILU:
+                out *= _sigmoid(out)
+            to = y + _wide(first + k) * width
+            tl.store(to, out.to(y.dtype.element_ty), mask=inside & (first + k < length))
+            later = ()
+            for back in tl.static_range(1, TAPS):
+                later = later + ((row if back == 1 else window[back - 2]),)
+            window = later
+    if HISTORY > 0:
+        final += batch * width * HISTORY + channel * HISTORY + HISTORY + 0 * start
+        last = (start + T >= length) & ((start < length) | (start == 0))
         for back in tl.static_range(1, TAPS):
-            last = length - back
-            if sources is not None:
-                last = tl.load(sources + length * TAPS + back)
-            token = _tokens(x, x_t, history, last, channel, inside, HISTORY).to(final.dtype.element_ty)
-            tl.store(final + channel * HISTORY + HISTORY - back, token, mask=inside)
+            token = _row(x, x_t, length - back + 0 * start, length, history, channel, inside & last, HISTORY)
+            tl.store(final - back, token.to(final.dtype.element_ty), mask=inside & last)
 
 
 @triton.jit
 def backward_kernel(
-    dy, dfinal, x, weight, bias, history, marks, sources, resume, dx, dweight, dbias, dhistory,
-    x_b, x_t, length, width, segment_length,
-    SILU: tl.constexpr, TAPS: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
+    dy, dfinal, x, weight, bias, history, dx, partial, dhistory, x_b, x_t, length, width,
+    SILU: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
 ):  # fmt: skip
-    """dx and dhistory, and sums over this segment for dweight (parts, k, i) and dbias (parts, i).
+    """dx, dhistory, and this program's share of dweight and dbias: partial (parts, k + 1, i), the bias last.
 
-    `pending[j]` is what later tokens send to the token j + 1 before this position. The walk begins where tokens after
-    the segment can no longer reach into it, at `resume` (b, segments), or at the end of the row with `dfinal`.
+    Backwards in time: `pending[j]` is what later positions send to the one j + 1 before this one.
     """
     HISTORY: tl.constexpr = TAPS - 1
-    tiles = tl.cdiv(width, I)
-    segments = tl.maximum(tl.cdiv(length, segment_length), 1)
-    part = _wide(tl.program_id(0) // tiles)
-    batch, segment = part // segments, (tl.program_id(0) // tiles) % segments
-    channel = tl.program_id(0) % tiles * I + tl.arange(0, I)
-    inside = channel < width
-    start = segment * segment_length
-    stop = tl.minimum(start + segment_length, length)
-    x, dy, dx = x + batch * x_b, dy + batch * length * width, dx + batch * length * width
-    end = tl.minimum(stop + HISTORY, length)
-    if sources is not None:
-        sources, marks = sources + batch * (length + 1) * TAPS, marks + batch * length
-        end = tl.load(resume + part)
+    batch, part, start, channel, inside = _place(length, width, S, T, I)
+    x += batch * x_b + channel
+    dy, dx = dy + batch * length * width + channel, dx + batch * length * width + channel
     if history is not None:
         history += batch * width * HISTORY
-    offset = tl.zeros((I,), tl.float32)
+    if dfinal is not None:
+        dfinal += (batch * width + channel) * HISTORY + HISTORY
+    kernel = _taps(weight, channel, inside, TAPS, WIDE)
+    offset = tl.zeros((1, I), tl.float32)
     if bias is not None:
         offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    kernel, dkernel, pending = (), (), ()
-    for back in tl.static_range(TAPS):
-        kernel = kernel + (tl.load(weight + channel * TAPS + HISTORY - back, mask=inside, other=0.0).to(tl.float32),)
-        dkernel = dkernel + (tl.zeros((I,), tl.float32),)
+    window, pending, dkernel = (), (), ()  # inputs from the position on, back in time
     for back in tl.static_range(1, TAPS):
-        sent = tl.zeros((I,), tl.float32)
-        if dfinal is not None:
-            mask = inside & (end == length)
-            sent = tl.load(dfinal + (batch * width + channel) * HISTORY + HISTORY - back, mask=mask, other=0.0).to(
-                tl.float32
-            )
-        pending = pending + (sent,)
-    doffset = tl.zeros((I,), tl.float32)
-    for group in range(tl.cdiv(end - start, K)):
-        first = end - 1 - group * K
-        windows, douts, found = (), (), ()
+        window = window + (_row(x, x_t, start + T + HISTORY - back, length, history, channel, inside, HISTORY),)
+        pending = pending + (tl.zeros((S, I), tl.float32),)
+    for _ in tl.static_range(TAPS):
+        dkernel = dkernel + (tl.zeros((S, I), tl.float32),)
+    doffset = tl.zeros((S, I), tl.float32)
+    for k in tl.static_range(HISTORY):  # positions of the next run
+        t = start + T + HISTORY - 1 - k
+        oldest = _row(x, x_t, t - HISTORY, length, history, channel, inside, HISTORY)
+        dout = tl.load(dy + _wide(t) * width, mask=inside & (t < length), other=0.0).to(tl.float32)
+        window, dout = _through(window, oldest, dout, kernel, offset, SILU, TAPS)
+        _, pending = _send(pending, dout, kernel, TAPS)
+        window = _drop(window, TAPS)
+    for group in range(T // K):
+        first, rows, grads = start + T - 1 - group * K, (), ()
+        for k in tl.static_range(K):
+            rows = rows + (_row(x, x_t, first - k - HISTORY, length, history, channel, inside, HISTORY),)
+            grads = grads + (tl.load(dy + _wide(first - k) * width, mask=inside & (first - k < length), other=0.0),)
         for k in tl.static_range(K):
             t = first - k
-            live = inside & (t >= start)
-            mark = tl.where(t >= start, PLAIN, PADDING)
-            if sources is not None:
-                mark = tl.load(marks + t, mask=t >= start, other=PADDING).to(tl.int32)
-            window = ()
+            window, dout = _through(window, rows[k], grads[k].to(tl.float32), kernel, offset, SILU, TAPS)
+            grown = ()
             for back in tl.static_range(TAPS):
-                source = t - back
-                if sources is not None:
-                    source = tl.load(sources + t * TAPS + back, mask=t >= start, other=-TAPS)
-                window = window + (_tokens(x, x_t, history, source, channel, live, HISTORY),)
-            windows, found = windows + (window,), found + (mark,)
-            douts = douts + (tl.load(dy + _wide(t) * width + channel, mask=live, other=0.0).to(tl.float32),)
-        for k in tl.static_range(K):
-            t = first - k
-            out, dout = offset, douts[k]
-            for back in tl.static_range(TAPS):
-                out += kernel[back] * windows[k][back]
-            if SILU:
-                open = _sigmoid(out)
-                dout *= open * (1.0 + out * (1.0 - open))
-            dout = tl.where(found[k] == PADDING, 0.0, dout)
-            own = tl.where(t < stop, dout, 0.0)  # positions after the segment count for another program
-            doffset += own
-            grown, passed, whole = (), (), kernel[0] * dout
-            for back in tl.static_range(TAPS):
-                grown = grown + (dkernel[back] + own * windows[k][back],)
-            if HISTORY > 0:
-                whole += pending[0]
-            for back in tl.static_range(1, TAPS):
-                moved = kernel[back] * dout
-                if back < HISTORY:
-                    moved += pending[back]
-                moved = tl.where(found[k] == BEGIN, 0.0, moved)
-                passed = passed + (tl.where(found[k] == PADDING, pending[back - 1], moved),)
-            dkernel, pending = grown, passed
-            whole = tl.where(found[k] == PADDING, 0.0, whole).to(dx.dtype.element_ty)
-            tl.store(dx + _wide(t) * width + channel, whole, mask=inside & (t >= start) & (t < stop))
+                grown = grown + (dkernel[back] + dout * window[back],)
+            doffset += dout
+            whole, pending = _send(pending, dout, kernel, TAPS)
+            dkernel, window = grown, _drop(window, TAPS)
+            if dfinal is not None:
+                mask = inside & (t >= length - HISTORY) & (t < length)
+                whole += tl.load(dfinal + t - length, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx + _wide(t) * width, whole.to(dx.dtype.element_ty), mask=inside & (t < length))
+    partial += part * (TAPS + 1) * width + channel
     for back in tl.static_range(TAPS):
-        tl.store(dweight + (part * TAPS + HISTORY - back) * width + channel, dkernel[back], mask=inside)
-    tl.store(dbias + part * width + channel, doffset, mask=inside)
-    if segment == 0:
+        tl.store(partial + (HISTORY - back) * width, tl.sum(dkernel[back], 0)[None, :], mask=inside)
+    tl.store(partial + TAPS * width, tl.sum(doffset, 0)[None, :], mask=inside)
+    if dhistory is not None:
+        dhistory += (batch * width + channel) * HISTORY + HISTORY
         for back in tl.static_range(1, TAPS):
-            where = dhistory + (batch * width + channel) * HISTORY + HISTORY - back
-            tl.store(where, pending[back - 1].to(dhistory.dtype.element_ty), mask=inside)
+            sent = pending[back - 1]
+            if dfinal is not None:  # a row that is shorter than its history passes some of that on
+                mask = inside & (length + back <= HISTORY) & (start == 0)
+                sent += tl.load(dfinal - length - back + 0 * start, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dhistory - back + 0 * start, sent.to(dhistory.dtype.element_ty), mask=inside & (start == 0))
+
+
+@triton.jit
+def _through(window, oldest, dout, kernel, offset, SILU: tl.constexpr, TAPS: tl.constexpr):
+    """The whole window of a position, and the gradient of what the activation saw there."""
+    window = window + (oldest,)
+    if SILU:
+        out = offset
+        for back in tl.static_range(TAPS):
+            out += kernel[back] * window[back]
+        open = _sigmoid(out)
+        dout *= open * (1.0 + out * (1.0 - open))
+    return window, dout
+
+
+@triton.jit
+def _send(pending, dout, kernel, TAPS: tl.constexpr):
+    """A position's own gradient, now complete, and what is on its way to those before it."""
+    own, sent = kernel[0] * dout, ()
+    if TAPS > 1:
+        own += pending[0]
+    for back in tl.static_range(1, TAPS):
+        moved = kernel[back] * dout
+        if back < TAPS - 1:
+            moved += pending[back]
+        sent = sent + (moved,)
+    return own, sent
+
+
+@triton.jit
+def _drop(window, TAPS: tl.constexpr):
+    """The window without its latest position."""
+    rest = ()
+    for back in tl.static_range(1, TAPS):
+        rest = rest + (window[back],)
+    return rest
+
+
+@triton.jit
+def sum_kernel(partial, dweight, dbias, parts, width, TAPS: tl.constexpr, R: tl.constexpr, I: tl.constexpr):
+    """dweight (i, k) and dbias (i,) from their shares: one program a tile of channels of one tap."""
+    tiles = tl.cdiv(width, I)
+    tap = tl.program_id(0) // tiles
+    channel = tl.program_id(0) % tiles * I + tl.arange(0, I)
+    inside = channel < width
+    total = tl.zeros((R, I), tl.float32)
+    for first in range(0, parts, R):
+        part = first + tl.arange(0, R)
+        rows = partial + (_wide(part) * (TAPS + 1) + tap)[:, None] * width + channel[None, :]
+        total += tl.load(rows, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
+    total = tl.sum(total, 0)
+    tl.store(dweight + channel * TAPS + tap, total.to(dweight.dtype.element_ty), mask=inside & (tap < TAPS))
+    if dbias is not None:
+        tl.store(dbias + channel, total.to(dbias.dtype.element_ty), mask=inside & (tap == TAPS))
