@@ -1,4 +1,4 @@
-"""A whole training step on a GPU, against mamba-ssm's kernels: `python benchmarks/training.py [--profile] [--only moe]`.
+"""A whole training step on a GPU, against mamba-ssm's kernels: `benchmarks/training.py [--profile] [--only moe]`.
 
 Forward, loss, backward, clipping and fused AdamW at 256 x 256 tokens and a vocabulary of 50,257, bfloat16 over float32
 weights. Tokens per second from the median step (CUDA events), and the most memory in GiB. `--profile` prints the

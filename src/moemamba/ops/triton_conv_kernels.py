@@ -26,7 +26,7 @@ def _place(length, width, S: tl.constexpr, T: tl.constexpr, I: tl.constexpr):
 
 @triton.jit
 def _taps(weight, channel, inside, TAPS: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of weight (i, k) as rows (1, I), that of the current position first; a channel's taps are read at once."""
+    """Columns of weight (i, k) as rows (1, I), the current position's first; a channel's taps are read at once."""
     tap = tl.arange(0, WIDE)[None, :]
     mask = tl.trans(inside) & (tap < TAPS)
     matrix = tl.load(weight + tl.trans(channel) * TAPS + tap, mask=mask, other=0.0).to(tl.float32)
