@@ -11,7 +11,7 @@ from .triton_scan import position_marks
 
 # How kernels are launched: S runs of T positions by I channels a program, K positions' loads at a time.
 FORWARD = {"S": 4, "T": 32, "K": 16, "I": 128, "num_warps": 4}
-BACKWARD = {"S": 4, "T": 64, "K": 4, "I": 128, "num_warps": 4}
+BACKWARD = {"S": 4, "T": 64, "K": 8, "I": 64, "num_warps": 4}
 PACKED_FORWARD = {"T": 32, "I": 128, "num_warps": 4}
 PACKED_BACKWARD = {"K": 4, "I": 128, "num_warps": 1}
 SEGMENT = 128  # positions of a program in the backward pass of packed rows
