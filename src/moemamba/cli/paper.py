@@ -1,0 +1,82 @@
+"""`moemamba paper`: a table of the MoE-Mamba paper, run again at a size of one's choice."""
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ..experiments.tables import SCALES, TABLES
+from ..training.config import TrainConfig
+from .terminal import parse, show, stopped
+
+Name = Literal["main", "experts", "parallel", "inner", "inner-all", "ratio", "mlp", "accuracy"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Run a table of the MoE-Mamba paper again: tune the learning rate of every model alike, train all of them on the
+    same batches, and hold the outcome against the paper's numbers and claims."""
+
+    table: Positional[Name]
+    """main (table 1), experts (table 4), parallel (table 7), inner and inner-all (table 3), ratio (table 2, figure 5),
+    mlp (the first version), accuracy (section 4.6)"""
+    scale: Literal["laptop", "gpu", "paper"] = "laptop"
+    """laptop: minutes to an hour on a CPU; gpu: minutes a model; paper: its own 25M models and budget"""
+    data: str | None = None
+    """as of `moemamba train`; the paper's is C4. Python's own standard library if None"""
+    validation: str | None = None
+    """as of `moemamba train`"""
+    tokenizer: str | None = None
+    """as of `moemamba train`; the paper's is GPT-2's. bytes if None"""
+    steps: int | None = None
+    """the scale's if None"""
+    seeds: int | None = None
+    """the scale's if None"""
+    learning_rates: tuple[float, ...] | None = None
+    """to try for every model; the scale's if None"""
+    eval_tokens: int = 131072
+    """validation tokens that an evaluation reads at most"""
+    jobs: int = 1
+    """runs trained at once"""
+    device: str = "auto"
+    compile: bool = False
+    """torch.compile the models"""
+    out: str | None = None
+    """directory of runs, results.md, results.json and report.html; runs/paper-TABLE-SCALE if None"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Paper, arguments, "paper TABLE")
+    given = {name: getattr(asked, name) for name in ("steps", "seeds", "learning_rates")}
+    scale = dataclasses.replace(SCALES[asked.scale], **{k: v for k, v in given.items() if v is not None})
+    if scale.learning_rates and not scale.tuning_steps:
+        scale = dataclasses.replace(scale, tuning_steps=max(1, (scale.steps or TABLES[asked.table].steps) // 5))
+    base = TrainConfig(
+        data=asked.data,
+        validation=asked.validation,
+        tokenizer=asked.tokenizer or "bytes",
+        eval_tokens=asked.eval_tokens,
+        device=asked.device,
+        compile=asked.compile,
+    )
+    from ..experiments.paper import reproduce, says, verdict
+    from ..experiments.report import notes
+    from ..experiments.results import HEADER, cells
+
+    table = TABLES[asked.table]
+    out = Path(asked.out or f"runs/paper-{asked.table}-{asked.scale}")
+    command = shlex.join(["moemamba", "paper", *arguments])
+    try:
+        found = reproduce(table, scale, base, out, jobs=asked.jobs, command=command)
+    except KeyboardInterrupt:
+        stopped(out, command)
+        raise
+    print()
+    show(cells(found.rows, found.settings["steps"]), HEADER)
+    print(f"\n{notes(scale.seeds)}\n")
+    show([(says(claim), verdict(claim, found.rows)) for claim in table.claims], ("the paper's claim", "here"))
+    print(f"\nreport: {out / 'results.md'}, {out / 'report.html'}")

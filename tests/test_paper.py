@@ -1,0 +1,95 @@
+"""The paper's tables: models of its sizes, claims judged as they should be, and one table run from end to end."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moemamba.cli import run
+from moemamba.counting import count_parameters
+from moemamba.experiments.paper import verdict
+from moemamba.experiments.results import Spread
+from moemamba.experiments.tables import FRACTIONS, SCALES, TABLES, Claim
+
+
+def test_models_at_the_papers_scale_have_its_sizes() -> None:
+    """Table 4's parameter counts, table 1's, and those of the ratio experiments (notes of the paper's configurations)."""
+    sizes = {
+        (name, entry.name): count_parameters(entry.contender(SCALES["paper"]).model)
+        for name, table in TABLES.items()
+        for entry in table.entries
+    }
+    assert sizes["main", "mamba"].total == 27_131_904
+    assert sizes["main", "moe-mamba"].total == 542_228_480
+    assert sizes["main", "transformer-moe"].total == 545_406_976
+    totals = [round(sizes["experts", f"experts-{n}"].total / 1e6) for n in (1, 4, 8, 16, 32)]
+    assert totals == [26, 64, 114, 215, 416]
+    assert [round(sizes["ratio", f"ratio-{name}"].total / 1e6) for name in FRACTIONS] == [403, 412, 416, 421, 426]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_models_of_a_table_have_equal_active_size(scale: str) -> None:
+    for table in TABLES.values():
+        counts = [count_parameters(entry.contender(SCALES[scale]).model) for entry in table.entries]
+        active = [count.active for count in counts]
+        assert max(active) < 1.16 * min(active), table.title
+        assert len({entry.name for entry in table.entries}) == len(table.entries)
+
+
+def test_claims_are_about_entries() -> None:
+    for table in TABLES.values():
+        names = {entry.name for entry in table.entries}
+        assert table.claims
+        assert all({claim.better, claim.worse} <= names for claim in table.claims)
+
+
+def _rows(ours: tuple[float, ...], theirs: tuple[float, ...]) -> Any:
+    return [
+        SimpleNamespace(name=name, loss=Spread(values), accuracy=Spread(tuple(-v for v in values)))
+        for name, values in (("a", ours), ("b", theirs))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "found"),
+    [
+        ((1.0, 1.1), (1.2, 1.31), "confirmed"),
+        ((1.2, 1.31), (1.0, 1.1), "contradicted"),
+        ((1.0, 1.3), (1.1, 1.2), "no clear difference"),
+        ((1.0, 1.1), (1.01, 1.2), "no clear difference"),
+        ((1.0,), (1.2,), "confirmed (−0.2000 nats, 1 seed)"),
+        ((float("nan"),), (1.2,), "no clear difference"),
+    ],
+)
+def test_verdicts(ours: tuple[float, ...], theirs: tuple[float, ...], found: str) -> None:
+    assert verdict(Claim("a", "b"), _rows(ours, theirs)).startswith(found)
+    assert verdict(Claim("a", "b", accuracy=True), _rows(ours, theirs)).startswith(found.split(" (")[0])
+
+
+def test_a_table_runs_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tuning, comparison, verdicts; and the chosen rates are those that ended lowest."""
+    tiny = dataclasses.replace(SCALES["laptop"], d_model=16, n_blocks=1, batch_size=2, context=16, tuning_steps=2)
+    monkeypatch.setitem(SCALES, "laptop", tiny)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {k}: {k * k}\n" for k in range(3000)))
+    out = tmp_path / "out"
+    options = ["--data", str(text), "--steps", "3", "--seeds", "1", "--eval-tokens", "64", "--out", str(out)]
+    run(["paper", "mlp", *options, "--learning-rates", "0.000001", "0.03"])
+    shown = capsys.readouterr().out
+    assert "mamba below mamba-mlp" in shown
+    written = (out / "results.md").read_text()
+    assert "3.56" in written
+    assert "+0.05" in written
+    assert json.loads((out / "tuning" / "learning-rates.json").read_text()) == {"mamba": 0.03, "mamba-mlp": 0.03}
+    assert json.loads((out / "mamba-mlp" / "seed-0" / "train.json").read_text())["learning_rate"] == 0.03
+
+
+def test_an_unknown_table_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        run(["paper", "maim"])
+    assert "experts" in capsys.readouterr().err + str(error.value)
