@@ -26,8 +26,7 @@ def ours(name: str, **changes: int) -> tuple[nn.Module, Callable[[Tensor, Tensor
     """A preset, its layers compiled."""
     config = preset(name, **changes)
     model = MoEMamba(config).cuda()
-    for layer in model.layers:
-        layer.compile(fullgraph=True)
+    model.compile_layers(fullgraph=True)
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         language, auxiliary = losses(model(tokens, targets=targets), config.routers)

@@ -99,6 +99,17 @@ class MoEMamba(nn.Module):
             router += stats
         return self.norm(x), State(tuple(mixers)), tuple(router)
 
+    def compile_layers(self, **options: Any) -> None:
+        """`torch.compile` each residual sub-layer, in place: names in `state_dict` stay as they are.
+
+        Layers of one letter share one compilation, so that a model of any depth starts as fast as one of its pattern.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        for layer in self.layers:
+            layer.compile(**options)
+
     @property
     def router_names(self) -> tuple[str, ...]:
         """Where each router sits, in the order of `Output.router`: "layers.1.branches.0"."""

@@ -44,7 +44,7 @@ class Paper:
     """runs trained at once"""
     device: str = "auto"
     compile: bool = False
-    """torch.compile the models"""
+    """torch.compile every layer"""
     out: str | None = None
     """directory of runs, results.md, results.json and report.html; runs/paper-TABLE-SCALE if None"""
 

@@ -92,7 +92,7 @@ def tuned(
     loss = {row.name: row.loss.mean for row in rows}
     chosen = []
     for contender in contenders:
-        best = min(scale.learning_rates, key=lambda rate: loss[f"{contender.name}-lr{rate:g}"])  # noqa: B023
+        best = min(scale.learning_rates, key=lambda rate: loss[f"{contender.name}-lr{rate:g}"])
         chosen.append(replace(contender, recipe={**contender.recipe, "learning_rate": best}))
     (out / "learning-rates.json").write_text(json.dumps({c.name: c.recipe["learning_rate"] for c in chosen}) + "\n")
     return chosen

@@ -94,7 +94,7 @@ class TrainConfig:
     expert_parallel: int = 1
     """processes that the experts of a layer are spread over; tokens travel to them"""
     compile: bool = False
-    """torch.compile the model"""
+    """torch.compile every layer"""
     recompute: bool = False
     """compute activations again in the backward pass, to save memory"""
 

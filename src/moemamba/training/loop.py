@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..counting import count_parameters
@@ -111,7 +111,8 @@ def _train(
         processes.once(lambda: run.begin(config, tokenizer))
     _introduce(report, config, corpus, processes, dtype, position)
 
-    call: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    if config.compile:
+        model.compile_layers()
     last = config.steps if stop is None else min(stop, config.steps)
     peak = peak_flops(processes.device, dtype)
     meter = Meter(config, model.router_names, position.seconds, peak and peak * processes.size)
@@ -128,7 +129,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = [batches[(step - 1) * parts + part] for part in range(parts)]
-            meter.add(*_update(call, model, optimizer, batch, config, dtype, guard, step, processes))
+            meter.add(*_update(model, optimizer, batch, config, dtype, guard, step, processes))
             position.step = step
             signalled = _agreed(signals, processes, step, config)
             saves = step == last or step % config.save_every == 0 or signalled > 0
@@ -194,7 +195,6 @@ def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Trai
 
 
 def _update(
-    call: nn.Module,
     model: MoEMamba,
     optimizer: torch.optim.Optimizer,
     batch: list[Batch],
@@ -215,7 +215,7 @@ def _update(
         part = part.to(processes.device)
         last_part(model, number == len(batch) - 1)
         with autocast(processes.device, dtype):
-            output = call(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
+            output = model(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
         language, auxiliary = losses(output, model.config.routers)
         (language * shares[number] + auxiliary / parts).backward()
         total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
