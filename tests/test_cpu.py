@@ -324,3 +324,22 @@ def test_backend_in_use():
     x = torch.zeros(1, 1, 1)
     assert ops.choose("selective_scan", x) == ops.choose("causal_conv1d", x) == "cpu"
     assert ops.choose("selective_scan", x.double()) == "reference"
+
+
+@pytest.mark.parametrize("width", [1, 17, 64, 257])
+@pytest.mark.parametrize("rows", [1, 31, 100])
+def test_rms_norm(rows, width):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, rows, width), "weight": torch.randn(width)}
+    dy = torch.randn(2, rows, width)
+    found = []
+    for function in (cpu.rms_norm, reference.rms_norm):
+        own = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        y = function(**own, eps=1e-5)
+        y.backward(dy)
+        found.append({"y": y.detach()} | {name: value.grad for name, value in own.items()})
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, atol=2e-5, rtol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    with torch.no_grad():  # the way around the dispatcher
+        assert torch.equal(cpu.rms_norm(**inputs, eps=1e-5), found[0]["y"])
+    assert cpu.rms_norm(inputs["x"].bfloat16(), inputs["weight"].bfloat16(), 1e-5).dtype == torch.bfloat16

@@ -28,6 +28,7 @@ __all__ = [
     "grouped_linear",
     "linear_cross_entropy",
     "linear_float32",
+    "rms_norm",
     "selective_scan",
     "why_not",
 ]
@@ -224,6 +225,19 @@ def linear_cross_entropy(
     return implementation("linear_cross_entropy", hidden)(hidden, weight, targets, ignore_index, reduction)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """`x / sqrt(mean x^2 + eps) * weight` over the last dimension (arXiv 1910.07467, eq. 4).
+
+    Args:
+        x: (..., d).
+        weight: (d,).
+    Returns:
+        (..., d) in x's dtype, or the weight's where that is wider.
+    """
+    _expect("weight", weight, (x.shape[-1],))
+    return implementation("rms_norm", x)(x, weight, eps)  # type: ignore[no-any-return]
+
+
 def _autocast(x: Tensor) -> Tensor:
     """Under `torch.autocast` the products run in its dtype, as those of `torch.nn.functional.linear` do."""
     device = x.device.type
@@ -231,5 +245,5 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tuple(tensor.shape) != shape:
+    if tensor is not None and tensor.shape != shape:  # a torch.Size is a tuple; to copy it takes a microsecond
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} from the other arguments")

@@ -143,7 +143,9 @@ def readable(tensor: MaybeTensor) -> MaybeTensor:
 
 def plain(tensor: MaybeTensor) -> MaybeTensor:
     """The same tensor as contiguous float32, for `floats`."""
-    return None if tensor is None else tensor.float().contiguous()
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor  # the calls below cost microseconds also where there is nothing to do
+    return tensor.float().contiguous()
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

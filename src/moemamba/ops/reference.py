@@ -174,6 +174,11 @@ def dispatch(
     return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, token, y).to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `moemamba.ops.rms_norm`."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """See `moemamba.ops.linear_float32`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
