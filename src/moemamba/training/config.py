@@ -20,8 +20,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=lambda: preset("moe-mamba-tiny"))
     """vocab_size is replaced by the tokenizer's"""
     data: str | None = None
-    """a text file, JSON lines with a "text" field, a folder of such files, a .bin file of uint16 tokens, or a folder of
-    prepared tokens; Python's own standard library if None"""
+    """a text file, JSON lines or parquet with a "text" field, a folder of such files, a dataset of the Hugging Face hub
+    (hf:allenai/c4:en:train:100000, the number of documents last), a .bin file of uint16 tokens, or a folder of prepared
+    tokens; Python's own standard library if None"""
     validation: str | None = None
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
     tokenizer: str = "bytes"
@@ -41,6 +42,10 @@ class TrainConfig:
     a group, so that results depend on neither processes nor parts; one for each process and part if None"""
     reset_state: bool = False
     """begin every document of a packed sequence from an empty state"""
+
+    sampling: Literal["windows", "documents"] = "windows"
+    """windows: each epoch reads every window of the text once; documents: the paper's own, random documents laid end to
+    end and read from a random place on"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for experts and matrices between hidden layers, AdamW for all else, at the same learning_rate"""
@@ -117,6 +122,11 @@ class TrainConfig:
             raise ValueError(
                 f"routing_groups is {self.routing_groups}; it must divide batch_size = {self.batch_size} and be a "
                 f"multiple of accumulate = {self.accumulate}, since a part is routed before the next is known"
+            )
+        if self.sampling == "documents" and self.reset_state:
+            raise ValueError(
+                'reset_state goes with sampling = "windows" alone: the paper\'s sampling carries state from one '
+                "document to the next; leave one of them out"
             )
         shares = {"warmup": 1.0, "cooldown": 1.0, "final_lr": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}
         for name, most in shares.items():

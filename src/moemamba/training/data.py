@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .config import TrainConfig
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -84,6 +86,46 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         return _batch(self.tokens, self.chosen(step) * self.context, self.context, self.reset_state)
+
+
+class SampledBatches(Batches):
+    """`batches[step]` as the paper's authors drew them, and as much a pure function of the step as `Batches`.
+
+    A row is made from documents drawn uniformly, with replacement: they are laid end to end until all but the longest
+    exceed `context`, and a row's tokens are read from a random place on, around the end to the beginning. State is
+    not reset in between.
+    """
+
+    def chosen(self, step: int) -> NDArray[np.int64]:
+        """(b,) numbers of the rows that this rank reads at a step: with the seed they say which text a row is."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return np.arange(first, first + self.batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        ids = torch.from_numpy(np.stack([self._row(number) for number in self.chosen(step)]))
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+
+    def _row(self, number: np.int64) -> NDArray[np.int64]:
+        """(context + 1,) tokens."""
+        ends, count = self.tokens.ends, np.uint64(len(self.tokens.ends))
+        key = _mix(np.array([self.seed], np.uint64), np.array([number], np.uint64))
+        draws: list[NDArray[Any]] = []
+        drawn = total = longest = 0
+        while total - longest <= self.context:
+            document = int(_mix(key, np.array([drawn], np.uint64))[0] % count)
+            begin = int(ends[document - 1]) if document else 0
+            draws.append(self.tokens.ids[begin : int(ends[document])])
+            drawn, total, longest = drawn + 1, total + len(draws[-1]), max(longest, len(draws[-1]))
+        start = int(_mix(key, np.array([drawn], np.uint64))[0] % np.uint64(total))
+        places = np.arange(start, start + self.context + 1)
+        return np.concatenate(draws).take(places, mode="wrap").astype(np.int64)
+
+
+def make_batches(tokens: Tokens, config: TrainConfig, batch_size: int, rank: int = 0, world_size: int = 1) -> Batches:
+    """The batches that a run reads, of `batch_size` rows in this rank."""
+    kind = SampledBatches if config.sampling == "documents" else Batches
+    seed, reset = config.data_seed, config.reset_state
+    return kind(tokens, batch_size, config.context, seed, reset_state=reset, rank=rank, world_size=world_size)
 
 
 def sequential(

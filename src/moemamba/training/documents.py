@@ -1,14 +1,18 @@
-"""Where text comes from: a file, a folder, JSON lines, or Python's own standard library, as a stream of documents."""
+"""Where text comes from: files, folders, JSON lines, parquet, a hub, Python's own library; as a stream of documents."""
 
 import codecs
+import gzip
 import hashlib
 import json
 import os
 import re
 import sysconfig
 from collections.abc import Iterator, Set
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from .hub import PREFIX, HubTexts
 
 STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
 # Not the library's own text, or test data; absent from some distributions, so that leaving it out keeps them alike.
@@ -25,10 +29,12 @@ class Documents:
 
     A file is a document, but where there are fewer than 100 files of plain text they are cut at line ends into parts of
     about a hundredth of the whole (1 to 64 KiB), so that there is something to hold out. A line `<|endoftext|>` ends
-    a document too. In JSON lines every line is a document, its "text" field. Empty documents do not count.
+    a document too. In JSON lines (also .jsonl.gz) every line is a document, its "text" field; in parquet, which needs
+    pyarrow, every row. Empty documents do not count.
 
     Args:
-        source: a text file, JSON lines, or a folder of such files; Python's standard library if None.
+        source: a text file, JSON lines, parquet, a folder of such files, or a dataset as `HubTexts` names it; Python's
+            standard library if None.
     Attributes:
         files: what is read, in order.
         bytes: their size.
@@ -43,7 +49,10 @@ class Documents:
         self.skipped: list[Path] = []
         self._folder = True
         self.is_tokens = False
-        if source is None:
+        self._hub = HubTexts(str(source)) if str(source).startswith(PREFIX) else None
+        if self._hub is not None:
+            self.name, self.files = str(source), []
+        elif source is None:
             self.name, root = "Python's standard library", Path(sysconfig.get_path("stdlib"))
             self.files = [file for file in _files(root, STDLIB_WITHOUT) if file.suffix in STDLIB_SUFFIXES]
         elif (root := Path(source)).is_dir():
@@ -60,12 +69,20 @@ class Documents:
     def fingerprint(self) -> list[Any]:
         """Changes whenever a file does: paths, sizes and times of change."""
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        if self._hub is not None:  # what a name stands for is taken not to change
+            return [self.name]
         return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
 
     def __iter__(self) -> Iterator[str]:
         self.skipped.clear()
+        if self._hub is not None:
+            yield from self._hub
         for file in self.files:
-            if self._folder and not _is_text(file):
+            if file.suffix == ".parquet":
+                yield from _parquet(file)
+            elif file.suffixes[-2:] in ([".jsonl", ".gz"], [".json", ".gz"]):
+                yield from _json_lines(file)
+            elif self._folder and not _is_text(file):
                 self.skipped.append(file)
             elif file.suffix in JSON_LINES or (file.suffix == ".json" and not self._folder):
                 yield from _json_lines(file)
@@ -130,7 +147,7 @@ def _text(file: Path, size: int) -> Iterator[str]:
 
 
 def _json_lines(file: Path) -> Iterator[str]:
-    with file.open("rb") as stream:
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -145,3 +162,16 @@ def _json_lines(file: Path) -> Iterator[str]:
                 ) from None
             if text:
                 yield text
+
+
+def _parquet(file: Path) -> Iterator[str]:
+    try:
+        parquet: Any = import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(f"{file} needs the package pyarrow: pip install 'moemamba[data]'") from None
+    with parquet.ParquetFile(file) as table:
+        if "text" not in table.schema_arrow.names:
+            names = ", ".join(table.schema_arrow.names)
+            raise ValueError(f'{file} has no column "text"; it has {names}')
+        for batch in table.iter_batches(256, columns=["text"]):
+            yield from filter(None, batch.column(0).to_pylist())

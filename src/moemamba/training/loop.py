@@ -21,7 +21,7 @@ from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
 from .alarms import Alarms, sentences
 from .config import TrainConfig
-from .data import Batch, Batches, require_window
+from .data import Batch, Batches, make_batches, require_window
 from .documents import Documents, held_out
 from .evaluate import Evaluation, autocast, evaluate
 from .guard import Diverged, Failed, Fatal, Guard, apply
@@ -90,16 +90,9 @@ def _train(
     config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
     corpus = processes.first_of_machine_first(lambda: _corpus(config, tokenizer, report))
     parts = config.accumulate
-    whole = Batches(corpus.train, config.batch_size, config.context, config.data_seed, reset_state=config.reset_state)
-    batches = Batches(
-        corpus.train,
-        config.batch_size // (parts * processes.size),
-        config.context,
-        config.data_seed,
-        reset_state=config.reset_state,
-        rank=processes.rank,
-        world_size=processes.size,
-    )
+    whole = make_batches(corpus.train, config, config.batch_size)
+    rows = config.batch_size // (parts * processes.size)
+    batches = make_batches(corpus.train, config, rows, processes.rank, processes.size)
     require_window("the held-out data (a share of `data`, or `validation`)", corpus.validation, config.context)
     dtype = _dtype(config, processes.device)
     model = build(config, processes, dtype)

@@ -1,0 +1,159 @@
+"""Texts from parquet, compressed JSON lines and a hub; and the paper's sampling of documents."""
+
+import gzip
+import itertools
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from moemamba import TrainConfig, train
+from moemamba.tokenizer import ByteTokenizer
+from moemamba.training.data import Batches, SampledBatches, Tokens
+from moemamba.training.documents import Documents
+from moemamba.training.preparation import prepare
+from moemamba.training.progress import Report
+
+
+def write_parquet(path, **columns):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+
+
+def test_parquet_and_compressed_lines_in_a_folder(tmp_path):
+    texts = [f"document {k}" for k in range(8)]
+    write_parquet(tmp_path / "a.parquet", text=[*texts, "", None], id=list(range(10)))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
+        stream.write('{"text": "zipped"}\n')
+    (tmp_path / "c.txt").write_text("plain")
+    documents = Documents(tmp_path)
+    assert list(documents) == [*texts, "zipped", "plain"]
+    assert documents.skipped == []
+
+
+def test_parquet_without_text_says_what_there_is(tmp_path):
+    write_parquet(tmp_path / "a.parquet", body=["x"], id=[1])
+    with pytest.raises(ValueError, match=r'a.parquet has no column "text"; it has body, id'):
+        list(Documents(tmp_path / "a.parquet"))
+
+
+def hub(monkeypatch, examples):
+    """In the place of `datasets`; returns what it was asked for."""
+    asked = []
+
+    def load_dataset(name, config, split, streaming):
+        asked.append((name, config, split, streaming))
+        if name == "nobody/nothing":
+            raise FileNotFoundError("no such dataset")
+        return iter(examples)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
+    def endless():
+        number = 0
+        while True:
+            yield {"text": f"text {number}", "url": "x"}
+            number += 1
+
+    asked = hub(monkeypatch, endless())
+    assert list(Documents("hf:allenai/c4:en:train:3")) == ["text 0", "text 1", "text 2"]
+    assert asked == [("allenai/c4", "en", "train", True)]
+    corpus = prepare("hf:some/text:::500", ByteTokenizer(), tmp_path)
+    assert asked[1] == ("some/text", None, "train", True)
+    assert len(corpus.train.ends) + len(corpus.validation.ends) == 500
+    prepare("hf:some/text:::500", ByteTokenizer(), tmp_path)
+    assert len(asked) == 2  # from the cache
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:", "does not name a dataset; write hf:NAME"),
+        ("hf:a:b:c:many", "does not name a dataset"),
+        ("hf:nobody/nothing", "hf:nobody/nothing cannot be read: no such dataset"),
+        ("hf:a/b", 'hf:a/b, example 0, has no string "text"; it has body'),
+    ],
+)
+def test_what_is_wrong_with_a_dataset(monkeypatch, source, message):
+    hub(monkeypatch, [{"body": "x"}])
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        list(Documents(source))
+
+
+def test_the_hub_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hf:a/b needs the package datasets: pip install 'moemamba\[data\]'"):
+        list(Documents("hf:a/b"))
+
+
+def numbered(lengths):
+    """Token ids 1000 d + place, so that each says where it comes from."""
+    ids = np.concatenate([1000 * d + np.arange(length) for d, length in enumerate(lengths)])
+    return Tokens(ids.astype(np.uint32), np.cumsum(lengths).astype(np.int64), 0)
+
+
+def test_sampled_rows_are_documents_end_to_end():
+    lengths = [5, 1, 30, 12, 100, 7, 2]
+    tokens = numbered(lengths)
+    batches = SampledBatches(tokens, 8, 40, seed=3)
+    started = set()
+    for step in range(30):
+        batch = batches[step]
+        assert batch.seq_idx is None
+        assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+        for row in torch.cat([batch.tokens[:, :1], batch.targets], 1).tolist():
+            started.add(row[0] // 1000)
+            for before, after in itertools.pairwise(row):
+                if before % 1000 == lengths[before // 1000] - 1:
+                    assert after % 1000 == 0  # a document ended, so another begins, perhaps around the end
+                else:
+                    assert after == before + 1
+    assert len(started) >= 5  # rows begin inside all kinds of documents
+
+
+def test_sampled_rows_are_a_function_of_seed_and_step():
+    tokens = numbered([5, 1, 30, 12, 100, 7, 2])
+    whole = SampledBatches(tokens, 6, 16, seed=1)
+    assert torch.equal(whole[4].tokens, SampledBatches(tokens, 6, 16, seed=1)[4].tokens)
+    assert not torch.equal(whole[4].tokens, SampledBatches(tokens, 6, 16, seed=2)[4].tokens)
+    assert not torch.equal(whole[4].tokens, whole[5].tokens)
+    assert not torch.equal(whole[4].tokens, Batches(tokens, 6, 16, seed=1)[4].tokens)
+    ranks = [SampledBatches(tokens, 2, 16, seed=1, rank=rank, world_size=3) for rank in range(3)]
+    assert torch.equal(whole[4].tokens, torch.cat([rank[4].tokens for rank in ranks]))
+
+
+def test_documents_are_drawn_alike_whatever_their_length():
+    """How often a document begins in a row: drawn by their tokens, long ones would do so four times as often."""
+    lengths = [10] * 5 + [40] * 5
+    batches = SampledBatches(numbered(lengths), 16, 64, seed=0)
+    rows = torch.cat([batches[step].targets for step in range(100)]).flatten()
+    begins = torch.bincount(rows[rows % 1000 == 0] // 1000, minlength=10).float()
+    assert begins[:5].sum() / begins[5:].sum() == pytest.approx(1, abs=0.1)
+
+
+def test_a_run_samples_documents_and_resumes(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {k}: {k * k}\n" for k in range(2000)))
+    config = TrainConfig(
+        data=str(text), run=str(tmp_path / "whole"), steps=4, batch_size=2, context=16, sampling="documents",
+        eval_every=4, eval_tokens=64, save_every=2, log_every=1, device="cpu",
+    )  # fmt: skip
+    whole = train(config, report=Report(silent=True))
+    parts = TrainConfig(**{**vars(config), "run": str(tmp_path / "parts")})
+    train(parts, stop=2, report=Report(silent=True))
+    resumed = train(parts, resume=True, report=Report(silent=True))
+    assert resumed.evaluation == whole.evaluation
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_resets_do_not_go_with_sampled_documents():
+    with pytest.raises(ValueError, match='reset_state goes with sampling = "windows" alone'):
+        TrainConfig(sampling="documents", reset_state=True)
