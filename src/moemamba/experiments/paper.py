@@ -26,6 +26,7 @@ def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
         steps=steps,
         batch_size=scale.batch_size,
         context=scale.context,
+        sampling=scale.sampling,
         optimizer="adamw",
         schedule="cosine",
         warmup=0.01,
@@ -80,9 +81,8 @@ def tuned(
     silent: bool = False,
 ) -> list[Contender]:
     """The contenders with the learning rate, of those of the scale, that ends lowest after `tuning_steps`, seed 0."""
-    short = replace(
-        base, steps=scale.tuning_steps, eval_every=scale.tuning_steps, save_every=scale.tuning_steps, log_every=10
-    )
+    steps = min(scale.tuning_steps, base.steps)
+    short = replace(base, steps=steps, eval_every=steps, save_every=steps, log_every=10)
     tried = [
         Contender(f"{contender.name}-lr{rate:g}", contender.model, {**contender.recipe, "learning_rate": rate})
         for contender in contenders
@@ -133,7 +133,7 @@ def markdown(table: Table, scale: Scale, found: Comparison, rates: dict[str, flo
         "",
         f"{tokens:,} tokens a run: {settings['steps']:,} steps of {settings['batch_size']} × {settings['context']}. "
         f"Data: {settings['data']}; tokenizer: {settings['tokenizer']}.",
-        f"Learning rates: {_chosen(scale)}",
+        f"Learning rates: {_chosen(scale, settings['steps'])}",
         "",
         f"| {' | '.join(header)} |",
         "|---" * len(header) + "|",
@@ -151,8 +151,8 @@ def markdown(table: Table, scale: Scale, found: Comparison, rates: dict[str, flo
     return "\n".join(lines)
 
 
-def _chosen(scale: Scale) -> str:
+def _chosen(scale: Scale, steps: int) -> str:
     if not scale.learning_rates:
         return "the paper's own."
     tried = ", ".join(f"{rate:g}" for rate in scale.learning_rates)
-    return f"the best of {tried} after {scale.tuning_steps:,} steps with seed 0, tried for every model."
+    return f"the best of {tried} after {min(scale.tuning_steps, steps):,} steps with seed 0, tried for every model."

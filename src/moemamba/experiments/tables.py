@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..config import ModelConfig, RoutedMambaConfig
 from ..presets import preset
@@ -28,12 +28,13 @@ class Scale:
     tuning_steps: int = 0
     steps: int | None = None
     """the table's own if None"""
+    sampling: Literal["windows", "documents"] = "windows"
 
 
 SCALES = {
     "laptop": Scale(64, 2, 8, 256, 2, (2.5e-3, 5e-3, 1e-2), 100, 500),
     "gpu": Scale(256, 4, 256, 256, 2, (1e-3, 2e-3, 4e-3), 400, 2000),
-    "paper": Scale(PAPER_WIDTH, PAPER_BLOCKS, 64, 1024, 1, ()),
+    "paper": Scale(PAPER_WIDTH, PAPER_BLOCKS, 64, 1024, 1, (), sampling="documents"),
 }
 
 
