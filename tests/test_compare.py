@@ -141,6 +141,10 @@ def test_contenders():
     assert many.name == "many"
     assert many.model == preset("moe-mamba-tiny", experts=ExpertsConfig(32, activation="relu"))
     assert many.recipe == {"learning_rate": 0.002}
+    inner = parse_contender('mamba-tiny,pattern=MR,routed.projections=["conv","out"],optimizer=muon,clip=0.5')
+    assert inner.model.routed.projections == ("conv", "out")
+    assert inner.model.pattern == "MR"
+    assert inner.recipe == {"optimizer": "muon", "clip": 0.5}
 
 
 def test_contender_from_a_file(tmp_path):

@@ -17,7 +17,7 @@ from .tuning import Tuning, apply, tune
 def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
     """The authors' recipe (arXiv 2401.04081, table 5, and their code) at a scale; `base` has data and device.
 
-    Adam's second beta, clipping, decay of all weights and the 1% of warm-up are theirs; evaluations are 20.
+    Adam's second beta, clipping, decay of all weights and the 1% of warm-up are theirs; evaluations are 40.
     """
     steps = scale.steps or table.steps
     return replace(
@@ -35,7 +35,7 @@ def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
         beta1=0.9,
         beta2=0.999,
         clip=0.5,
-        eval_every=max(1, steps // 20),
+        eval_every=max(1, steps // 40),
         save_every=max(1, steps // 4),
         log_every=max(1, steps // 200),
     )
