@@ -66,7 +66,8 @@ def gradients(config, rank=0, size=1, distributed=True):
     tokens, targets = torch.randint(257, (2, 8, 16), generator=torch.Generator().manual_seed(1))
     targets[0, 3:] = -100
     rows = slice(rank * 8 // size, (rank + 1) * 8 // size)
-    output = model(tokens[rows], targets=targets[rows])
+    forward = parallel.summing(model, processes)
+    output = forward(tokens[rows], targets=targets[rows])
     language, auxiliary = losses(output, config.model.routers)
     share = (targets[rows] != -100).sum() / (targets != -100).sum()
     (language * share + auxiliary / size).backward()

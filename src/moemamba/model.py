@@ -107,6 +107,9 @@ class MoEMamba(nn.Module):
         Args:
             options: of `torch.compile`.
         """
+        settings = torch._dynamo.config
+        settings.optimize_ddp = False  # a layer is one graph, not cut where DistributedDataParallel's buckets end
+        settings.recompile_limit = max(settings.recompile_limit, 8 * len(set(self.config.layers)))  # of one function
         for layer in self.layers:
             layer.compile(**options)
 

@@ -35,8 +35,10 @@ class Batch(NamedTuple):
     """(b, l) int32 document of each token, counted from the row's first; None if state is not reset"""
 
     def to(self, device: torch.device) -> "Batch":
-        """On another device."""
-        return self._each(lambda part: part.to(device, non_blocking=True))
+        """On another device; the host does not wait for a GPU."""
+        if device.type == "cuda":
+            return self._each(lambda part: part.pin_memory().to(device, non_blocking=True))
+        return self._each(lambda part: part.to(device))
 
     def split(self, parts: int) -> list["Batch"]:
         """Equal parts by rows."""

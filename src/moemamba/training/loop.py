@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..counting import count_parameters
@@ -28,7 +28,7 @@ from .guard import Diverged, Failed, Fatal, Guard, apply
 from .loss import losses
 from .metrics import Measures, Meter, add, measures, router_stats
 from .optim import make_optimizer
-from .parallel import build, check, clip_gradients, last_part, routing_groups
+from .parallel import build, check, clip_gradients, last_part, routing_groups, sharded, summing
 from .peak import peak_flops
 from .preparation import HELD_OUT, Corpus, cache_directory, prepare
 from .processes import Processes, join
@@ -107,6 +107,7 @@ def _train(
     if config.compile:
         torch.compiler.reset()  # of models trained earlier in this process, which count towards a function's limit
         model.compile_layers()
+    forward = summing(model, processes)
     last = config.steps if stop is None else min(stop, config.steps)
     peak = peak_flops(processes.device, dtype)
     meter = Meter(config, model.router_names, position.seconds, peak and peak * processes.size)
@@ -123,7 +124,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = [batches[(step - 1) * parts + part] for part in range(parts)]
-            meter.add(*_update(model, optimizer, batch, config, dtype, guard, step, processes))
+            meter.add(*_update(model, forward, optimizer, batch, config, dtype, guard, step, processes))
             position.step = step
             signalled = _agreed(signals, processes, step, config)
             saves = step == last or step % config.save_every == 0 or signalled > 0
@@ -195,6 +196,7 @@ def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Trai
 
 def _update(
     model: MoEMamba,
+    forward: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: list[Batch],
     config: TrainConfig,
@@ -207,25 +209,23 @@ def _update(
     clipping, and whether it failed."""
     total: Measures = []
     parts = len(batch) * processes.size
-    counted = torch.stack([(part.targets != -100).sum() for part in batch]).to(processes.device, torch.float32)
+    batch = [part.to(processes.device) for part in batch]
+    counted = torch.stack([(part.targets != -100).sum() for part in batch]).float()
     (everywhere,) = processes.sum([counted.sum()])
     shares = counted / everywhere  # of all positions that count
     for number, part in enumerate(batch):
-        part = part.to(processes.device)
-        last_part(model, number == len(batch) - 1)
-        with autocast(processes.device, dtype):
-            output = model(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
-        language, auxiliary = losses(output, model.config.routers)
-        (language * shares[number] + auxiliary / parts).backward()
+        with last_part(forward, number == len(batch) - 1):
+            with autocast(processes.device, dtype):
+                output = forward(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
+            language, auxiliary = losses(output, model.config.routers)
+            (language * shares[number] + auxiliary / parts).backward()
         total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
     total = processes.sum(list(torch._foreach_div(total, parts)))
     norm = clip_gradients(model.parameters(), config.clip, processes)
     failed = guard.check(step, total[0] + total[1], norm)
-    if not processes.distributed:
+    if not sharded(model):
         apply(optimizer, failed)
-    elif (
-        config.on_failure == "stop" or not failed
-    ):  # sharded updates take no flag; a run that stops saves nothing of it
+    elif config.on_failure == "stop" or not failed:  # DTensors' updates take no flag; what stops a run is not saved
         optimizer.step()
     optimizer.zero_grad()
     # A load of 0 everywhere leaves the biases where they are.

@@ -1,14 +1,15 @@
-"""A model over several processes: batches, parameters and experts shared out with PyTorch's FSDP2 and DTensor.
+"""A model over several processes, on PyTorch's own engines.
 
-Plain data parallelism is FSDP2 too, over a mesh whose sharding dimension has length one: parameters are whole
-everywhere and their gradients summed. So there is one engine, one way to clip and one to save, whatever is sharded.
-Inside `forward` parameters are plain tensors, but spread experts are DTensors (`layers.exchange.held`).
+Where every process has all of the model it stays as it is, and DistributedDataParallel sums its gradients while the
+backward pass goes on. Where parameters are shared out (FSDP2) or experts spread, parameters are DTensors; inside
+`forward` they are plain tensors, but for spread experts (`layers.exchange.held`).
 
 Gradients are summed, never averaged: each process's loss is its share of the global one.
 """
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
 
 from ..layers import Router
 from ..layers.moe import Experts, LinearExperts
 from ..model import MoEMamba, draw
 from .config import TrainConfig
+from .muon import takes_muon
 from .processes import Processes
 
 
@@ -71,23 +74,44 @@ def routing_groups(config: TrainConfig, size: int) -> int:
 def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEMamba:
     """The model on its device, sharded as the configuration says, with the weights that its seed gives.
 
-    They are the same for every number of processes. With a process group they are drawn one sub-layer at a time, so
-    that no process ever holds the whole model.
+    They are the same for every number of processes, and drawn one sub-layer at a time, so that no process need hold the
+    whole model.
     """
-    torch.manual_seed(config.seed)
-    if not processes.distributed:
-        model = MoEMamba(config.model).to(processes.device)
-    else:
-        with torch.device("meta"):
-            model = MoEMamba(config.model)
+    with torch.device("meta"):
+        model = MoEMamba(config.model)
+    if processes.distributed and (config.shard == "parameters" or _expert_parallel(config, processes.size) > 1):
         shard(model, config, processes, dtype)
-        model.to_empty(device=processes.device)
-        if config.model.tie_embeddings:
-            model.head.weight = model.embedding.weight
-        draw(model, fill)
+    require_memory(model, config, processes.device)
+    model.to_empty(device=processes.device)
+    if config.model.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    torch.manual_seed(config.seed)
+    draw(model, fill)
     model.recompute = config.recompute
     _group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
     return model
+
+
+def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -> None:
+    """Refuse what cannot be trained, before any work.
+
+    Args:
+        model: as it will be shared out; it may be on the meta device.
+    Raises:
+        ValueError: weights, gradients and the optimiser's state alone are more than a GPU holds.
+    """
+    if device.type != "cuda":
+        return
+    has = torch.cuda.get_device_properties(device).total_memory
+    needs = 0
+    for name, parameter in model.named_parameters():
+        muon = config.optimizer == "muon" and takes_muon(name, parameter)
+        needs += local(parameter).numel() * 4 * (3 if muon else 4)  # float32: weight, gradient, one or two averages
+    if needs > has:
+        raise ValueError(
+            f"weights, gradients and the optimiser's state take {needs / 1e9:,.0f} GB on each GPU, which has "
+            f"{has / 1e9:,.0f}; share them out over more processes with --shard parameters or --expert-parallel N"
+        )
 
 
 def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: torch.dtype) -> None:
@@ -105,12 +129,17 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
     exact = options | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     cast = options | {"mp_policy": narrow} if dtype != torch.float32 else exact
+    own: set[nn.Parameter] = set()
     for layer in model.layers:
         experts: list[nn.Module] = [module for module in layer.modules() if isinstance(module, Experts | LinearExperts)]
+        alone: set[nn.Parameter] = set()  # of this process and no other, so that there is nothing to sum
         if parallel > 1 and experts:
             for module in experts:
                 _spread(module, expert_mesh["expert"])
-            fully_shard(experts, mesh=_data(expert_mesh), **cast)
+            if size > parallel:
+                fully_shard(experts, mesh=_data(expert_mesh), **cast)
+            else:
+                alone = {parameter for module in experts for parameter in module.parameters()}
         elif dtype != torch.float32 and experts:
             fully_shard(experts, mesh=_data(mesh), **cast)
         matrices: list[nn.Module] = [
@@ -118,10 +147,11 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
         ]
         if dtype != torch.float32 and matrices:
             fully_shard(matrices, mesh=_data(mesh), **cast)
-        fully_shard(layer, mesh=_data(mesh), **exact)
+        fully_shard(layer, mesh=_data(mesh), ignored_params=alone, **exact)
+        own |= alone
     if not config.model.tie_embeddings:
         fully_shard(model.head, mesh=_data(mesh), **cast)
-    fully_shard(model, mesh=_data(mesh), **exact)
+    fully_shard(model, mesh=_data(mesh), ignored_params=own, **exact)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
@@ -160,17 +190,40 @@ def _group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
             module.groups, module.across = max(1, groups // processes.size), across
 
 
-def last_part(model: nn.Module, last: bool) -> None:
+def sharded(model: nn.Module) -> bool:
+    """Whether a process holds only parts of some parameters, or copies that FSDP2 keeps alike."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def summing(model: MoEMamba, processes: Processes) -> nn.Module:
+    """What computes the forward pass of training, so that the backward pass sums gradients over the processes."""
+    if not processes.distributed or sharded(model):
+        return model
+    replica = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+    replica.broadcast_buffers = False  # they are alike already
+    replica.register_comm_hook(None, _sum)
+    return replica
+
+
+def _sum(_: None, bucket: Any) -> torch.futures.Future[Tensor]:
+    """Of a `dist.GradBucket`."""
+    summed = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert summed is not None
+    return summed.get_future().then(lambda done: done.value()[0])
+
+
+def last_part(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Copies exchange their gradients with the last part of a batch alone; shards are summed with each."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float, processes: Processes) -> Tensor:
     """Scale the gradient down to a norm of `most`; returns its global norm before that, () float32."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not processes.distributed:
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):  # alike everywhere
         norm = nn.utils.get_total_norm(gradients)
     else:
         parts = list(zip(torch._foreach_norm([local(gradient) for gradient in gradients]), gradients, strict=True))
