@@ -1,5 +1,5 @@
-"""One optimiser step, and on one GPU its replay as a CUDA graph: the host then launches once what it launched 1,000
-times, which for small models took most of a step."""
+"""One optimiser step, and on one GPU its replay as a CUDA graph: the host launches it whole, not kernel by kernel,
+which for small models took most of the time."""
 
 from collections import deque
 from collections.abc import Callable
