@@ -26,7 +26,7 @@ from torch import nn
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, count_parameters, preset
 from moemamba.config import ExpertsConfig
-from moemamba.training import loop, parallel
+from moemamba.training import loop, parallel, step
 from moemamba.training.processes import Processes, join
 from moemamba.training.progress import Report
 
@@ -66,17 +66,19 @@ def same(processes: Processes, folder: str) -> dict[str, Any]:
     return found
 
 
-def speed(processes: Processes, folder: str, shard: str = "none", profile: bool = False) -> dict[str, Any]:
+def speed(
+    processes: Processes, folder: str, shard: str = "none", profile: bool = False, cuda_graph: str = "auto"
+) -> dict[str, Any]:
     """Tokens a second over steps 20 to 60, and peak memory."""
     config = TrainConfig(
         preset("moe-mamba-25m"), **tokens(folder, processes), run=f"{folder}/speed", steps=60,
         batch_size=256 * processes.size, context=256, log_every=10, eval_every=1000, eval_tokens=65536,
-        learning_rate=1e-3, compile=True, shard=shard,
+        learning_rate=1e-3, compile=True, shard=shard, cuda_graph=cuda_graph,
     )  # fmt: skip
     parallel.draw = quick
     text: list[str] = []
     if profile:
-        loop._update = profiled(loop._update, 45, text)
+        step.Step.__call__ = profiled(step.Step.__call__, 45, text)
     begun = time.perf_counter()
     lines = train(config, processes)
     if not lines:
@@ -90,7 +92,7 @@ def speed(processes: Processes, folder: str, shard: str = "none", profile: bool 
 
 
 def profiled(update: Any, at: int, text: list[str]) -> Any:
-    """The loop's update, which in step `at` writes down its kernels."""
+    """A step, which in call `at` writes down its kernels."""
     count = 0
 
     def wrapped(*arguments: Any) -> Any:
@@ -199,11 +201,10 @@ def table(out: Path) -> None:
         else:
             continue
         summary[name] = values
-    if "speed-1" in found:
-        for name in found:
-            if name.startswith("speed-2"):
-                summary[f"{name} over one"] = round(found[name]["median"] / found["speed-1"]["median"], 3)
-                print(f"{name} over one GPU: {summary[f'{name} over one']}")
+    for name in (name for name in found if name.startswith("speed-2")):
+        for base in (base for base in found if base.startswith("speed-1")):
+            summary[f"{name} over {base}"] = round(found[name]["median"] / found[base]["median"], 3)
+            print(f"{name} over {base}: {summary[f'{name} over {base}']}")
     print(json.dumps(summary))
 
 
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shard", default="none", choices=("none", "parameters"))
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--cuda-graph", default="auto", choices=("auto", "off"), help="of `speed` with one process")
     parser.add_argument("--label", default="", help="ends the name of the JSON file")
     options = parser.parse_args()
     if options.case == "table":
@@ -225,7 +227,7 @@ def main() -> None:
             case "same":
                 found = same(processes, folder)
             case "speed":
-                found = speed(processes, folder, options.shard, options.profile)
+                found = speed(processes, folder, options.shard, options.profile, options.cuda_graph)
             case _:
                 found = large(processes, folder)
         if processes.first:

@@ -2,7 +2,8 @@
 
 Forward, loss, backward, clipping and fused AdamW at 256 x 256 tokens and a vocabulary of 50,257, in one run:
 
-- our `mamba-25m` and `moe-mamba-25m` with 32 experts, bfloat16 over float32 weights, layers compiled;
+- our `mamba-25m` and `moe-mamba-25m` with 32 experts, bfloat16 over float32 weights, layers compiled, in the very step
+  that `moemamba train` takes: batches from the host, replayed as a CUDA graph, and without one;
 - mamba-ssm's block (16 layers, d_model 512) as its models use it: convolution, projections and scan as one fused
   function, the residual addition fused with the norm; the same precision;
 - transformers' Jamba without attention: 8 x (Mamba + 32 experts of the same active size), with mamba-ssm's kernels, its
@@ -21,7 +22,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,12 @@ from torch import Tensor, nn
 
 from moemamba import MoEMamba, TrainConfig, preset
 from moemamba.layers import MoE
+from moemamba.training.data import Batch
+from moemamba.training.guard import Guard, Skips
 from moemamba.training.loss import losses
 from moemamba.training.optim import make_optimizer
+from moemamba.training.processes import Processes
+from moemamba.training.step import WARM_UP, Step
 
 BATCH, LENGTH, VOCABULARY, REPEATS = 256, 256, 50_257, 10
 D, N_LAYERS, N_EXPERTS = 512, 16, 32
@@ -47,14 +52,16 @@ class Contender(NamedTuple):
     model: nn.Module
     loss: Loss
     autocast: bool = True
+    graph: Literal["on", "off"] | None = None
+    """`cuda_graph` of the run that the step is one of; None for others' models"""
 
 
-def ours(name: str, **changes: Any) -> Contender:
+def ours(name: str, graph: Literal["on", "off"], **changes: Any) -> Contender:
     """A preset, its layers compiled."""
     config = preset(name).replace(**changes)
     model = MoEMamba(config).cuda()
     model.compile_layers(fullgraph=True)
-    return Contender(model, our_loss(model))
+    return Contender(model, our_loss(model), graph=graph)
 
 
 def our_loss(model: MoEMamba) -> Loss:
@@ -199,8 +206,24 @@ def judge(what: str, errors: dict[str, float]) -> dict[str, float]:
     return {"loss": errors["loss"], worst: errors[worst]}
 
 
-def measure(contender: Contender, profile: bool, batch: int) -> dict[str, float]:
-    """Tokens per second and peak GiB of a training step."""
+def our_step(contender: Contender, batch: int) -> Callable[[], None]:
+    """The step of `moemamba train`."""
+    model, device = contender.model.train(), torch.device("cuda", torch.cuda.current_device())
+    assert isinstance(model, MoEMamba) and contender.graph is not None
+    config = TrainConfig(model.config, cuda_graph=contender.graph)
+    guard = Guard(config, device, Skips())
+    take = Step(model, make_optimizer(model, config), config, torch.bfloat16, guard, Processes(device))
+    tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1))
+    part = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+
+    def step() -> None:
+        take(1, [part], config.learning_rate)
+
+    return step
+
+
+def their_step(contender: Contender, batch: int) -> Callable[[], None]:
+    """The same for models that are not ours."""
     model = contender.model.train()
     optimizer = make_optimizer(model, TrainConfig())
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1), device="cuda")
@@ -213,9 +236,15 @@ def measure(contender: Contender, profile: bool, batch: int) -> dict[str, float]
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(3):
+    return step
+
+
+def measure(contender: Contender, profile: bool, batch: int) -> dict[str, float]:
+    """Tokens per second and peak GiB of a training step."""
+    torch.cuda.reset_peak_memory_stats()  # before the capture, whose memory a replay does not ask for again
+    step = our_step(contender, batch) if contender.graph else their_step(contender, batch)
+    for _ in range(WARM_UP + 2):
         step()
-    torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -266,8 +295,10 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
     cases: dict[str, Callable[[], Contender]] = {
-        "moe-mamba-25m, 32 experts": lambda: ours("moe-mamba-25m", n_experts=N_EXPERTS),
-        "mamba-25m": lambda: ours("mamba-25m"),
+        "moe-mamba-25m, 32 experts": lambda: ours("moe-mamba-25m", "on", n_experts=N_EXPERTS),
+        "moe-mamba-25m, no graph": lambda: ours("moe-mamba-25m", "off", n_experts=N_EXPERTS),
+        "mamba-25m": lambda: ours("mamba-25m", "on"),
+        "mamba-25m, no graph": lambda: ours("mamba-25m", "off"),
         "mamba-ssm, M x 16": mamba_ssm,
         "transformers Jamba, grouped_mm": lambda: jamba("grouped_mm"),
         "transformers Jamba, eager": lambda: jamba("eager"),

@@ -15,7 +15,7 @@ import torch
 
 from moemamba import MoEMamba, TrainConfig, load, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.training import loop
+from moemamba.training import step as stepping
 from moemamba.training.alarms import DEAD_AFTER, Alarms, sentences
 from moemamba.training.guard import Diverged, Fatal, Guard, Skips, apply
 from moemamba.training.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
@@ -131,13 +131,13 @@ def test_resumption_is_exact(config, changes, tmp_path):
 
 def poison(monkeypatch, *steps):
     """Losses of these steps (the first is 1) are not a number."""
-    original, calls = loop.losses, iter(range(1, 10**6))
+    original, calls = stepping.losses, iter(range(1, 10**6))
 
     def poisoned(output, routers):
         language, auxiliary = original(output, routers)
         return type(original(output, routers))(language * math.nan if next(calls) in steps else language, auxiliary)
 
-    monkeypatch.setattr(loop, "losses", poisoned)
+    monkeypatch.setattr(stepping, "losses", poisoned)
 
 
 def test_a_failed_step_is_skipped_and_written_down(config, monkeypatch):
@@ -186,19 +186,20 @@ def test_a_spike_is_a_gradient_far_above_the_median():
     config = TrainConfig(on_failure="skip", spike_factor=5.0)
     guard = Guard(config, torch.device("cpu"), Skips())
     norms = [1.0] * 19 + [100.0] + [1.0] * 5 + [6.0, 4.9]
-    failed = [bool(guard.check(k, torch.tensor(2.0), torch.tensor(norm))) for k, norm in enumerate(norms)]
+    failed = [bool(guard.check(torch.tensor(2.0), torch.tensor(norm))) for norm in norms]
     assert [k for k, what in enumerate(failed) if what] == [25]  # the 20th is no spike yet: too little is known
     resumed = Guard(config, torch.device("cpu"), guard.state())
     for norm in (6.0, 4.0):
         assert torch.equal(
-            guard.check(99, torch.tensor(1.0), torch.tensor(norm)),
-            resumed.check(99, torch.tensor(1.0), torch.tensor(norm)),
+            guard.check(torch.tensor(1.0), torch.tensor(norm)),
+            resumed.check(torch.tensor(1.0), torch.tensor(norm)),
         )
 
 
 def test_a_guard_that_stops_says_where():
     guard = Guard(TrainConfig(), torch.device("cpu"), Skips())
-    guard.check(7, torch.tensor(math.inf), torch.tensor(1.0))
+    loss, norm = torch.tensor(math.inf), torch.tensor(1.0)
+    guard.note(7, loss, norm, guard.check(loss, norm))
     with pytest.raises(Fatal, match="not finite at step 7"):
         guard.read()
 
@@ -243,9 +244,9 @@ def test_a_signal_saves_and_says_how_to_go_on(config, tmp_path, number, status):
     whole = train(config, report=SILENT)
     run = tmp_path / "stopped"
     script = (
-        "import sys, time; from moemamba.training import loop; update = loop._update\n"
-        "def slow(*arguments): time.sleep(0.05); return update(*arguments)\n"
-        "loop._update = slow\n"
+        "import sys, time; from moemamba.training.step import Step; take = Step.__call__\n"
+        "def slow(*arguments): time.sleep(0.05); return take(*arguments)\n"
+        "Step.__call__ = slow\n"
         "from moemamba import ops; ops.backend('reference'); from moemamba.cli import main; main()"
     )
     options = ["train", "--data", str(config.data), "--run", str(run), "--steps", "12", "--batch-size", "2"]

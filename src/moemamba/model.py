@@ -92,7 +92,15 @@ class MoEMamba(nn.Module):
         for layer in self.layers:
             before = None if state is None else state.mixers[len(mixers) :]
             if self.recompute and torch.is_grad_enabled():
-                x, after, stats = checkpoint(layer, x, before, seq_idx, use_reentrant=False, context_fn=_keep_choices)
+                x, after, stats = checkpoint(
+                    layer,
+                    x,
+                    before,
+                    seq_idx,
+                    use_reentrant=False,
+                    context_fn=_keep_choices,
+                    preserve_rng_state=False,  # nothing here is random
+                )
             else:
                 x, after, stats = layer(x, before, seq_idx)
             mixers += after

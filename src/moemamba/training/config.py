@@ -100,6 +100,9 @@ class TrainConfig:
     """processes that the experts of a layer are spread over; tokens travel to them"""
     compile: bool = False
     """torch.compile every layer"""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """replay the step as a CUDA graph, which spares the host's work; auto: in one process on one GPU, where it can be.
+    The graph keeps the memory of a step to itself"""
     recompute: bool = False
     """compute activations again in the backward pass, to save memory"""
 

@@ -40,6 +40,17 @@ class Batch(NamedTuple):
             return self._each(lambda part: part.pin_memory().to(device, non_blocking=True))
         return self._each(lambda part: part.to(device))
 
+    def like(self, device: torch.device) -> "Batch":
+        """Memory for such a batch, not filled."""
+        return self._each(lambda part: torch.empty_like(part, device=device))
+
+    def fill(self, batch: "Batch") -> None:
+        """Take the values of a batch of the same shape; a GPU does so when it comes to it."""
+        for place, part in zip(self, batch, strict=True):
+            if place is not None:
+                assert part is not None and part.shape == place.shape
+                place.copy_(part.pin_memory() if place.is_cuda and not part.is_cuda else part, non_blocking=True)
+
     def split(self, parts: int) -> list["Batch"]:
         """Equal parts by rows."""
         rows = len(self.tokens) // parts

@@ -62,8 +62,8 @@ class Guard:
         )
         self._count = torch.tensor(len(norms), device=device)
 
-    def check(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether a step fails: () bool on the device.
+    def check(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether a step fails: () bool on the device. Changes its own tensors in place, so that it can be captured.
 
         Args:
             loss: () what was minimised.
@@ -76,11 +76,14 @@ class Guard:
             median = self._norms.sort().values.gather(0, middle).squeeze(0)
             failed = failed | ((known >= ENOUGH) & (norm > self.config.spike_factor * median))
             here = torch.arange(WINDOW, device=norm.device) == self._count % WINDOW
-            self._norms = torch.where(here & ~failed, norm, self._norms)
-            self._count = self._count + ~failed
+            self._norms.copy_(torch.where(here & ~failed, norm, self._norms))
+            self._count += ~failed
+        return failed
+
+    def note(self, step: int, loss: Tensor, norm: Tensor, failed: Tensor) -> None:
+        """Remember what `check` said of a step until the next reading."""
         self._steps.append(step)
         self._seen.append(torch.stack([loss, norm, failed.to(norm.dtype)]))
-        return failed
 
     def read(self) -> list[Failed]:
         """The steps that failed since the last reading; waits for the device.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
 
 from .. import ops
 from ..counting import count_parameters
@@ -21,14 +20,13 @@ from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
 from .alarms import Alarms, sentences
 from .config import TrainConfig
-from .data import Batch, Batches, make_batches, require_window
+from .data import Batches, make_batches, require_window
 from .documents import Documents, held_out
-from .evaluate import Evaluation, autocast, evaluate
-from .guard import Diverged, Failed, Fatal, Guard, apply
-from .loss import losses
-from .metrics import Measures, Meter, add, measures, router_stats
+from .evaluate import Evaluation, evaluate
+from .guard import Diverged, Failed, Fatal, Guard
+from .metrics import Meter
 from .optim import make_optimizer
-from .parallel import build, check, clip_gradients, last_part, routing_groups, sharded, summing
+from .parallel import build, check, routing_groups
 from .peak import peak_flops
 from .preparation import HELD_OUT, Corpus, cache_directory, prepare
 from .processes import Processes, join
@@ -36,6 +34,7 @@ from .progress import Report
 from .run import Position, Run
 from .saving import Saver, take
 from .schedule import learning_rate
+from .step import Step, captures
 from .stop import Interrupted, Stop
 from .tensorboard import TensorBoard
 
@@ -86,6 +85,7 @@ def _train(
     report = report if processes.first else Report(silent=True)
     run = Run(config.run)
     run.writes = processes.first
+    captures(config, processes)  # raises before any work
     resume = (run.exists if resume == "auto" else resume) or (restarted() and run.exists)
     config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
     corpus = processes.first_of_machine_first(lambda: _corpus(config, tokenizer, report))
@@ -107,11 +107,11 @@ def _train(
     if config.compile:
         torch.compiler.reset()  # of models trained earlier in this process, which count towards a function's limit
         model.compile_layers()
-    forward = summing(model, processes)
     last = config.steps if stop is None else min(stop, config.steps)
     peak = peak_flops(processes.device, dtype)
     meter = Meter(config, model.router_names, position.seconds, peak and peak * processes.size)
     guard = Guard(config, processes.device, position.skips)
+    update = Step(model, optimizer, config, dtype, guard, processes, report.warn)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
     if config.tensorboard and processes.first:
         run.board = TensorBoard(run.path / "tensorboard", position.step)
@@ -121,10 +121,8 @@ def _train(
     with Stop() as signals, _closing(report, run, saver):
         for step in range(position.step + 1, last + 1):
             rate = learning_rate(config, step - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             batch = [batches[(step - 1) * parts + part] for part in range(parts)]
-            meter.add(*_update(model, forward, optimizer, batch, config, dtype, guard, step, processes))
+            meter.add(*update(step, batch, rate))
             position.step = step
             signalled = _agreed(signals, processes, step, config)
             saves = step == last or step % config.save_every == 0 or signalled > 0
@@ -192,45 +190,6 @@ def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Trai
     if resume:
         run.check_unchanged(config)
     return config, tokenizer
-
-
-def _update(
-    model: MoEMamba,
-    forward: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: list[Batch],
-    config: TrainConfig,
-    dtype: torch.dtype,
-    guard: Guard,
-    step: int,
-    processes: Processes,
-) -> tuple[Measures, Tensor, Tensor]:
-    """One optimiser step, withheld if it fails: the measures of all processes' batches, the gradient's norm before
-    clipping, and whether it failed."""
-    total: Measures = []
-    parts = len(batch) * processes.size
-    batch = [part.to(processes.device) for part in batch]
-    counted = torch.stack([(part.targets != -100).sum() for part in batch]).float()
-    (everywhere,) = processes.sum([counted.sum()])
-    shares = counted / everywhere  # of all positions that count
-    for number, part in enumerate(batch):
-        with last_part(forward, number == len(batch) - 1):
-            with autocast(processes.device, dtype):
-                output = forward(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
-            language, auxiliary = losses(output, model.config.routers)
-            (language * shares[number] + auxiliary / parts).backward()
-        total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
-    total = processes.sum(list(torch._foreach_div(total, parts)))
-    norm = clip_gradients(model.parameters(), config.clip, processes)
-    failed = guard.check(step, total[0] + total[1], norm)
-    if not sharded(model):
-        apply(optimizer, failed)
-    elif config.on_failure == "stop" or not failed:  # DTensors' updates take no flag; what stops a run is not saved
-        optimizer.step()
-    optimizer.zero_grad()
-    # A load of 0 everywhere leaves the biases where they are.
-    model.update_balance_bias(router_stats(list(torch._foreach_mul(total, (~failed).to(total[0].dtype)))))
-    return total, norm, failed
 
 
 def _evaluate(
@@ -374,7 +333,8 @@ def _introduce(
     )
     device = processes.device.type if processes.size > 1 else processes.device
     backend = ops.choose("selective_scan", torch.empty(0, device=processes.device))
-    report.note(f"{'device':10}{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels")
+    graph = ", steps as a CUDA graph" if captures(config, processes) else ""
+    report.note(f"{'device':10}{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels{graph}")
     if processes.size > 1:
         spread = f", experts over {config.expert_parallel}" if config.expert_parallel > 1 else ""
         what = "parameters shared out" if config.shard == "parameters" else "parameters in each"

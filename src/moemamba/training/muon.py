@@ -50,7 +50,9 @@ class Muon(torch.optim.AdamW):
                         self._step(parameter, parameter.grad, group["lr"], group["weight_decay"], keep)
         return loss
 
-    def _step(self, parameter: Tensor, gradient: Tensor, rate: float, decay: float, keep: Tensor | float) -> None:
+    def _step(
+        self, parameter: Tensor, gradient: Tensor, rate: Tensor | float, decay: float, keep: Tensor | float
+    ) -> None:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -35,7 +35,7 @@ from .tensorboard import TensorBoard
 
 # What may differ between a run and its resumption: nothing that enters the weights, but for what helps a failed run on.
 FREE = {"data", "validation", "tokenizer", "run", "device", "log_every", "eval_every", "eval_tokens", "save_every"}
-FREE |= {"keep", "recompute", "compile", "tensorboard", "on_failure", "max_skips", "spike_factor"}
+FREE |= {"keep", "recompute", "compile", "cuda_graph", "tensorboard", "on_failure", "max_skips", "spike_factor"}
 FREE |= {"shard", "expert_parallel", "accumulate"}
 
 
