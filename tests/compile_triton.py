@@ -83,8 +83,22 @@ with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):
         for batch in (1, 9, 40, 256):
             triton_step._overlap = lambda _: capability >= 90
-            x, conv, ssm = draw(batch, 1, 512, dtype=dtype), draw(batch, 1024, 3, dtype=dtype), torch.zeros(batch, 1024, 16)
-            shapes = ((2048, 512), (1024, 4), (1024,), (64, 1024), (1024, 32), (1024,), (1024, 16), (1024,), (512, 1024))
+            x, conv, ssm = (
+                draw(batch, 1, 512, dtype=dtype),
+                draw(batch, 1024, 3, dtype=dtype),
+                torch.zeros(batch, 1024, 16),
+            )
+            shapes = (
+                (2048, 512),
+                (1024, 4),
+                (1024,),
+                (64, 1024),
+                (1024, 32),
+                (1024,),
+                (1024, 16),
+                (1024,),
+                (512, 1024),
+            )
             weights = [draw(*shape, dtype=dtype) for shape in (*shapes, (512,), (512,))]
             for norm in ((), weights[9:10], weights[9:]):
                 triton.mamba_step(x, conv, ssm, *weights[:9], *norm)

@@ -14,6 +14,9 @@ PROMPTS = [[1, 2, 3], [9], [4, 4, 5, 6, 7, 8, 1]]
 PATTERNS = pytest.mark.parametrize("pattern", ["M", "ME", "MF", "MAR", "AE", "(ME)"])
 
 
+GREEDY = Sampling(temperature=0)
+
+
 def build(pattern, **changes):
     torch.manual_seed(0)
     config = ModelConfig(pattern, 2, 32, vocab_size=29, attention=AttentionConfig(2)).replace(**changes)
@@ -24,7 +27,7 @@ def build(pattern, **changes):
     return model
 
 
-def decoded(model, count=12, sampling=Sampling(temperature=0), prompts=PROMPTS, stop=(), seed=None):
+def decoded(model, count=12, sampling=GREEDY, prompts=PROMPTS, stop=(), seed=None):
     """What `stream` yields on a GPU, row by row; without a GPU nothing is captured but all else is the same."""
     generator = None if seed is None else torch.Generator(DEVICE).manual_seed(seed)
     with torch.inference_mode():
@@ -132,14 +135,14 @@ def test_two_at_once_do_not_share_buffers():
         runs = []
         for _ in range(2):
             hidden, state = generation._prefill(model, PROMPTS, model.embedding.weight.device)
-            runs.append(generation._captured(model, hidden, state, 12, Sampling(temperature=0), (), None))
+            runs.append(generation._captured(model, hidden, state, 12, GREEDY, (), None))
         pairs = list(zip(*runs, strict=True))
-    assert all(a == b for a, b in pairs) and [list(row) for row in zip(*(a for a, _ in pairs))] == expected
+    assert all(a == b for a, b in pairs) and [list(row) for row in zip(*(a for a, _ in pairs), strict=True)] == expected
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 20, 100])
+@pytest.mark.parametrize("rows", [1, 20, 100])
 @PATTERNS
 def test_captured_equals_uncaptured(pattern, rows, dtype, monkeypatch):
     model = build(pattern, d_model=64).to(dtype)
@@ -177,8 +180,8 @@ def test_logits_are_sampled_as_before():
     with torch.inference_mode():
         output = model(torch.tensor([[3, 4]], device=DEVICE))
         with captured.claim(model, output.state, 4, greedy=False) as decoder:
-            tokens = [row[0] for row in decoder.tokens(output.logits[:, -1].argmax(-1), 4, lambda x: sample(x, Sampling(0)))]
-    assert tokens == [row for row in ordinary_from([3, 4], model, 4)]
+            tokens = [row[0] for row in decoder.tokens(output.logits[:, -1].argmax(-1), 4, lambda x: sample(x, GREEDY))]
+    assert tokens == ordinary_from([3, 4], model, 4)
 
 
 def ordinary_from(prompt, model, count):

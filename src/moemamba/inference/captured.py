@@ -52,12 +52,13 @@ class Decoder:
         """Take over a state, copying it."""
         for buffers, mixer in zip(self.state.mixers, state.mixers, strict=True):
             if isinstance(buffers, AttentionState):
-                length = mixer[0].shape[2]
+                assert isinstance(mixer, AttentionState)
+                length = mixer.keys.shape[2]
                 buffers.positions.fill_(-1)
                 buffers.keys.zero_()
                 buffers.values.zero_()
-                buffers.positions[:, :length] = mixer[2]
-                buffers.keys[:, :, :length], buffers.values[:, :, :length] = mixer[0], mixer[1]
+                buffers.positions[:, :length] = mixer.positions
+                buffers.keys[:, :, :length], buffers.values[:, :, :length] = mixer.keys, mixer.values
                 self.place.fill_(length)
             else:
                 for buffer, tensor in zip(buffers, mixer, strict=True):
@@ -114,8 +115,10 @@ class Decoder:
         if layer.letters == "M" and isinstance(mixer, Mamba) and untouched(layer, Residual):
             weights, norm = mixer.weights_of_step(x), _norm(layer.norm, x)
             if weights is not None and norm is not None:
-                y: Tensor = ops.mamba_step(x, *mixers[0], *weights, *norm[:2], eps=norm[2], in_place=True)[0]
-                return y
+                weight, bias, eps = norm
+                tensors = (*mixers[0], *weights, weight, bias)
+                return ops.mamba_step(x, *tensors, eps=eps, in_place=True)[0]  # type: ignore[arg-type]
+        y: Tensor
         y, after, _ = layer(x, mixers, None)
         for buffers, new in zip(mixers, after, strict=True):
             if isinstance(buffers, AttentionState):  # the new entry is the last
@@ -157,9 +160,7 @@ def _buffers(mixer: MixerState, room: int) -> MixerState:
         return type(mixer)(*(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in mixer))
     keys, values, positions = mixer
     (batch, heads, _, width), empty = keys.shape, positions.new_full((keys.shape[0], room), -1)
-    return AttentionState(
-        keys.new_zeros(batch, heads, room, width), values.new_zeros(batch, heads, room, width), empty
-    )
+    return AttentionState(keys.new_zeros(batch, heads, room, width), values.new_zeros(batch, heads, room, width), empty)
 
 
 def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
@@ -177,7 +178,7 @@ def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | N
 
 @contextmanager
 def claim(model: MoEMamba, state: State, count: int, greedy: bool) -> Iterator[Decoder]:
-    """A decoder that begins with this state and has room for `count` more tokens: the model's idle one, or a new one."""
+    """A decoder that begins with this state, with room for `count` more tokens: the model's idle one, or a new one."""
     length = max((mixer[0].shape[2] for mixer in state.mixers if isinstance(mixer, AttentionState)), default=0)
     room = -(-(length + count) // ROOM) * ROOM
     decoder = _idle.pop(model, None)  # nobody else may use it in the meantime

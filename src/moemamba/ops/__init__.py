@@ -191,9 +191,9 @@ def mamba_step(
     _expect("norm_bias", norm_bias, (d,))
     if in_place and not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
         raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
-    states, matrices = (conv_state, ssm_state), (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias)
+    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
     norm = (norm_weight, norm_bias, eps, in_place)
-    return implementation("mamba_step", x)(x, *states, *matrices, A_log, D, out_proj, *norm)  # type: ignore[no-any-return]
+    return implementation("mamba_step", x)(x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
 
 
 def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from .triton_step_kernels import best_kernel, choose_kernel, enter_kernel, leave_kernel, scan_kernel
 
-ONE_BY_ONE = 1  # rows up to which each has its own programs; more share them, and the tensor cores
 WIDEST = 8192  # d_inner that these kernels are cut for; wider layers fill the GPU with ordinary products
 PDL = os.environ.get("TRITON_INTERPRET") != "1"  # kernels overlap where the GPU can (Hopper and later)
 
 
 class Cut(NamedTuple):
-    """How a product is cut into the work of programs."""
+    """How a kernel is cut into the work of programs: rows of the batch, columns of its output, terms of a sum."""
 
     rows: int
     columns: int
@@ -27,15 +26,38 @@ class Cut(NamedTuple):
     warps: int
 
 
+# By the most rows of a batch; None is any number.
+CUTS: dict[int | None, dict[str, Cut]] = {
+    1: {
+        "enter": Cut(1, 8, 1024, 4),
+        "scan": Cut(1, 32, 0, 4),
+        "leave": Cut(1, 4, 1024, 4),
+        "best": Cut(1, 64, 1024, 8),
+    },
+    16: {
+        "enter": Cut(16, 16, 256, 4),
+        "scan": Cut(1, 32, 0, 4),
+        "leave": Cut(16, 16, 256, 4),
+        "best": Cut(16, 64, 128, 4),
+    },
+    64: {
+        "enter": Cut(32, 16, 128, 4),
+        "scan": Cut(4, 64, 0, 4),
+        "leave": Cut(32, 16, 128, 4),
+        "best": Cut(64, 128, 64, 4),
+    },
+    None: {
+        "enter": Cut(32, 32, 128, 4),
+        "scan": Cut(8, 64, 0, 4),
+        "leave": Cut(32, 32, 128, 4),
+        "best": Cut(128, 128, 64, 8),
+    },
+}
+
+
 def cut(kernel: str, batch: int) -> Cut:
     """An explicit rule, so that nothing is searched for at the first token."""
-    if batch <= ONE_BY_ONE:
-        return {"enter": Cut(1, 8, 1024, 4), "leave": Cut(1, 4, 1024, 4), "best": Cut(1, 64, 1024, 8)}[kernel]
-    if batch <= 16:
-        return {"enter": Cut(16, 16, 256, 4), "leave": Cut(16, 16, 256, 4), "best": Cut(16, 64, 128, 4)}[kernel]
-    if batch <= 64:
-        return {"enter": Cut(32, 16, 128, 4), "leave": Cut(32, 16, 128, 4), "best": Cut(64, 128, 64, 4)}[kernel]
-    return {"enter": Cut(32, 32, 128, 4), "leave": Cut(32, 32, 128, 4), "best": Cut(128, 128, 64, 8)}[kernel]
+    return next(cuts[kernel] for most, cuts in CUTS.items() if most is None or batch <= most)
 
 
 def mamba_step(
@@ -68,17 +90,19 @@ def mamba_step(
     u, z, y = (x.new_empty(batch, width) for _ in range(3))
     parts = x.new_empty(tiles, batch, P, dtype=torch.float32)
     norm = 0 if norm_weight is None else 1 if norm_bias is None else 2
-    enter_kernel[(tiles, triton.cdiv(batch, enter.rows))](
+    grid = (tiles, triton.cdiv(batch, enter.rows))
+    enter_kernel[grid](
         x, norm_weight, norm_bias, eps, in_proj, conv_state, conv_weight, conv_bias, x_proj,
         u, z, parts, conv_after, batch, d, width, chosen,
-        NORM=norm, TAPS=taps, P=P, ROWS=enter.rows, C=C, **_depth(enter._replace(columns=C), d), **_launch(enter.warps, pdl),
+        NORM=norm, TAPS=taps, P=P, ROWS=enter.rows, C=C,
+        **_depth(enter._replace(columns=C), d), **_launch(enter.warps, pdl),
     )  # fmt: skip
-    channels = max(8, min(32 if batch <= 16 else 64, 1024 // triton.next_power_of_2(n)))
-    rows = 1 if batch <= 16 else 4 if batch <= 64 else 8
-    scan_kernel[(triton.cdiv(width, channels), triton.cdiv(batch, rows))](
+    scan = cut("scan", batch)
+    channels = max(8, min(scan.columns, 1024 // triton.next_power_of_2(n)))
+    scan_kernel[(triton.cdiv(width, channels), triton.cdiv(batch, scan.rows))](
         u, z, parts, tiles, dt_proj, dt_bias, A_log, D, ssm_state, ssm_after, y, batch, width, r, n,
         P=P, T=triton.next_power_of_2(tiles), R=triton.next_power_of_2(r), N=triton.next_power_of_2(n),
-        ROWS=rows, C=channels, **_launch(4, pdl),
+        ROWS=scan.rows, C=channels, **_launch(scan.warps, pdl),
     )  # fmt: skip
     out, leave = torch.empty_like(x), cut("leave", batch)
     leave_kernel[(triton.cdiv(d, leave.columns), triton.cdiv(batch, leave.rows))](

@@ -106,7 +106,9 @@ def test_states_in_place(batch):
 
 
 @DTYPES
-@pytest.mark.parametrize(("batch", "d", "words"), [(1, 24, 197), (1, 70, 64), (3, 24, 197), (20, 40, 130), (70, 24, 300)])
+@pytest.mark.parametrize(
+    ("batch", "d", "words"), [(1, 24, 197), (1, 70, 64), (3, 24, 197), (20, 40, 130), (70, 24, 300)]
+)
 def test_linear_argmax_is_the_argmax(batch, d, words, dtype):
     torch.manual_seed(0)
     x, weight = torch.randn(batch, d, device=DEVICE).to(dtype), torch.randn(words, d, device=DEVICE).to(dtype)
