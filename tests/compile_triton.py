@@ -103,4 +103,9 @@ with torch.no_grad():
             for norm in ((), weights[9:10], weights[9:]):
                 triton.mamba_step(x, conv, ssm, *weights[:9], *norm)
             triton.linear_argmax(x[:, 0], draw(50257, 512, dtype=dtype))
+for activation in ("relu", "gelu", "silu", "swiglu"):
+    up, down = draw(4, 128 if activation == "swiglu" else 64, 32), draw(4, 32, 64)
+    for choices in (1, 2):
+        with torch.no_grad():
+            triton.expert_feedforward(draw(3, 32), torch.randint(0, 4, (3, choices)), None, up, down, activation)
 print(json.dumps(shared))

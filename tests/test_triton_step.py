@@ -7,7 +7,7 @@ from moemamba import ops
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_step
+from moemamba.ops import triton_experts_few, triton_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's products take bfloat16 for what its bits are as integers.
@@ -127,3 +127,28 @@ def test_equal_words_give_the_first():
     with ops.backend("triton"):
         assert ops.linear_argmax(x, weight).tolist() == [70]
         assert ops.linear_argmax(x.expand(3, -1), weight).tolist() == [70] * 3
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "swiglu"])
+@pytest.mark.parametrize(("tokens", "top_k", "gated"), [(1, 1, True), (5, 2, True), (3, 1, False)])
+def test_experts_of_few_tokens(tokens, top_k, gated, activation, dtype, monkeypatch):
+    monkeypatch.setattr(triton_experts_few, "WEIGHTS", 256)  # so that sums come in parts
+    torch.manual_seed(0)
+    n_experts, d, f, o = 4, 40, 50, 19
+    x = torch.randn(tokens, d, device=DEVICE).to(dtype)
+    indices = torch.rand(tokens, n_experts, device=DEVICE).topk(top_k).indices
+    if tokens > 1:
+        indices[1, 0] = n_experts  # dropped
+    gates = torch.rand(tokens, top_k, device=DEVICE) if gated else None
+    up = (torch.randn(n_experts, f * (2 if activation == "swiglu" else 1), d, device=DEVICE) / d**0.5).to(dtype)
+    down = (torch.randn(n_experts, o, f, device=DEVICE) / f**0.5).to(dtype)
+    with torch.no_grad():
+        assert triton_experts_few.fits(x, indices)
+        with ops.backend("triton"):
+            got = ops.expert_feedforward(x, indices, gates, up, down, activation=activation)
+        with ops.backend("reference"):
+            args = (x.float(), indices, gates, up.float(), down.float())
+            expected = ops.expert_feedforward(*args, activation=activation)
+    assert got.dtype == dtype
+    assert (got.float() - expected).norm() <= TOLERANCE[dtype] * expected.norm()

@@ -10,13 +10,14 @@ with as many rows captures nothing.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layers import AttentionState, Mamba
+from ..layers import AttentionState, Mamba, MoE, Router
 from ..layers.norm import RMSNorm
 from ..layers.untouched import untouched
 from ..model import Head, MoEMamba, Residual
@@ -111,13 +112,16 @@ class Decoder:
 
     def _through(self, layer: Residual, x: Tensor, mixers: tuple[MixerState, ...]) -> Tensor:
         """One sub-layer; its states are overwritten."""
-        mixer = layer.branches[0]
+        mixer: Any = layer.branches[0]
         if layer.letters == "M" and isinstance(mixer, Mamba) and untouched(layer, Residual):
             weights, norm = mixer.weights_of_step(x), _norm(layer.norm, x)
             if weights is not None and norm is not None:
                 weight, bias, eps = norm
                 tensors = (*mixers[0], *weights, weight, bias)
                 return ops.mamba_step(x, *tensors, eps=eps, in_place=True)[0]  # type: ignore[arg-type]
+        plain = layer.letters == "E" and untouched(layer, Residual) and untouched(mixer, MoE)
+        if plain and untouched(mixer.router, Router) and not torch.is_autocast_enabled(x.device.type):
+            return x + mixer.serve(layer.norm(x))
         y: Tensor
         y, after, _ = layer(x, mixers, None)
         for buffers, new in zip(mixers, after, strict=True):
