@@ -180,6 +180,14 @@ def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | N
     return None if weight is None or weight.dtype != x.dtype else (weight, bias, eps)  # type: ignore[return-value]
 
 
+def capturable(model: MoEMamba) -> bool:
+    """Whether a step can be a CUDA graph: on a GPU, and nothing waits for the host, as the reference's experts and
+    those of other processes do."""
+    weight = model.embedding.weight
+    apart = any(getattr(module, "group", None) is not None for module in model.modules())
+    return weight.is_cuda and not apart and ops.choose("expert_feedforward", weight) != "reference"
+
+
 @contextmanager
 def claim(model: MoEMamba, state: State, count: int, greedy: bool) -> Iterator[Decoder]:
     """A decoder that begins with this state, with room for `count` more tokens: the model's idle one, or a new one."""

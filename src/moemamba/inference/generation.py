@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..model import MoEMamba
 from ..state import State
-from .captured import claim
+from .captured import capturable, claim
 from .config import Sampling
 from .sampling import sample
 
@@ -95,7 +95,7 @@ def stream(
     try:
         with torch.inference_mode():
             hidden, state = _prefill(model, prompts, device)
-            if device.type == "cuda" and max_new_tokens >= WORTHWHILE:
+            if max_new_tokens >= WORTHWHILE and capturable(model):
                 yield from _captured(model, hidden, state, max_new_tokens, sampling, stop, generator)
                 return
             live = list(range(len(prompts)))
