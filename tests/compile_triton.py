@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton, triton_experts
+from moemamba.ops import triton, triton_experts, triton_step
 
 
 class Absent:
@@ -79,4 +79,33 @@ for length in (1, 300):
     differentiate(triton.causal_conv1d(u, weight, None, None, None, None)[0])
 differentiate(triton.linear_cross_entropy(draw(48, 32), draw(99, 32), torch.randint(0, 99, (48,)), -100, "mean"))
 differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
+with torch.no_grad():
+    for dtype in (torch.bfloat16, torch.float32):
+        for batch in (1, 9, 40, 256):
+            triton_step._overlap = lambda _: capability >= 90
+            x, conv, ssm = (
+                draw(batch, 1, 512, dtype=dtype),
+                draw(batch, 1024, 3, dtype=dtype),
+                torch.zeros(batch, 1024, 16),
+            )
+            shapes = (
+                (2048, 512),
+                (1024, 4),
+                (1024,),
+                (64, 1024),
+                (1024, 32),
+                (1024,),
+                (1024, 16),
+                (1024,),
+                (512, 1024),
+            )
+            weights = [draw(*shape, dtype=dtype) for shape in (*shapes, (512,), (512,))]
+            for norm in ((), weights[9:10], weights[9:]):
+                triton.mamba_step(x, conv, ssm, *weights[:9], *norm)
+            triton.linear_argmax(x[:, 0], draw(50257, 512, dtype=dtype))
+for activation in ("relu", "gelu", "silu", "swiglu"):
+    up, down = draw(4, 128 if activation == "swiglu" else 64, 32), draw(4, 32, 64)
+    for choices in (1, 2):
+        with torch.no_grad():
+            triton.expert_feedforward(draw(3, 32), torch.randint(0, 4, (3, choices)), None, up, down, activation)
 print(json.dumps(shared))

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from ..model import MoEMamba
 from ..state import State
+from .captured import capturable, claim
 from .config import Sampling
 from .sampling import sample
 
 PREFILL = 2048  # prompt positions in one call, which bounds the memory of long prompts
+WORTHWHILE = 8  # tokens from which on a step is captured on a GPU, which takes about as long as a few steps
 
 
 @overload
@@ -93,6 +95,9 @@ def stream(
     try:
         with torch.inference_mode():
             hidden, state = _prefill(model, prompts, device)
+            if max_new_tokens >= WORTHWHILE and capturable(model):
+                yield from _captured(model, hidden, state, max_new_tokens, sampling, stop, generator)
+                return
             live = list(range(len(prompts)))
             for _ in range(max_new_tokens):
                 chosen = sample(model.head(hidden[:, -1]), sampling, generator)
@@ -112,6 +117,27 @@ def stream(
                 hidden, state, _ = model.backbone(chosen[:, None], state)
     finally:
         model.train(was_training)
+
+
+def _captured(
+    model: MoEMamba,
+    hidden: Tensor,
+    state: State,
+    count: int,
+    sampling: Sampling,
+    stop: Collection[int],
+    generator: torch.Generator | None,
+) -> Iterator[list[int | None]]:
+    """`stream` from the prompt's hidden states on, each token but the first by a CUDA graph; rows that have stopped run
+    along until all have."""
+    first = sample(model.head(hidden[:, -1]), sampling, generator)
+    stopped = [False] * first.shape[0]
+    with claim(model, state, count, greedy=sampling.temperature == 0) as decoder:
+        for tokens in decoder.tokens(first, count, lambda logits: sample(logits, sampling, generator)):
+            stopped = [before or token in stop for before, token in zip(stopped, tokens, strict=True)]
+            if all(stopped):
+                return
+            yield [None if done else token for done, token in zip(stopped, tokens, strict=True)]
 
 
 def _prefill(model: MoEMamba, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, State]:

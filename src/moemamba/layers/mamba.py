@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .untouched import untouched
 
 
 class MambaState(NamedTuple):
@@ -92,3 +93,22 @@ class Mamba(SelectiveSSM):
         u, z = self.in_proj(x).chunk(2, dim=-1)
         y, state = self.scan(u, z, state, seq_idx)
         return self.out_proj(y), state
+
+    def weights_of_step(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """What `ops.mamba_step` reads for an x (b, 1, d), where it may take the place of calling the children.
+
+        That is where they are what they were built as, no gradient is wanted, and there are kernels for it.
+        """
+        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not (untouched(self, Mamba) and untouched(self.conv1d, CausalConv1d)):
+            return None
+        if not all(untouched(layer, nn.Linear) for layer in projections):
+            return None
+        if [layer.bias is None for layer in projections] != [True, True, False, True]:
+            return None
+        in_proj, x_proj, dt_proj, out_proj = (layer.weight for layer in projections)
+        conv = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        weights = (in_proj, *conv, x_proj, dt_proj, self.dt_proj.bias, self.A_log, self.D, out_proj)
+        return weights if ops.fuses_mamba_step(x, *weights) else None

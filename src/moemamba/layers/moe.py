@@ -29,6 +29,15 @@ class RouterStats(NamedTuple):
     """() mean entropy of a token's probabilities, in nats; log(n_experts) at most"""
 
 
+class Choice(NamedTuple):
+    """Which experts each of t tokens visits."""
+
+    indices: Tensor
+    """(t, k) int64"""
+    gates: Tensor
+    """(t, k) float32 probability of each choice"""
+
+
 class Routing(NamedTuple):
     """Which experts each token visits; t counts the positions of the batch, row after row."""
 
@@ -77,11 +86,7 @@ class Router(nn.Module):
             raise ValueError(f"a batch of {batch} rows cannot be cut into {groups} routing groups; give a multiple")
         rows, size = batch // groups, batch // groups * length
         with torch.autocast(x.device.type, enabled=False):
-            logits = ops.linear_float32(x.flatten(0, 1), self.weight)  # (t, e)
-            probabilities = logits.softmax(dim=-1)
-            scores = probabilities + self.balance_bias
-            indices = scores.argmax(-1, keepdim=True) if self.top_k == 1 else scores.topk(self.top_k, dim=-1).indices
-            gates = probabilities.gather(1, indices)
+            logits, probabilities, (indices, gates) = self.choose(x.flatten(0, 1))
             valid = logits.new_ones(batch * length) if seq_idx is None else (seq_idx.flatten() >= 0).to(logits.dtype)
             if seq_idx is not None:
                 indices = indices.masked_fill(valid[:, None] == 0, self.n_experts)
@@ -121,6 +126,14 @@ class Router(nn.Module):
                 entropy=mean(entropy.detach()).mean(),
             )
             return Routing(indices.masked_fill(~kept, self.n_experts), gates.masked_fill(~kept, 0), stats)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Choice]:
+        """x (t, d) -> logits (t, e), probabilities (t, e), and the choices, of which none is dropped."""
+        logits = ops.linear_float32(x, self.weight)
+        probabilities = logits.softmax(dim=-1)
+        scores = probabilities + self.balance_bias
+        indices = scores.argmax(-1, keepdim=True) if self.top_k == 1 else scores.topk(self.top_k, dim=-1).indices
+        return logits, probabilities, Choice(indices, probabilities.gather(1, indices))
 
     @torch.no_grad()
     def update_balance_bias(self, load: Tensor, rate: float) -> None:
@@ -191,7 +204,7 @@ class Experts(nn.Module):
         nn.init.uniform_(self.up_proj, -1 / math.sqrt(d_model), 1 / math.sqrt(d_model))
         nn.init.uniform_(self.down_proj, -1 / math.sqrt(d_expert), 1 / math.sqrt(d_expert))
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | Choice) -> Tensor:
         """x (t, d) -> (t, d_out)."""
         if self.group is None:
             return self._compute(x, routing.indices, routing.gates)
@@ -265,3 +278,10 @@ class MoE(nn.Module):
             shared = self.shared(x)
             y = y + (shared if seq_idx is None else shared.masked_fill(seq_idx[..., None] < 0, 0))
         return y, routing.stats
+
+    def serve(self, x: Tensor) -> Tensor:
+        """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
+        with torch.autocast(x.device.type, enabled=False):
+            *_, choice = self.router.choose(x.flatten(0, 1))
+        y: Tensor = self.experts(x.flatten(0, 1), choice).unflatten(0, x.shape[:2])
+        return y if self.shared is None else y + self.shared(x)

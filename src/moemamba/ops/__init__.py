@@ -25,9 +25,12 @@ __all__ = [
     "choose",
     "expert_feedforward",
     "expert_linear",
+    "fuses_mamba_step",
     "grouped_linear",
+    "linear_argmax",
     "linear_cross_entropy",
     "linear_float32",
+    "mamba_step",
     "rms_norm",
     "selective_scan",
     "why_not",
@@ -131,6 +134,77 @@ def causal_conv1d(
     return implementation("causal_conv1d", x)(x, weight, bias, activation, initial_state, seq_idx)
 
 
+def mamba_step(
+    x: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One position of a whole Mamba layer, projections included: what `layers.Mamba` computes with its weights.
+
+    No gradients.
+
+    Args:
+        x: (b, 1, d).
+        conv_state: (b, i, k-1) last inputs of the convolution, oldest first.
+        ssm_state: (b, i, n) float32.
+        in_proj: (2i, d), the gate's rows last.
+        conv_weight, conv_bias: (i, k), (i,).
+        x_proj: (r + 2n, i), rows of dt, B and C.
+        dt_proj, dt_bias: (i, r), (i,).
+        A_log, D: (i, n), (i,).
+        out_proj: (d, i).
+        norm_weight: (d,) makes this the residual sub-layer `x + layer(norm(x))`, with the root-mean-square norm;
+        norm_bias: (d,) with it the norm is layer normalisation.
+        eps: of the norm.
+        in_place: write the new states over the old ones, which must be contiguous, and return those.
+    Returns:
+        y (b, 1, d), conv_state, ssm_state.
+    """
+    batch, d = x.shape[0], x.shape[2]
+    (width, n), k, r = A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    _expect("x", x, (batch, 1, d))
+    _expect("conv_state", conv_state, (batch, width, k - 1))
+    _expect("ssm_state", ssm_state, (batch, width, n))
+    _expect("in_proj", in_proj, (2 * width, d))
+    _expect("conv_weight", conv_weight, (width, k))
+    _expect("conv_bias", conv_bias, (width,))
+    _expect("x_proj", x_proj, (r + 2 * n, width))
+    _expect("dt_proj", dt_proj, (width, r))
+    _expect("dt_bias", dt_bias, (width,))
+    _expect("D", D, (width,))
+    _expect("out_proj", out_proj, (d, width))
+    _expect("norm_weight", norm_weight, (d,))
+    _expect("norm_bias", norm_bias, (d,))
+    if in_place and not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
+        raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
+    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
+    norm = (norm_weight, norm_bias, eps, in_place)
+    return implementation("mamba_step", x)(x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
+
+
+def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `mamba_step` has kernels of its own for such an x (b, 1, d) and weights, in `mamba_step`'s order."""
+    if choose("mamba_step", x) != "triton":
+        return False
+    from .triton_step import fits  # here, since kernels take their time to load
+
+    return fits(x, weights)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One matrix product a group: rows sorted by expert, each with its expert's matrix.
 
@@ -223,6 +297,19 @@ def linear_cross_entropy(
     _expect("targets", targets, (hidden.shape[0],))
     hidden = _autocast(hidden)
     return implementation("linear_cross_entropy", hidden)(hidden, weight, targets, ignore_index, reduction)
+
+
+def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
+    """The largest entry of `x @ weight.T` in each row, as x's dtype rounds it: the most likely token. No gradients.
+
+    Args:
+        x: (b, d).
+        weight: (v, d).
+    Returns:
+        (b,) int64.
+    """
+    _expect("weight", weight, (weight.shape[0], x.shape[1]))
+    return implementation("linear_argmax", x)(x, weight)  # type: ignore[no-any-return]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

@@ -5,13 +5,16 @@ from .triton_cross_entropy import linear_cross_entropy
 from .triton_experts import expert_feedforward, expert_linear, grouped_linear
 from .triton_router import linear_float32
 from .triton_scan import selective_scan
+from .triton_step import linear_argmax, mamba_step
 
 __all__ = [
     "causal_conv1d",
     "expert_feedforward",
     "expert_linear",
     "grouped_linear",
+    "linear_argmax",
     "linear_cross_entropy",
     "linear_float32",
+    "mamba_step",
     "selective_scan",
 ]

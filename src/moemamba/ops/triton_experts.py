@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import triton_experts_few
 from . import triton_experts_kernels as kernels
 from .triton_sort import Order, sort_by_expert
 
@@ -23,6 +24,8 @@ def expert_feedforward(
     x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
 ) -> Tensor:
     """See `moemamba.ops.expert_feedforward`."""
+    if triton_experts_few.fits(x, indices):
+        return triton_experts_few.expert_feedforward(x, indices, gates, up, down, activation)
     return _feedforward(x, indices, gates, up, down, activation)[0]  # type: ignore[no-any-return]
 
 

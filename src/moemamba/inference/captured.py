@@ -1,0 +1,222 @@
+"""Decoding on a GPU: one token of every row as a CUDA graph, replayed.
+
+A step of eager calls is bound by the host, which launches hundreds of small kernels. The graph reads and writes buffers
+of its own, among them the state; to the outside the state stays a value. Attention's keys and values lie in buffers
+with room for all tokens that are asked for, entries yet to come marked as not of the sequence.
+
+A model keeps the last decoder that it used until its next use (with the memory of one state), so that generating again
+with as many rows captures nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..layers import AttentionState, Mamba, MoE, Router
+from ..layers.norm import RMSNorm
+from ..layers.untouched import untouched
+from ..model import Head, MoEMamba, Residual
+from ..state import MixerState, State
+
+ROOM = 256  # keys and values are kept in buffers of a multiple of this
+
+_idle: WeakKeyDictionary[MoEMamba, "Decoder"] = WeakKeyDictionary()
+
+
+class Decoder:
+    """Buffers and graph of one step, for a number of rows.
+
+    Args:
+        model: in evaluation mode, on the device; its parameters must stay where they are.
+        state: of the rows; its shapes and dtypes are what counts here.
+        room: tokens that attention can hold.
+        greedy: the most likely token is chosen in the graph; otherwise it leaves logits.
+    """
+
+    def __init__(self, model: MoEMamba, state: State, room: int, greedy: bool):
+        self._model, self.greedy, self.key = ref(model), greedy, _key(model, state, greedy)
+        batch, device = state.batch_size, model.embedding.weight.device
+        self.state = State(tuple(_buffers(mixer, room) for mixer in state.mixers))
+        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the next entry of keys and values
+        self.history = torch.zeros(room, batch, dtype=torch.int64, device=device)
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the next row of history
+        self.logits: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self, state: State) -> None:
+        """Take over a state, copying it."""
+        for buffers, mixer in zip(self.state.mixers, state.mixers, strict=True):
+            if isinstance(buffers, AttentionState):
+                assert isinstance(mixer, AttentionState)
+                length = mixer.keys.shape[2]
+                buffers.positions.fill_(-1)
+                buffers.keys.zero_()
+                buffers.values.zero_()
+                buffers.positions[:, :length] = mixer.positions
+                buffers.keys[:, :, :length], buffers.values[:, :, :length] = mixer.keys, mixer.values
+                self.place.fill_(length)
+            else:
+                for buffer, tensor in zip(buffers, mixer, strict=True):
+                    buffer.copy_(tensor)
+        self.index.zero_()
+
+    def capture(self) -> None:
+        """Record the step. It runs once before, so that kernels are compiled; buffers hold anything afterwards."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def advance(self) -> None:
+        """The next step, captured if there is a graph."""
+        if self.graph is None:
+            self.step()
+        else:
+            self.graph.replay()
+
+    def step(self) -> None:
+        """One token of every row: from `token`, change the state, and leave the next `token`, or `logits`."""
+        model = self._model()
+        assert model is not None
+        x, done = model.embedding(self.token[:, None]), 0
+        for layer in model.layers:
+            assert isinstance(layer, Residual)
+            mixers = self.state.mixers[done : done + sum(letter in "MAR" for letter in layer.letters)]
+            x = self._through(layer, x, mixers)
+            done += len(mixers)
+        hidden = model.norm(x)[:, 0]
+        self.place += 1
+        if not self.greedy:
+            self.logits = model.head(hidden)
+            return
+        plain = untouched(model.head, Head) and model.head.weight.dtype == hidden.dtype
+        fast = plain and not torch.is_autocast_enabled(hidden.device.type)
+        self.put(ops.linear_argmax(hidden, model.head.weight) if fast else model.head(hidden).argmax(-1))
+
+    def put(self, chosen: Tensor) -> None:
+        """The next tokens (b,), which are also written down."""
+        self.token.copy_(chosen)
+        self.history.index_copy_(0, self.index, chosen[None])
+        self.index += 1
+
+    def _through(self, layer: Residual, x: Tensor, mixers: tuple[MixerState, ...]) -> Tensor:
+        """One sub-layer; its states are overwritten."""
+        mixer: Any = layer.branches[0]
+        if layer.letters == "M" and isinstance(mixer, Mamba) and untouched(layer, Residual):
+            weights, norm = mixer.weights_of_step(x), _norm(layer.norm, x)
+            if weights is not None and norm is not None:
+                weight, bias, eps = norm
+                tensors = (*mixers[0], *weights, weight, bias)
+                return ops.mamba_step(x, *tensors, eps=eps, in_place=True)[0]  # type: ignore[arg-type]
+        plain = layer.letters == "E" and untouched(layer, Residual) and untouched(mixer, MoE)
+        if plain and untouched(mixer.router, Router) and not torch.is_autocast_enabled(x.device.type):
+            return x + mixer.serve(layer.norm(x))
+        y: Tensor
+        y, after, _ = layer(x, mixers, None)
+        for buffers, new in zip(mixers, after, strict=True):
+            if isinstance(buffers, AttentionState):  # the new entry is the last
+                buffers.keys.index_copy_(2, self.place, new[0][:, :, -1:])
+                buffers.values.index_copy_(2, self.place, new[1][:, :, -1:])
+                buffers.positions.index_copy_(1, self.place, new[2][:, -1:])
+            else:
+                for buffer, tensor in zip(buffers, new, strict=True):
+                    buffer.copy_(tensor)
+        return y
+
+    def tokens(self, first: Tensor, count: int, choose: Callable[[Tensor], Tensor]) -> Iterator[list[int]]:
+        """`first` (b,) and what follows, `count` tokens a row. The GPU computes the next token while one is read."""
+        here = torch.empty(self.history.shape, dtype=torch.int64, pin_memory=first.is_cuda)
+        reader = torch.cuda.Stream() if first.is_cuda else None
+        self.put(first)
+        for row in range(count):
+            ready = None
+            if reader is not None:
+                reader.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(reader):
+                    here[row].copy_(self.history[row], non_blocking=True)
+                    ready = torch.cuda.Event()
+                    ready.record()
+            else:
+                here[row] = self.history[row]
+            if row + 1 < count:
+                self.advance()
+                if self.logits is not None:
+                    self.put(choose(self.logits))
+            if ready is not None:
+                ready.synchronize()
+            yield here[row].tolist()
+
+
+def _buffers(mixer: MixerState, room: int) -> MixerState:
+    """Memory for a mixer's state; attention's holds `room` tokens."""
+    if not isinstance(mixer, AttentionState):
+        return type(mixer)(*(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in mixer))
+    keys, values, positions = mixer
+    (batch, heads, _, width), empty = keys.shape, positions.new_full((keys.shape[0], room), -1)
+    return AttentionState(keys.new_zeros(batch, heads, room, width), values.new_zeros(batch, heads, room, width), empty)
+
+
+def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
+    """Weight, bias and epsilon of a norm that `ops.mamba_step` knows."""
+    if untouched(norm, RMSNorm):
+        weight, bias, eps = norm.weight, None, norm.eps
+    elif untouched(norm, nn.LayerNorm):
+        weight, bias, eps = norm.weight, norm.bias, norm.eps
+        if bias is None:
+            return None
+    else:
+        return None
+    return None if weight is None or weight.dtype != x.dtype else (weight, bias, eps)  # type: ignore[return-value]
+
+
+def capturable(model: MoEMamba) -> bool:
+    """Whether a step can be a CUDA graph: on a GPU, and nothing waits for the host, as the reference's experts and
+    those of other processes do."""
+    weight = model.embedding.weight
+    apart = any(getattr(module, "group", None) is not None for module in model.modules())
+    return weight.is_cuda and not apart and ops.choose("expert_feedforward", weight) != "reference"
+
+
+@contextmanager
+def claim(model: MoEMamba, state: State, count: int, greedy: bool) -> Iterator[Decoder]:
+    """A decoder that begins with this state, with room for `count` more tokens: the model's idle one, or a new one."""
+    length = max((mixer[0].shape[2] for mixer in state.mixers if isinstance(mixer, AttentionState)), default=0)
+    room = -(-(length + count) // ROOM) * ROOM
+    decoder = _idle.pop(model, None)  # nobody else may use it in the meantime
+    if decoder is None or decoder.key != _key(model, state, greedy) or decoder.history.shape[0] < room:
+        decoder = None  # its memory is free before the next one takes its own
+        decoder = Decoder(model, state, room, greedy)
+        if model.embedding.weight.is_cuda:
+            decoder.capture()
+    decoder.begin(state)
+    try:
+        yield decoder
+    finally:
+        _idle[model] = decoder
+
+
+def _key(model: MoEMamba, state: State, greedy: bool) -> tuple[object, ...]:
+    """What a graph depends on besides the values in its buffers: shapes, where the weights are, and what layers do."""
+    shapes = tuple(
+        (type(mixer), *((t.dtype, t.shape[:2] if isinstance(mixer, AttentionState) else t.shape) for t in mixer))
+        for mixer in state.mixers
+    )
+    weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+    kinds = tuple(
+        (id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
+        for m in model.modules()
+    )
+    device = model.embedding.weight.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return greedy, shapes, weights, kinds, autocast, ops.choose("mamba_step", model.embedding.weight)
