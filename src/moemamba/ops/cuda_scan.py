@@ -15,9 +15,12 @@ from .cuda_runtime import Module
 from .triton_scan import _empty_gradients, _rows, position_marks
 from .triton_scan import selective_scan as general_scan
 
-STATES, STEPS, CHUNK = 16, 8, 128
+STATES, STEPS = 16, 8
 WALKERS = 128  # threads of a block that walks along time, two channels each
-TILE, THREADS = 64, 256  # channels and threads of a block of the backward pass
+# Of the backward pass: positions between saved states, channels of a block, positions whose states are in registers, and
+# the blocks of a multiprocessor that registers are to suffice for.
+CHUNK, TILE, GROUP, RESIDENT = 32, 64, 4, 3
+THREADS = 2 * TILE
 BLOCKS = 8  # of a kernel, for each multiprocessor, that fill a GPU
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -122,7 +125,8 @@ class _Launcher:
 def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, paired: bool) -> Module:
     files = ("cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
-    constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "PAIRED": paired, "CHUNK": CHUNK}
+    constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "PAIRED": paired}
+    constants |= {"CHUNK": CHUNK, "TILE": TILE, "GROUP": GROUP, "RESIDENT": RESIDENT}
     with torch.cuda.device(device):
         return Module(source, {name: int(value) for name, value in constants.items()}, device)
 
@@ -132,9 +136,8 @@ def _walk_memory(threads: int, size: int) -> int:
 
 
 def _backward_memory() -> int:
-    segments = CHUNK // STEPS
-    sizes = (segments * THREADS * 16, STEPS * TILE * 16, CHUNK * 2 * STATES * 4, 3 * STEPS * (TILE + 4) * 4)
-    return sum(sizes) + 2 * 8 * STEPS * (STATES + 2) * 4 + CHUNK * 4
+    warps, marks = THREADS // 32, CHUNK * 4
+    return warps * (CHUNK // GROUP * 1024 + GROUP * 640) + CHUNK * 2 * STATES * 4 + marks
 
 
 def _forward(
