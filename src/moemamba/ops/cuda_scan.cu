@@ -239,7 +239,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
         }
         const Pair* at = ring + side * 3 * STEPS * threads + thread;
         Element* to = (Element*)s.y + (row * s.length + first) * s.width + channel;
-#pragma unroll 1
+#pragma unroll UNROLL
         for (int k = 0; k < here; k++) {
             float2 x = values(at[0]), step = values(at[STEPS * threads]), gate = make_float2(0, 0), open = gate;
             if (gated) gate = values(at[2 * STEPS * threads]);
@@ -305,9 +305,9 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             }
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4) forward(const Scan s) { walk<FORWARD>(s); }
-extern "C" __global__ void __launch_bounds__(128, 4) summarise(const Scan s) { walk<SUMMARY>(s); }
-extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s) { walk<ADJOINT>(s); }
+extern "C" __global__ void __launch_bounds__(128, WALKS) forward(const Scan s) { walk<FORWARD>(s); }
+extern "C" __global__ void __launch_bounds__(128, WALKS) summarise(const Scan s) { walk<SUMMARY>(s); }
+extern "C" __global__ void __launch_bounds__(128, WALKS) summarise_back(const Scan s) { walk<ADJOINT>(s); }
 
 // What each part adds to a state (entry, totals) becomes the state that enters it: one thread for each state.
 template <bool BACK> __device__ inline void carried(const Scan& s) {

@@ -21,6 +21,7 @@ WALKERS = 128  # threads of a block that walks along time, two channels each
 # the blocks of a multiprocessor that registers are to suffice for.
 CHUNK, TILE, GROUP, RESIDENT = 32, 64, 4, 3
 THREADS = 2 * TILE
+UNROLL, WALKS = 1, 4
 BLOCKS = 8  # of a kernel, for each multiprocessor, that fill a GPU
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -126,7 +127,7 @@ def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, p
     files = ("cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
     constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "PAIRED": paired}
-    constants |= {"CHUNK": CHUNK, "TILE": TILE, "GROUP": GROUP, "RESIDENT": RESIDENT}
+    constants |= {"CHUNK": CHUNK, "TILE": TILE, "GROUP": GROUP, "RESIDENT": RESIDENT, "UNROLL": UNROLL, "WALKS": WALKS}
     with torch.cuda.device(device):
         return Module(source, {name: int(value) for name, value in constants.items()}, device)
 
