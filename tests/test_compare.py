@@ -141,6 +141,10 @@ def test_contenders():
     assert many.name == "many"
     assert many.model == preset("moe-mamba-tiny", experts=ExpertsConfig(32, activation="relu"))
     assert many.recipe == {"learning_rate": 0.002}
+    inner = parse_contender('mamba-tiny,pattern=MR,routed.projections=["conv","out"],optimizer=muon,clip=0.5')
+    assert inner.model.routed.projections == ("conv", "out")
+    assert inner.model.pattern == "MR"
+    assert inner.recipe == {"optimizer": "muon", "clip": 0.5}
 
 
 def test_contender_from_a_file(tmp_path):
@@ -299,13 +303,23 @@ def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):
 
 
 def test_runs_at_once_come_to_the_same(base, compared, tmp_path):
-    """In processes of their own, on the backend that they choose; an error in one of them is raised here."""
+    """In processes of their own, on the backend that they choose."""
     again = compare(CONTENDERS[:3], base, 1, tmp_path / "runs", jobs=2, silent=True)
     for run, alone in zip(again.runs, compared[0].runs, strict=False):
         assert [loss for _, loss in run.curve] == pytest.approx([loss for _, loss in alone.curve], abs=1e-3)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_diverges_is_in_the_table(base, jobs, tmp_path):
+    """And the others are finished; what diverged is not tried again."""
     wild = Contender("wild", MAMBA, {"learning_rate": 1e30})
-    with pytest.raises(ArithmeticError, match="not finite at step"):
-        compare([CONTENDERS[0], wild], base, 1, tmp_path / "wild", jobs=2, silent=True)
+    for _ in range(2):
+        mamba, other = compare([CONTENDERS[0], wild], base, 1, tmp_path, jobs=jobs, silent=True).rows
+        assert mamba.seeds == (0,)
+        assert (other.seeds, other.missing, other.verdict) == ((), "1 of 1 diverged", "1 of 1 diverged")
+        assert cells([mamba, other], 12)[1][3:9] == ("1 of 1 diverged", "–", "–", "–", "–", "–")
+        assert len(read_history(tmp_path / "wild" / "seed-0").failure) == 1
+    assert "wild</b>: 1 of 1 diverged" in (tmp_path / "report.html").read_text()
 
 
 def test_other_runs_are_not_mixed_in(base, compared):

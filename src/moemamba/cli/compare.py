@@ -33,7 +33,7 @@ class Compare:
     wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002"""
     seeds: int = 2
     jobs: int = 1
-    """runs trained at once, each with its share of the cores"""
+    """runs trained at once, each with its share of the cores, spread over the GPUs"""
     out: str = "runs/compare"
     """directory of the runs, results.json and report.html; a comparison that was stopped goes on there"""
     budget: Annotated[Budget, arg(name="")] = field(default_factory=Budget)

@@ -71,7 +71,7 @@ def line_chart(
         if line.low:
             band = [*line.low, *reversed(line.high)]
             drawn.append(f'<path class="band s{line.colour}" d="{_path(frame, band)}Z"/>')
-    drawn += [f'<path class="line s{line.colour}" d="{_path(frame, line.points)}"/>' for line in lines]
+    drawn += [f'<path class="line s{line.colour}" d="{_path(frame, line.points)}"/>' for line in lines if line.points]
     drawn += [_dot(frame, line, x, y, y_format) for line in lines if line.dots for x, y in line.points]
     if level:
         (x0, y), (x1, _) = frame.place(frame.x[0], level[0]), frame.place(frame.x[1], level[0])

@@ -1,12 +1,11 @@
 """Several models, the same data in the same order and the same budget, over seeds."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 from .. import __version__
 from ..config import ModelConfig, from_dict
 from ..training.config import TrainConfig
-from ..training.loop import train
-from ..training.progress import Report
 from .contender import RECIPE, Contender
-from .history import read_history
+from .history import History, read_history
 from .report import report
 from .results import Comparison, Run, summarise
+from .runs import Task, carry_out
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
 _OWN = {"model", "run", "seed", "data_seed"}
@@ -41,13 +39,15 @@ def compare(
 
     A seed changes the initial weights and the order of the data; with one seed all models see the same batches. Each
     run is a run directory, `out/NAME/seed-N`: a comparison that was stopped goes on where it stood, and one that is
-    finished only writes its report again.
+    finished only writes its report again. A run that diverged stays as it is, and the table says so; so does one that
+    failed, for which the others are carried to their end first.
 
     Args:
         contenders: the first is the baseline.
         base: data, budget and recipe of all of them; its `model`, `run`, `seed` and `data_seed` do not matter.
         out: directory of everything.
-        jobs: runs at once, each a process with its share of this one's threads; small models waste cores otherwise.
+        jobs: runs at once, each a process with its share of this one's threads, spread over the GPUs; small models
+            waste cores, and a GPU, otherwise.
         command: what was typed, for the report.
         silent: show no progress.
     Raises:
@@ -59,17 +59,32 @@ def compare(
     plan = [(contender, seed) for seed in range(seeds) for contender in contenders]
     configs = [_config(contender, base, seed, out) for contender, seed in plan]
     begun = [_begun(config) for config in configs]
-    labels = [f"[{k}/{len(plan)}] {contender.name}, seed {seed}" for k, (contender, seed) in enumerate(plan, start=1)]
-    if jobs == 1:
-        for config, resume, label in zip(configs, begun, labels, strict=True):
-            train(config, resume, report=Report(label, silent))
-    else:
-        _train_at_once(jobs, configs, begun, labels, silent)
-    runs = [
-        Run(contender.name, seed, Path(config.run), read_history(Path(config.run)))
-        for (contender, seed), config in zip(plan, configs, strict=True)
-    ]
-    models = {run.model: _model(run.path) for run in runs}
+    tasks = []
+    for k, ((contender, seed), config, resume) in enumerate(zip(plan, configs, begun, strict=True), start=1):
+        if _read(contender, seed, config).state == "unfinished":
+            tasks.append(Task(config, resume, f"[{k}/{len(plan)}] {contender.name}, seed {seed}"))
+    try:
+        carry_out(tasks, jobs, silent)
+    except (RuntimeError, KeyboardInterrupt):
+        with contextlib.suppress(Exception):  # what there is; the error says more
+            _write(plan, configs, base, out, jobs, command)
+        raise
+    return _write(plan, configs, base, out, jobs, command)
+
+
+def _write(
+    plan: Sequence[tuple[Contender, int]],
+    configs: Sequence[TrainConfig],
+    base: TrainConfig,
+    out: Path,
+    jobs: int,
+    command: str | None,
+) -> Comparison:
+    """The results of the runs that there are."""
+    runs = [_read(contender, seed, config) for (contender, seed), config in zip(plan, configs, strict=True)]
+    contenders = [contender for contender, seed in plan if seed == 0]
+    models = {contender.name: contender.model for contender in contenders}
+    models |= {run.model: _model(run.path) for run in runs if (run.path / "config.json").exists()}
     rows = summarise(runs, models, base.context)
     comparison = Comparison(rows, runs, _settings(base, contenders), _environment(jobs), command)
     (out / "results.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -77,24 +92,17 @@ def compare(
     return comparison
 
 
-def _train_at_once(
-    jobs: int, configs: Sequence[TrainConfig], begun: Sequence[bool], labels: Sequence[str], silent: bool
-) -> None:
-    """Train in processes of their own; the first error ends the comparison once the runs under way are done."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        work = zip(configs, begun, labels, strict=True)
-        futures = [pool.submit(_train_one, config, resume, label, silent) for config, resume, label in work]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _train_one(config: TrainConfig, resume: bool, label: str, silent: bool) -> None:
-    train(config, resume, report=Report(label, silent, plain=True))
+def _read(contender: Contender, seed: int, config: TrainConfig) -> Run:
+    """A run as it stands."""
+    path = Path(config.run)
+    if not (path / "metrics.jsonl").exists():
+        return Run(contender.name, seed, path, History([], [], []), "unfinished")
+    history = read_history(path)
+    if history.failure:
+        return Run(contender.name, seed, path, history, "diverged")
+    evaluated = bool(history.evaluation) and history.evaluation[-1]["step"] == config.steps
+    saved = (path / "checkpoints" / f"{config.steps:08d}").is_dir()
+    return Run(contender.name, seed, path, history, "finished" if evaluated and saved else "unfinished")
 
 
 def _config(contender: Contender, base: TrainConfig, seed: int, out: Path) -> TrainConfig:
@@ -143,7 +151,9 @@ def _settings(base: TrainConfig, contenders: Sequence[Contender]) -> dict[str, A
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     return {
         "moemamba": __version__,
         "python": platform.python_version(),

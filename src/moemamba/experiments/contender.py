@@ -45,13 +45,13 @@ def parse_contender(text: str) -> Contender:
     """`mamba-tiny`, `NAME=PRESET`, `NAME=config.json`, each with changes behind: `wide=moe-mamba-tiny,n_experts=32`.
 
     Changes are fields of the model's configuration (`routed.experts.n_experts=4` where the last name alone is not
-    enough) or of its recipe.
+    enough; lists as in JSON, `routed.projections=["conv","out"]`) or of its recipe.
 
     Raises:
         ValueError: no such preset or field, or a value that cannot work.
         OSError: the file cannot be read.
     """
-    source, *changes = text.split(",")
+    source, *changes = re.split(r",(?![^\[]*\])", text)  # commas within a list belong to it
     name, named, source = source.rpartition("=")
     if source.endswith(".json"):
         model = from_dict(ModelConfig, json.loads(Path(source).read_text(encoding="utf-8")), source)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ class History:
     train: list[dict[str, Any]]
     evaluation: list[dict[str, Any]]
     router: list[dict[str, Any]]
+    failure: list[dict[str, Any]] = field(default_factory=list)
+    """where the run diverged; a resumption takes the line away"""
 
     def curve(self, kind: str, key: str) -> list[tuple[float, float]]:
         """(step, value) of one figure, such as `curve("evaluation", "loss")`; lines without it are left out."""
@@ -31,7 +33,7 @@ def read_history(run: Path) -> History:
     """
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
-    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "router": []}
+    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "router": [], "failure": []}
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
@@ -40,7 +42,7 @@ def read_history(run: Path) -> History:
                 break
             raise ValueError(f"{path}, line {number}, is not JSON ({error}); remove the line or the run") from None
         kinds.setdefault(line["kind"], []).append(line)
-    return History(kinds["train"], kinds["evaluation"], kinds["router"])
+    return History(kinds["train"], kinds["evaluation"], kinds["router"], kinds["failure"])
 
 
 def smoothed(curve: Curve, span: int) -> list[tuple[float, float]]:

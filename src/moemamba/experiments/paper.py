@@ -1,24 +1,23 @@
 """A table of the paper run again: learning rates tuned for every model alike, then the comparison, then its claims."""
 
-import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..training.config import TrainConfig
 from .compare import compare
-from .contender import Contender
 from .report import notes
 from .results import HEADER, Comparison, Row, cells
 from .tables import Claim, Scale, Table
+from .tuning import Tuning, apply, tune
 
 
 def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
     """The authors' recipe (arXiv 2401.04081, table 5, and their code) at a scale; `base` has data and device.
 
-    Adam's second beta, clipping, decay of all weights and the 1% of warm-up are theirs; evaluations are 20.
+    Adam's second beta, clipping, decay of all weights and the 1% of warm-up are theirs; evaluations are 40.
     """
     steps = scale.steps or table.steps
     return replace(
@@ -36,7 +35,7 @@ def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
         beta1=0.9,
         beta2=0.999,
         clip=0.5,
-        eval_every=max(1, steps // 20),
+        eval_every=max(1, steps // 40),
         save_every=max(1, steps // 4),
         log_every=max(1, steps // 200),
     )
@@ -62,40 +61,18 @@ def reproduce(
     """
     base = recipe(base, table, scale)
     contenders = [entry.contender(scale) for entry in table.entries]
-    if scale.learning_rates:
-        contenders = tuned(contenders, scale, base, out / "tuning", jobs=jobs, command=command, silent=silent)
+    rates = {entry.name: own for entry in table.entries if len(own := entry.rates(scale)) > 1}
+    tunings: dict[str, Tuning] = {}
+    if rates:
+        steps = min(scale.tuning_steps, base.steps)
+        short = replace(base, steps=steps, eval_every=steps, save_every=steps, log_every=10)
+        unsure = [contender for contender in contenders if contender.name in rates]
+        tunings = tune(unsure, rates, short, out / "tuning", jobs=jobs, command=command, silent=silent)
+        contenders = apply(contenders, tunings)
     found = compare(contenders, base, scale.seeds, out, jobs=jobs, command=command, silent=silent)
-    rates = {contender.name: contender.recipe["learning_rate"] for contender in contenders}
-    (out / "results.md").write_text(markdown(table, scale, found, rates), encoding="utf-8")
+    chosen = {contender.name: contender.recipe["learning_rate"] for contender in contenders}
+    (out / "results.md").write_text(markdown(table, scale, found, chosen, tunings), encoding="utf-8")
     return found
-
-
-def tuned(
-    contenders: Sequence[Contender],
-    scale: Scale,
-    base: TrainConfig,
-    out: Path,
-    *,
-    jobs: int = 1,
-    command: str | None = None,
-    silent: bool = False,
-) -> list[Contender]:
-    """The contenders with the learning rate, of those of the scale, that ends lowest after `tuning_steps`, seed 0."""
-    steps = min(scale.tuning_steps, base.steps)
-    short = replace(base, steps=steps, eval_every=steps, save_every=steps, log_every=10)
-    tried = [
-        Contender(f"{contender.name}-lr{rate:g}", contender.model, {**contender.recipe, "learning_rate": rate})
-        for contender in contenders
-        for rate in scale.learning_rates
-    ]
-    rows = compare(tried, short, 1, out, jobs=jobs, command=command, silent=silent).rows
-    loss = {row.name: row.loss.mean for row in rows}
-    chosen = []
-    for contender in contenders:
-        best = min(scale.learning_rates, key=lambda rate: loss[f"{contender.name}-lr{rate:g}"])
-        chosen.append(replace(contender, recipe={**contender.recipe, "learning_rate": best}))
-    (out / "learning-rates.json").write_text(json.dumps({c.name: c.recipe["learning_rate"] for c in chosen}) + "\n")
-    return chosen
 
 
 def verdict(claim: Claim, rows: Sequence[Row]) -> str:
@@ -106,7 +83,12 @@ def verdict(claim: Claim, rows: Sequence[Row]) -> str:
     by_name = {row.name: row for row in rows}
     better, worse = by_name[claim.better], by_name[claim.worse]
     sides = (better.accuracy, worse.accuracy) if claim.accuracy else (better.loss, worse.loss)
-    differences = [a - b for a, b in zip(sides[0].values, sides[1].values, strict=True)]
+    ours, theirs = (
+        dict(zip(row.seeds, side.values, strict=True)) for row, side in zip((better, worse), sides, strict=True)
+    )
+    differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    if not differences:
+        return f"not to be judged ({', '.join(f'{row.name}: {row.missing}' for row in (better, worse) if row.missing)})"
     mean, seeds = statistics.fmean(differences), len(differences)
     gain = [d > 0 if claim.accuracy else d < 0 for d in differences]
     clear = math.isfinite(mean) and (seeds == 1 or abs(mean) > statistics.stdev(differences))
@@ -122,7 +104,9 @@ def says(claim: Claim) -> str:
     return f"{claim.better} {'more accurate than' if claim.accuracy else 'below'} {claim.worse}"
 
 
-def markdown(table: Table, scale: Scale, found: Comparison, rates: dict[str, float]) -> str:
+def markdown(
+    table: Table, scale: Scale, found: Comparison, chosen: Mapping[str, float], tunings: Mapping[str, Tuning]
+) -> str:
     """The results beside the paper's numbers, and what became of its claims."""
     settings = found.settings
     tokens = settings["steps"] * settings["batch_size"] * settings["context"]
@@ -133,26 +117,49 @@ def markdown(table: Table, scale: Scale, found: Comparison, rates: dict[str, flo
         "",
         f"{tokens:,} tokens a run: {settings['steps']:,} steps of {settings['batch_size']} × {settings['context']}. "
         f"Data: {settings['data']}; tokenizer: {settings['tokenizer']}.",
-        f"Learning rates: {_chosen(scale, settings['steps'])}",
         "",
-        f"| {' | '.join(header)} |",
-        "|---" * len(header) + "|",
+        *_table(
+            header,
+            [
+                (*own[:5], *_printed(printed[row.name], printed[found.rows[0].name]), *own[5:], f"{chosen[row.name]:g}")
+                for row, own in zip(found.rows, cells(found.rows, settings["steps"]), strict=True)
+            ],
+        ),
+        "",
+        *_table(("claim", "here"), [(says(claim), verdict(claim, found.rows)) for claim in table.claims]),
+        "",
+        notes(len({run.seed for run in found.runs})),
+        "The paper's numbers are smoothed training losses on C4.",
+        "",
+        *_rates(tunings, min(scale.tuning_steps, settings["steps"])),
     ]
-    first = printed[found.rows[0].name]
-    for row, own in zip(found.rows, cells(found.rows, settings["steps"]), strict=True):
-        paper = printed[row.name]
-        difference = "–" if paper is None or first is None else f"{paper - first:+.2f}".replace("-", "−")
-        figures = (*own[:5], "–" if paper is None else f"{paper:.2f}", difference, *own[5:], f"{rates[row.name]:g}")
-        lines.append(f"| {' | '.join(figures)} |")
-    lines += ["", "| the paper's claim | here |", "|---|---|"]
-    lines += [f"| {says(claim)} | {verdict(claim, found.rows)} |" for claim in table.claims]
-    lines += ["", notes(len(found.rows[0].loss.values)), "The paper's numbers are smoothed training losses on C4."]
     lines += ["", f"    {found.command}", ""] if found.command else [""]
     return "\n".join(lines)
 
 
-def _chosen(scale: Scale, steps: int) -> str:
-    if not scale.learning_rates:
-        return "the paper's own."
-    tried = ", ".join(f"{rate:g}" for rate in scale.learning_rates)
-    return f"the best of {tried} after {min(scale.tuning_steps, steps):,} steps with seed 0, tried for every model."
+def _printed(loss: float | None, baseline: float | None) -> tuple[str, str]:
+    """The paper's loss, and its difference from the paper's baseline."""
+    difference = "–" if loss is None or baseline is None else f"{loss - baseline:+.2f}".replace("-", "−")
+    return "–" if loss is None else f"{loss:.2f}", difference
+
+
+def _rates(tunings: Mapping[str, Tuning], steps: int) -> list[str]:
+    """How the learning rates were chosen."""
+    if not tunings:
+        return ["Learning rates were given, not tuned."]
+    tried = sorted({rate for tuning in tunings.values() for rate in tuning.losses})
+    rows = []
+    for name, tuning in tunings.items():
+        at = {rate: "diverged" if math.isinf(loss) else f"{loss:.4f}" for rate, loss in tuning.losses.items()}
+        at[tuning.chosen] = f"**{at[tuning.chosen]}**"
+        rows.append((name, *(at.get(rate, "") for rate in tried), "yes" if tuning.beyond is not None else ""))
+    return [
+        f"Learning rates: the best after {steps:,} steps with seed 0, chosen alike for every model; a grid was widened "
+        "by a factor of two, at most twice, where its best rate lay at its edge. Held-out loss of each:",
+        "",
+        *_table(("model", *(f"{rate:g}" for rate in tried), "still at the edge"), rows),
+    ]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(row)} |" for row in rows)]

@@ -19,7 +19,7 @@ def report(comparison: Comparison) -> str:
     """The page."""
     rows, settings = comparison.rows, comparison.settings
     names = [row.name for row in rows]
-    seeds = len(rows[0].loss.values)
+    seeds = len({run.seed for run in comparison.runs})
     tokens = settings["steps"] * settings["batch_size"] * settings["context"]
     budget = (
         f"Every model saw the same {tokens:,} tokens in the same order: {settings['steps']:,} steps of "
@@ -55,6 +55,8 @@ def page(title: str, body: str) -> str:
 def headline(row: Row) -> str:
     """One sentence on how a model stands to the baseline, as HTML."""
     d, name = row.difference, f"<b>{escape(row.name)}</b>"
+    if row.missing or not d.values:
+        return f"{name}: {escape(row.verdict)}."
     if not row.verdict.startswith(("lower", "higher")) and d.std is not None:
         return f"{name} shows no clear difference from the baseline: {signed(d)} nats per token."
     side = "below" if d.mean < 0 else "above"
@@ -90,7 +92,7 @@ def figure(title: str, drawing: str, caption: str) -> str:
 def over_seeds(name: str, colour: int, curves: Sequence[Curve], *, dots: bool = True) -> Line:
     """The mean of several curves and the band between their extremes, where all of them have points."""
     at = [dict(curve) for curve in curves]
-    steps = sorted(set.intersection(*(set(points) for points in at)))
+    steps = sorted(set.intersection(*(set(points) for points in at))) if at else []
     values = [[points[step] for points in at] for step in steps]
     low, high = ([(s, pick(v)) for s, v in zip(steps, values, strict=True)] for pick in (min, max))
     mean = [(s, statistics.fmean(v)) for s, v in zip(steps, values, strict=True)]
@@ -99,22 +101,22 @@ def over_seeds(name: str, colour: int, curves: Sequence[Curve], *, dots: bool = 
 
 def _curves(comparison: Comparison) -> list[str]:
     rows, steps = comparison.rows, comparison.settings["steps"]
-    by_model = {row.name: [run for run in comparison.runs if run.model == row.name] for row in rows}
+    by_model = {row.name: [r for r in comparison.runs if r.model == row.name and r.finished] for row in rows}
     held_out = [over_seeds(name, k, [r.curve for r in runs]) for k, (name, runs) in enumerate(by_model.items())]
     span = max(1, len(comparison.runs[0].history.train) // 20)
     training = [
         over_seeds(name, k, [smoothed(r.history.curve("train", "loss"), span) for r in runs], dots=False)
         for k, (name, runs) in enumerate(by_model.items())
     ]
-    base = next(iter(by_model.values()))
+    base = {run.seed: run for run in next(iter(by_model.values()))}
     faster = [
-        over_seeds(name, k, [speed_up(b.curve, r.curve) for b, r in zip(base, runs, strict=True)])
+        over_seeds(name, k, [speed_up(base[r.seed].curve, r.curve) for r in runs if r.seed in base])
         for k, (name, runs) in enumerate(by_model.items())
     ]
     step_tokens = comparison.settings["batch_size"] * comparison.settings["context"]
     pace = {row.name: step_tokens / row.tokens_per_second.mean for row in rows}
     timed = [Line(k.name, k.colour, [(step * pace[k.name], loss) for step, loss in k.points]) for k in held_out]
-    target = (rows[0].loss.mean, f"{rows[0].name}'s final loss")
+    target = (rows[0].loss.mean, f"{rows[0].name}'s final loss") if base else None
     window = _window(held_out, steps)
     return [
         figure(
@@ -156,7 +158,11 @@ def _curves(comparison: Comparison) -> list[str]:
 
 def _window(lines: Sequence[Line], steps: int) -> tuple[float, float]:
     """The range of losses after the first tenth of training: the fall before it would flatten all the rest."""
-    values = [y for line in lines for x, y in line.points if x >= steps / 10] or [y for x in lines for _, y in x.points]
+    values = (
+        [y for line in lines for x, y in line.points if x >= steps / 10]
+        or [y for x in lines for _, y in x.points]
+        or [0]
+    )
     low, high = min(values), max(values)
     margin = 0.06 * (high - low) or 0.05
     return low - margin, high + margin
@@ -174,7 +180,7 @@ def _routing(comparison: Comparison) -> list[str]:
     ]
     for index, run in enumerate(runs):
         opened = " open" if index == 0 or run.model != runs[index - 1].model else ""
-        gap = run.history.evaluation[-1].get("drop_gap")
+        gap = run.history.evaluation[-1].get("drop_gap") if run.history.evaluation else None
         limits = (
             "" if gap is None else f"; the capacity limits of training would add {gap:+.4f} nats to its held-out loss"
         )

@@ -105,6 +105,7 @@ def _train(
     _introduce(report, config, corpus, processes, dtype, position)
 
     if config.compile:
+        torch.compiler.reset()  # of models trained earlier in this process, which count towards a function's limit
         model.compile_layers()
     last = config.steps if stop is None else min(stop, config.steps)
     peak = peak_flops(processes.device, dtype)
@@ -165,6 +166,11 @@ def _train(
     processes.wait()  # nobody leaves before all is written
     report.note(f"step {position.step:,} is saved in {run.path}")
     return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
+
+
+def prepare_text(config: TrainConfig, report: Report) -> None:
+    """Tokenise what a run reads, so that others find it in the cache; raises what `train` raises."""
+    _corpus(config, _tokenizer(config), report)
 
 
 def restarted() -> bool:

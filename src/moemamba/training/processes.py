@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,7 +92,9 @@ def join(device: str) -> Iterator[Processes]:
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and not dist.is_initialized():
-        yield Processes(find_device(device))
+        place = find_device(device)
+        with torch.cuda.device(place) if place.type == "cuda" else nullcontext():  # Triton asks for the current one
+            yield Processes(place)
         return
     place = find_device(device)
     if place.type == "cuda":

@@ -1,0 +1,95 @@
+"""Learning rates chosen for every model alike: the best of a grid after a short run, the grid widened where it ends."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..training.config import TrainConfig
+from ..training.progress import Report
+from .compare import compare
+from .contender import Contender
+
+EXTENSIONS = 2  # how often a grid is widened by a factor of two, if its best rate lies at its edge
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What trying learning rates with one model found."""
+
+    losses: Mapping[float, float]
+    """held-out loss of each rate at the end of its run; infinite where it diverged"""
+
+    @property
+    def chosen(self) -> float:
+        """The rate that ended lowest; of equals the lowest."""
+        return min(sorted(self.losses), key=self.losses.__getitem__)
+
+    @property
+    def beyond(self) -> float | None:
+        """The rate to try next: twice or half the chosen one if that is the highest or lowest tried; else None."""
+        if self.chosen == min(self.losses):
+            return self.chosen / 2
+        return self.chosen * 2 if self.chosen == max(self.losses) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in sorted(self.losses.items())}
+        return {"chosen": self.chosen, "at the edge": self.beyond is not None, "losses": losses}
+
+
+def tune(
+    contenders: Sequence[Contender],
+    rates: Mapping[str, Sequence[float]],
+    base: TrainConfig,
+    out: Path,
+    *,
+    jobs: int = 1,
+    command: str | None = None,
+    silent: bool = False,
+) -> dict[str, Tuning]:
+    """The learning rates of contenders, by name, and `out/learning-rates.json`.
+
+    Every rate is a run with seed 0 as `base` says, whose cosine is as long as the run. If a model's best rate is the
+    highest or lowest tried, the next one beyond it is tried too, at most twice.
+
+    Args:
+        rates: to try with each contender, two or more.
+    """
+    tried = {contender.name: list(rates[contender.name]) for contender in contenders}
+    note = Report(silent=silent).note
+    for widened in range(EXTENSIONS + 1):
+        most = max(map(len, tried.values()))
+        runs = [  # rate by rate, so that what starts at once are different models, which compile different code
+            (contender, tried[contender.name][place])
+            for place in range(most)
+            for contender in contenders
+            if place < len(tried[contender.name])
+        ]
+        models = [Contender(_named(c.name, rate), c.model, {**c.recipe, "learning_rate": rate}) for c, rate in runs]
+        rows = compare(models, base, 1, out, jobs=jobs, command=command, silent=silent).rows
+        loss = {row.name: row.loss.mean if row.loss.values else math.inf for row in rows}
+        found = {name: Tuning({rate: loss[_named(name, rate)] for rate in own}) for name, own in tried.items()}
+        values = {name: tuning.to_dict() for name, tuning in found.items()}
+        (out / "learning-rates.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        more = {name: rate for name, tuning in found.items() if (rate := tuning.beyond) is not None}
+        for name, rate in more.items():
+            edge = f"{name} is best at {found[name].chosen:g}, the edge of the learning rates tried"
+            note(f"{edge}; trying {rate:g} too" if widened < EXTENSIONS else f"{edge}; taken as it is")
+            tried[name].append(rate)
+        if not more:
+            break
+    return found
+
+
+def apply(contenders: Sequence[Contender], found: Mapping[str, Tuning]) -> list[Contender]:
+    """The contenders, those that were tuned with their learning rate."""
+    return [
+        replace(c, recipe={**c.recipe, "learning_rate": found[c.name].chosen}) if c.name in found else c
+        for c in contenders
+    ]
+
+
+def _named(name: str, rate: float) -> str:
+    return f"{name}-lr{rate:g}"
