@@ -5,7 +5,7 @@
 // Constants of a compilation. TYPE is that of u, dt, z, B, C and y: 0 float, 1 bfloat16, 2 float16; everything is computed in
 // float. MARKED: there are marks (b, l) that say which positions reset the state (BEGIN) and which are padding (PADDING).
 // GATED: there is a z. SOFTPLUS: steps go through it. PAIRED: two channels can be loaded at a time. CHUNK: positions between
-// saved states, a multiple of STEPS.
+// saved states, a multiple of STEPS. TILE: channels of a block of the backward pass.
 //
 // Time is cut into `parts` of `span` chunks, which run side by side. One part will do where batch and channels fill the
 // GPU. Where not, `summarise` finds what each part adds to a state that enters as zero, and the sum of its steps, from which
@@ -239,7 +239,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
         }
         const Pair* at = ring + side * 3 * STEPS * threads + thread;
         Element* to = (Element*)s.y + (row * s.length + first) * s.width + channel;
-#pragma unroll UNROLL
+#pragma unroll 1
         for (int k = 0; k < here; k++) {
             float2 x = values(at[0]), step = values(at[STEPS * threads]), gate = make_float2(0, 0), open = gate;
             if (gated) gate = values(at[2 * STEPS * threads]);
@@ -305,9 +305,9 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             }
 }
 
-extern "C" __global__ void __launch_bounds__(128, WALKS) forward(const Scan s) { walk<FORWARD>(s); }
-extern "C" __global__ void __launch_bounds__(128, WALKS) summarise(const Scan s) { walk<SUMMARY>(s); }
-extern "C" __global__ void __launch_bounds__(128, WALKS) summarise_back(const Scan s) { walk<ADJOINT>(s); }
+extern "C" __global__ void __launch_bounds__(128, 4) forward(const Scan s) { walk<FORWARD>(s); }
+extern "C" __global__ void __launch_bounds__(128, 4) summarise(const Scan s) { walk<SUMMARY>(s); }
+extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s) { walk<ADJOINT>(s); }
 
 // What each part adds to a state (entry, totals) becomes the state that enters it: one thread for each state.
 template <bool BACK> __device__ inline void carried(const Scan& s) {

@@ -17,11 +17,8 @@ from .triton_scan import selective_scan as general_scan
 
 STATES, STEPS = 16, 8
 WALKERS = 128  # threads of a block that walks along time, two channels each
-# Of the backward pass: positions between saved states, channels of a block, positions whose states are in registers, and
-# the blocks of a multiprocessor that registers are to suffice for.
-CHUNK, TILE, GROUP, RESIDENT = 32, 64, 4, 3
+CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, and channels of a block
 THREADS = 2 * TILE
-UNROLL, WALKS = 1, 4
 BLOCKS = 8  # of a kernel, for each multiprocessor, that fill a GPU
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -127,7 +124,7 @@ def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, p
     files = ("cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
     constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "PAIRED": paired}
-    constants |= {"CHUNK": CHUNK, "TILE": TILE, "GROUP": GROUP, "RESIDENT": RESIDENT, "UNROLL": UNROLL, "WALKS": WALKS}
+    constants |= {"CHUNK": CHUNK, "TILE": TILE}
     with torch.cuda.device(device):
         return Module(source, {name: int(value) for name, value in constants.items()}, device)
 
@@ -137,8 +134,8 @@ def _walk_memory(threads: int, size: int) -> int:
 
 
 def _backward_memory() -> int:
-    warps, marks = THREADS // 32, CHUNK * 4
-    return warps * (CHUNK // GROUP * 1024 + GROUP * 640) + CHUNK * 2 * STATES * 4 + marks
+    """Bytes of `struct Block` of cuda_scan_backward.cu: warps' states, elements and results; weights; marks."""
+    return THREADS // 32 * (CHUNK // 4 * 1024 + 1024 + 1536) + CHUNK * (2 * STATES + 1) * 4
 
 
 def _forward(

@@ -5,7 +5,7 @@
 // after group backward, decays and states of one group in registers. Its lanes also load and store, two channels and
 // every fourth position each. Warps of a block meet twice a chunk, to sum dB and dC over the block's channels.
 
-constexpr int CHANNELS = 16, WARPS = TILE / CHANNELS, OWN = N / 2, GROUPS = CHUNK / GROUP;
+constexpr int GROUP = 4, CHANNELS = 16, WARPS = TILE / CHANNELS, OWN = N / 2, GROUPS = CHUNK / GROUP;
 
 struct Block {
     float4 states[WARPS][GROUPS][2][32];  // of each lane before each group; then sums over the warp's channels:
@@ -52,7 +52,7 @@ __device__ inline void read(float (&to)[OWN], const float* from) {
     to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) backward(const Scan s) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan s) {
     Block& block = *(Block*)shared;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, r = lane / 4;
     const int tiles = (s.width + TILE - 1) / TILE, tile = blockIdx.x % tiles, part = blockIdx.x / tiles % s.parts;
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) backward(cons
 #pragma unroll
         for (int j = 0; j < OWN; j++)
             h[j] = inside ? s.starts[((row * chunks + chunk) * N + OWN * half + j) * s.width + channel] : 0;
-        fetch(chunk * CHUNK + turn % GROUP, false);
+        fetch(chunk * CHUNK + turn, false);
 #pragma unroll
         for (int i = 0; i < CHUNK / WARPS; i++) {
             const int t = chunk * CHUNK + i * WARPS + warp;
@@ -124,14 +124,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) backward(cons
             float4(*state)[32] = block.states[warp][group];
             state[0][lane] = make_float4(h[0], h[1], h[2], h[3]), state[1][lane] = make_float4(h[4], h[5], h[6], h[7]);
             if (group == groups - 1) break;
-            const int at = group * GROUP + turn % GROUP;
+            const int at = group * GROUP + turn;
             float2 x = values(next[0]), step = values(next[1]);
             fetch(begin + at + GROUP, false);
             step.x += bias.x, step.y += bias.y;
             if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
             if (MARKED && block.marks[at] == PADDING) step = x = make_float2(0, 0);
             float4(*pairs)[CHANNELS / 2] = (float4(*)[CHANNELS / 2])elements + group % 2 * GROUP;  // step, step times u of two channels
-            if (turn < GROUP) pairs[turn][couple] = make_float4(step.x, step.x * x.x, step.y, step.y * x.y);
+            pairs[turn][couple] = make_float4(step.x, step.x * x.x, step.y, step.y * x.y);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < GROUP; i++) {
@@ -145,16 +145,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) backward(cons
         }
 
         // Backward.
-        fetch(begin + (groups - 1) * GROUP + turn % GROUP, true);
+        fetch(begin + (groups - 1) * GROUP + turn, true);
         __syncwarp();
 #pragma unroll 1
         for (int group = groups - 1; group >= 0; group--) {
-            const int at = group * GROUP + turn % GROUP, time = begin + at;
+            const int at = group * GROUP + turn, time = begin + at;
             const bool dead = time >= s.length || (MARKED && block.marks[at] == PADDING);
             Pair raw[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) raw[i] = next[i];
-            if (turn < GROUP) {
+            {
                 float2 x = values(raw[0]), step = values(raw[1]), dout = values(raw[2]), gate = values(raw[3]);
                 step.x += bias.x, step.y += bias.y;
                 if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
@@ -216,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) backward(cons
             }
             __syncwarp();
 
-            if (turn < GROUP) {
+            {
                 float2 result[3];
 #pragma unroll
                 for (int i = 0; i < 3; i++) {
