@@ -74,23 +74,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
     // Where what `scattered` returns belongs.
     const int target = (lane % 4 / 2) * N + (lane / 16) * OWN + lane % 2 * 4 + lane / 4 % 4;
 
-    float A[OWN], g[OWN], dA[OWN], h[OWN], weighed[CHUNK / WARPS];
+    float A[OWN], g[OWN], dA[OWN], h[OWN];
+    Element weighed[CHUNK / WARPS];
     float2 dD = make_float2(0, 0), dbias = make_float2(0, 0);
 #pragma unroll
+    for (int j = 0; j < OWN; j++) A[j] = g[j] = dA[j] = 0;
+    if (inside) load_states(A, s.A, channel, OWN * half, s.states);
+    if (inside && s.dfinal && s.parts == 1) load_states(g, s.dfinal, row * s.width + channel, OWN * half, s.states);
+#pragma unroll
     for (int j = 0; j < OWN; j++) {
-        const int n = OWN * half + j;
-        const bool exists = inside && n < s.states;
-        A[j] = exists ? s.A[(wide_int)channel * s.states + n] * LOG2E : 0;
-        g[j] = dA[j] = 0;
-        if (s.parts > 1)
-            g[j] = inside ? s.entry[((row * s.parts + part) * N + n) * s.width + channel] : 0;
-        else if (s.dfinal && exists)
-            g[j] = s.dfinal[(row * s.width + channel) * s.states + n];
+        A[j] *= LOG2E;
+        if (inside && s.parts > 1) g[j] = s.entry[((row * s.parts + part) * N + OWN * half + j) * s.width + channel];
     }
 
+    const int first = part * s.span;
     Pair next[4];
     auto fetch = [&](int time, bool all) {
-        const int some = time < s.length ? channels : 0;
+        const int some = time >= first * CHUNK && time < s.length ? channels : 0;
         next[0] = load(moved(u, time, s.u_t), some);
         next[1] = load(moved(dt, time, s.dt_t), some);
         if (all) next[2] = load(moved(dy, time, line), some);
@@ -99,24 +99,33 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
     auto open_chunk = [&](int chunk) {
 #pragma unroll
         for (int j = 0; j < OWN; j++)
-            h[j] = inside ? s.starts[((row * chunks + chunk) * N + OWN * half + j) * s.width + channel] : 0;
+            h[j] = inside && chunk >= first ? s.starts[((row * chunks + chunk) * N + OWN * half + j) * s.width + channel] : 0;
         fetch(chunk * CHUNK + turn, false);
 #pragma unroll
         for (int i = 0; i < CHUNK / WARPS; i++) {
             const int t = chunk * CHUNK + i * WARPS + warp;
-            weighed[i] = t < s.length && n < s.states ? value(*moved(weight, t, is_C ? s.C_t : s.B_t)) : 0;
+            weighed[i] = t >= first * CHUNK && t < s.length && n < s.states ? *moved(weight, t, is_C ? s.C_t : s.B_t) : Element();
         }
     };
 
-    const int first = part * s.span;
     int chunk = min(chunks, first + s.span) - 1;
     open_chunk(chunk);
     for (; chunk >= first; chunk--) {
         const int begin = chunk * CHUNK, count = min(CHUNK, s.length - begin), groups = (count + GROUP - 1) / GROUP;
 #pragma unroll
-        for (int i = 0; i < CHUNK / WARPS; i++) block.weights[i * WARPS + warp][lane] = weighed[i];
+        for (int i = 0; i < CHUNK / WARPS; i++) block.weights[i * WARPS + warp][lane] = value(weighed[i]);
         if (MARKED && thread < CHUNK) block.marks[thread] = thread < count ? s.marks[row * s.length + begin + thread] : PADDING;
         __syncthreads();
+
+        if (chunk > first) {  // what the next chunk reads, row by row and state by state
+            const int t = begin - CHUNK + lane % CHUNK, left = s.width - (pair - 2 * couple);
+            if (left > 0) {
+                prefetch(moved(u - 2 * couple, t, s.u_t)), prefetch(moved(dt - 2 * couple, t, s.dt_t));
+                prefetch(moved(dy - 2 * couple, t, line));
+                if (GATED) prefetch(moved(z - 2 * couple, t, s.z_t));
+                prefetch(s.starts + ((row * chunks + chunk - 1) * N + n) * s.width + pair - 2 * couple);
+            }
+        }
 
         // Forward, for the state before each group.
 #pragma unroll 1
@@ -245,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
             }
             __syncwarp();
         }
-        if (chunk > first) open_chunk(chunk - 1);
+        open_chunk(chunk - 1);  // nothing if there is none
         __syncthreads();
 
         // Of dB and dC, over the block's warps, four states a thread.
@@ -267,10 +276,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
     float* sums = s.sums + (row * s.parts + part) * (N + 2) * s.width;
 #pragma unroll
     for (int j = 0; j < OWN; j++) {
-        const int n = OWN * half + j;
-        if (inside) sums[(wide_int)n * s.width + channel] = dA[j];
-        if (inside && part == 0 && n < s.states) s.dinitial[(row * s.width + channel) * s.states + n] = g[j];
+        if (inside) sums[(wide_int)(OWN * half + j) * s.width + channel] = dA[j];
     }
+    if (inside && part == 0 && s.dinitial) store_states(s.dinitial, g, row * s.width + channel, OWN * half, s.states);
     float ends[4] = {dD.x, dD.y, dbias.x, dbias.y};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -278,4 +286,44 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
         ends[i] += __shfl_xor_sync(~0u, ends[i], 16);
         if (turn == 0 && channels > i % 2) sums[(wide_int)(N + i / 2) * s.width + pair + i % 2] = ends[i];
     }
+}
+
+// dB and dC summed over tiles, four states a thread; in the blocks after those, dA, dD and dbias over rows and parts, of 32 channels.
+extern "C" __global__ void __launch_bounds__(256) finish(const Scan s) {
+    const wide_int cells = (wide_int)s.batch * s.length * (2 * N / 4), cell = blockIdx.x * (wide_int)256 + threadIdx.x;
+    const int blocks = (int)((cells + 255) / 256), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (blockIdx.x < blocks) {
+        if (cell >= cells) return;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+        for (int tile = 0; tile < (s.width + TILE - 1) / TILE; tile++) {
+            const float4 part = ((const float4*)s.dBC)[tile * cells + cell];
+            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+        const int n = cell % 4 * 4;
+        const Pair pairs[2] = {packed(make_float2(sum.x, sum.y)), packed(make_float2(sum.z, sum.w))};
+        Element* to = (Element*)(cell / 4 % 2 ? s.dC : s.dB) + cell / 8 * s.states + n;
+#pragma unroll
+        for (int j = 0; j < 4; j += 2)
+            if (s.states == N) {
+                *(Pair*)(to + j) = pairs[j / 2];
+            } else {
+                if (n + j < s.states) to[j] = low(pairs[j / 2]);
+                if (n + j + 1 < s.states) to[j + 1] = high(pairs[j / 2]);
+            }
+        return;
+    }
+    const int columns = (s.width + 31) / 32, index = blockIdx.x - blocks, which = index / columns, channel = index % columns * 32 + lane;
+    float sum = 0, *sums = (float*)shared;
+    if (channel < s.width)
+#pragma unroll 8
+        for (int row = warp; row < s.batch * s.parts; row += 8) sum += s.sums[((wide_int)row * (N + 2) + which) * s.width + channel];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp || channel >= s.width) return;
+#pragma unroll
+    for (int w = 1; w < 8; w++) sum += sums[w * 32 + lane];
+    if (which < s.states) s.dA[(wide_int)channel * s.states + which] = sum;
+    if (which == N && s.dD) s.dD[channel] = sum;
+    if (which == N + 1 && s.dbias) s.dbias[channel] = sum;
 }
