@@ -104,7 +104,6 @@ class _Launcher:
             softplus,
             together if together in (1, 16 // size) else 2,
         )
-        self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def parts(self, tiles: int, walking: int, resident: int) -> tuple[int, int]:
         """Into how many parts time is cut, and the chunks of a part.
@@ -112,17 +111,15 @@ class _Launcher:
         `tiles` blocks a part run, `resident` at a time; `walking` blocks find the summary of a part.
         """
         chunks = -(-self.counts[1] // CHUNK)
-        return _parts(tiles, walking, chunks, self.processors, resident)
+        return _parts(tiles, walking, chunks, _processors(self.device), resident)
 
-    def __call__(
-        self, kernel: str, blocks: int, threads: int, shared: int, parts: int, span: int, **more: Tensor
-    ) -> None:
-        tensors: dict[str, Tensor | None] = {**self.tensors, **more}
-        found = [tensors.get(name) for name in POINTERS]
+    def __call__(self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, **more: Tensor) -> None:
+        """Start kernels (name, blocks, threads, bytes of shared memory), one after the other."""
+        found = map({**self.tensors, **more}.get, POINTERS)
         pointers = [0 if t is None else t.data_ptr() for t in found]
         arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
         with torch.cuda.device(self.device):
-            self.module.launch(kernel, blocks, threads, shared, arguments)
+            self.module.launch(kernels, arguments)
 
 
 @functools.cache
@@ -133,6 +130,12 @@ def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, a
     constants |= {"CHUNK": CHUNK, "TILE": TILE}
     with torch.cuda.device(device):
         return Module(source, {name: int(value) for name, value in constants.items()}, device)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 @functools.cache
@@ -188,11 +191,11 @@ def _forward(
     threads = WALKERS if length > 1 else 32
     blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size())
     parts, span = launch.parts(blocks, blocks, WALKS)
-    passed = _passed(u, parts)
+    kernels = [("forward", blocks * parts, threads, shared)]
     if parts > 1:
-        launch("summarise", blocks * (parts - 1), threads, shared, parts, span, **passed)
-        launch("carry", -(-batch * STATES * width // 128), 128, 0, parts, span, **passed)
-    launch("forward", blocks * parts, threads, shared, parts, span, **passed)
+        carry = ("carry", -(-batch * STATES * width // 128), 128, 0)
+        kernels = [("summarise", blocks * (parts - 1), threads, shared), carry, *kernels]
+    launch(kernels, parts, span, **_passed(u, parts))
     return y, final_state, starts
 
 
@@ -213,7 +216,7 @@ def _backward(
     dt_softplus: bool,
 ) -> list[Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order; empty where there is no such input."""
-    (batch, length, width), n_state = u.shape, A.shape[1]
+    batch, length, width = u.shape
     grads = _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
     if u.numel() == 0:
         for gradient in grads:
@@ -230,16 +233,14 @@ def _backward(
     )  # fmt: skip
     tiles, walking = batch * -(-width // TILE), batch * -(-width // (2 * WALKERS))
     parts, span = launch.parts(tiles, walking, TURNS)
-    passed = _passed(u, parts)
+    dBC = torch.empty((tiles, length, 2 * STATES), dtype=torch.float32, device=u.device)
+    sums = torch.empty((batch * parts, STATES + 2, width), dtype=torch.float32, device=u.device)
+    finishing = -(-batch * length * 2 * STATES // 1024) + (STATES + 2) * -(-width // 32)
+    kernels = [("backward", tiles * parts, THREADS, _backward_memory()), ("finish", finishing, 256, 1024)]
     if parts > 1:
-        shared = _walk_memory(WALKERS, u.element_size())
-        launch("summarise_back", walking * (parts - 1), WALKERS, shared, parts, span, **passed)
-        launch("carry_back", -(-batch * STATES * width // 128), 128, 0, parts, span, **passed)
-    passed["dBC"] = torch.empty((tiles, length, 2 * STATES), dtype=torch.float32, device=u.device)
-    passed["sums"] = torch.empty((batch * parts, STATES + 2, width), dtype=torch.float32, device=u.device)
-    launch("backward", tiles * parts, THREADS, _backward_memory(), parts, span, **passed)
-    blocks = -(-batch * length * 2 * STATES // 1024) + (STATES + 2) * -(-width // 32)
-    launch("finish", blocks, 256, 1024, parts, span, **passed)
+        summarise = ("summarise_back", walking * (parts - 1), WALKERS, _walk_memory(WALKERS, u.element_size()))
+        kernels = [summarise, ("carry_back", -(-batch * STATES * width // 128), 128, 0), *kernels]
+    launch(kernels, parts, span, dBC=dBC, sums=sums, **_passed(u, parts))
     for index, value in zip((2, 5, 7, 8), floats, strict=True):
         if value is not grads[index]:
             grads[index].copy_(value)
