@@ -43,25 +43,30 @@ class Module:
 
     def __init__(self, source: str, constants: dict[str, int], device: int):
         self.handle = ctypes.c_void_p()
-        self.functions: dict[str, ctypes.c_void_p] = {}
+        self.functions: dict[tuple[str, int], ctypes.c_void_p] = {}
         self.cubin = _compiled(source, constants, torch.cuda.get_device_capability(device))
         _check(_driver().cuModuleLoadData(ctypes.byref(self.handle), self.cubin), "loading a kernel")
 
-    def launch(self, name: str, blocks: int, threads: int, shared: int, arguments: bytes) -> None:
-        """Start a kernel, whose one parameter is a struct, on the current stream of the current device."""
-        function = self.functions.get(name)
-        if function is None:
-            function = ctypes.c_void_p()
-            _check(_driver().cuModuleGetFunction(ctypes.byref(function), self.handle, name.encode()), name)
-            if shared > 48 * 1024:
-                _check(_driver().cuFuncSetAttribute(function, SHARED_MEMORY_OPT_IN, shared), name)
-            self.functions[name] = function
+    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes) -> None:
+        """Start kernels (name, blocks, threads, bytes of shared memory), one after the other, on the current stream.
+
+        Each has one parameter, the same struct. The module's device must be the current one.
+        """
         parameters = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None),
-            f"the kernel {name}",
-        )
+        start = _driver().cuLaunchKernel
+        for name, blocks, threads, shared in kernels:
+            function = self.functions.get((name, shared)) or self._function(name, shared)
+            status = start(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None)
+            if status:
+                _check(status, f"the kernel {name}")
+
+    def _function(self, name: str, shared: int) -> ctypes.c_void_p:
+        function = self.functions[name, shared] = ctypes.c_void_p()
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), self.handle, name.encode()), name)
+        if shared > 48 * 1024:
+            _check(_driver().cuFuncSetAttribute(function, SHARED_MEMORY_OPT_IN, shared), name)
+        return function
 
 
 def _compiled(source: str, constants: dict[str, int], capability: tuple[int, int]) -> bytes:

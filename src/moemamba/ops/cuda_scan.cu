@@ -4,8 +4,9 @@
 //
 // Constants of a compilation. TYPE is that of u, dt, z, B, C and y: 0 float, 1 bfloat16, 2 float16; everything is computed in
 // float. MARKED: there are marks (b, l) that say which positions reset the state (BEGIN) and which are padding (PADDING).
-// GATED: there is a z. SOFTPLUS: steps go through it. PAIRED: two channels can be loaded at a time. CHUNK: positions between
-// saved states, a multiple of STEPS.
+// GATED: there is a z. SOFTPLUS: steps go through it. ABREAST: how many channels can be
+// loaded together, 1, 2 or those of 16 bytes. CHUNK: positions between
+// saved states, a multiple of STEPS. TILE: channels of a block of the backward pass.
 //
 // Time is cut into `parts` of `span` chunks, which run side by side. One part will do where batch and channels fill the
 // GPU. Where not, `summarise` finds what each part adds to a state that enters as zero, and the sum of its steps, from which
@@ -44,10 +45,12 @@ __device__ inline unsigned narrow(float low, float high) {
 }
 
 // Copies that arrive in shared memory by themselves; `arrived` waits for all that this thread has begun.
-template <class Pair> __device__ inline void copy(Pair* to, const Pair* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from),
-                 "n"(sizeof(Pair)));
+template <int BYTES> __device__ inline void copy(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES));
 }
+
+// What is at `from` will be wanted: bring it as far as the level-2 cache.
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 __device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -72,6 +75,7 @@ __device__ inline void first_product(float (&sum)[4], float a0, float a1, float 
 typedef long long wide_int;
 constexpr int N = 16;      // states of a channel; a scan of fewer is padded with states that stay zero
 constexpr int STEPS = 8;   // positions that are loaded at a time
+constexpr bool PAIRED = ABREAST > 1;
 constexpr int PLAIN = 0, BEGIN = 1, PADDING = 2;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 extern __shared__ float4 shared[];
@@ -84,7 +88,8 @@ struct Scan {
     const signed char* marks;
     float *entry, *totals, *starts;
     void *y, *du, *ddt, *dz;
-    float *final, *dinitial, *dBC, *sums;
+    float *final, *dinitial, *dBC, *sums, *dA, *dD, *dbias;
+    void *dB, *dC;
     wide_int u_b, dt_b, z_b, B_b, C_b;
     int u_t, dt_t, z_t, B_t, C_t;
     int batch, length, width, states, span, parts;
@@ -140,6 +145,46 @@ __device__ inline void store(Element* row, int count, float2 x) {
     }
 }
 
+// COUNT neighbouring states of a channel, from state `first` on, of a tensor (rows, states): 0 where there is none.
+template <int COUNT> __device__ inline void load_states(float (&to)[COUNT], const float* tensor, wide_int row, int first, int states) {
+    const float* from = tensor + row * states + first;
+    if (states == N && (wide_int)tensor % sizeof(float4) == 0)
+#pragma unroll
+        for (int n = 0; n < COUNT; n += 4) {
+            const float4 four = *(const float4*)(from + n);
+            to[n] = four.x, to[n + 1] = four.y, to[n + 2] = four.z, to[n + 3] = four.w;
+        }
+    else
+#pragma unroll
+        for (int n = 0; n < COUNT; n++) to[n] = first + n < states ? from[n] : 0;
+}
+
+template <int COUNT> __device__ inline void store_states(float* tensor, const float (&x)[COUNT], wide_int row, int first, int states) {
+    float* to = tensor + row * states + first;
+    if (states == N)
+#pragma unroll
+        for (int n = 0; n < COUNT; n += 4) *(float4*)(to + n) = make_float4(x[n], x[n + 1], x[n + 2], x[n + 3]);
+    else
+#pragma unroll
+        for (int n = 0; n < COUNT; n++)
+            if (first + n < states) to[n] = x[n];
+}
+
+// One state of two neighbouring channels, of a tensor (.., N, i).
+__device__ inline float2 load_column(const float* from, int count) {
+    if (PAIRED) return count > 0 ? *(const float2*)from : make_float2(0, 0);
+    return make_float2(count > 0 ? from[0] : 0, count > 1 ? from[1] : 0);
+}
+
+__device__ inline void store_column(float* to, int count, float x, float y) {
+    if (PAIRED) {
+        if (count > 0) *(float2*)to = make_float2(x, y);
+    } else {
+        if (count > 0) to[0] = x;
+        if (count > 1) to[1] = y;
+    }
+}
+
 __device__ inline float2 load_vector(const float* vector, int channel, int count) {
     if (!vector) return make_float2(0, 0);
     return make_float2(count > 0 ? vector[channel] : 0, count > 1 ? vector[channel + 1] : 0);
@@ -166,76 +211,92 @@ enum Pass { FORWARD, SUMMARY, ADJOINT };  // ADJOINT: the summary of adjoint sta
 
 template <Pass PASS> __device__ inline void walk(const Scan& s) {
     const int threads = blockDim.x, thread = threadIdx.x, tiles = (s.width + 2 * threads - 1) / (2 * threads);
-    const int part = blockIdx.x / tiles % s.parts;
-    const wide_int row = blockIdx.x / tiles / s.parts;
+    const int parts = PASS == FORWARD ? s.parts : s.parts - 1;  // no part needs the summary of the last
+    const int part = blockIdx.x / tiles % parts + (PASS == ADJOINT);
+    const wide_int row = blockIdx.x / tiles / parts;
     const int channel = (blockIdx.x % tiles * threads + thread) * 2, channels = s.width - channel;
     const int begin = part * s.span * CHUNK, end = min(s.length, begin + s.span * CHUNK), count = end - begin;
     float(*weights)[STEPS][2 * N] = (float(*)[STEPS][2 * N]) shared;  // [2]: B and C of the positions at hand, and of the next
     int(*marks)[STEPS] = (int(*)[STEPS])(weights + 2);
     Pair* ring = (Pair*)(marks + 2);  // [2][3][STEPS][threads]: u or dy, dt, z
 
-    constexpr bool gated = GATED && PASS != SUMMARY;
+    // A warp copies ABREAST channels a lane, ROWS positions together.
+    constexpr bool gated = GATED && PASS != SUMMARY, copied = ABREAST > 1;
+    constexpr int ACROSS = copied ? 64 / ABREAST : 32, ROWS = 32 / ACROSS;
+    const int lane = thread % 32, from_channel = copied ? channel - 2 * lane + lane % ACROSS * ABREAST : channel;
     const int line = s.width * (int)sizeof(Element);
-    const Element* inputs[3] = {PASS == ADJOINT ? place(s.dy, row * s.length, line, channel) : place(s.u, row, s.u_b, channel),
-                                place(s.dt, row, s.dt_b, channel), place(s.z, row, s.z_b, channel)};
+    const Element* inputs[3] = {
+        PASS == ADJOINT ? place(s.dy, row * s.length, line, from_channel) : place(s.u, row, s.u_b, from_channel),
+        place(s.dt, row, s.dt_b, from_channel), place(s.z, row, s.z_b, from_channel)};
     const int strides[3] = {PASS == ADJOINT ? line : s.u_t, s.dt_t, s.z_t};
     const int n = thread % N;  // what this thread loads of B and C
     const bool is_C = thread / N % 2, wanted = PASS == FORWARD || is_C == (PASS == ADJOINT);
     const Element* weight = is_C ? place(s.C, row, s.C_b, n) : place(s.B, row, s.B_b, n);
+    Element held[STEPS / 4];  // of B or C, and a mark, on their way from global to shared memory
+    int held_mark = PLAIN;
 
     auto fetch = [&](int group) {
         const int side = group & 1, here = min(STEPS, count - group * STEPS), way = PASS == ADJOINT ? -1 : 1;
         const int first = PASS == ADJOINT ? end - 1 - group * STEPS : begin + group * STEPS;
 #pragma unroll
         for (int i = 0; i < (gated ? 3 : 2); i++) {
-            const Element* from = moved(inputs[i], first, strides[i]);
             Pair* to = ring + (side * 3 + i) * STEPS * threads + thread;
-            if (PAIRED && here == STEPS) {
-                if (channels > 0)
+            if (copied) {
+                const int ahead = lane / ACROSS;
+                const Element* from = moved(inputs[i], first + way * ahead, strides[i]);
+                to += ahead * threads + from_channel / 2 - channel / 2;
+                const wide_int stride = (wide_int)way * ROWS * strides[i];
 #pragma unroll
-                    for (int k = 0; k < STEPS; k++) copy(to + k * threads, (const Pair*)moved(from, way * k, strides[i]));
+                for (int k = 0; k < STEPS; k += ROWS) {
+                    if (k + ahead < here && from_channel < s.width) copy<ABREAST * sizeof(Element)>(to + k * threads, from);
+                    from = (const Element*)((const char*)from + stride);
+                }
             } else
 #pragma unroll 1
-                for (int k = 0; k < here; k++) to[k * threads] = load(moved(from, way * k, strides[i]), channels);
+                for (int k = 0; k < here; k++) to[k * threads] = load(moved(inputs[i], first + way * k, strides[i]), channels);
         }
-        if (wanted)
-            for (int k = thread / 32; k < here; k += threads / 32) {
-                const Element* from = moved(weight, first + way * k, is_C ? s.C_t : s.B_t);
-                weights[side][k][thread % 32] = n < s.states ? value(*from) : 0;
-            }
-        if (MARKED && thread < here) marks[side][thread] = s.marks[row * s.length + first + way * thread];
+#pragma unroll
+        for (int i = 0; i < STEPS / 4; i++) {
+            const int k = i * (threads / 32) + thread / 32;
+            const bool exists = wanted && n < s.states && k < here;
+            held[i] = exists ? *moved(weight, first + way * k, is_C ? s.C_t : s.B_t) : Element();
+        }
+        if (MARKED && thread < here) held_mark = s.marks[row * s.length + first + way * thread];
     };
 
-    float h[N][2], A[N][2];
+    fetch(0);
+    float h[2][N] = {}, A[2][N] = {};
+    float* entry = s.entry + (row * s.parts + part) * N * s.width + channel;
 #pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            const bool exists = n < s.states && c < channels;
-            A[n][c] = exists ? s.A[(wide_int)(channel + c) * s.states + n] * LOG2E : 0;
-            h[n][c] = 0;
-            if (PASS != FORWARD) continue;
-            if (s.parts > 1)
-                h[n][c] = c < channels ? s.entry[((row * s.parts + part) * N + n) * s.width + channel + c] : 0;
-            else if (s.initial && exists)
-                h[n][c] = s.initial[(row * s.width + channel + c) * s.states + n];
+    for (int c = 0; c < 2; c++)
+        if (c < channels) {
+            load_states(A[c], s.A, channel + c, 0, s.states);
+            if (PASS == FORWARD && s.parts == 1 && s.initial) load_states(h[c], s.initial, row * s.width + channel + c, 0, s.states);
         }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        A[0][n] *= LOG2E, A[1][n] *= LOG2E;
+        if (PASS != FORWARD || s.parts == 1) continue;
+        const float2 entered = load_column(entry + (wide_int)n * s.width, channels);
+        h[0][n] = entered.x, h[1][n] = entered.y;
+    }
     const float2 bias = load_vector(s.bias, channel, channels), skip = load_vector(s.D, channel, channels);
     float2 total = make_float2(0, 0);
 
-    fetch(0);
     for (int group = 0; group * STEPS < count; group++) {
+        const int side = group & 1;
         arrived();
+        if (wanted)
+#pragma unroll
+            for (int i = 0; i < STEPS / 4; i++) weights[side][i * (threads / 32) + thread / 32][thread % 32] = value(held[i]);
+        if (MARKED && thread < STEPS) marks[side][thread] = held_mark;
         __syncthreads();
         if ((group + 1) * STEPS < count) fetch(group + 1);
-        const int side = group & 1, here = min(STEPS, count - group * STEPS), first = begin + group * STEPS;
+        const int here = min(STEPS, count - group * STEPS), first = begin + group * STEPS;
         if (PASS == FORWARD && s.starts && first % CHUNK == 0) {
             float* start = s.starts + (row * ((s.length + CHUNK - 1) / CHUNK) + first / CHUNK) * N * s.width + channel;
 #pragma unroll
-            for (int n = 0; n < N; n++)
-#pragma unroll
-                for (int c = 0; c < 2; c++)
-                    if (c < channels) start[(wide_int)n * s.width + c] = h[n][c];
+            for (int n = 0; n < N; n++) store_column(start + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
         }
         const Pair* at = ring + side * 3 * STEPS * threads + thread;
         Element* to = (Element*)s.y + (row * s.length + first) * s.width + channel;
@@ -254,7 +315,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             if (PASS != FORWARD) total.x += step.x, total.y += step.y;
             if (MARKED && mark == BEGIN && PASS != ADJOINT)
 #pragma unroll
-                for (int n = 0; n < N; n++) h[n][0] = h[n][1] = 0;
+                for (int n = 0; n < N; n++) h[0][n] = h[1][n] = 0;
 #pragma unroll
             for (int n = 0; n < N; n += 4) {
                 const float4 B4 = *(const float4*)&weights[side][k][PASS == ADJOINT ? N + n : n];
@@ -264,8 +325,8 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
                 for (int j = 0; j < 4; j++)
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
-                        const float decay = ex2((c ? step.y : step.x) * A[n + j][c]);
-                        float& state = h[n + j][c];
+                        const float decay = ex2((c ? step.y : step.x) * A[c][n + j]);
+                        float& state = h[c][n + j];
                         if (PASS == ADJOINT)
                             state = decay * (state + drive[c] * B[j]);
                         else
@@ -277,7 +338,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
                 total = make_float2(INFINITE, INFINITE);
                 if (PASS == ADJOINT)
 #pragma unroll
-                    for (int n = 0; n < N; n++) h[n][0] = h[n][1] = 0;
+                    for (int n = 0; n < N; n++) h[0][n] = h[1][n] = 0;
             }
             if (PASS == FORWARD) {
                 if (gated) out[0] *= open.x, out[1] *= open.y;
@@ -291,18 +352,12 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
         float* sum = s.totals + (row * s.parts + part) * s.width + channel;
         if (channels > 0) sum[0] = total.x;
         if (channels > 1) sum[1] = total.y;
-    } else if (part != s.parts - 1)
-        return;
 #pragma unroll
-    for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++) store_column(entry + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
+    } else if (part == s.parts - 1)
 #pragma unroll
         for (int c = 0; c < 2; c++)
-            if (c < channels) {
-                if (PASS != FORWARD)
-                    s.entry[((row * s.parts + part) * N + n) * s.width + channel + c] = h[n][c];
-                else if (n < s.states)
-                    s.final[(row * s.width + channel + c) * s.states + n] = h[n][c];
-            }
+            if (c < channels) store_states(s.final, h[c], row * s.width + channel + c, 0, s.states);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4) forward(const Scan s) { walk<FORWARD>(s); }

@@ -4,6 +4,7 @@ They hold for up to 16 states a channel and tensors of one dtype; the Triton ker
 """
 
 import functools
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from .cuda_runtime import Module
 from .triton_scan import _empty_gradients, _rows, position_marks
 from .triton_scan import selective_scan as general_scan
 
-STATES, STEPS, CHUNK = 16, 8, 128
+STATES, STEPS = 16, 8
 WALKERS = 128  # threads of a block that walks along time, two channels each
-TILE, THREADS = 64, 256  # channels and threads of a block of the backward pass
-BLOCKS = 8  # of a kernel, for each multiprocessor, that fill a GPU
+CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, and channels of a block
+THREADS = 2 * TILE
+WALKS, TURNS = 4, 3  # blocks of a multiprocessor at a time, of a kernel that walks and of the backward one
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Scan` of cuda_scan.cu.
 POINTERS = (
     "u", "dt", "z", "B", "C", "dy", "A", "D", "bias", "initial", "dfinal", "marks", "entry", "totals", "starts",
-    "y", "du", "ddt", "dz", "final", "dinitial", "dBC", "sums",
+    "y", "du", "ddt", "dz", "final", "dinitial", "dBC", "sums", "dA", "dD", "dbias", "dB", "dC",
 )  # fmt: skip
 ARGUMENTS = struct.Struct(f"={len(POINTERS)}Q5q11i4x")
 
@@ -91,40 +93,66 @@ class _Launcher:
         strides = [(0, 0) if t is None else tuple(stride * size for stride in t.stride()[:2]) for _, t in named]
         self.rows, self.steps = [row for row, _ in strides], [step for _, step in strides]
         channels = [t for name, t in (*named[:3], ("dy", tensors.get("dy"))) if t is not None]
-        paired = u.shape[2] % 2 == 0 and not any(
-            t.data_ptr() % (2 * size) or any(stride % 2 for stride in t.stride()[:2]) for t in channels
+        together = math.gcd(
+            16 // size, u.shape[2], *(n for t in channels for n in (t.data_ptr() // size, *t.stride()[:2]))
         )
         self.module = _module(
-            self.device, TYPES[u.dtype], marks is not None, tensors.get("z") is not None, softplus, paired
+            self.device,
+            TYPES[u.dtype],
+            marks is not None,
+            tensors.get("z") is not None,
+            softplus,
+            together if together in (1, 16 // size) else 2,
         )
-        self.processors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
-    def parts(self, blocks: int) -> tuple[int, int]:
-        """Into how many parts time is cut if each has so many blocks, and the chunks of a part."""
+    def parts(self, tiles: int, walking: int, resident: int) -> tuple[int, int]:
+        """Into how many parts time is cut, and the chunks of a part.
+
+        `tiles` blocks a part run, `resident` at a time; `walking` blocks find the summary of a part.
+        """
         chunks = -(-self.counts[1] // CHUNK)
-        wanted = self.processors * BLOCKS
-        parts = 1 if blocks * 2 >= wanted else min(chunks, -(-wanted // max(1, blocks)))
-        span = -(-chunks // parts)
-        return -(-chunks // span), span
+        return _parts(tiles, walking, chunks, _processors(self.device), resident)
 
-    def __call__(
-        self, kernel: str, blocks: int, threads: int, shared: int, parts: int, span: int, **more: Tensor
-    ) -> None:
-        tensors: dict[str, Tensor | None] = {**self.tensors, **more}
-        found = [tensors.get(name) for name in POINTERS]
+    def __call__(self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, **more: Tensor) -> None:
+        """Start kernels (name, blocks, threads, bytes of shared memory), one after the other."""
+        found = map({**self.tensors, **more}.get, POINTERS)
         pointers = [0 if t is None else t.data_ptr() for t in found]
         arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
         with torch.cuda.device(self.device):
-            self.module.launch(kernel, blocks, threads, shared, arguments)
+            self.module.launch(kernels, arguments)
 
 
 @functools.cache
-def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, paired: bool) -> Module:
+def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int) -> Module:
     files = ("cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
-    constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "PAIRED": paired, "CHUNK": CHUNK}
+    constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "ABREAST": abreast}
+    constants |= {"CHUNK": CHUNK, "TILE": TILE}
     with torch.cuda.device(device):
         return Module(source, {name: int(value) for name, value in constants.items()}, device)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+@functools.cache
+def _parts(tiles: int, walking: int, chunks: int, processors: int, resident: int) -> tuple[int, int]:
+    def turns(blocks: int, resident: int) -> float:
+        """How many times over a GPU is filled; where it is not, what does run is somewhat faster."""
+        full, rest = divmod(blocks, processors * resident)
+        return full + (0.4 + 0.6 * math.ceil(rest / processors) / resident if rest else 0)
+
+    best = math.inf, 1, chunks
+    for wanted in range(1, min(chunks, max(1, 4 * processors * resident // tiles)) + 1):
+        span = -(-chunks // wanted)
+        parts = -(-chunks // span)
+        best = min(
+            best, (span * (turns(tiles * parts, resident) + 0.8 * turns(walking * (parts - 1), WALKS)), parts, span)
+        )
+    return best[1:]
 
 
 def _walk_memory(threads: int, size: int) -> int:
@@ -132,9 +160,8 @@ def _walk_memory(threads: int, size: int) -> int:
 
 
 def _backward_memory() -> int:
-    segments = CHUNK // STEPS
-    sizes = (segments * THREADS * 16, STEPS * TILE * 16, CHUNK * 2 * STATES * 4, 3 * STEPS * (TILE + 4) * 4)
-    return sum(sizes) + 2 * 8 * STEPS * (STATES + 2) * 4 + CHUNK * 4
+    """Bytes of `struct Block` of cuda_scan_backward.cu: warps' states, elements and results; weights; marks."""
+    return THREADS // 32 * (CHUNK // 4 * 1024 + 1024 + 1536) + CHUNK * (2 * STATES + 1) * 4
 
 
 def _forward(
@@ -163,12 +190,12 @@ def _forward(
     )  # fmt: skip
     threads = WALKERS if length > 1 else 32
     blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size())
-    parts, span = launch.parts(blocks)
-    passed = _passed(u, parts)
+    parts, span = launch.parts(blocks, blocks, WALKS)
+    kernels = [("forward", blocks * parts, threads, shared)]
     if parts > 1:
-        launch("summarise", blocks * parts, threads, shared, parts, span, **passed)
-        launch("carry", -(-batch * STATES * width // 128), 128, 0, parts, span, **passed)
-    launch("forward", blocks * parts, threads, shared, parts, span, **passed)
+        carry = ("carry", -(-batch * STATES * width // 128), 128, 0)
+        kernels = [("summarise", blocks * (parts - 1), threads, shared), carry, *kernels]
+    launch(kernels, parts, span, **_passed(u, parts))
     return y, final_state, starts
 
 
@@ -189,7 +216,7 @@ def _backward(
     dt_softplus: bool,
 ) -> list[Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order; empty where there is no such input."""
-    (batch, length, width), n_state = u.shape, A.shape[1]
+    batch, length, width = u.shape
     grads = _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
     if u.numel() == 0:
         for gradient in grads:
@@ -197,33 +224,25 @@ def _backward(
         if initial_state is not None and dfinal is not None:
             grads[8].copy_(dfinal)
         return grads
-    dinitial = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
+    dA, dD, dbias, dinitial = floats = [grads[k].float() for k in (2, 5, 7, 8)]
     launch = _Launcher(
         marks, dt_softplus, u=_rows(u), dt=_rows(dt), A=_float(A), B=_rows(B), C=_rows(C), D=_float(D),
         z=None if z is None else _rows(z), bias=_float(dt_bias), dy=dy.contiguous(), dfinal=_float(dfinal),
-        starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial,
+        starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA, dB=grads[3], dC=grads[4],
+        dD=dD, dbias=dbias,
     )  # fmt: skip
-    tiles = -(-width // TILE)
-    parts, span = launch.parts(batch * tiles)
-    passed = _passed(u, parts)
-    if parts > 1:
-        blocks, shared = batch * -(-width // (2 * WALKERS)), _walk_memory(WALKERS, u.element_size())
-        launch("summarise_back", blocks * parts, WALKERS, shared, parts, span, **passed)
-        launch("carry_back", -(-batch * STATES * width // 128), 128, 0, parts, span, **passed)
-    dBC = torch.empty((tiles, batch, length, 2 * STATES), dtype=torch.float32, device=u.device)
+    tiles, walking = batch * -(-width // TILE), batch * -(-width // (2 * WALKERS))
+    parts, span = launch.parts(tiles, walking, TURNS)
+    dBC = torch.empty((tiles, length, 2 * STATES), dtype=torch.float32, device=u.device)
     sums = torch.empty((batch * parts, STATES + 2, width), dtype=torch.float32, device=u.device)
-    launch("backward", batch * parts * tiles, THREADS, _backward_memory(), parts, span, dBC=dBC, sums=sums, **passed)
-    dB_dC, summed = dBC.sum(0), sums.sum(0)
-    found = {
-        2: summed[:n_state].T,
-        3: dB_dC[..., :n_state],
-        4: dB_dC[..., STATES : STATES + n_state],
-        5: summed[STATES],
-        7: summed[STATES + 1],
-        8: dinitial,
-    }
-    for index, value in found.items():
-        if grads[index].numel():
+    finishing = -(-batch * length * 2 * STATES // 1024) + (STATES + 2) * -(-width // 32)
+    kernels = [("backward", tiles * parts, THREADS, _backward_memory()), ("finish", finishing, 256, 1024)]
+    if parts > 1:
+        summarise = ("summarise_back", walking * (parts - 1), WALKERS, _walk_memory(WALKERS, u.element_size()))
+        kernels = [summarise, ("carry_back", -(-batch * STATES * width // 128), 128, 0), *kernels]
+    launch(kernels, parts, span, dBC=dBC, sums=sums, **_passed(u, parts))
+    for index, value in zip((2, 5, 7, 8), floats, strict=True):
+        if value is not grads[index]:
             grads[index].copy_(value)
     return grads
 

@@ -1,257 +1,329 @@
 // The gradients of the selective scan; compiled as one with cuda_scan.cu, which comes first.
 //
-// A block has 64 channels. A warp has 8 of them, channel r = lane / 4, states 4k to 4k + 3, k = lane % 4:
-// the layout in which the tensor cores sum over lanes. Its threads also load and store, one position and two channels each.
+// A warp has 16 channels and works alone: lane l has channel l % 16 and states 8 (l / 16) to 8 (l / 16) + 7. Chunk by chunk, back
+// in time, it walks forward once, keeping the state before every group of GROUP positions in shared memory, and then takes group
+// after group backward, decays and states of one group in registers. Its lanes also load and store, two channels and
+// every fourth position each. Warps of a block meet twice a chunk, to sum dB and dC over the block's channels.
 
-constexpr int CHANNELS = 64, WARPS = 8, SEGMENTS = CHUNK / STEPS, HALF = STEPS / 2;
+constexpr int GROUP = 4, CHANNELS = 16, WARPS = TILE / CHANNELS, OWN = N / 2, GROUPS = CHUNK / GROUP;
 
 struct Block {
-    float4 states[SEGMENTS][32 * WARPS];        // of each thread at the beginning of each segment of STEPS positions
-    float4 elements[STEPS][CHANNELS];           // step, step times u, dout; or, as pairs [2], the first two
-    float weights[CHUNK][2 * N];                // B and C
-    float results[3][STEPS][CHANNELS + 4];      // sums over states
-    float partial[2][WARPS][STEPS][N + 2];      // sums over a warp's channels: of dB, of dC
+    float4 states[WARPS][GROUPS][2][32];  // of each lane before each group; then sums over the warp's channels:
+                                          // [GROUP / 2 pairs of positions][dB, dC][2][N] floats
+    float4 elements[WARPS][GROUP][CHANNELS];       // step, step times u, dout, u
+    float results[WARPS][GROUP][3][2][CHANNELS];   // sums over each half of the states
+    float weights[CHUNK][2 * N];                   // B and C
     int marks[CHUNK];
 };
 
 __device__ inline float leading(float x) { return __int_as_float(__float_as_int(x) & 0xffffe000); }
 
-// Sums over k: adds those of x0, y0 to column `column` of `sum` in rows r and r + 8, those of x1, y1 to the next column.
+// Values loaded from shared memory before are not kept in registers beyond this.
+__device__ inline void forget() {
+#ifndef EMULATED
+    asm volatile("" ::: "memory");
+#endif
+}
+
+// Sums over the channels of four neighbouring lanes v[0] to v[7] of the first or second of two positions: in lane l, with k = l % 4,
+// `sum` gets those of position k / 2 and states 4 (k % 2) + {0, 2, 1, 3}, in lane 4 r + k of lanes 4 r to 4 r + 3.
 // Products of float inputs are exact to float: each addend goes in two parts, since tf32 keeps 11 bits of one.
-__device__ inline void sum_over_k(float (&sum)[4], float x0, float y0, float x1, float y1, int r, int column) {
-    const float left = r == column, right = r == column + 1;
-    product(sum, x0, y0, x1, y1, left, right);
-    if (TYPE == 0) product(sum, x0 - leading(x0), y0 - leading(y0), x1 - leading(x1), y1 - leading(y1), left, right);
-}
-
-// Sums over r and then, in thread (r, k), over channels 2k and 2k + 1 of v[j]: of state 4 (r % 4) + r / 4, and of the next but one.
-__device__ inline float2 turned(const float (&v)[4], int r, int k) {
-    const float left = r == k, right = r == k + 4;
-    float sum[4];
-    first_product(sum, left, 0, right, 0, v[0], v[1]);
-    product(sum, 0, left, 0, right, v[2], v[3]);
-    if (TYPE == 0) {
-        product(sum, left, 0, right, 0, v[0] - leading(v[0]), v[1] - leading(v[1]));
-        product(sum, 0, left, 0, right, v[2] - leading(v[2]), v[3] - leading(v[3]));
+__device__ inline void gather(float (&sum)[4], const float (&v)[OWN], int position, int r) {
+#pragma unroll
+    for (int q = 0; q < 2; q++) {
+        const int column = 4 * position + 2 * q;
+        const float left = r == column, right = r == column + 1, *x = v + 4 * q;
+        product(sum, x[0], x[1], x[2], x[3], left, right);
+        if (TYPE == 0)
+            product(sum, x[0] - leading(x[0]), x[1] - leading(x[1]), x[2] - leading(x[2]), x[3] - leading(x[3]), left, right);
     }
-    return make_float2(sum[0] + sum[1], sum[2] + sum[3]);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2) backward(const Scan s) {
+// The sum of what `gather` left, over the warp's channels: of state 4 (k % 2) + r % 4 of the half r / 4.
+__device__ inline float scattered(const float (&sum)[4], int lane) {
+    const bool upper = lane & 8, odd = lane & 4;
+    const float even = (upper ? sum[1] : sum[0]) + __shfl_xor_sync(~0u, upper ? sum[0] : sum[1], 8);
+    const float other = (upper ? sum[3] : sum[2]) + __shfl_xor_sync(~0u, upper ? sum[2] : sum[3], 8);
+    return (odd ? other : even) + __shfl_xor_sync(~0u, odd ? even : other, 4);
+}
+
+__device__ inline void read(float (&to)[OWN], const float* from) {
+    const float4 a = *(const float4*)from, b = *(const float4*)(from + 4);
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan s) {
     Block& block = *(Block*)shared;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, r = lane / 4, k = lane % 4;
-    const int tiles = (s.width + CHANNELS - 1) / CHANNELS, tile = blockIdx.x % tiles, part = blockIdx.x / tiles % s.parts;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, r = lane / 4;
+    const int tiles = (s.width + TILE - 1) / TILE, tile = blockIdx.x % tiles, part = blockIdx.x / tiles % s.parts;
     const int chunks = (s.length + CHUNK - 1) / CHUNK;
     const wide_int row = blockIdx.x / tiles / s.parts;
-    const int own = warp * 8 + r, channel = tile * CHANNELS + own;  // whose states this thread has
+    const int own = lane % CHANNELS, half = lane / CHANNELS, channel = tile * TILE + warp * CHANNELS + own;  // of its states
     const bool inside = channel < s.width;
-    const int pair = tile * CHANNELS + 2 * lane, channels = s.width - pair;  // the two channels that it loads and stores
+    // The two channels that it loads and stores, and the first of its positions in a group.
+    const int couple = lane % 8, turn = lane / 8, pair = tile * TILE + warp * CHANNELS + 2 * couple, channels = s.width - pair;
     const float2 bias = load_vector(s.bias, pair, channels), skip = load_vector(s.D, pair, channels);
     const int line = s.width * (int)sizeof(Element);
     const Element *u = place(s.u, row, s.u_b, pair), *dt = place(s.dt, row, s.dt_b, pair), *z = place(s.z, row, s.z_b, pair);
     const Element* dy = place(s.dy, row * s.length, line, pair);
-    const int n = thread % N;  // what it loads of B and C, and sums up of their gradients
-    const bool is_C = thread / N % 2;
+    const int n = lane % N;  // what it loads of B and C
+    const bool is_C = lane / N;
     const Element* weight = is_C ? place(s.C, row, s.C_b, n) : place(s.B, row, s.B_b, n);
-    float* dweight = s.dBC + (tile * (wide_int)s.batch + row) * s.length * 2 * N + lane;
+    float4(*elements)[CHANNELS] = block.elements[warp];
+    float(*results)[3][2][CHANNELS] = block.results[warp];
+    // Where what `scattered` returns belongs.
+    const int target = (lane % 4 / 2) * N + (lane / 16) * OWN + lane % 2 * 4 + lane / 4 % 4;
 
-    float A[4], g[4], dA[4] = {0, 0, 0, 0};
+    float A[OWN], g[OWN], dA[OWN], h[OWN];
+    Element weighed[CHUNK / WARPS];
     float2 dD = make_float2(0, 0), dbias = make_float2(0, 0);
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const int n = 4 * k + j;
-        const bool exists = inside && n < s.states;
-        A[j] = exists ? s.A[(wide_int)channel * s.states + n] * LOG2E : 0;
-        g[j] = 0;
-        if (s.parts > 1)
-            g[j] = inside ? s.entry[((row * s.parts + part) * N + n) * s.width + channel] : 0;
-        else if (s.dfinal && exists)
-            g[j] = s.dfinal[(row * s.width + channel) * s.states + n];
+    for (int j = 0; j < OWN; j++) A[j] = g[j] = dA[j] = 0;
+    if (inside) load_states(A, s.A, channel, OWN * half, s.states);
+    if (inside && s.dfinal && s.parts == 1) load_states(g, s.dfinal, row * s.width + channel, OWN * half, s.states);
+#pragma unroll
+    for (int j = 0; j < OWN; j++) {
+        A[j] *= LOG2E;
+        if (inside && s.parts > 1) g[j] = s.entry[((row * s.parts + part) * N + OWN * half + j) * s.width + channel];
     }
 
-    for (int chunk = min(chunks, (part + 1) * s.span) - 1; chunk >= part * s.span; chunk--) {
-        const int begin = chunk * CHUNK, count = min(CHUNK, s.length - begin), segments = (count + STEPS - 1) / STEPS;
-        __syncthreads();
-        for (int t = warp; t < segments * STEPS; t += WARPS)
-            block.weights[t][lane] = t < count && n < s.states ? value(*moved(weight, begin + t, is_C ? s.C_t : s.B_t)) : 0;
-        if (MARKED)
-            for (int t = thread; t < CHUNK; t += 32 * WARPS)
-                block.marks[t] = t < count ? s.marks[row * s.length + begin + t] : PADDING;
-        float h[4];
+    const int first = part * s.span;
+    Pair next[4];
+    auto fetch = [&](int time, bool all) {
+        const int some = time >= first * CHUNK && time < s.length ? channels : 0;
+        next[0] = load(moved(u, time, s.u_t), some);
+        next[1] = load(moved(dt, time, s.dt_t), some);
+        if (all) next[2] = load(moved(dy, time, line), some);
+        if (all && GATED) next[3] = load(moved(z, time, s.z_t), some);
+    };
+    auto open_chunk = [&](int chunk) {
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            h[j] = inside ? s.starts[((row * chunks + chunk) * N + 4 * k + j) * s.width + channel] : 0;
+        for (int j = 0; j < OWN; j++)
+            h[j] = inside && chunk >= first ? s.starts[((row * chunks + chunk) * N + OWN * half + j) * s.width + channel] : 0;
+        fetch(chunk * CHUNK + turn, false);
+#pragma unroll
+        for (int i = 0; i < CHUNK / WARPS; i++) {
+            const int t = chunk * CHUNK + i * WARPS + warp;
+            weighed[i] = t >= first * CHUNK && t < s.length && n < s.states ? *moved(weight, t, is_C ? s.C_t : s.B_t) : Element();
+        }
+    };
+
+    int chunk = min(chunks, first + s.span) - 1;
+    open_chunk(chunk);
+    for (; chunk >= first; chunk--) {
+        const int begin = chunk * CHUNK, count = min(CHUNK, s.length - begin), groups = (count + GROUP - 1) / GROUP;
+#pragma unroll
+        for (int i = 0; i < CHUNK / WARPS; i++) block.weights[i * WARPS + warp][lane] = value(weighed[i]);
+        if (MARKED && thread < CHUNK) block.marks[thread] = thread < count ? s.marks[row * s.length + begin + thread] : PADDING;
         __syncthreads();
 
-        // Forward, for the state at the beginning of each segment.
-        Pair raw[4], next[4];
-        auto fetch = [&](int segment, bool all) {
-            const int t = begin + segment * STEPS + warp, some = t < s.length ? channels : 0;
-            next[0] = load(moved(u, t, s.u_t), some);
-            next[1] = load(moved(dt, t, s.dt_t), some);
-            if (all) next[2] = load(moved(dy, t, line), some);
-            if (all && GATED) next[3] = load(moved(z, t, s.z_t), some);
-        };
-        fetch(0, false);
-        for (int segment = 0; segment < segments - 1; segment++) {
-            float2(*elements)[CHANNELS] = (float2(*)[CHANNELS])block.elements + (segment & 1) * STEPS;
-            float2 x = values(next[0]), step = values(next[1]);
-            step.x += bias.x, step.y += bias.y;
-            if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
-            if (MARKED && block.marks[segment * STEPS + warp] == PADDING) step = x = make_float2(0, 0);
-            elements[warp][2 * lane] = make_float2(step.x, step.x * x.x);
-            elements[warp][2 * lane + 1] = make_float2(step.y, step.y * x.y);
-            fetch(segment + 1, false);
-            block.states[segment][thread] = make_float4(h[0], h[1], h[2], h[3]);
-            __syncthreads();
-#pragma unroll
-            for (int i = 0; i < STEPS; i++) {
-                const float2 element = elements[i][own];
-                const float4 B4 = *(const float4*)&block.weights[segment * STEPS + i][4 * k];
-                const float B[4] = {B4.x, B4.y, B4.z, B4.w};
-                const bool reset = MARKED && block.marks[segment * STEPS + i] == BEGIN;
-#pragma unroll
-                for (int j = 0; j < 4; j++) h[j] = (reset ? 0 : ex2(element.x * A[j])) * h[j] + element.y * B[j];
+        if (chunk > first) {  // what the next chunk reads, row by row and state by state
+            const int t = begin - CHUNK + lane % CHUNK, left = s.width - (pair - 2 * couple);
+            if (left > 0) {
+                prefetch(moved(u - 2 * couple, t, s.u_t)), prefetch(moved(dt - 2 * couple, t, s.dt_t));
+                prefetch(moved(dy - 2 * couple, t, line));
+                if (GATED) prefetch(moved(z - 2 * couple, t, s.z_t));
+                prefetch(s.starts + ((row * chunks + chunk - 1) * N + n) * s.width + pair - 2 * couple);
             }
         }
-        block.states[segments - 1][thread] = make_float4(h[0], h[1], h[2], h[3]);
-        __syncthreads();
 
-        // Backward, segment by segment, of each the later half first: decays and states of one half fit the registers.
-        fetch(segments - 1, true);
-        for (int segment = segments - 1; segment >= 0; segment--) {
+        // Forward, for the state before each group.
+#pragma unroll 1
+        for (int group = 0; group < groups; group++) {
+            float4(*state)[32] = block.states[warp][group];
+            state[0][lane] = make_float4(h[0], h[1], h[2], h[3]), state[1][lane] = make_float4(h[4], h[5], h[6], h[7]);
+            if (group == groups - 1) break;
+            const int at = group * GROUP + turn;
+            float2 x = values(next[0]), step = values(next[1]);
+            fetch(begin + at + GROUP, false);
+            step.x += bias.x, step.y += bias.y;
+            if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
+            if (MARKED && block.marks[at] == PADDING) step = x = make_float2(0, 0);
+            float4(*pairs)[CHANNELS / 2] = (float4(*)[CHANNELS / 2])elements + group % 2 * GROUP;  // step, step times u of two channels
+            pairs[turn][couple] = make_float4(step.x, step.x * x.x, step.y, step.y * x.y);
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < GROUP; i++) {
+                const float2 element = ((const float2*)pairs[i])[own];
+                float B[OWN];
+                read(B, &block.weights[group * GROUP + i][OWN * half]);
+                const bool reset = MARKED && block.marks[group * GROUP + i] == BEGIN;
+#pragma unroll
+                for (int j = 0; j < OWN; j++) h[j] = (reset ? 0 : ex2(element.x * A[j])) * h[j] + element.y * B[j];
+            }
+        }
+
+        // Backward.
+        fetch(begin + (groups - 1) * GROUP + turn, true);
+        __syncwarp();
+#pragma unroll 1
+        for (int group = groups - 1; group >= 0; group--) {
+            const int at = group * GROUP + turn, time = begin + at;
+            const bool dead = time >= s.length || (MARKED && block.marks[at] == PADDING);
+            Pair raw[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) raw[i] = next[i];
-            const int time = begin + segment * STEPS + warp;
-            const bool dead = time >= s.length || (MARKED && block.marks[segment * STEPS + warp] == PADDING);
             {
                 float2 x = values(raw[0]), step = values(raw[1]), dout = values(raw[2]), gate = values(raw[3]);
                 step.x += bias.x, step.y += bias.y;
                 if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
                 if (GATED) dout.x *= gate.x * sigmoid(gate.x), dout.y *= gate.y * sigmoid(gate.y);
                 if (dead) step = x = dout = make_float2(0, 0);
-                block.elements[warp][2 * lane] = make_float4(step.x, step.x * x.x, dout.x, x.x);
-                block.elements[warp][2 * lane + 1] = make_float4(step.y, step.y * x.y, dout.y, x.y);
+                elements[turn][2 * couple] = make_float4(step.x, step.x * x.x, dout.x, x.x);
+                elements[turn][2 * couple + 1] = make_float4(step.y, step.y * x.y, dout.y, x.y);
             }
-            __syncthreads();
-            if (segment) fetch(segment - 1, true);
+            float4(*state)[32] = block.states[warp][group];
+            const float4 low = state[0][lane], high = state[1][lane];
+            h[0] = low.x, h[1] = low.y, h[2] = low.z, h[3] = low.w, h[4] = high.x, h[5] = high.y, h[6] = high.z, h[7] = high.w;
+            if (group) fetch(time - GROUP, true);
+            __syncwarp();
 
-            float outs[4] = {0, 0, 0, 0}, dsteps[4] = {0, 0, 0, 0}, dBs[4] = {0, 0, 0, 0}, dCs[4] = {0, 0, 0, 0};
-#pragma unroll 1
-            for (int half = 1; half >= 0; half--) {
-                const float4* elements = &block.elements[half * HALF][own];
-                const float* weights = &block.weights[segment * STEPS + half * HALF][4 * k];
-                const int* marks = &block.marks[segment * STEPS + half * HALF];
-                const float4 state = block.states[segment][thread];
-                float h[4] = {state.x, state.y, state.z, state.w};
-                if (half)
+            float* sums = (float*)state;
+            float decay[GROUP][OWN], decayed[GROUP][OWN];  // exp(dt A), and that times the state before
+            float sum[4];
 #pragma unroll
-                    for (int i = -HALF; i < 0; i++) {
-                        const float4 element = elements[i * CHANNELS], B4 = *(const float4*)(weights + i * 2 * N);
-                        const float B[4] = {B4.x, B4.y, B4.z, B4.w};
-                        const bool reset = MARKED && marks[i] == BEGIN;
+            for (int i = 0; i < GROUP; i++) {
+                const float4 element = elements[i][own];
+                float B[OWN], C[OWN], terms[OWN], out = 0;
+                read(B, &block.weights[group * GROUP + i][OWN * half]);
+                read(C, &block.weights[group * GROUP + i][OWN * half + N]);
+                const bool reset = MARKED && block.marks[group * GROUP + i] == BEGIN;
 #pragma unroll
-                        for (int j = 0; j < 4; j++) h[j] = (reset ? 0 : ex2(element.x * A[j])) * h[j] + element.y * B[j];
-                    }
-                float decay[HALF][4], decayed[HALF][4];  // exp(dt A), and that times the state before
-                float sums[2][2];
-                float2 turn[2];
-#pragma unroll
-                for (int i = 0; i < HALF; i++) {
-                    const float4 element = elements[i * CHANNELS], B4 = *(const float4*)(weights + i * 2 * N);
-                    const float4 C4 = *(const float4*)(weights + i * 2 * N + N);
-                    const float B[4] = {B4.x, B4.y, B4.z, B4.w}, C[4] = {C4.x, C4.y, C4.z, C4.w};
-                    const bool reset = MARKED && marks[i] == BEGIN;
-                    float terms[4], sum = 0;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        decay[i][j] = reset ? 0 : ex2(element.x * A[j]);
-                        decayed[i][j] = decay[i][j] * h[j];
-                        h[j] = decayed[i][j] + element.y * B[j];
-                        sum += h[j] * C[j];
-                        terms[j] = element.z * h[j];
-                    }
-                    sums[0][i % 2] = sum, turn[i % 2] = turned(terms, r, k);
-                    if (i % 2) {
-                        sum_over_k(outs, sums[0][0], 0, sums[0][1], 0, r, half * HALF + i - 1);
-                        sum_over_k(dCs, turn[0].x, turn[0].y, turn[1].x, turn[1].y, r, half * HALF + i - 1);
-                    }
+                for (int j = 0; j < OWN; j++) {
+                    decay[i][j] = reset ? 0 : ex2(element.x * A[j]);
+                    decayed[i][j] = decay[i][j] * h[j];
+                    h[j] = decayed[i][j] + element.y * B[j];
+                    out += h[j] * C[j];
+                    terms[j] = element.z * h[j];
                 }
+                results[i][0][half][own] = out;
+                if (i % 2 == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
+                gather(sum, terms, i % 2, r);
+                if (i % 2) sums[(i / 2 * 2 + 1) * 2 * N + target] = scattered(sum, lane);
+            }
+            forget();
 #pragma unroll
-                for (int i = HALF - 1; i >= 0; i--) {
-                    const float4 element = elements[i * CHANNELS], B4 = *(const float4*)(weights + i * 2 * N);
-                    const float4 C4 = *(const float4*)(weights + i * 2 * N + N);
-                    const float B[4] = {B4.x, B4.y, B4.z, B4.w}, C[4] = {C4.x, C4.y, C4.z, C4.w};
-                    float terms[4], ddrive = 0, dstep = 0;
+            for (int i = GROUP - 1; i >= 0; i--) {
+                const float4 element = elements[i][own];
+                float B[OWN], C[OWN], terms[OWN], ddrive = 0, dstep = 0;
+                read(B, &block.weights[group * GROUP + i][OWN * half]);
+                read(C, &block.weights[group * GROUP + i][OWN * half + N]);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        g[j] += element.z * C[j];
-                        terms[j] = element.y * g[j];
-                        ddrive += g[j] * B[j];
-                        const float dexponent = g[j] * decayed[i][j];
-                        dstep += dexponent * A[j];
-                        dA[j] += dexponent * element.x;
-                        g[j] *= decay[i][j];
-                    }
-                    sums[0][i % 2] = ddrive, sums[1][i % 2] = dstep, turn[i % 2] = turned(terms, r, k);
-                    if (i % 2 == 0) {
-                        sum_over_k(dsteps, sums[0][0], sums[1][0], sums[0][1], sums[1][1], r, half * HALF + i);
-                        sum_over_k(dBs, turn[0].x, turn[0].y, turn[1].x, turn[1].y, r, half * HALF + i);
-                    }
+                for (int j = 0; j < OWN; j++) {
+                    g[j] += element.z * C[j];
+                    terms[j] = element.y * g[j];
+                    ddrive += g[j] * B[j];
+                    const float dexponent = g[j] * decayed[i][j];
+                    dstep += dexponent * A[j];
+                    dA[j] += dexponent * element.x;
+                    g[j] *= decay[i][j];
                 }
+                results[i][1][half][own] = ddrive, results[i][2][half][own] = dstep;
+                if (i % 2) sum[0] = sum[1] = sum[2] = sum[3] = 0;
+                gather(sum, terms, i % 2, r);
+                if (i % 2 == 0) sums[i / 2 * 2 * 2 * N + target] = scattered(sum, lane);
             }
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int t = 2 * k + i, n = 4 * (r % 4) + r / 4;
-                block.results[0][t][own] = outs[i], block.results[1][t][own] = dsteps[i], block.results[2][t][own] = dsteps[i + 2];
-                block.partial[0][warp][t][n] = dBs[i], block.partial[0][warp][t][n + 2] = dBs[i + 2];
-                block.partial[1][warp][t][n] = dCs[i], block.partial[1][warp][t][n + 2] = dCs[i + 2];
-            }
-            __syncthreads();
+            __syncwarp();
 
-            const float2 sum = *(float2*)&block.results[0][warp][2 * lane], driven = *(float2*)&block.results[1][warp][2 * lane];
-            const float2 exponent = *(float2*)&block.results[2][warp][2 * lane], before = values(raw[1]);
-            const float4 left = block.elements[warp][2 * lane], right = block.elements[warp][2 * lane + 1];
-            const float2 step = make_float2(left.x, right.x), dout = make_float2(left.z, right.z), x = make_float2(left.w, right.w);
-            float2 du = make_float2(skip.x * dout.x + step.x * driven.x, skip.y * dout.y + step.y * driven.y);
-            float2 ddt = make_float2(exponent.x * LN2 + x.x * driven.x, exponent.y * LN2 + x.y * driven.y);
-            if (SOFTPLUS) ddt.x *= sigmoid(before.x + bias.x), ddt.y *= sigmoid(before.y + bias.y);
-            if (dead) ddt = make_float2(0, 0);
-            dD.x += dout.x * x.x, dD.y += dout.y * x.y, dbias.x += ddt.x, dbias.y += ddt.y;
-            const int some = time < s.length ? channels : 0;
-            const wide_int where = (row * s.length + time) * s.width + pair;
-            store((Element*)s.du + where, some, du);
-            store((Element*)s.ddt + where, some, ddt);
-            if (GATED) {
-                const float2 dy = values(raw[2]), gate = values(raw[3]), open = make_float2(sigmoid(gate.x), sigmoid(gate.y));
-                float2 dz = make_float2(dy.x * (sum.x + skip.x * x.x) * open.x * (1 + gate.x * (1 - open.x)),
-                                        dy.y * (sum.y + skip.y * x.y) * open.y * (1 + gate.y * (1 - open.y)));
-                if (dead) dz = make_float2(0, 0);
-                store((Element*)s.dz + where, some, dz);
-            }
-            float weight = 0;
+            {
+                float2 result[3];
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) weight += block.partial[is_C][w][warp][n];
-            if (time < s.length) dweight[(wide_int)time * 2 * N] = weight;
+                for (int i = 0; i < 3; i++) {
+                    const float2 a = *(float2*)&results[turn][i][0][2 * couple], b = *(float2*)&results[turn][i][1][2 * couple];
+                    result[i] = make_float2(a.x + b.x, a.y + b.y);
+                }
+                const float2 sum = result[0], driven = result[1], exponent = result[2], before = values(raw[1]);
+                const float4 left = elements[turn][2 * couple], right = elements[turn][2 * couple + 1];
+                const float2 step = make_float2(left.x, right.x), dout = make_float2(left.z, right.z), x = make_float2(left.w, right.w);
+                float2 du = make_float2(skip.x * dout.x + step.x * driven.x, skip.y * dout.y + step.y * driven.y);
+                float2 ddt = make_float2(exponent.x * LN2 + x.x * driven.x, exponent.y * LN2 + x.y * driven.y);
+                if (SOFTPLUS) ddt.x *= sigmoid(before.x + bias.x), ddt.y *= sigmoid(before.y + bias.y);
+                if (dead) ddt = make_float2(0, 0);
+                dD.x += dout.x * x.x, dD.y += dout.y * x.y, dbias.x += ddt.x, dbias.y += ddt.y;
+                const int some = time < s.length ? channels : 0;
+                const wide_int where = (row * s.length + time) * s.width + pair;
+                store((Element*)s.du + where, some, du);
+                store((Element*)s.ddt + where, some, ddt);
+                if (GATED) {
+                    const float2 dy = values(raw[2]), gate = values(raw[3]), open = make_float2(sigmoid(gate.x), sigmoid(gate.y));
+                    float2 dz = make_float2(dy.x * (sum.x + skip.x * x.x) * open.x * (1 + gate.x * (1 - open.x)),
+                                            dy.y * (sum.y + skip.y * x.y) * open.y * (1 + gate.y * (1 - open.y)));
+                    if (dead) dz = make_float2(0, 0);
+                    store((Element*)s.dz + where, some, dz);
+                }
+            }
+            __syncwarp();
+        }
+        open_chunk(chunk - 1);  // nothing if there is none
+        __syncthreads();
+
+        // Of dB and dC, over the block's warps, four states a thread.
+        float4* dweights = (float4*)s.dBC + ((tile * (wide_int)s.batch + row) * s.length + begin) * (2 * N / 4);
+#pragma unroll
+        for (int i = thread; i < CHUNK * 2 * N / 4; i += 32 * WARPS) {
+            const int t = i / (2 * N / 4), which = i / 4 % 2;
+            float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float* sums = (const float*)block.states[w][t / GROUP];
+                const float4 part = *(const float4*)&sums[(t % GROUP / 2 * 2 + which) * 2 * N + t % 2 * N + i % 4 * 4];
+                sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+            }
+            if (t < count) dweights[i] = sum;
         }
     }
 
     float* sums = s.sums + (row * s.parts + part) * (N + 2) * s.width;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const int n = 4 * k + j;
-        if (inside) sums[(wide_int)n * s.width + channel] = dA[j];
-        if (inside && part == 0 && n < s.states) s.dinitial[(row * s.width + channel) * s.states + n] = g[j];
+    for (int j = 0; j < OWN; j++) {
+        if (inside) sums[(wide_int)(OWN * half + j) * s.width + channel] = dA[j];
     }
-    float4* ends = block.elements[0];  // [WARPS][32]
-    __syncthreads();
-    ends[thread] = make_float4(dD.x, dD.y, dbias.x, dbias.y);
-    __syncthreads();
-    if (thread < 2 * CHANNELS) {
-        const int which = thread / CHANNELS, c = thread % CHANNELS;
-        float sum = 0;
+    if (inside && part == 0 && s.dinitial) store_states(s.dinitial, g, row * s.width + channel, OWN * half, s.states);
+    float ends[4] = {dD.x, dD.y, dbias.x, dbias.y};
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += ((float*)&ends[w * 32 + c / 2])[2 * which + c % 2];
-        if (tile * CHANNELS + c < s.width) sums[(wide_int)(N + which) * s.width + tile * CHANNELS + c] = sum;
+    for (int i = 0; i < 4; i++) {
+        ends[i] += __shfl_xor_sync(~0u, ends[i], 8);
+        ends[i] += __shfl_xor_sync(~0u, ends[i], 16);
+        if (turn == 0 && channels > i % 2) sums[(wide_int)(N + i / 2) * s.width + pair + i % 2] = ends[i];
     }
+}
+
+// dB and dC summed over tiles, four states a thread; in the blocks after those, dA, dD and dbias over rows and parts, of 32 channels.
+extern "C" __global__ void __launch_bounds__(256) finish(const Scan s) {
+    const wide_int cells = (wide_int)s.batch * s.length * (2 * N / 4), cell = blockIdx.x * (wide_int)256 + threadIdx.x;
+    const int blocks = (int)((cells + 255) / 256), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (blockIdx.x < blocks) {
+        if (cell >= cells) return;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+        for (int tile = 0; tile < (s.width + TILE - 1) / TILE; tile++) {
+            const float4 part = ((const float4*)s.dBC)[tile * cells + cell];
+            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+        }
+        const int n = cell % 4 * 4;
+        const Pair pairs[2] = {packed(make_float2(sum.x, sum.y)), packed(make_float2(sum.z, sum.w))};
+        Element* to = (Element*)(cell / 4 % 2 ? s.dC : s.dB) + cell / 8 * s.states + n;
+#pragma unroll
+        for (int j = 0; j < 4; j += 2)
+            if (s.states == N) {
+                *(Pair*)(to + j) = pairs[j / 2];
+            } else {
+                if (n + j < s.states) to[j] = low(pairs[j / 2]);
+                if (n + j + 1 < s.states) to[j + 1] = high(pairs[j / 2]);
+            }
+        return;
+    }
+    const int columns = (s.width + 31) / 32, index = blockIdx.x - blocks, which = index / columns, channel = index % columns * 32 + lane;
+    float sum = 0, *sums = (float*)shared;
+    if (channel < s.width)
+#pragma unroll 8
+        for (int row = warp; row < s.batch * s.parts; row += 8) sum += s.sums[((wide_int)row * (N + 2) + which) * s.width + channel];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp || channel >= s.width) return;
+#pragma unroll
+    for (int w = 1; w < 8; w++) sum += sums[w * 32 + lane];
+    if (which < s.states) s.dA[(wide_int)channel * s.states + which] = sum;
+    if (which == N && s.dD) s.dD[channel] = sum;
+    if (which == N + 1 && s.dbias) s.dbias[channel] = sum;
 }

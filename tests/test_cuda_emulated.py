@@ -1,0 +1,111 @@
+"""The CUDA C++ scan without a GPU: its kernels compiled for the CPU (`emulate_cuda.h`), against the reference."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moemamba.ops import cuda_scan, reference
+
+COMPILER = shutil.which("g++")
+KERNELS = ("forward", "summarise", "summarise_back", "carry", "carry_back", "backward", "finish")
+NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+pytestmark = pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs Linux and g++")
+
+
+class Emulated:
+    """Stands in for `cuda_runtime.Module`."""
+
+    folder: Path
+
+    def __init__(self, source: str, constants: dict[str, int], device: int):
+        parts = [f"#define {name} {value}" for name, value in constants.items()]
+        parts += [f'#include "{Path(__file__).with_name("emulate_cuda.h")}"', source]
+        parts += [
+            f'extern "C" void start_{name}(int blocks, int threads, const void* scan)'
+            f" {{ run_grid([](const void* scan) {{ {name}(*(const Scan*)scan); }}, scan, blocks, threads); }}"
+            for name in KERNELS
+        ]
+        name = "-".join(map(str, constants.values()))
+        code, library = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
+        code.write_text("\n".join(parts) + "\n")
+        options = ["-O1", "-std=c++17", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
+        subprocess.run([str(COMPILER), *options, str(code), "-o", str(library)], check=True)
+        self.library = ctypes.CDLL(os.fspath(library))
+
+    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes) -> None:
+        for name, blocks, threads, shared in kernels:
+            assert shared <= 227 * 1024
+            self.library[f"start_{name}"](blocks, threads, arguments)
+
+
+@pytest.fixture(autouse=True)
+def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    Emulated.folder = tmp_path
+    caches = (cuda_scan._module, cuda_scan._processors)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(cuda_scan, "Module", Emulated)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=8))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+# One part, and two channels at a time; several parts, sixteen bytes at a time; one position, and one channel at a time.
+@pytest.mark.parametrize(
+    ("shape", "dtype", "packed"),
+    [
+        ((5, 37, 130, 16), torch.float32, False),
+        ((1, 150, 80, 16), torch.bfloat16, True),
+        ((2, 1, 33, 5), torch.float32, False),
+    ],
+)
+def test_equals_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool) -> None:
+    torch.manual_seed(0)
+    batch, length, width, n_state = shape
+    halves = torch.randn(batch, length, 2 * width).to(dtype)
+    slices = torch.randn(batch, length, 3 + 2 * n_state).to(dtype)
+    inputs = {
+        "u": halves[..., :width],
+        "dt": (torch.randn(batch, length, width) - 2).to(dtype),
+        "A": -torch.rand(width, n_state) * 4 - 0.2,
+        "B": slices[..., 3 : 3 + n_state],
+        "C": slices[..., 3 + n_state :],
+        "D": torch.randn(width),
+        "z": halves[..., width:],
+        "dt_bias": torch.randn(width) / 2,
+        "initial_state": torch.randn(batch, width, n_state),
+    }
+    seq_idx = torch.randint(0, 3, (batch, length)).sort(1).values
+    seq_idx = torch.where(torch.rand(batch, length) < 0.2, -1, seq_idx).int()
+    marks = cuda_scan.position_marks(seq_idx) if packed else None
+    dy, dfinal = torch.randn(batch, length, width).to(dtype), torch.randn(batch, width, n_state)
+
+    leaves = {name: t.float().requires_grad_() for name, t in inputs.items()}
+    y, final = reference.selective_scan(
+        *[leaves[name] for name in NAMES[:8]], True, leaves["initial_state"], seq_idx if packed else None
+    )
+    expected = torch.autograd.grad([y, final], list(leaves.values()), [dy.float(), dfinal])
+
+    args = [inputs[name] for name in NAMES]
+    found, found_final, starts = cuda_scan._forward(*args, marks, True, True)
+    gradients = cuda_scan._backward(dy, dfinal, *args, marks, starts, True)
+
+    names = ("y", "final_state", *NAMES)
+    for name, a, b in zip(names, (found, found_final, *gradients), (y, final, *expected), strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
