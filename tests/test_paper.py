@@ -10,7 +10,7 @@ import pytest
 
 from moemamba.cli import run
 from moemamba.counting import count_parameters
-from moemamba.experiments.paper import verdict
+from moemamba.experiments.claims import verdict
 from moemamba.experiments.results import Spread
 from moemamba.experiments.tables import FRACTIONS, SCALES, TABLES, Claim
 

@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Compare, arguments, "compare")
     contenders = parse_contenders(asked.models)
     from ..experiments.compare import compare
-    from ..experiments.report import notes
     from ..experiments.results import HEADER, cells
+    from ..experiments.section import notes
 
     out, command = Path(asked.out), shlex.join(["moemamba", "compare", *arguments])
     try:

@@ -67,9 +67,10 @@ def main(arguments: Sequence[str]) -> None:
         device=asked.device,
         compile=asked.compile,
     )
-    from ..experiments.paper import reproduce, says, verdict
-    from ..experiments.report import notes
+    from ..experiments.claims import says, verdict
+    from ..experiments.paper import reproduce
     from ..experiments.results import HEADER, cells
+    from ..experiments.section import notes
 
     out = Path(asked.out or f"runs/paper-{asked.table}-{asked.scale}")
     command = shlex.join(["moemamba", "paper", *arguments])
