@@ -117,7 +117,7 @@ def test_differences_are_paired_by_seed():
     assert base.verdict == "no clear difference"
     header_to_cell = cells([base, better], 30)[1]
     assert header_to_cell[4] == "−0.1500 (−0.2000 … −0.1000)"
-    assert header_to_cell[7:11] == ("20", "1.50× (1.50 … 1.50)", "1.9500", "1.50× (1.50 … 1.50)")
+    assert header_to_cell[5:9] == ("20", "1.50× (1.50 … 1.50)", "1.9500", "1.50× (1.50 … 1.50)")
 
 
 def test_a_model_that_never_gets_there():
@@ -125,7 +125,7 @@ def test_a_model_that_never_gets_there():
     _, worse = summarise(runs, {"base": MAMBA, "worse": MOE}, context=32)
     assert worse.steps_to_baseline == (None,)
     assert worse.speed_up is None
-    assert cells([worse], 20)[0][7:9] == ("> 20", "–")
+    assert cells([worse], 20)[0][5:7] == ("> 20", "–")
     assert worse.verdict == "one seed, so the spread is unknown"
 
 

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     from ..experiments.claims import says, verdict
     from ..experiments.paper import reproduce
     from ..experiments.results import HEADER, cells
-    from ..experiments.section import notes
+    from ..experiments.section import STEPS_NOTES, loss_notes
 
     out = Path(asked.out or f"runs/paper-{asked.table}-{asked.scale}")
     command = shlex.join(["moemamba", "paper", *arguments])
@@ -81,6 +81,6 @@ def main(arguments: Sequence[str]) -> None:
         raise
     print()
     show(cells(found.rows, found.settings["steps"]), HEADER)
-    print(f"\n{notes(scale.seeds)}\n")
+    print(f"\n{loss_notes(scale.seeds)} {STEPS_NOTES}\n")
     show([(says(claim), verdict(claim, found.rows)) for claim in table.claims], ("claim", "here"))
     print(f"\nreport: {out / 'results.md'}, {out / 'report.html'}")

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from .chart import Line, line_chart, style
+from .chart import COLOURS, Line, line_chart, style
 from .history import Curve, smoothing, speed_up
 from .record import Run
 from .results import Comparison, count
@@ -92,10 +92,10 @@ def sweeps(found: Comparison) -> list[str]:
         here = [(numbers.index(n), rows[f"{name}-{n}"].difference) for n in own]
         here = [(x, difference) for x, difference in here if difference.values]
         low, high = ([(x, getattr(d, side)) for x, d in here] for side in ("low", "high"))
-        lines.append(Line(f"{name}, here", 2 * k + 1, [(x, d.mean) for x, d in here], low, high))
+        lines.append(Line(f"{name}, here", k + 1, [(x, d.mean) for x, d in here], low, high))
         paper = [(numbers.index(n), loss) for n in own if (loss := printed.get(f"{name}-{n}")) is not None]
         if paper and baseline in printed:
-            lines.append(Line(f"{name}, the paper", 2 * k + 2, [(x, y - printed[baseline]) for x, y in paper]))
+            lines.append(Line(f"{name}, the paper", k + 1 + COLOURS, [(x, y - printed[baseline]) for x, y in paper]))
     drawing = line_chart(
         lines,
         "Loss by number of experts",
@@ -131,7 +131,7 @@ def routing(found: Comparison) -> list[str]:
                 "Load of the busiest expert over tokens",
                 y_range=_window([*busy, Line("", 0, [(0, 1.0)])], 0),
                 y_label="times its even share",
-                level=(1.0, "even"),
+                level=(1.0, ""),
             ),
             "Of all layers, in times of its even share of the tokens.",
         )

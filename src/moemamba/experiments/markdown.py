@@ -18,8 +18,6 @@ def _section(found: Comparison) -> list[str]:
         lines += [f"## {heading}", ""]
         for block in blocks:
             lines += [*(_grid(block) if isinstance(block, Grid) else [block]), ""]
-    if found.paper:
-        lines += ["The paper's numbers are smoothed training losses on C4.", ""]
     return [
         *lines,
         "Machine: " + ", ".join(f"{k} {v}" for k, v in found.environment.items()) + ".",

@@ -43,22 +43,28 @@ def _lead(said: Section) -> str:
 
 def _section(said: Section, found: Comparison) -> str:
     """Words and tables, figures, and how it was made."""
-    body = []
-    for heading, blocks in said.parts:
-        body.append(f"<h3>{escape(heading)}</h3>")
-        body += [_table(block) if isinstance(block, Grid) else f"<p>{escape(block)}</p>" for block in blocks]
-        if heading == "Results":
-            names = legend(enumerate(row.name for row in found.rows))
-            drawings = [*curves(found), *sweeps(found), *routing(found)]
-            body.append(f"<h3>Figures</h3>{names}<div class='grid'>{''.join(drawings)}</div>")
-    return "".join([*body, *_how(found)])
+    parts = [f"<h3>{escape(heading)}</h3>{''.join(map(_block, blocks))}" for heading, blocks in said.parts]
+    names = legend(enumerate(row.name for row in found.rows))
+    drawings = "".join([*curves(found), *sweeps(found), *routing(found)])
+    parts.insert(3 if found.paper else 2, f"<h3>Figures</h3>{names}<div class='grid'>{drawings}</div>")
+    return "".join([*parts, *_how(found)])
+
+
+def _block(block: str | Grid) -> str:
+    return _table(block) if isinstance(block, Grid) else f"<p>{escape(block)}</p>"
 
 
 def _table(grid: Grid) -> str:
     """An HTML table that scrolls sideways where it must."""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in grid.header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(text: str) -> str:
+    """A figure, the range of its seeds below it."""
+    figure, opened, span = text.partition(" (")
+    return f"{escape(figure)}<small>({escape(span)}</small>" if opened and "…" in span else escape(text)
 
 
 def _how(found: Comparison) -> list[str]:

@@ -248,12 +248,12 @@ HEADER = (
     "active",
     "held-out loss",
     "vs baseline",
-    "bits/byte",
-    "accuracy",
     "steps to its loss",
     "speed-up",
     "training loss",
     "speed-up by it",
+    "accuracy",
+    "bits/byte",
     "tokens/s",
 )
 
@@ -267,12 +267,12 @@ def cells(rows: list[Row], steps: int) -> list[tuple[str, ...]]:
             count(row.parameters.active),
             _loss(row),
             "baseline" if row is rows[0] else signed(row.difference),
-            _mean(row.bits_per_byte, ".4f"),
-            _mean(row.accuracy, ".2%"),
             _steps(row.steps_to_baseline, steps),
             times(row.speed_up),
             _mean(row.training_loss, ".4f"),
             times(row.training_speed_up),
+            _mean(row.accuracy, ".2%"),
+            _mean(row.bits_per_byte, ".4f"),
             _mean(row.tokens_per_second, ",.0f"),
         )
         for row in rows

@@ -29,7 +29,11 @@ class Section:
 
 def section(found: Comparison) -> Section:
     """What is said about a comparison."""
-    parts: list[tuple[str, Sequence[str | Grid]]] = [("Results", [budget(found), _results(found), notes(found.seeds)])]
+    paper = " The paper's numbers are smoothed training losses on C4." if found.paper else ""
+    parts: list[tuple[str, Sequence[str | Grid]]] = [
+        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + paper]),
+        ("Steps to equal loss", [_steps(found), STEPS_NOTES]),
+    ]
     title = " · ".join(row.name for row in found.rows)
     if found.paper:
         title = found.paper.title
@@ -59,41 +63,69 @@ def headline(row: Row) -> str:
         return f"{row.name} shows no clear difference from the baseline: {signed(d)} nats per token."
     side = "below" if d.mean < 0 else "above"
     text = f"{row.name} ends {abs(d.mean):.3f} nats per token {side} the baseline ({row.verdict})"
-    if row.speed_up and d.mean < 0:
+    if row.speed_up and d.mean < 0 and row.speed_up.mean > 1:
         text += f" and reaches its final loss in {row.speed_up.mean:.2f}× fewer steps"
     return text + "."
 
 
-def notes(seeds: int) -> str:
-    """What the table's figures mean, to stand under it."""
+def loss_notes(seeds: int) -> str:
+    """What the losses mean, to stand under their table."""
     spread = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed, so its spread is unknown"
     paired = " (lowest … highest)" if seeds > 1 else ""
     return (
         f"Held-out loss in nats per token at the last step, without auxiliary losses or dropping: {spread}. "
-        f"Differences and speed-ups are paired by seed: same batches, same order{paired}. Steps to the baseline's "
-        "final loss are interpolated between evaluations, on the lowest held-out loss so far; the speed-up is the "
-        "baseline's steps over them. Beside it the same by the paper's measure: training loss smoothed with weight "
-        "0.001 a step (15 over the steps in runs of fewer than 15,000), but without auxiliary losses. Parameters are "
-        "without embedding and head."
+        f"Differences and speed-ups are paired by seed: same batches, same order{paired}. Parameters are without "
+        "embedding and head."
     )
+
+
+STEPS_NOTES = (
+    "Steps to the baseline's final loss are interpolated between evaluations, on the lowest held-out loss so far; the "
+    "speed-up is the baseline's steps over them. Beside it the same by the paper's measure: training loss smoothed "
+    "with weight 0.001 a step (15 over the steps in runs of fewer than 15,000), but without auxiliary losses."
+)
 
 
 def _results(found: Comparison) -> Grid:
-    """A row for each model, beside the paper's if there is one."""
-    rows, paper = cells(found.rows, found.settings["steps"]), found.paper
-    header = (*HEADER, "learning rate")
-    rates = [f"{found.setting(row.name, 'learning_rate'):g}" for row in found.rows]
-    if paper is None:
-        return Grid(header, [(*own, rate) for own, rate in zip(rows, rates, strict=True)])
-    loss, faster = HEADER.index("vs baseline") + 1, HEADER.index("speed-up") + 1
-    speeds = [f"{paper.faster[row.name]:.2f}×" if row.name in paper.faster else "–" for row in found.rows]
+    """The loss of each model, beside the paper's if there is one."""
+    own = ("parameters", "active", "held-out loss", "vs baseline")
+    more = ("accuracy", "bits/byte", "tokens/s")
+    rows, baseline, paper = _cells(found), found.rows[0].name, found.paper
     return Grid(
-        (*header[:loss], "paper", "paper's difference", *header[loss:faster], "paper's speed-up", *header[faster:]),
+        ("model", *own, *(("paper", "paper's difference") if paper else ()), *more, "learning rate"),
         [
-            (*own[:loss], *_printed(paper, row.name, found.rows[0].name), *own[loss:faster], speed, *own[faster:], rate)
-            for row, own, speed, rate in zip(found.rows, rows, speeds, rates, strict=True)
+            (
+                *(row[key] for key in ("model", *own)),
+                *(_printed(paper, name, baseline) if paper else ()),
+                *(row[key] for key in more),
+                f"{found.setting(name, 'learning_rate'):g}",
+            )
+            for name, row in rows.items()
         ],
     )
+
+
+def _steps(found: Comparison) -> Grid:
+    """Steps to equal loss, beside the paper's if it gives them."""
+    own = ("steps to its loss", "speed-up", "training loss", "speed-up by it")
+    rows, printed = _cells(found), found.paper.faster if found.paper else {}
+    return Grid(
+        ("model", *own, *(("paper's speed-up",) if printed else ())),
+        [
+            (
+                name,
+                *(row[key] for key in own),
+                *((f"{printed[name]:.2f}×" if name in printed else "–",) if printed else ()),
+            )
+            for name, row in rows.items()
+        ],
+    )
+
+
+def _cells(found: Comparison) -> dict[str, dict[str, str]]:
+    """By model and column."""
+    rows = [dict(zip(HEADER, row, strict=True)) for row in cells(found.rows, found.settings["steps"])]
+    return {row["model"]: row for row in rows}
 
 
 def _printed(paper: Reproduction, model: str, baseline: str) -> tuple[str, str]:

@@ -48,14 +48,14 @@ class Entry:
     changes: Mapping[str, Any] = field(default_factory=dict)
     printed: float | None = None
     """the paper's log perplexity, in nats: smoothed training loss"""
-    faster: float | None = None
-    """the paper's speed-up over Mamba in steps to equal loss"""
     learning_rate: float = 5e-4
     """the paper's"""
     learning_rates: tuple[float, ...] = ()
     """to try, in the place of the scale's"""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """what differs from the paper's training"""
+    faster: float | None = None
+    """the paper's speed-up over Mamba in steps to equal loss"""
 
     def rates(self, scale: Scale) -> tuple[float, ...]:
         """The learning rates to try; one is taken as it is."""
