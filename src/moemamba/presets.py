@@ -40,8 +40,8 @@ PRESETS: dict[str, ModelConfig] = {
     "mamba-mlp-25m": _paper("MF", 8, 512, feedforward=FeedForwardConfig(1536, activation="relu")),
     "parallel-moe-mamba-25m": _paper("(ME)", 8, 512, experts=_switch(32, 1536)),
     "inner-moe-mamba-25m": _paper("MR", 8, 512, routed=_inner("out", n_experts=48)),
-    # Beyond the paper: finer experts, four for each token, dropless, balanced by a bias; and the baseline with all of it
-    # that can help a model without experts. docs/results.md has the evidence, at a smaller size.
+    # Beyond the paper: finer experts, four for each token, dropless, balanced by a bias; and the baseline with all of
+    # it that can help a model without experts. docs/results.md and docs/log.md have the evidence, at smaller sizes.
     "mamba-25m-plus": ModelConfig("M", 16, 512, vocab_size=50257),
     "moe-mamba-25m-plus": ModelConfig(
         "ME",

@@ -68,12 +68,13 @@ def main(arguments: Sequence[str]) -> None:
         compile=asked.compile,
     )
     from ..experiments.claims import says, verdict
-    from ..experiments.paper import reproduce
+    from ..experiments.paper import plan, reproduce
     from ..experiments.results import HEADER, cells
     from ..experiments.section import STEPS_NOTES, loss_notes
 
     out = Path(asked.out or f"runs/paper-{asked.table}-{asked.scale}")
     command = shlex.join(["moemamba", "paper", *arguments])
+    print("\n".join(plan(table, scale)), end="\n\n", flush=True)
     try:
         found = reproduce(table, scale, base, out, jobs=asked.jobs, command=command)
     except KeyboardInterrupt:

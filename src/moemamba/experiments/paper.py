@@ -3,10 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+from ..counting import count_parameters
 from ..training.config import TrainConfig
 from .compare import compare
 from .reproduction import Reproduction, Tuning
-from .results import Comparison
+from .results import Comparison, count
 from .tables import Scale, Table
 from .tuning import apply, tune
 
@@ -36,6 +37,38 @@ def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
         save_every=max(1, steps // 4),
         log_every=max(1, steps // 200),
     )
+
+
+def plan(table: Table, scale: Scale) -> list[str]:
+    """What `reproduce` is going to run, in a few lines."""
+    steps, tokens = scale.steps or table.steps, scale.batch_size * scale.context
+    short = min(scale.tuning_steps, steps)
+    models = [
+        f"{entry.name} ({count(parameters.total)}, {count(parameters.active)} active)"
+        for entry in table.entries
+        for parameters in [count_parameters(entry.contender(scale).model)]
+    ]
+    grids: dict[tuple[float, ...], list[str]] = {}
+    for entry in table.entries:
+        if len(rates := entry.rates(scale)) > 1:
+            grids.setdefault(rates, []).append(entry.name)
+    tried = sum(len(rates) * len(names) for rates, names in grids.items())
+    runs = len(table.entries) * scale.seeds
+    lines = [
+        f"{table.title}: {runs} runs, {len(models)} models with {scale.seeds} seed{'s' if scale.seeds > 1 else ''}, of "
+        f"{count(steps * tokens)} tokens ({steps:,} steps of {scale.batch_size} × {scale.context}) each",
+        f"models: {', '.join(models)}; without embedding and head",
+    ]
+    if tried:
+        rates = (
+            f"{', '.join(f'{rate:g}' for rate in rates)} with {', '.join(names)}" for rates, names in grids.items()
+        )
+        lines.append(
+            f"before that {tried} runs of {count(short * tokens)} tokens ({short:,} steps) to choose learning rates: "
+            f"{'; '.join(rates)}; more where a best rate lies at the edge"
+        )
+    lines.append(f"in all {count((runs * steps + tried * short) * tokens)} tokens, all of it resumed where it stopped")
+    return lines
 
 
 def reproduce(
