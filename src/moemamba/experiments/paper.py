@@ -60,14 +60,14 @@ def plan(table: Table, scale: Scale) -> list[str]:
         f"models: {', '.join(models)}; without embedding and head",
     ]
     if tried:
-        rates = (
-            f"{', '.join(f'{rate:g}' for rate in rates)} with {', '.join(names)}" for rates, names in grids.items()
-        )
+        grid = (f"{', '.join(map('{:g}'.format, own))} with {', '.join(names)}" for own, names in grids.items())
         lines.append(
             f"before that {tried} runs of {count(short * tokens)} tokens ({short:,} steps) to choose learning rates: "
-            f"{'; '.join(rates)}; more where a best rate lies at the edge"
+            f"{'; '.join(grid)}; more where a best rate lies at the edge"
         )
-    lines.append(f"in all {count((runs * steps + tried * short) * tokens)} tokens, all of it resumed where it stopped")
+    lines.append(
+        f"in all {count((runs * steps + tried * short) * tokens)} tokens; the same command goes on where it was stopped"
+    )
     return lines
 
 
