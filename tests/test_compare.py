@@ -3,9 +3,9 @@
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +15,11 @@ from moemamba.config import ExpertsConfig, ModelConfig, to_dict
 from moemamba.experiments.chart import shade, ticks
 from moemamba.experiments.compare import compare
 from moemamba.experiments.contender import Contender, parse_contender, parse_contenders
-from moemamba.experiments.history import History, crossing, read_history, smoothed, speed_up
-from moemamba.experiments.results import Run, Spread, cells, count, signed, summarise
+from moemamba.experiments.history import History, crossing, read_history, smoothed, smoothing, speed_up
+from moemamba.experiments.markdown import markdown
+from moemamba.experiments.record import Run, thinned
+from moemamba.experiments.report import report
+from moemamba.experiments.results import Spread, cells, count, read_results, signed, summarise, times
 
 MAMBA = ModelConfig("M", 1, 16)
 MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16, capacity_factor=1.0))
@@ -29,22 +32,42 @@ def test_crossing_is_interpolated():
     curve = [(10, 3.0), (20, 2.0), (30, 2.5), (40, 1.0)]
     assert crossing(curve, 2.25) == 17.5
     assert crossing(curve, 2.0) == 20
-    assert crossing(curve, 1.75) == pytest.approx(35)
+    assert crossing(curve, 1.75) == pytest.approx(32.5)  # from the lowest so far, 2.0, not from 2.5
+    levels = [3 - k / 50 for k in range(101)]
+    steps = [crossing(curve, level) for level in levels]
+    assert steps == sorted(steps)
     assert crossing(curve, 5.0) == 10
     assert crossing(curve, 0.5) is None
     assert crossing([], 1.0) is None
 
 
 def test_smoothing_starts_unbiased():
-    assert [value for _, value in smoothed([(1, 4.0), (2, 4.0), (3, 4.0)], 10)] == pytest.approx([4.0, 4.0, 4.0])
-    assert [value for _, value in smoothed([(1, 4.0), (2, 2.0)], 2)] == pytest.approx([4.0, 8 / 3])
+    assert [value for _, value in smoothed([(1, 4.0), (2, 4.0), (3, 4.0)], 0.1)] == pytest.approx([4.0, 4.0, 4.0])
+    assert [value for _, value in smoothed([(1, 4.0), (2, 2.0)], 0.5)] == pytest.approx([4.0, 8 / 3])
     assert smoothed([(1, 4.0), (2, 2.0)], 1) == [(1, 4.0), (2, 2.0)]
+
+
+def test_smoothing_does_not_depend_on_how_often_a_run_writes():
+    """A line that stands for ten steps counts as ten lines of its value."""
+    every = [(step, float((step - 1) // 10)) for step in range(1, 101)]
+    seldom = [(step, float((step - 1) // 10)) for step in range(10, 101, 10)]
+    assert [v for s, v in smoothed(every, 0.01) if s % 10 == 0] == pytest.approx([v for _, v in smoothed(seldom, 0.01)])
+    assert (smoothing(150_000), smoothing(15_000), smoothing(3000), smoothing(10)) == (0.001, 0.001, 0.005, 1.0)
+
+
+def test_thinning_keeps_the_last():
+    curve = [(step, 0.0) for step in range(1, 1002)]
+    assert len(thinned(curve, 200)) <= 200
+    assert thinned(curve, 200)[-1] == (1001, 0.0)
+    assert thinned(curve[:200], 200) == curve[:200]
+    assert thinned([], 200) == []
 
 
 def test_speed_up_of_a_curve_twice_as_fast():
     slow = [(step, 10 - step / 10) for step in range(10, 81, 10)]
     fast = [(step, 10 - step / 5) for step in range(10, 81, 10)]
-    assert [ratio for _, ratio in speed_up(slow, fast)][1:] == pytest.approx([2.0] * 7)
+    assert speed_up(slow, fast)[0][0] == 20  # before fast was first measured nothing is known
+    assert [ratio for _, ratio in speed_up(slow, fast)] == pytest.approx([2.0] * 7)
     assert [step for step, _ in speed_up(fast, slow)] == [10, 20, 30, 40]  # what slow has reached in its 80 steps
     assert {ratio for _, ratio in speed_up(slow, slow)} == {1.0}
 
@@ -68,12 +91,12 @@ def test_history_of_a_run_that_still_writes(tmp_path):
 
 
 def fake_run(model: str, seed: int, *losses: float) -> Run:
-    train = [{"step": 10, "tokens_per_second": 100.0 + seed}]
+    train = [{"step": 10 * (k + 1), "loss": loss, "tokens_per_second": 100.0 + seed} for k, loss in enumerate(losses)]
     evaluation = [
         {"step": 10 * (k + 1), "loss": loss, "bits_per_byte": loss / math.log(2), "accuracy": 1 / (1 + loss)}
         for k, loss in enumerate(losses)
     ]
-    return Run(model, seed, Path("."), History(train, evaluation, []))
+    return Run.condensed(model, seed, "finished", History(train, evaluation, []), 15)  # so short: not smoothed
 
 
 def test_differences_are_paired_by_seed():
@@ -94,7 +117,7 @@ def test_differences_are_paired_by_seed():
     assert base.verdict == "no clear difference"
     header_to_cell = cells([base, better], 30)[1]
     assert header_to_cell[4] == "−0.1500 (−0.2000 … −0.1000)"
-    assert header_to_cell[7:9] == ("20", "1.50×")
+    assert header_to_cell[5:9] == ("20", "1.50× (1.50 … 1.50)", "1.9500", "1.50× (1.50 … 1.50)")
 
 
 def test_a_model_that_never_gets_there():
@@ -102,7 +125,7 @@ def test_a_model_that_never_gets_there():
     _, worse = summarise(runs, {"base": MAMBA, "worse": MOE}, context=32)
     assert worse.steps_to_baseline == (None,)
     assert worse.speed_up is None
-    assert cells([worse], 20)[0][7:9] == ("> 20", "–")
+    assert cells([worse], 20)[0][5:7] == ("> 20", "–")
     assert worse.verdict == "one seed, so the spread is unknown"
 
 
@@ -124,6 +147,8 @@ def test_verdict_needs_one_sign_and_more_than_the_spread(differences, verdict):
 def test_numbers_for_people():
     assert [count(n) for n in (950, 27_131_904, 2_439_069_696)] == ["950", "27.1M", "2.44B"]
     assert signed(Spread((0.5,))) == "+0.5000"
+    assert times(Spread((1.25, 1.75))) == "1.50× (1.25 … 1.75)"
+    assert times(Spread((1.25,))) == "1.25×"
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(1.33, 1.67) == pytest.approx([1.4, 1.5, 1.6])
     assert ticks(2, 2) == [2]
@@ -227,7 +252,7 @@ def test_identical_models_do_not_differ(compared):
 def test_seeds_change_weights_and_data(compared):
     runs = {(run.model, run.seed): run for run in compared[0].runs}
     assert runs["mamba", 0].curve != runs["mamba", 1].curve
-    configs = [json.loads((runs["moe", seed].path / "train.json").read_text()) for seed in (0, 1)]
+    configs = [json.loads((compared[1] / "moe" / f"seed-{seed}" / "train.json").read_text()) for seed in (0, 1)]
     assert [(config["seed"], config["data_seed"]) for config in configs] == [(0, 0), (1, 1)]
 
 
@@ -240,8 +265,47 @@ def test_results_hold_all_figures(compared):
     assert results["models"][2]["parameters"]["active"] < results["models"][2]["parameters"]["total"]
     assert results["models"][2]["config"]["vocab_size"] == 257
     assert len(results["runs"]) == 8
-    assert [line["step"] for line in results["runs"][0]["evaluation"]] == [4, 8, 12]
-    assert results["settings"]["learning_rate"] == "0.01; hardly: 1e-06"
+    assert results["runs"][0]["evaluation"]["step"] == [4, 8, 12]
+    assert results["settings"]["learning_rate"] == 0.01
+    assert results["recipes"]["hardly"] == {"learning_rate": 1e-6}
+
+
+def test_pages_come_from_results_alone(compared):
+    """The same page and tables, from figures of the file that are those of the runs."""
+    comparison, out = compared
+    again = read_results(out / "results.json")
+    assert again == comparison
+    assert report([again]) == (out / "report.html").read_text()
+    assert markdown([again]) == (out / "results.md").read_text()
+    history = read_history(out / "moe" / "seed-1")
+    run = next(run for run in again.runs if (run.model, run.seed) == ("moe", 1))
+    assert [loss for _, loss in run.curve] == pytest.approx([line["loss"] for line in history.evaluation], abs=1e-6)
+    assert run.evaluation[-1]["drop_gap"] == pytest.approx(history.evaluation[-1]["drop_gap"], abs=1e-6)
+    assert [line["step"] for line in run.router] == [line["step"] for line in history.router]
+    shares = [4 * share for share in history.router[-1]["layers"][0]["load"]]
+    assert run.router[-1]["layers"][0]["load"] == pytest.approx(shares, abs=0.006)
+    with pytest.raises(ValueError, match=r"config.json is not a comparison's results.json"):
+        read_results(out / "moe" / "seed-1" / "config.json")
+
+
+def test_results_stay_small():
+    """However often a run writes and however many experts it has: thirty runs in two megabytes."""
+    lines = [{"step": step, "loss": 4 + 1 / step, "tokens_per_second": 1e6 + step} for step in range(1, 2001)]
+    evaluation = [
+        {"step": k * 50, "tokens": k * 123_456_789, "seconds": k * 1.2345, "drop_gap": 0.0123456}
+        | {"loss": 4.123456 + k, "bits_per_byte": 1.123456, "accuracy": 0.345678}
+        for k in range(1, 41)
+    ]
+    layer = {
+        "load": [1 / 128 + k / 1e5 for k in range(128)],
+        "entropy": 4.81234,
+        "dropped": 0.01234,
+        "balance": 1.01234,
+    }
+    router = [{"step": k, "layers": [{"name": f"layers.{n}", **layer} for n in range(24)]} for k in range(1, 2001)]
+    run = Run.condensed("model", 0, "finished", History(lines, evaluation, router), 2000)
+    assert len(json.dumps(run.to_dict(), separators=(",", ":"))) < 65_000
+    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
 class Outline(HTMLParser):
@@ -275,9 +339,9 @@ def test_report_stands_alone(compared):
     drawings = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.S)]
     titles = [drawing[0].text for drawing in drawings]
     assert titles[:4] == [
-        "Held-out loss over steps",
-        "Training loss over steps",
-        "Speed-up over steps",
+        "Held-out loss over tokens",
+        "Speed-up over tokens",
+        "Training loss over tokens",
         "Held-out loss over seconds of training",
     ]
     assert titles.count("Load of the experts of layers.1.branches.0") == 2  # one a seed
@@ -297,9 +361,7 @@ def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):
     again = compare(CONTENDERS[:3], base, 1, tmp_path, silent=True)
     assert finished.stat().st_mtime_ns == before
     for resumed, run in zip(again.runs, whole.runs, strict=False):
-        assert [line["loss"] for line in resumed.history.evaluation] == [
-            line["loss"] for line in run.history.evaluation
-        ]
+        assert resumed.curve == run.curve
 
 
 def test_runs_at_once_come_to_the_same(base, compared, tmp_path):
@@ -319,7 +381,7 @@ def test_a_run_that_diverges_is_in_the_table(base, jobs, tmp_path):
         assert (other.seeds, other.missing, other.verdict) == ((), "1 of 1 diverged", "1 of 1 diverged")
         assert cells([mamba, other], 12)[1][3:9] == ("1 of 1 diverged", "–", "–", "–", "–", "–")
         assert len(read_history(tmp_path / "wild" / "seed-0").failure) == 1
-    assert "wild</b>: 1 of 1 diverged" in (tmp_path / "report.html").read_text()
+    assert "wild: 1 of 1 diverged" in (tmp_path / "report.html").read_text()
 
 
 def test_other_runs_are_not_mixed_in(base, compared):
@@ -328,3 +390,20 @@ def test_other_runs_are_not_mixed_in(base, compared):
         compare(CONTENDERS, TrainConfig(**{**vars(base), "steps": 13}), 2, out, silent=True)
     with pytest.raises(ValueError, match="seeds is 0"):
         compare(CONTENDERS, base, 0, out, silent=True)
+
+
+def test_results_outlive_their_runs(base, compared, tmp_path, capsys):
+    """What is left of a comparison is not overwritten; a single lost run is trained again, and that is said."""
+    for name in ("results.json", "mamba", "moe"):
+        source = compared[1] / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    shutil.rmtree(tmp_path / "moe" / "seed-0")
+    again = compare([CONTENDERS[0], CONTENDERS[2]], base, 1, tmp_path)
+    assert "results of moe/seed-0, whose directories are gone: trained again" in capsys.readouterr().out
+    assert again.runs[1].curve == compared[0].runs[2].curve
+    shutil.rmtree(tmp_path / "mamba")
+    shutil.rmtree(tmp_path / "moe")
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match=r"none of their directories is left.*choose another --out or remove it"):
+        compare([CONTENDERS[0], CONTENDERS[2]], base, 1, tmp_path, silent=True)
+    assert (tmp_path / "results.json").read_bytes() == before

@@ -10,7 +10,7 @@ import pytest
 
 from moemamba.cli import run
 from moemamba.counting import count_parameters
-from moemamba.experiments.paper import verdict
+from moemamba.experiments.claims import verdict
 from moemamba.experiments.results import Spread
 from moemamba.experiments.tables import FRACTIONS, SCALES, TABLES, Claim
 
@@ -28,6 +28,22 @@ def test_models_at_the_papers_scale_have_its_sizes() -> None:
     totals = [round(sizes["experts", f"experts-{n}"].total / 1e6) for n in (1, 4, 8, 16, 32)]
     assert totals == [26, 64, 114, 215, 416]
     assert [round(sizes["ratio", f"ratio-{name}"].total / 1e6) for name in FRACTIONS] == [403, 412, 416, 421, 426]
+
+
+def test_the_plus_models_keep_their_proportions() -> None:
+    """Experts of half the model's width, four of them as large as the paper's one; heads of 64 channels."""
+    paper, small = (
+        {entry.name: entry.contender(SCALES[scale]).model for entry in TABLES["plus"].entries}
+        for scale in ("paper", "gpu")
+    )
+    counted = count_parameters(paper["moe-mamba-plus"])
+    assert (counted.total, counted.active) == (416_743_936, 26_673_664)
+    for models in (paper, small):
+        experts, width = models["moe-mamba-plus"].experts, models["moe-mamba-plus"].d_model
+        assert (experts.n_experts, experts.top_k, experts.d_expert) == (128, 4, width // 2)
+        assert models["mamba-plus"].attention.n_heads == width // 64
+        sizes = {name: count_parameters(model).active for name, model in models.items()}
+        assert abs(sizes["moe-mamba-plus"] / sizes["mamba-plus"] - 1) < 0.02
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -89,6 +105,10 @@ def test_a_table_runs_from_the_command_line(
     options = ["--data", str(text), "--steps", "3", "--seeds", "1", "--eval-tokens", "64", "--out", str(out)]
     run(["paper", "mlp", *options, "--learning-rates", "0.000001", "0.03"])
     shown = capsys.readouterr().out
+    assert "2 runs, 2 models with 1 seed, of 96 tokens (3 steps of 2 × 16) each" in shown
+    assert (
+        "before that 4 runs of 64 tokens (2 steps) to choose learning rates: 1e-06, 0.03 with mamba, mamba-mlp" in shown
+    )
     assert "mamba below mamba-mlp" in shown
     written = (out / "results.md").read_text()
     assert "3.56" in written
@@ -99,6 +119,23 @@ def test_a_table_runs_from_the_command_line(
         assert json.loads((out / name / "seed-0" / "train.json").read_text())["learning_rate"] == found["chosen"]
         assert ("0.06" in found["losses"]) == (found["chosen"] >= 0.03)  # widened where the best was the highest
     assert set(rates) == {"mamba", "mamba-mlp"}
+    _pages_are_made_again(out, tmp_path)
+
+
+def _pages_are_made_again(out: Path, place: Path) -> None:
+    """From results.json alone, in a folder without runs; several on one page."""
+    alone = place / "alone"
+    alone.mkdir()
+    (alone / "results.json").write_bytes((out / "results.json").read_bytes())
+    run(["report", str(alone), "--out", str(place / "again.md")])
+    assert (place / "again.md").read_text() == (out / "results.md").read_text()
+    run(["report", str(alone), str(alone / "results.json"), "--out", str(place / "both.html")])
+    page = (place / "both.html").read_text()
+    assert page.count("<h2 id=") == page.count("<svg viewBox") / 4 == 2
+    assert page.count("confirmed (") + page.count("contradicted (") == 2
+    for arguments, message in (([str(place)], "results.json"), ([str(alone), "--out", "page.pdf"], "in .html or .md")):
+        with pytest.raises((ValueError, OSError), match=message):
+            run(["report", *arguments])
 
 
 def test_an_unknown_table_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,15 +40,15 @@ PRESETS: dict[str, ModelConfig] = {
     "mamba-mlp-25m": _paper("MF", 8, 512, feedforward=FeedForwardConfig(1536, activation="relu")),
     "parallel-moe-mamba-25m": _paper("(ME)", 8, 512, experts=_switch(32, 1536)),
     "inner-moe-mamba-25m": _paper("MR", 8, 512, routed=_inner("out", n_experts=48)),
-    # Beyond the paper: finer experts, two for each token, dropless, balanced by a bias; and the baseline with all of it
-    # that can help a model without experts. docs/results.md has the evidence, at a smaller size.
+    # Beyond the paper: finer experts, four for each token, dropless, balanced by a bias; and the baseline with all of
+    # it that can help a model without experts. docs/results.md and docs/log.md have the evidence, at smaller sizes.
     "mamba-25m-plus": ModelConfig("M", 16, 512, vocab_size=50257),
     "moe-mamba-25m-plus": ModelConfig(
         "ME",
         8,
         512,
         vocab_size=50257,
-        experts=ExpertsConfig(64, top_k=2, d_expert=512, balance_weight=0.001, bias_rate=0.001),
+        experts=ExpertsConfig(128, top_k=4, d_expert=256, balance_weight=0.001, bias_rate=0.001),
     ),
     # For a laptop: bytes, and the choices that the field has since converged on. Each group is of equal active size.
     "mamba-tiny": ModelConfig("M", 8, 128),

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "[PRESET]             train a model",
     "compare": "MODEL MODEL ...      train models on the same batches over seeds; a table and a report",
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
+    "report": "COMPARISON ...       comparisons that were run, on one page",
     "generate": "RUN                  continue a prompt",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",

@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Compare, arguments, "compare")
     contenders = parse_contenders(asked.models)
     from ..experiments.compare import compare
-    from ..experiments.report import notes
     from ..experiments.results import HEADER, cells
+    from ..experiments.section import STEPS_NOTES, loss_notes
 
     out, command = Path(asked.out), shlex.join(["moemamba", "compare", *arguments])
     try:
@@ -54,4 +54,4 @@ def main(arguments: Sequence[str]) -> None:
         raise
     print()
     show(cells(found.rows, asked.budget.steps), HEADER)
-    print(f"\n{notes(asked.seeds)}\n\nreport: {out / 'report.html'}")
+    print(f"\n{loss_notes(asked.seeds)} {STEPS_NOTES}\n\nreport: {out / 'report.html'}")

@@ -67,12 +67,14 @@ def main(arguments: Sequence[str]) -> None:
         device=asked.device,
         compile=asked.compile,
     )
-    from ..experiments.paper import reproduce, says, verdict
-    from ..experiments.report import notes
+    from ..experiments.claims import says, verdict
+    from ..experiments.paper import plan, reproduce
     from ..experiments.results import HEADER, cells
+    from ..experiments.section import STEPS_NOTES, loss_notes
 
     out = Path(asked.out or f"runs/paper-{asked.table}-{asked.scale}")
     command = shlex.join(["moemamba", "paper", *arguments])
+    print("\n".join(plan(table, scale)), end="\n\n", flush=True)
     try:
         found = reproduce(table, scale, base, out, jobs=asked.jobs, command=command)
     except KeyboardInterrupt:
@@ -80,6 +82,6 @@ def main(arguments: Sequence[str]) -> None:
         raise
     print()
     show(cells(found.rows, found.settings["steps"]), HEADER)
-    print(f"\n{notes(scale.seeds)}\n")
+    print(f"\n{loss_notes(scale.seeds)} {STEPS_NOTES}\n")
     show([(says(claim), verdict(claim, found.rows)) for claim in table.claims], ("claim", "here"))
     print(f"\nreport: {out / 'results.md'}, {out / 'report.html'}")

@@ -11,6 +11,7 @@ from html import escape
 from .history import Curve
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 46, 12, 22, 36
+COLOURS = 8  # that report.css has
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Line:
 
     name: str
     colour: int
-    """index into the page's series colours"""
+    """number of its style: see `style`"""
     points: Curve
     low: Curve = ()
     high: Curve = ()
@@ -41,37 +42,50 @@ class Frame:
         return LEFT + across * (WIDTH - LEFT - RIGHT), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
 
 
+def style(index: int) -> str:
+    """CSS classes of a line: one of the page's colours, and when those are used up the same dashed, then dotted."""
+    return f"s{index % COLOURS} d{index // COLOURS % 3}"
+
+
 def line_chart(
     lines: Sequence[Line],
     title: str,
     *,
     y_range: tuple[float, float] | None = None,
-    x_label: str = "steps",
+    x_label: str = "tokens",
     y_label: str = "",
     y_format: Callable[[float], str] = "{:.4f}".format,
     level: tuple[float, str] | None = None,
+    categories: Sequence[tuple[str, str]] = (),
     height: float = 300,
 ) -> str:
-    """Curves over steps, or whatever `x_label` says.
+    """Curves over tokens, or whatever `x_label` says.
 
     Args:
         title: what the chart shows, for those who cannot see it.
         y_range: lowest and highest value shown, the data's own if None; what lies outside is cut off.
         y_format: of a value in a tooltip.
         level: a dashed horizontal line and its label.
+        categories: two lines of text for x = 0, 1, ..., instead of an axis of numbers.
     """
     points = [point for line in lines for curve in (line.points, line.low, line.high) for point in curve]
     if not points:
         return '<p class="note">Nothing was recorded.</p>'
     low, high = y_range or _padded([y for _, y in points])
-    frame = Frame((0, max(x for x, _ in points)), (low, high), height)
+    x_range = (-0.5, len(categories) - 0.5) if categories else (0, max(x for x, _ in points))
+    frame = Frame(x_range, (low, high), height)
     clip = f"clip-{zlib.crc32(f'{title}{height}'.encode()):x}"
-    drawn = [_axes(frame, x_label, y_label), f'<g clip-path="url(#{clip})">']
+    drawn = [
+        _axes(frame, "" if categories else x_label, y_label, categories=categories),
+        f'<g clip-path="url(#{clip})">',
+    ]
     for line in lines:
         if line.low:
             band = [*line.low, *reversed(line.high)]
-            drawn.append(f'<path class="band s{line.colour}" d="{_path(frame, band)}Z"/>')
-    drawn += [f'<path class="line s{line.colour}" d="{_path(frame, line.points)}"/>' for line in lines if line.points]
+            drawn.append(f'<path class="band {style(line.colour)}" d="{_path(frame, band)}Z"/>')
+    drawn += [
+        f'<path class="line {style(line.colour)}" d="{_path(frame, line.points)}"/>' for line in lines if line.points
+    ]
     drawn += [_dot(frame, line, x, y, y_format) for line in lines if line.dots for x, y in line.points]
     if level:
         (x0, y), (x1, _) = frame.place(frame.x[0], level[0]), frame.place(frame.x[1], level[0])
@@ -133,6 +147,7 @@ def _axes(
     y_ticks: Sequence[float] | None = None,
     offset: float = 0,
     grid: bool = True,
+    categories: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Ticks and labels; `offset` moves the y ticks' places, as for rows whose number stands in their middle."""
     bottom, drawn = frame.height - BOTTOM, []
@@ -142,10 +157,13 @@ def _axes(
         if grid:
             drawn.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         drawn.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>')
-    for value in ticks(*frame.x, most=5):
+    numbers = [(value, (_short(value), "")) for value in ticks(*frame.x, most=5)]
+    labels = [(float(k), text) for k, text in enumerate(categories)] or numbers
+    for value, lines in labels:
         x, _ = frame.place(value, 0)
         drawn.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
-        drawn.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{_short(value)}</text>')
+        for y, text in zip((bottom + 17, bottom + 31), lines, strict=True):
+            drawn.append(f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>')
     if grid:
         drawn.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
     drawn.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{bottom + 32}" text-anchor="end">{escape(x_label)}</text>')
@@ -157,7 +175,7 @@ def _dot(frame: Frame, line: Line, x: float, y: float, y_format: Callable[[float
     cx, cy = frame.place(x, y)
     tip = escape(f"{line.name} at {x:,.0f}: {y_format(y)}")
     return (
-        f'<g class="dot"><title>{tip}</title><circle class="s{line.colour}" cx="{cx:.1f}" cy="{cy:.1f}" r="2.2"/>'
+        f'<g class="dot"><title>{tip}</title><circle class="{style(line.colour)}" cx="{cx:.1f}" cy="{cy:.1f}" r="2.2"/>'
         f'<circle class="hit" cx="{cx:.1f}" cy="{cy:.1f}" r="9"/></g>'
     )
 
@@ -172,6 +190,8 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _short(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:,.4g}M"
     return f"{value / 1000:.3g}k" if value >= 10_000 else f"{value:,.6g}"
 
 

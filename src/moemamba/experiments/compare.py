@@ -14,10 +14,14 @@ import torch
 from .. import __version__
 from ..config import ModelConfig, from_dict
 from ..training.config import TrainConfig
-from .contender import RECIPE, Contender
+from ..training.progress import Report
+from .contender import Contender
 from .history import History, read_history
+from .markdown import markdown
+from .record import Run, State
 from .report import report
-from .results import Comparison, Run, summarise
+from .reproduction import Reproduction
+from .results import Comparison, summarise
 from .runs import Task, carry_out
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
@@ -33,9 +37,10 @@ def compare(
     *,
     jobs: int = 1,
     command: str | None = None,
+    paper: Reproduction | None = None,
     silent: bool = False,
 ) -> Comparison:
-    """Train every contender with every seed, and write `results.json` and `report.html`.
+    """Train every contender with every seed, and write `results.json`, `results.md` and `report.html`.
 
     A seed changes the initial weights and the order of the data; with one seed all models see the same batches. Each
     run is a run directory, `out/NAME/seed-N`: a comparison that was stopped goes on where it stood, and one that is
@@ -49,6 +54,7 @@ def compare(
         jobs: runs at once, each a process with its share of this one's threads, spread over the GPUs; small models
             waste cores, and a GPU, otherwise.
         command: what was typed, for the report.
+        paper: what the report holds the outcome against.
         silent: show no progress.
     Raises:
         ValueError: `out` holds runs of another comparison; and what `train` raises.
@@ -59,6 +65,7 @@ def compare(
     plan = [(contender, seed) for seed in range(seeds) for contender in contenders]
     configs = [_config(contender, base, seed, out) for contender, seed in plan]
     begun = [_begun(config) for config in configs]
+    _tell_of_lost_runs(out, configs, silent)
     tasks = []
     for k, ((contender, seed), config, resume) in enumerate(zip(plan, configs, begun, strict=True), start=1):
         if _read(contender, seed, config).state == "unfinished":
@@ -67,9 +74,9 @@ def compare(
         carry_out(tasks, jobs, silent)
     except (RuntimeError, KeyboardInterrupt):
         with contextlib.suppress(Exception):  # what there is; the error says more
-            _write(plan, configs, base, out, jobs, command)
+            _write(plan, configs, base, out, jobs, command, paper)
         raise
-    return _write(plan, configs, base, out, jobs, command)
+    return _write(plan, configs, base, out, jobs, command, paper)
 
 
 def _write(
@@ -79,30 +86,35 @@ def _write(
     out: Path,
     jobs: int,
     command: str | None,
+    paper: Reproduction | None,
 ) -> Comparison:
     """The results of the runs that there are."""
     runs = [_read(contender, seed, config) for (contender, seed), config in zip(plan, configs, strict=True)]
     contenders = [contender for contender, seed in plan if seed == 0]
     models = {contender.name: contender.model for contender in contenders}
-    models |= {run.model: _model(run.path) for run in runs if (run.path / "config.json").exists()}
+    for contender, config in zip((contender for contender, _ in plan), configs, strict=True):
+        if (Path(config.run) / "config.json").exists():
+            models[contender.name] = _model(Path(config.run))
     rows = summarise(runs, models, base.context)
-    comparison = Comparison(rows, runs, _settings(base, contenders), _environment(jobs), command)
-    (out / "results.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(report(comparison), encoding="utf-8")
+    recipes = {contender.name: contender.recipe for contender in contenders}
+    comparison = Comparison(rows, runs, _settings(base), recipes, _environment(jobs), command, paper)
+    comparison.write(out / "results.json")
+    (out / "results.md").write_text(markdown([comparison]), encoding="utf-8")
+    (out / "report.html").write_text(report([comparison]), encoding="utf-8")
     return comparison
 
 
 def _read(contender: Contender, seed: int, config: TrainConfig) -> Run:
     """A run as it stands."""
     path = Path(config.run)
-    if not (path / "metrics.jsonl").exists():
-        return Run(contender.name, seed, path, History([], [], []), "unfinished")
-    history = read_history(path)
+    state: State = "unfinished"
+    history = read_history(path) if (path / "metrics.jsonl").exists() else History([], [], [])
     if history.failure:
-        return Run(contender.name, seed, path, history, "diverged")
-    evaluated = bool(history.evaluation) and history.evaluation[-1]["step"] == config.steps
-    saved = (path / "checkpoints" / f"{config.steps:08d}").is_dir()
-    return Run(contender.name, seed, path, history, "finished" if evaluated and saved else "unfinished")
+        state = "diverged"
+    elif history.evaluation and history.evaluation[-1]["step"] == config.steps:
+        saved = (path / "checkpoints" / f"{config.steps:08d}").is_dir()
+        state = "finished" if saved else "unfinished"
+    return Run.condensed(contender.name, seed, state, history, config.steps)
 
 
 def _config(contender: Contender, base: TrainConfig, seed: int, out: Path) -> TrainConfig:
@@ -134,20 +146,40 @@ def _begun(config: TrainConfig) -> bool:
     return True
 
 
+def _tell_of_lost_runs(out: Path, configs: Sequence[TrainConfig], silent: bool) -> None:
+    """Say which runs of `results.json` begin anew because their directories are gone.
+
+    Raises:
+        ValueError: all of them are, as where only the results were kept: those are not to be lost.
+    """
+    file = out / "results.json"
+    if not file.exists():
+        return
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    done = {f"{run['model']}/seed-{run['seed']}" for run in runs if run.get("state") == "finished"}
+    there = {name for name in done if (out / name).is_dir()}
+    lost = sorted(done - there)
+    if lost and not there:
+        raise ValueError(
+            f"{file} has finished runs, but none of their directories is left, so all would be trained again; "
+            f"`moemamba report {out}` shows what it holds; to train again, choose another --out or remove it"
+        )
+    wanted = {str(Path(config.run).relative_to(out)) for config in configs}
+    if again := [name for name in lost if name in wanted]:
+        Report(silent=silent).note(
+            f"{file} has results of {', '.join(again)}, whose directories are gone: trained again"
+        )
+
+
 def _model(run: Path) -> ModelConfig:
     """The configuration that was trained, with the tokenizer's vocabulary."""
     return from_dict(ModelConfig, json.loads((run / "config.json").read_text(encoding="utf-8")), str(run))
 
 
-def _settings(base: TrainConfig, contenders: Sequence[Contender]) -> dict[str, Any]:
-    """What all runs share, and where one has a recipe of its own, that."""
-    settings = {
-        field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.name not in _OWN | _FREE
-    }
-    for name in RECIPE:
-        if own := {contender.name: contender.recipe[name] for contender in contenders if name in contender.recipe}:
-            settings[name] = f"{settings[name]}; {', '.join(f'{model}: {value}' for model, value in own.items())}"
-    return settings | {"data": base.data or "Python's standard library"}
+def _settings(base: TrainConfig) -> dict[str, Any]:
+    """What all runs share."""
+    names = (field.name for field in dataclasses.fields(base) if field.name not in _OWN | _FREE)
+    return {name: getattr(base, name) for name in names} | {"data": base.data or "Python's standard library"}
 
 
 def _environment(jobs: int) -> dict[str, str]:

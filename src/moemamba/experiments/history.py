@@ -45,19 +45,35 @@ def read_history(run: Path) -> History:
     return History(kinds["train"], kinds["evaluation"], kinds["router"], kinds["failure"])
 
 
-def smoothed(curve: Curve, span: int) -> list[tuple[float, float]]:
-    """Exponential moving average over about `span` points, corrected for its start."""
-    decay, average, weight = 1 - 1 / max(span, 1), 0.0, 0.0
+def smoothing(steps: int) -> float:
+    """The weight of a new step in the smoothed training loss of a run of so many steps.
+
+    The paper's 0.001; in runs shorter than those of its ablations (15,000 steps), the same share of the run as there.
+    """
+    return min(1.0, max(0.001, 15 / steps))
+
+
+def smoothed(curve: Curve, alpha: float) -> list[tuple[float, float]]:
+    """Exponential moving average with weight `alpha` a step, corrected for its start.
+
+    A point stands for all the steps since the point before.
+    """
+    average, weight, last = 0.0, 0.0, 0.0
     result = []
     for step, value in curve:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
+        keep, last = (1 - alpha) ** (step - last), step
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         result.append((step, average / weight))
     return result
 
 
 def crossing(curve: Curve, level: float) -> float | None:
-    """The step at which a curve first comes down to a level, interpolated between its points; None if it never does."""
+    """The step at which a curve has first come down to a level; None if it never does.
+
+    Between points the lowest loss so far is interpolated linearly, so that a lower level is never reached sooner. A
+    level above the first point counts as reached there.
+    """
     before: tuple[float, float] | None = None
     for step, value in curve:
         if value <= level:
@@ -65,7 +81,7 @@ def crossing(curve: Curve, level: float) -> float | None:
                 return step
             share = (before[1] - level) / (before[1] - value)
             return before[0] + share * (step - before[0])
-        before = (step, value)
+        before = (step, value if before is None else min(value, before[1]))
     return None
 
 
@@ -73,12 +89,12 @@ def speed_up(baseline: Curve, curve: Curve) -> list[tuple[float, float]]:
     """How many times fewer steps a curve needs for the lowest loss that the baseline has reached, at each of its steps.
 
     The measure of the paper (MoE-Mamba, appendix D): steps of the baseline over steps of the other, at equal loss.
-    Levels that the other never reached are left out.
+    Levels that the other never reached are left out, and those above its first point: when it passed them is unknown.
     """
     result, level = [], float("inf")
     for step, value in baseline:
         level = min(level, value)
         ours, theirs = crossing(curve, level), crossing(baseline, level)
-        if ours and theirs:
+        if ours and theirs and level <= curve[0][1]:
             result.append((step, theirs / ours))
     return result

@@ -1,36 +1,21 @@
 """The figures of a comparison: spreads over seeds, paired differences, steps to equal loss; as a table and as JSON."""
 
+import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
-from ..config import ModelConfig, to_dict
+from ..config import ModelConfig, from_dict, to_dict
 from ..counting import ParameterCount, count_parameters, flops_per_token
-from .history import Curve, History, crossing
+from .history import Curve, crossing
+from .record import Run
+from .reproduction import Reproduction
 
 STATES = ("diverged", "unfinished")  # of runs that do not count
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run of a comparison."""
-
-    model: str
-    seed: int
-    path: Path
-    history: History
-    state: Literal["finished", "diverged", "unfinished"] = "finished"
-
-    @property
-    def finished(self) -> bool:
-        return self.state == "finished"
-
-    @property
-    def curve(self) -> Curve:
-        """Held-out loss in nats per token, by step."""
-        return self.history.curve("evaluation", "loss")
+FORMAT = 2  # of results.json
 
 
 @dataclass(frozen=True)
@@ -84,9 +69,13 @@ class Row:
     difference: Spread
     """loss minus the baseline's with the same seed, so on the same batches in the same order"""
     steps_to_baseline: tuple[float | None, ...]
-    """steps to the baseline's last loss with the same seed, interpolated; None where it was not reached"""
+    """steps to the baseline's last held-out loss with the same seed, interpolated; None where it was not reached"""
     speed_up: Spread | None
     """steps that the baseline took to that loss over those of this model; None unless every seed reached it"""
+    training_loss: Spread
+    """smoothed training loss at the last step, the paper's measure, but without auxiliary losses"""
+    training_speed_up: Spread | None
+    """the same as `speed_up`, on the smoothed training loss"""
     tokens_per_second: Spread
 
     @property
@@ -116,6 +105,8 @@ class Row:
             "verdict": self.verdict,
             "steps_to_baseline": list(self.steps_to_baseline),
             "speed_up": self.speed_up.to_dict() if self.speed_up else None,
+            "training_loss": self.training_loss.to_dict(),
+            "training_speed_up": self.training_speed_up.to_dict() if self.training_speed_up else None,
             "tokens_per_second": self.tokens_per_second.to_dict(),
         }
 
@@ -129,27 +120,85 @@ class Comparison:
     runs: list[Run]
     settings: dict[str, Any]
     """what all runs share: data, budget, schedule"""
+    recipes: dict[str, dict[str, Any]]
+    """by model, the settings in which it differs from `settings`"""
     environment: dict[str, str]
     command: str | None
+    paper: Reproduction | None = None
+
+    @property
+    def seeds(self) -> int:
+        return len({run.seed for run in self.runs})
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return int(self.settings["batch_size"] * self.settings["context"])
+
+    def setting(self, model: str, name: str) -> Any:
+        """One model's value of a setting, such as its learning rate."""
+        return self.recipes.get(model, {}).get(name, self.settings[name])
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
+            "command": self.command,
+            "settings": self.settings,
+            "recipes": self.recipes,
+            "environment": self.environment,
+            "paper": self.paper.to_dict() if self.paper else None,
             "baseline": self.rows[0].name,
             "models": [row.to_dict() for row in self.rows],
-            "runs": [
-                {
-                    "model": run.model,
-                    "seed": run.seed,
-                    "path": str(run.path),
-                    "state": run.state,
-                    "evaluation": run.history.evaluation,
-                }
-                for run in self.runs
-            ],
-            "settings": self.settings,
-            "environment": self.environment,
-            "command": self.command,
+            "runs": [run.to_dict() for run in self.runs],
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """What `to_dict` wrote down, its figures counted again from the runs.
+
+        Raises:
+            ValueError: it is not of this format.
+        """
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"its format is {values.get('format')}, not {FORMAT}; run its command again where the runs are"
+            )
+        runs = [Run.from_dict(run) for run in values["runs"]]
+        models = {row["name"]: from_dict(ModelConfig, row["config"], row["name"]) for row in values["models"]}
+        return cls(
+            summarise(runs, models, values["settings"]["context"]),
+            runs,
+            values["settings"],
+            values["recipes"],
+            values["environment"],
+            values["command"],
+            Reproduction.from_dict(values["paper"]) if values["paper"] else None,
+        )
+
+    def write(self, path: Path) -> None:
+        """As JSON, a line for each model and run."""
+        lines = []
+        for key, value in self.to_dict().items():
+            text = json.dumps(value, separators=(",", ":"))
+            if key in ("models", "runs"):
+                text = "[\n" + ",\n".join(json.dumps(each, separators=(",", ":")) for each in value) + "\n]"
+            lines.append(f"{json.dumps(key)}: {text}")
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> Comparison:
+    """The comparison of a `results.json`, or of the folder that holds it.
+
+    Raises:
+        ValueError: the file is something else.
+        OSError: there is none.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        return Comparison.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
+        raise ValueError(f"{file} is not a comparison's results.json that this version can read: {what}") from None
 
 
 def summarise(runs: list[Run], configs: dict[str, ModelConfig], context: int) -> list[Row]:
@@ -161,10 +210,9 @@ def summarise(runs: list[Run], configs: dict[str, ModelConfig], context: int) ->
 
 def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, Run], context: int) -> Row:
     runs = [run for run in every if run.finished]
-    pairs = [(run.curve, baseline[run.seed].curve) for run in runs if run.seed in baseline]
-    steps = [crossing(ours, theirs[-1][1]) for ours, theirs in pairs]
-    own = [crossing(theirs, theirs[-1][1]) for _, theirs in pairs]
-    ratios = [theirs / ours for theirs, ours in zip(own, steps, strict=True) if theirs and ours]
+    pairs = [(run, baseline[run.seed]) for run in runs if run.seed in baseline]
+    steps, ratios = _faster([(ours.curve, theirs.curve) for ours, theirs in pairs])
+    _, training_ratios = _faster([(ours.training, theirs.training) for ours, theirs in pairs])
     others = [f"{n} of {len(every)} {state}" for state in STATES if (n := sum(run.state == state for run in every))]
     return Row(
         name=name,
@@ -175,18 +223,23 @@ def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, R
         paired=tuple(run.seed for run in runs if run.seed in baseline),
         missing=", ".join(others),
         loss=Spread(tuple(run.curve[-1][1] for run in runs)),
-        bits_per_byte=Spread(tuple(run.history.evaluation[-1]["bits_per_byte"] for run in runs)),
-        accuracy=Spread(tuple(run.history.evaluation[-1]["accuracy"] for run in runs)),
-        difference=Spread(tuple(ours[-1][1] - theirs[-1][1] for ours, theirs in pairs)),
-        steps_to_baseline=tuple(steps),
-        speed_up=Spread(tuple(ratios)) if ratios and len(ratios) == len(pairs) else None,
-        tokens_per_second=Spread(tuple(_speed(run) for run in runs)),
+        bits_per_byte=Spread(tuple(run.evaluation[-1]["bits_per_byte"] for run in runs)),
+        accuracy=Spread(tuple(run.evaluation[-1]["accuracy"] for run in runs)),
+        difference=Spread(tuple(round(ours.curve[-1][1] - theirs.curve[-1][1], 6) for ours, theirs in pairs)),
+        steps_to_baseline=steps,
+        speed_up=ratios,
+        training_loss=Spread(tuple(run.training[-1][1] for run in runs)),
+        training_speed_up=training_ratios,
+        tokens_per_second=Spread(tuple(run.tokens_per_second for run in runs)),
     )
 
 
-def _speed(run: Run) -> float:
-    """Median over the run: the first lines hold compilation and the machine's other work."""
-    return statistics.median(value for _, value in run.history.curve("train", "tokens_per_second"))
+def _faster(pairs: Sequence[tuple[Curve, Curve]]) -> tuple[tuple[float | None, ...], Spread | None]:
+    """Steps of each curve to the last loss of its baseline, and how many times those of the baseline they are."""
+    steps = tuple(crossing(ours, theirs[-1][1]) if theirs else None for ours, theirs in pairs)
+    own = [crossing(theirs, theirs[-1][1]) if theirs else None for _, theirs in pairs]
+    ratios = [theirs / ours for theirs, ours in zip(own, steps, strict=True) if theirs and ours]
+    return steps, Spread(tuple(ratios)) if ratios and len(ratios) == len(pairs) else None
 
 
 HEADER = (
@@ -195,10 +248,12 @@ HEADER = (
     "active",
     "held-out loss",
     "vs baseline",
-    "bits/byte",
-    "accuracy",
     "steps to its loss",
     "speed-up",
+    "training loss",
+    "speed-up by it",
+    "accuracy",
+    "bits/byte",
     "tokens/s",
 )
 
@@ -212,10 +267,12 @@ def cells(rows: list[Row], steps: int) -> list[tuple[str, ...]]:
             count(row.parameters.active),
             _loss(row),
             "baseline" if row is rows[0] else signed(row.difference),
-            _mean(row.bits_per_byte, ".4f"),
-            _mean(row.accuracy, ".2%"),
             _steps(row.steps_to_baseline, steps),
-            f"{row.speed_up.mean:.2f}×" if row.speed_up else "–",
+            times(row.speed_up),
+            _mean(row.training_loss, ".4f"),
+            times(row.training_speed_up),
+            _mean(row.accuracy, ".2%"),
+            _mean(row.bits_per_byte, ".4f"),
             _mean(row.tokens_per_second, ",.0f"),
         )
         for row in rows
@@ -230,6 +287,13 @@ def signed(difference: Spread) -> str:
     if difference.std is not None:
         text += f" ({difference.low:+.4f} … {difference.high:+.4f})"
     return text.replace("-", "−")
+
+
+def times(ratio: Spread | None) -> str:
+    """`1.46× (1.44 … 1.49)`"""
+    if ratio is None or not ratio.values:
+        return "–"
+    return f"{ratio.mean:.2f}×" + (f" ({ratio.low:.2f} … {ratio.high:.2f})" if ratio.std is not None else "")
 
 
 def count(n: float) -> str:

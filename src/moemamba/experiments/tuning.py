@@ -3,40 +3,16 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..training.config import TrainConfig
 from ..training.progress import Report
 from .compare import compare
 from .contender import Contender
+from .reproduction import Tuning
 
 EXTENSIONS = 2  # how often a grid is widened by a factor of two, if its best rate lies at its edge
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What trying learning rates with one model found."""
-
-    losses: Mapping[float, float]
-    """held-out loss of each rate at the end of its run; infinite where it diverged"""
-
-    @property
-    def chosen(self) -> float:
-        """The rate that ended lowest; of equals the lowest."""
-        return min(sorted(self.losses), key=self.losses.__getitem__)
-
-    @property
-    def beyond(self) -> float | None:
-        """The rate to try next: twice or half the chosen one if that is the highest or lowest tried; else None."""
-        if self.chosen == min(self.losses):
-            return self.chosen / 2
-        return self.chosen * 2 if self.chosen == max(self.losses) else None
-
-    def to_dict(self) -> dict[str, Any]:
-        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in sorted(self.losses.items())}
-        return {"chosen": self.chosen, "at the edge": self.beyond is not None, "losses": losses}
 
 
 def tune(

@@ -1,0 +1,35 @@
+"""`moemamba report`: comparisons that were run, on one page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from .terminal import parse
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Put comparisons on one page: their tables, figures and settings, from their results.json alone."""
+
+    runs: Positional[tuple[str, ...]]
+    """folders that `moemamba paper` or `moemamba compare` wrote, or their results.json, in the page's order"""
+    out: str = "results.html"
+    """the page; .md writes its words and tables as markdown"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Asked, arguments, "report")
+    if not asked.runs:
+        raise ValueError("report needs the folder of a comparison, such as runs/paper-main-laptop")
+    if not asked.out.endswith((".html", ".md")):
+        raise ValueError(f"out is {asked.out!r}; it must end in .html or .md")
+    from ..experiments.markdown import markdown
+    from ..experiments.report import report
+    from ..experiments.results import read_results
+
+    comparisons = [read_results(Path(run)) for run in asked.runs]
+    page = markdown(comparisons) if asked.out.endswith(".md") else report(comparisons)
+    Path(asked.out).write_text(page, encoding="utf-8")
+    print(f"report: {asked.out}")

@@ -1,0 +1,153 @@
+"""What is said about a comparison, in words and tables: the one content of its HTML page and of its markdown."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .claims import says, verdict
+from .reproduction import Reproduction
+from .results import HEADER, Comparison, Row, cells, signed
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One comparison: a title, sentences on the outcome, then parts with their headings."""
+
+    title: str
+    lead: Sequence[str]
+    parts: Sequence[tuple[str, Sequence[str | Grid]]]
+    command: str | None
+
+
+def section(found: Comparison) -> Section:
+    """What is said about a comparison."""
+    paper = " The paper's numbers are smoothed training losses on C4." if found.paper else ""
+    parts: list[tuple[str, Sequence[str | Grid]]] = [
+        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + paper]),
+        ("Steps to equal loss", [_steps(found), STEPS_NOTES]),
+    ]
+    title = " · ".join(row.name for row in found.rows)
+    if found.paper:
+        title = found.paper.title
+        claims = [(says(claim), verdict(claim, found.rows)) for claim in found.paper.claims]
+        parts.append(("Claims", [Grid(("claim", "here"), claims)]))
+        parts.append(("Learning rates", _rates(found.paper)))
+    return Section(title, [headline(row) for row in found.rows[1:]], parts, found.command)
+
+
+def budget(found: Comparison) -> str:
+    """Data, tokens and seeds in a sentence or two."""
+    settings, seeds = found.settings, found.seeds
+    steps = settings["steps"]
+    return (
+        f"Every model saw the same {steps * found.step_tokens:,} tokens in the same order: {steps:,} steps of "
+        f"{settings['batch_size']} × {settings['context']} tokens, {seeds} seed{'s' if seeds != 1 else ''}. "
+        f"Data: {settings['data']}; tokenizer: {settings['tokenizer']}."
+    )
+
+
+def headline(row: Row) -> str:
+    """One sentence on how a model stands to the baseline."""
+    d = row.difference
+    if row.missing or not d.values:
+        return f"{row.name}: {row.verdict}."
+    if not row.verdict.startswith(("lower", "higher")) and d.std is not None:
+        return f"{row.name} shows no clear difference from the baseline: {signed(d)} nats per token."
+    side = "below" if d.mean < 0 else "above"
+    text = f"{row.name} ends {abs(d.mean):.3f} nats per token {side} the baseline ({row.verdict})"
+    if row.speed_up and d.mean < 0 and row.speed_up.mean > 1:
+        text += f" and reaches its final loss in {row.speed_up.mean:.2f}× fewer steps"
+    return text + "."
+
+
+def loss_notes(seeds: int) -> str:
+    """What the losses mean, to stand under their table."""
+    spread = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed, so its spread is unknown"
+    paired = " (lowest … highest)" if seeds > 1 else ""
+    return (
+        f"Held-out loss in nats per token at the last step, without auxiliary losses or dropping: {spread}. "
+        f"Differences and speed-ups are paired by seed: same batches, same order{paired}. Parameters are without "
+        "embedding and head."
+    )
+
+
+STEPS_NOTES = (
+    "Steps to the baseline's final loss are interpolated between evaluations, on the lowest held-out loss so far; the "
+    "speed-up is the baseline's steps over them. Beside it the same by the paper's measure: training loss smoothed "
+    "with weight 0.001 a step (15 over the steps in runs of fewer than 15,000), but without auxiliary losses."
+)
+
+
+def _results(found: Comparison) -> Grid:
+    """The loss of each model, beside the paper's if there is one."""
+    own = ("parameters", "active", "held-out loss", "vs baseline")
+    more = ("accuracy", "bits/byte", "tokens/s")
+    rows, baseline, paper = _cells(found), found.rows[0].name, found.paper
+    return Grid(
+        ("model", *own, *(("paper", "paper's difference") if paper else ()), *more, "learning rate"),
+        [
+            (
+                *(row[key] for key in ("model", *own)),
+                *(_printed(paper, name, baseline) if paper else ()),
+                *(row[key] for key in more),
+                f"{found.setting(name, 'learning_rate'):g}",
+            )
+            for name, row in rows.items()
+        ],
+    )
+
+
+def _steps(found: Comparison) -> Grid:
+    """Steps to equal loss, beside the paper's if it gives them."""
+    own = ("steps to its loss", "speed-up", "training loss", "speed-up by it")
+    rows, printed = _cells(found), found.paper.faster if found.paper else {}
+    return Grid(
+        ("model", *own, *(("paper's speed-up",) if printed else ())),
+        [
+            (
+                name,
+                *(row[key] for key in own),
+                *((f"{printed[name]:.2f}×" if name in printed else "–",) if printed else ()),
+            )
+            for name, row in rows.items()
+        ],
+    )
+
+
+def _cells(found: Comparison) -> dict[str, dict[str, str]]:
+    """By model and column."""
+    rows = [dict(zip(HEADER, row, strict=True)) for row in cells(found.rows, found.settings["steps"])]
+    return {row["model"]: row for row in rows}
+
+
+def _printed(paper: Reproduction, model: str, baseline: str) -> tuple[str, str]:
+    """The paper's loss, and its difference from the paper's baseline."""
+    loss, other = paper.printed.get(model), paper.printed.get(baseline)
+    if loss is None:
+        return "–", "–"
+    return f"{loss:.2f}", "–" if other is None else f"{loss - other:+.2f}".replace("-", "−")
+
+
+def _rates(paper: Reproduction) -> list[str | Grid]:
+    """How the learning rates were chosen."""
+    if not paper.tunings:
+        return ["Learning rates were given, not tuned."]
+    tried = sorted({rate for tuning in paper.tunings.values() for rate in tuning.losses})
+    rows = []
+    for name, tuning in paper.tunings.items():
+        at = {rate: "diverged" if math.isinf(loss) else f"{loss:.4f}" for rate, loss in tuning.losses.items()}
+        edge = "yes" if tuning.beyond is not None else "no"
+        rows.append((name, *(at.get(rate, "") for rate in tried), f"{tuning.chosen:g}", edge))
+    return [
+        f"The best after {paper.tuning_steps:,} steps with seed 0, chosen alike for every model; a grid was widened "
+        "by a factor of two, at most twice, where its best rate lay at its edge. Held-out loss of each:",
+        Grid(("model", *(f"{rate:g}" for rate in tried), "chosen", "still at the edge"), rows),
+    ]
