@@ -97,15 +97,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
         if (all && GATED) next[3] = load(moved(z, time, s.z_t), some);
     };
     auto open_chunk = [&](int chunk) {
+        const bool exists = chunk >= first;
+        const float* start = s.starts + ((row * chunks + chunk) * N + OWN * half) * s.width + channel;
 #pragma unroll
-        for (int j = 0; j < OWN; j++)
-            h[j] = inside && chunk >= first ? s.starts[((row * chunks + chunk) * N + OWN * half + j) * s.width + channel] : 0;
+        for (int j = 0; j < OWN; j++, start += s.width) h[j] = exists && inside ? *start : 0;
         fetch(chunk * CHUNK + turn, false);
+        const int rows = exists && n < s.states ? s.length - chunk * CHUNK - warp : 0, stride = is_C ? s.C_t : s.B_t;
+        const Element* from = moved(weight, chunk * CHUNK + warp, stride);
 #pragma unroll
-        for (int i = 0; i < CHUNK / WARPS; i++) {
-            const int t = chunk * CHUNK + i * WARPS + warp;
-            weighed[i] = t >= first * CHUNK && t < s.length && n < s.states ? *moved(weight, t, is_C ? s.C_t : s.B_t) : Element();
-        }
+        for (int i = 0; i < CHUNK / WARPS; i++, from = moved(from, WARPS, stride)) weighed[i] = i * WARPS < rows ? *from : Element();
     };
 
     int chunk = min(chunks, first + s.span) - 1;
@@ -117,14 +117,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
         if (MARKED && thread < CHUNK) block.marks[thread] = thread < count ? s.marks[row * s.length + begin + thread] : PADDING;
         __syncthreads();
 
-        if (chunk > first) {  // what the next chunk reads, row by row and state by state
-            const int t = begin - CHUNK + lane % CHUNK, left = s.width - (pair - 2 * couple);
-            if (left > 0) {
-                prefetch(moved(u - 2 * couple, t, s.u_t)), prefetch(moved(dt - 2 * couple, t, s.dt_t));
-                prefetch(moved(dy - 2 * couple, t, line));
-                if (GATED) prefetch(moved(z - 2 * couple, t, s.z_t));
-                prefetch(s.starts + ((row * chunks + chunk - 1) * N + n) * s.width + pair - 2 * couple);
-            }
+        if (chunk > first && pair - 2 * couple < s.width) {  // what the next chunk reads: each lane a row, or a state
+            const int t = begin - CHUNK + lane % CHUNK;
+            prefetch(moved(u, t, s.u_t) - 2 * couple), prefetch(moved(dt, t, s.dt_t) - 2 * couple);
+            prefetch(moved(dy, t, line) - 2 * couple);
+            if (GATED) prefetch(moved(z, t, s.z_t) - 2 * couple);
+            prefetch(s.starts + ((row * chunks + chunk - 1) * N + n) * s.width + pair - 2 * couple);
         }
 
         // Forward, for the state before each group.
@@ -259,17 +257,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
 
         // Of dB and dC, over the block's warps, four states a thread.
         float4* dweights = (float4*)s.dBC + ((tile * (wide_int)s.batch + row) * s.length + begin) * (2 * N / 4);
+        const int place = thread / 8;  // among the 4 WARPS positions, so WARPS groups, that are summed together
+        const int within = (place % GROUP / 2 * 2 + thread / 4 % 2) * 2 * N + place % 2 * N + thread % 4 * 4;
 #pragma unroll
-        for (int i = thread; i < CHUNK * 2 * N / 4; i += 32 * WARPS) {
-            const int t = i / (2 * N / 4), which = i / 4 % 2;
+        for (int i = 0; i < GROUPS / WARPS; i++) {
             float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
             for (int w = 0; w < WARPS; w++) {
-                const float* sums = (const float*)block.states[w][t / GROUP];
-                const float4 part = *(const float4*)&sums[(t % GROUP / 2 * 2 + which) * 2 * N + t % 2 * N + i % 4 * 4];
+                const float4 part = *(const float4*)((const float*)block.states[w][i * WARPS + place / GROUP] + within);
                 sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
             }
-            if (t < count) dweights[i] = sum;
+            if (i * 4 * WARPS + place < count) dweights[i * 32 * WARPS + thread] = sum;
         }
     }
 
