@@ -1,7 +1,8 @@
 """Experts and vocabulary head on a GPU, against their floors and what PyTorch offers: `python benchmarks/experts.py`.
 
 Every op is first compared with the float32 reference, output and gradients; one that fails is not timed. Times are
-medians of CUDA events, forward and backward, in milliseconds. The last line is one JSON object.
+medians of CUDA events, forward and backward, in milliseconds. The last line is one JSON object. scattermoe
+(https://github.com/shawntan/scattermoe, Triton alone) is measured where it can be imported.
 """
 
 import json
@@ -77,6 +78,31 @@ def grouped_mm(x: Tensor, indices: Tensor, gates: Tensor, up: Tensor, down: Tens
     return torch.empty_like(y).index_copy(0, order, y)
 
 
+def scattermoe(x: Tensor, indices: Tensor, gates: Tensor, up: Tensor, down: Tensor) -> object:
+    """The same layer from scattermoe, or why there is no time."""
+    try:
+        from scattermoe.mlp import MLP
+    except ImportError as error:
+        return f"skipped: {error}"
+    layer = MLP(D, D_EXPERT, N_EXPERTS, 1, activation=F.relu).cuda().bfloat16()
+    with torch.no_grad():
+        layer.experts.weight.copy_(up)
+        layer.output_experts.weight.copy_(down)
+
+    def routed(x: Tensor) -> Tensor:
+        y: Tensor = layer(x, gates.detach().to(x.dtype), indices)
+        return y
+
+    expected = ops.expert_feedforward(x, indices, gates, up, down)
+    error = ((routed(x) - expected).float().norm() / expected.float().norm()).item()
+    if not error <= TOLERANCE:
+        return f"not timed: its output is off by {error:.1e}"
+    try:
+        return time(routed, {"x": x}, layer.parameters())
+    except Exception as error:  # of its kernels on this version of Triton
+        return {"forward": round(measure(lambda: routed(x)), 3), "backward": f"fails: {str(error).splitlines()[0]:.80}"}
+
+
 def experts() -> dict[str, object]:
     """A routed feed-forward layer against a dense one of the same active size."""
     x = draw(TOKENS, D)
@@ -102,9 +128,12 @@ def experts() -> dict[str, object]:
         return F.linear(F.linear(x, up).relu(), down)
 
     one = {"x": x, "up": draw(D_EXPERT, D), "down": draw(D, D_EXPERT)}
-    return {
+    dense_cases = {
         "dense feed-forward": time(dense, one),
         "dense feed-forward, compiled": time(torch.compile(dense), one),
+    }
+    return dense_cases | {
+        "scattermoe": scattermoe(x, indices, gates, up, down),
         "sort + gather + grouped_mm + scatter": time(lambda **t: grouped_mm(indices=indices, **t), inputs),
         "expert_feedforward": time(op, inputs),
         "expert_feedforward, float32 weights": time(op, inputs | {n: inputs[n].float() for n in ("up", "down")}),
