@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton, triton_experts, triton_step
+from moemamba.ops import triton, triton_experts, triton_step_cuts
 
 
 class Absent:
@@ -81,8 +81,8 @@ differentiate(triton.linear_cross_entropy(draw(48, 32), draw(99, 32), torch.rand
 differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):
-        for batch in (1, 9, 40, 256):
-            triton_step._overlap = lambda _: capability >= 90
+        for batch in (1, 9, 16, 40, 256):
+            triton_step_cuts.overlap = lambda _: capability >= 90
             x, conv, ssm = (
                 draw(batch, 1, 512, dtype=dtype),
                 draw(batch, 1024, 3, dtype=dtype),

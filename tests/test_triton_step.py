@@ -7,7 +7,7 @@ from moemamba import ops
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_experts_few, triton_step
+from moemamba.ops import triton_experts_few, triton_step_cuts, triton_step_many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's products take bfloat16 for what its bits are as integers.
@@ -80,7 +80,7 @@ def test_mamba_step_in_bfloat16():
     assert_equal(make(1, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [1, 5, 17])
 @pytest.mark.parametrize("shape", [{"n": 5}, {"n": 33, "rank": 1}, {"taps": 2}, {"taps": 1}, {"d": 19, "width": 45}])
 def test_mamba_step_of_any_shape(shape, batch):
     assert_equal(make(batch, **shape))
@@ -88,11 +88,18 @@ def test_mamba_step_of_any_shape(shape, batch):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_sums_in_several_parts(batch, monkeypatch):
-    monkeypatch.setattr(triton_step, "cut", lambda *_: triton_step.Cut(1 if batch == 1 else 16, 16, 16, 4))
+    monkeypatch.setattr(triton_step_cuts, "cut", lambda *_: triton_step_cuts.Cut(1 if batch == 1 else 16, 16, 16, 4))
     assert_equal(make(batch, d=50, width=70, norm="layernorm"))
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+def test_shares_of_several_chunks(monkeypatch):
+    """Many rows: x_proj is summed up in few shares, however many channels there are."""
+    monkeypatch.setattr(triton_step_many, "SHARES", 3)
+    monkeypatch.setattr(triton_step_cuts, "cut", lambda *_: triton_step_cuts.Cut(16, 16, 0, 4))
+    assert_equal(make(18, d=19, width=90, norm="layernorm"))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 20])
 def test_states_in_place(batch):
     tensors = make(batch)
     before = tensors["conv_state"], tensors["ssm_state"]
