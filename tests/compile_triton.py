@@ -103,6 +103,9 @@ with torch.no_grad():
             for norm in ((), weights[9:10], weights[9:]):
                 triton.mamba_step(x, conv, ssm, *weights[:9], *norm)
             triton.linear_argmax(x[:, 0], draw(50257, 512, dtype=dtype))
+for n_experts, top_k in ((32, 1), (128, 4)):
+    with torch.no_grad():
+        triton.route(draw(9, 512), draw(n_experts, 512), draw(n_experts, dtype=torch.float32), top_k)
 for activation in ("relu", "gelu", "silu", "swiglu"):
     up, down = draw(4, 128 if activation == "swiglu" else 64, 32), draw(4, 32, 64)
     for choices in (1, 2):

@@ -30,8 +30,10 @@ CUTS: dict[str, dict[int | None, Cut]] = {
     "enter": {1: Cut(1, 8, 1024, 4), 16: Cut(16, 16, 512, 4), None: Cut(32, 32, 128, 4)},
     "scan": {16: Cut(1, 32, 0, 4), 64: Cut(2, 64, 0, 4), None: Cut(8, 64, 0, 4)},
     "leave": {1: Cut(1, 2, 1024, 4), 16: Cut(16, 16, 512, 4), None: Cut(32, 32, 128, 4)},
-    "convolve": {64: Cut(16, 64, 0, 4), None: Cut(16, 128, 0, 4)},
-    "recur": {16: Cut(1, 64, 0, 4), 64: Cut(2, 64, 0, 4), None: Cut(4, 64, 0, 4)},
+    "convolve": {64: Cut(1, 256, 0, 4), None: Cut(1, 512, 0, 4)},
+    "share": {None: Cut(16, 0, 128, 4)},
+    "widen": {None: Cut(16, 64, 0, 4)},
+    "recur": {64: Cut(1, 64, 0, 4), None: Cut(2, 64, 0, 4)},
     "best": {1: Cut(1, 64, 1024, 8), 16: Cut(16, 64, 128, 4), 64: Cut(64, 128, 64, 4), None: Cut(128, 128, 64, 8)},
 }
 
