@@ -1,4 +1,4 @@
-"""A router on the GPU: its product, float32 of tokens of any dtype, which are never copied; or all it does, to decode."""
+"""A router on the GPU: its product, float32 from tokens of any dtype, never copied; or all that decoding needs."""
 
 from typing import Any
 
@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .triton_step_cuts import launch, overlap
+from .triton_step_kernels import _matrix, _ready, _vector
 
 ROWS, COLUMNS, DEPTH = 128, 32, 32  # of a program's tile, and what it multiplies at once
 ROUTED = 16384  # weights that a program of `route` holds at once
@@ -86,7 +89,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     block = min(max(16, ROUTED // E), triton.next_power_of_2(d))
     _route[(tokens,)](
         x, weight, bias, indices, gates, n_experts, d,
-        E=E, K=top_k, DEPTH=block, CHUNKS=triton.cdiv(d, block), num_warps=8,
+        E=E, K=top_k, DEPTH=block, CHUNKS=triton.cdiv(d, block), **launch(8, overlap(x)),
     )  # fmt: skip
     return indices, gates
 
@@ -94,18 +97,19 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
 @triton.jit
 def _route(
     x, weight, bias, indices, gates, n_experts, d,
-    E: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits, softmax and choice of one token; of equal experts the first."""
     token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, E)
+    expert, column = tl.arange(0, E), tl.arange(0, DEPTH)
     logits = tl.zeros((E,), tl.float32)
+    w = _matrix(weight, expert, n_experts, column, d)
+    _ready(PDL)
     for c in tl.static_range(CHUNKS):
-        column = c * DEPTH + tl.arange(0, DEPTH)
-        v = tl.load(x + token * d + column, mask=column < d, other=0.0).to(tl.float32)
-        inside = (expert < n_experts)[:, None] & (column < d)[None, :]
-        w = tl.load(weight + expert[:, None] * d + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        logits += tl.sum(w * v[None, :], 1)
+        v = _vector(x + token * d, c * DEPTH + column, d)
+        logits += tl.sum(w.to(tl.float32) * v[None, :], 1)
+        if c + 1 < CHUNKS:
+            w = _matrix(weight, expert, n_experts, (c + 1) * DEPTH + column, d)
     logits = tl.where(expert < n_experts, logits, float("-inf"))
     likely = tl.exp(logits - tl.max(logits, 0))
     likely = likely / tl.sum(likely, 0)
