@@ -34,8 +34,7 @@ def mamba_step(
     """See `moemamba.ops.mamba_step`."""
     if x.shape[0] >= cuts.MANY:
         weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
-        options = (norm_weight, norm_bias, eps, in_place)
-        return triton_step_many.mamba_step(x, conv_state, ssm_state, *weights, *options)
+        return triton_step_many.mamba_step(x, conv_state, ssm_state, weights, norm_weight, norm_bias, eps, in_place)
     (batch, _, d), (width, n), taps, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
     x, conv_state, ssm_state = x.contiguous(), conv_state.contiguous(), ssm_state.contiguous()
     conv_after, ssm_after = (t if in_place else torch.empty_like(t) for t in (conv_state, ssm_state))

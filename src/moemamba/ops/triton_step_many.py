@@ -24,21 +24,14 @@ def mamba_step(
     x: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    in_proj: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    D: Tensor,
-    out_proj: Tensor,
+    weights: tuple[Tensor, ...],
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `moemamba.ops.mamba_step`."""
+    """See `moemamba.ops.mamba_step`, whose arguments from in_proj to out_proj are `weights`."""
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj = weights
     (batch, _, d), (width, n), taps, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
     rows, conv_state, ssm_state = x.reshape(batch, d).contiguous(), conv_state.contiguous(), ssm_state.contiguous()
     conv_after, ssm_after = (t if in_place else torch.empty_like(t) for t in (conv_state, ssm_state))
