@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton, triton_experts, triton_step
+from moemamba.ops import triton, triton_experts, triton_step_cuts
 
 
 class Absent:
@@ -81,8 +81,8 @@ differentiate(triton.linear_cross_entropy(draw(48, 32), draw(99, 32), torch.rand
 differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):
-        for batch in (1, 9, 40, 256):
-            triton_step._overlap = lambda _: capability >= 90
+        for batch in (1, 9, 16, 40, 256):
+            triton_step_cuts.overlap = lambda _: capability >= 90
             x, conv, ssm = (
                 draw(batch, 1, 512, dtype=dtype),
                 draw(batch, 1024, 3, dtype=dtype),
@@ -103,6 +103,9 @@ with torch.no_grad():
             for norm in ((), weights[9:10], weights[9:]):
                 triton.mamba_step(x, conv, ssm, *weights[:9], *norm)
             triton.linear_argmax(x[:, 0], draw(50257, 512, dtype=dtype))
+for n_experts, top_k in ((32, 1), (128, 4)):
+    with torch.no_grad():
+        triton.route(draw(9, 512), draw(n_experts, 512), draw(n_experts, dtype=torch.float32), top_k)
 for activation in ("relu", "gelu", "silu", "swiglu"):
     up, down = draw(4, 128 if activation == "swiglu" else 64, 32), draw(4, 32, 64)
     for choices in (1, 2):

@@ -7,7 +7,7 @@ from moemamba import ops
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_experts_few, triton_step
+from moemamba.ops import triton_experts_few, triton_router, triton_step_cuts, triton_step_many
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's products take bfloat16 for what its bits are as integers.
@@ -80,7 +80,7 @@ def test_mamba_step_in_bfloat16():
     assert_equal(make(1, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [1, 5, 17])
 @pytest.mark.parametrize("shape", [{"n": 5}, {"n": 33, "rank": 1}, {"taps": 2}, {"taps": 1}, {"d": 19, "width": 45}])
 def test_mamba_step_of_any_shape(shape, batch):
     assert_equal(make(batch, **shape))
@@ -88,11 +88,18 @@ def test_mamba_step_of_any_shape(shape, batch):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_sums_in_several_parts(batch, monkeypatch):
-    monkeypatch.setattr(triton_step, "cut", lambda *_: triton_step.Cut(1 if batch == 1 else 16, 16, 16, 4))
+    monkeypatch.setattr(triton_step_cuts, "cut", lambda *_: triton_step_cuts.Cut(1 if batch == 1 else 16, 16, 16, 4))
     assert_equal(make(batch, d=50, width=70, norm="layernorm"))
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+def test_shares_of_several_chunks(monkeypatch):
+    """Many rows: x_proj is summed up in few shares, however many channels there are."""
+    monkeypatch.setattr(triton_step_many, "SHARES", 3)
+    monkeypatch.setattr(triton_step_cuts, "cut", lambda *_: triton_step_cuts.Cut(16, 16, 16, 4))
+    assert_equal(make(18, d=19, width=90, norm="layernorm"))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 20])
 def test_states_in_place(batch):
     tensors = make(batch)
     before = tensors["conv_state"], tensors["ssm_state"]
@@ -127,6 +134,28 @@ def test_equal_words_give_the_first():
     with ops.backend("triton"):
         assert ops.linear_argmax(x, weight).tolist() == [70]
         assert ops.linear_argmax(x.expand(3, -1), weight).tolist() == [70] * 3
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "n_experts", "top_k"), [(1, 32, 1), (5, 6, 3), (40, 19, 2)])
+def test_route_chooses_as_the_reference(tokens, n_experts, top_k, dtype, monkeypatch):
+    monkeypatch.setattr(triton_router, "ROUTED", 512)  # so that sums come in parts
+    torch.manual_seed(0)
+    x, weight = torch.randn(tokens, 45, device=DEVICE).to(dtype), torch.randn(n_experts, 45, device=DEVICE)
+    bias = torch.randn(n_experts, device=DEVICE) / n_experts
+    with ops.backend("triton"):
+        indices, gates = ops.route(x, weight, bias, top_k)
+    with ops.backend("reference"):
+        expected = ops.route(x.double(), weight.double(), bias.double(), top_k)
+    assert torch.equal(indices, expected[0])
+    torch.testing.assert_close(gates.double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+def test_route_takes_the_first_of_equals():
+    with ops.backend("triton"):
+        indices, gates = ops.route(*(torch.zeros(shape, device=DEVICE) for shape in ((3, 16), (7, 16), (7,))), 2)
+    assert indices.tolist() == [[0, 1]] * 3
+    torch.testing.assert_close(gates, torch.full_like(gates, 1 / 7))
 
 
 @DTYPES

@@ -12,6 +12,8 @@ from .. import ops
 from .exchange import held, visit_experts
 from .feedforward import FeedForward
 
+FEW = 256  # tokens up to which the router is one kernel, each of whose programs reads all of the weights
+
 
 class RouterStats(NamedTuple):
     """What one router did with a batch: means over its routing groups. Returned, never stored; only the losses carry
@@ -282,6 +284,10 @@ class MoE(nn.Module):
     def serve(self, x: Tensor) -> Tensor:
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
         with torch.autocast(x.device.type, enabled=False):
-            *_, choice = self.router.choose(x.flatten(0, 1))
+            router, tokens = self.router, x.flatten(0, 1)
+            if tokens.shape[0] <= FEW and not torch.is_grad_enabled():
+                choice = Choice(*ops.route(tokens, router.weight, router.balance_bias, router.top_k))
+            else:
+                choice = router.choose(tokens)[2]
         y: Tensor = self.experts(x.flatten(0, 1), choice).unflatten(0, x.shape[:2])
         return y if self.shared is None else y + self.shared(x)

@@ -32,6 +32,7 @@ __all__ = [
     "linear_float32",
     "mamba_step",
     "rms_norm",
+    "route",
     "selective_scan",
     "why_not",
 ]
@@ -276,6 +277,22 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """
     _expect("weight", weight, (weight.shape[0], x.shape[1]))
     return implementation("linear_float32", x)(x, weight)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The experts that tokens visit, and how probable each was: a softmax router without gradients, losses or drops.
+
+    Args:
+        x: (t, d).
+        weight: (e, d).
+        bias: (e,) added to the probabilities when choosing.
+        top_k: choices for each token, k.
+    Returns:
+        indices (t, k) int64, gates (t, k) float32; float64 of float64.
+    """
+    _expect("weight", weight, (weight.shape[0], x.shape[1]))
+    _expect("bias", bias, (weight.shape[0],))
+    return implementation("route", x)(x, weight, bias, top_k)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(

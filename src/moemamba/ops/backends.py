@@ -26,6 +26,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "linear_cross_entropy",
         "linear_float32",
         "mamba_step",
+        "route",
         "selective_scan",
     ),
     "cuda": ("selective_scan",),

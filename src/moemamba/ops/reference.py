@@ -229,6 +229,13 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
         return x.to(dtype) @ weight.to(dtype).T
 
 
+def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.route`."""
+    probabilities = linear_float32(x, weight).softmax(dim=-1)
+    indices = (probabilities + bias).topk(top_k, dim=-1).indices
+    return indices, probabilities.gather(1, indices)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """See `moemamba.ops.linear_cross_entropy`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_step_cuts import launch, overlap
+from .triton_step_kernels import _ready
+
 FEW = 32  # choices up to which this is used: beyond, experts chosen more than once are better read once
 WEIGHTS = 8192  # that a program holds at once
 
@@ -22,12 +25,12 @@ def expert_feedforward(
     gates = None if gates is None else gates.contiguous()
     hidden, y = x.new_empty(tokens * top_k, f), x.new_empty(tokens, o)
     sizes = (n_experts, top_k, d, f, o)
-    columns = 8 if activation == "swiglu" else 16
+    columns, pdl = 8 if activation == "swiglu" else 16, overlap(x)
     first_kernel[(triton.cdiv(f, columns), tokens * top_k)](
-        x, indices, up, hidden, *sizes, ACTIVATION=activation, C=columns, **_depth(d, columns), num_warps=4
+        x, indices, up, hidden, *sizes, ACTIVATION=activation, C=columns, **_depth(d, columns), **launch(4, pdl)
     )
-    last_kernel[(triton.cdiv(o, 8), tokens)](
-        hidden, indices, gates, down, y, *sizes, C=8, **_depth(f, 8), num_warps=4
+    last_kernel[(triton.cdiv(o, 4), tokens)](
+        hidden, indices, gates, down, y, *sizes, C=4, **_depth(f, 4), **launch(4, pdl)
     )  # fmt: skip
     return y
 
@@ -52,9 +55,10 @@ def _rows(pointer, first, row, rows, column, columns):
 @triton.jit
 def first_kernel(
     x, indices, up, hidden, n_experts, top_k, d, f, o,
-    ACTIVATION: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """C hidden features of one choice."""
+    _ready(PDL)
     pair = tl.program_id(1)
     feature = tl.program_id(0) * C + tl.arange(0, C)
     expert = tl.load(indices + pair).to(tl.int64)
@@ -82,9 +86,10 @@ def first_kernel(
 @triton.jit
 def last_kernel(
     hidden, indices, gates, down, y, n_experts, top_k, d, f, o,
-    C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
+    C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """C output features of one token, over its choices; a dropped one has no hidden features."""
+    _ready(PDL)
     token = tl.program_id(1)
     feature = tl.program_id(0) * C + tl.arange(0, C)
     total = tl.zeros((C,), tl.float32)

@@ -1,4 +1,4 @@
-"""The product of a router on the GPU: float32 results from tokens of any dtype, which are never copied to float32."""
+"""A router on the GPU: its product, float32 from tokens of any dtype, never copied; or all that decoding needs."""
 
 from typing import Any
 
@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_step_cuts import launch, overlap
+from .triton_step_kernels import _matrix, _ready, _vector
+
 ROWS, COLUMNS, DEPTH = 128, 32, 32  # of a program's tile, and what it multiplies at once
+ROUTED = 16384  # weights that a program of `route` holds at once
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
@@ -73,3 +77,46 @@ def _product(
         b = tl.load(weight + columns * depth + k[:, None], mask=(columns < width) & (k < depth)[:, None], other=0.0)
         product = tl.dot(a.to(tl.float32), b.to(tl.float32), product, input_precision="tf32x3")
     tl.store(out + rows * width + columns, product, mask=(rows < tokens) & (columns < width))
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.route`: a program a token, whatever it reads again of the weights lies in the cache."""
+    (tokens, d), n_experts = x.shape, weight.shape[0]
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    indices = x.new_empty(tokens, top_k, dtype=torch.int64)
+    gates = x.new_empty(tokens, top_k, dtype=torch.float32)
+    E = triton.next_power_of_2(n_experts)
+    block = min(max(16, ROUTED // E), triton.next_power_of_2(d))
+    _route[(tokens,)](
+        x, weight, bias, indices, gates, n_experts, d,
+        E=E, K=top_k, DEPTH=block, CHUNKS=triton.cdiv(d, block), **launch(8, overlap(x)),
+    )  # fmt: skip
+    return indices, gates
+
+
+@triton.jit
+def _route(
+    x, weight, bias, indices, gates, n_experts, d,
+    E: tl.constexpr, K: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Logits, softmax and choice of one token; of equal experts the first."""
+    token = tl.program_id(0).to(tl.int64)
+    expert, column = tl.arange(0, E), tl.arange(0, DEPTH)
+    logits = tl.zeros((E,), tl.float32)
+    w = _matrix(weight, expert, n_experts, column, d)
+    _ready(PDL)
+    for c in tl.static_range(CHUNKS):
+        v = _vector(x + token * d, c * DEPTH + column, d)
+        logits += tl.sum(w.to(tl.float32) * v[None, :], 1)
+        if c + 1 < CHUNKS:
+            w = _matrix(weight, expert, n_experts, (c + 1) * DEPTH + column, d)
+    logits = tl.where(expert < n_experts, logits, float("-inf"))
+    likely = tl.exp(logits - tl.max(logits, 0))
+    likely = likely / tl.sum(likely, 0)
+    scores = likely + tl.load(bias + expert, mask=expert < n_experts, other=0.0).to(tl.float32)
+    scores = tl.where(expert < n_experts, scores, float("-inf"))
+    for k in tl.static_range(K):
+        best = tl.min(tl.where(scores == tl.max(scores, 0), expert, E), 0)
+        tl.store(indices + token * K + k, best.to(tl.int64))
+        tl.store(gates + token * K + k, tl.sum(tl.where(expert == best, likely, 0.0), 0))
+        scores = tl.where(expert == best, float("-inf"), scores)
