@@ -147,7 +147,8 @@ def _settings(base: TrainConfig, contenders: Sequence[Contender]) -> dict[str, A
     for name in RECIPE:
         if own := {contender.name: contender.recipe[name] for contender in contenders if name in contender.recipe}:
             settings[name] = f"{settings[name]}; {', '.join(f'{model}: {value}' for model, value in own.items())}"
-    return settings | {"data": base.data or "Python's standard library"}
+    data = base.data if isinstance(base.data, tuple) else (base.data or "Python's standard library",)
+    return settings | {"data": ", ".join(data)}
 
 
 def _environment(jobs: int) -> dict[str, str]:

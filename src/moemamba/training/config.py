@@ -1,5 +1,7 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,14 +21,16 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=lambda: preset("moe-mamba-tiny"))
     """vocab_size is replaced by the tokenizer's"""
-    data: str | None = None
+    data: str | tuple[str, ...] | None = None
     """a text file, JSON lines or parquet with a "text" field, a folder of such files, a dataset of the Hugging Face hub
-    (hf:allenai/c4:en:train:100000, the number of documents last), a .bin file of uint16 tokens, or a folder of prepared
-    tokens; Python's own standard library if None"""
+    (hf:allenai/c4:en:train:100000, the number of documents last), a .bin file of uint16 tokens, or a folder that
+    `moemamba prepare` has written; Python's own standard library if None. Several are mixed, by weights in front of a
+    colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes where none has a weight"""
     validation: str | None = None
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
     tokenizer: str = "bytes"
-    """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json"""
+    """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json;
+    prepared tokens bring their own"""
     run: str = "runs/moe-mamba"
     """directory of this run: configuration, metrics, checkpoints"""
 
@@ -128,9 +132,44 @@ class TrainConfig:
                 'reset_state goes with sampling = "windows" alone: the paper\'s sampling carries state from one '
                 "document to the next; leave one of them out"
             )
+        weighted(self.data)
         shares = {"warmup": 1.0, "cooldown": 1.0, "final_lr": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}
         for name, most in shares.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
+
+
+def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, float | None], ...]:
+    """The corpora of `TrainConfig.data` and their weights, all of them None if none is given.
+
+    `("0.7:books/", "0.3:hf:allenai/c4:en")` -> `(("books/", 0.7), ("hf:allenai/c4:en", 0.3))`. A weight is what stands
+    before the first colon if it begins like a number, which neither a drive (`C:`) nor a hub (`hf:`) does; a file whose
+    name does is written `./1:2.txt`.
+
+    Raises:
+        ValueError: a weight that is none, some corpora with a weight and some without, or no corpus.
+    """
+    found: list[tuple[str | None, float | None]] = []
+    for text in (data,) if data is None or isinstance(data, str) else data:
+        number, colon, source = (text or "").partition(":")
+        if not (colon and re.match(r"[-+]?\.?\d", number)):
+            found.append((text, None))
+            continue
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not (0 < weight < math.inf and source):
+            raise ValueError(
+                f"data is {text!r}, whose weight is {number}; write a number above 0, a colon and a text, as in "
+                f"0.7:books/ (or ./{text} if that is a file's name)"
+            )
+        found.append((source, weight))
+    if not found:
+        raise ValueError("data names no text; give one, or None for Python's standard library")
+    without = [source for source, weight in found if weight is None]
+    if 0 < len(without) < len(found):
+        raise ValueError(f"data gives no weight to {without[0]}, but to others; give every text one, or none at all")
+    return tuple(found)
