@@ -31,25 +31,24 @@ class TrainConfig:
     tokenizer: str = "bytes"
     """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json;
     prepared tokens bring their own"""
+    sampling: Literal["windows", "documents"] = "windows"
+    """windows: each epoch reads every window of the text once; documents: the paper's own, random documents laid end to
+    end and read from a random place on"""
+    reset_state: bool = False
+    """begin every document of a packed sequence from an empty state"""
+    data_seed: int = 0
+    """of the order of the data"""
     run: str = "runs/moe-mamba"
     """directory of this run: configuration, metrics, checkpoints"""
 
     steps: int = 1000
+    """optimiser steps in all"""
     batch_size: int = 16
     """sequences in one optimiser step"""
     context: int = 256
     """tokens in a sequence"""
-    accumulate: int = 1
-    """parts that a batch is computed in, to save memory; must divide batch_size"""
-    routing_groups: int | None = None
-    """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
-    a group, so that results depend on neither processes nor parts; one for each process and part if None"""
-    reset_state: bool = False
-    """begin every document of a packed sequence from an empty state"""
-
-    sampling: Literal["windows", "documents"] = "windows"
-    """windows: each epoch reads every window of the text once; documents: the paper's own, random documents laid end to
-    end and read from a random place on"""
+    seed: int = 0
+    """of the initial weights"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for experts and matrices between hidden layers, AdamW for all else, at the same learning_rate"""
@@ -64,10 +63,13 @@ class TrainConfig:
     final_lr: float = 0.1
     """share of the learning rate that the schedule ends at"""
     weight_decay: float = 0.1
+    """share of a weight that a step at learning rate 1 would take away"""
     decay: Literal["matrices", "all"] = "matrices"
     """what decays: matrices spares A_log, D, biases and norms; all is the paper's recipe"""
     beta1: float = 0.9
+    """how much AdamW keeps of the gradients' mean from step to step"""
     beta2: float = 0.95
+    """and of the mean of their squares"""
     clip: float = 1.0
     """largest norm of the gradient"""
 
@@ -81,18 +83,16 @@ class TrainConfig:
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
     eval_every: int = 100
+    """steps between evaluations on the held-out text"""
     eval_tokens: int = 65536
     """validation tokens that an evaluation reads at most, in windows spread evenly over the text"""
     save_every: int = 100
+    """steps between checkpoints"""
     keep: int = 2
     """newest checkpoints to keep, besides the best"""
     tensorboard: bool = False
     """write the metrics for TensorBoard too, into the folder tensorboard of the run"""
 
-    seed: int = 0
-    """of the initial weights"""
-    data_seed: int = 0
-    """of the order of the data"""
     device: str = "auto"
     """auto is a GPU where there is one, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -102,6 +102,11 @@ class TrainConfig:
     out"""
     expert_parallel: int = 1
     """processes that the experts of a layer are spread over; tokens travel to them"""
+    accumulate: int = 1
+    """parts that a batch is computed in, to save memory; must divide batch_size"""
+    routing_groups: int | None = None
+    """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
+    a group, so that results depend on neither processes nor parts; one for each process and part if None"""
     compile: bool = False
     """torch.compile every layer"""
     recompute: bool = False

@@ -205,8 +205,8 @@ def summing(model: MoEMamba, processes: Processes) -> nn.Module:
     return replica
 
 
-def _sum(_: None, bucket: Any) -> torch.futures.Future[Tensor]:
-    """Of a `dist.GradBucket`."""
+# torch insists on these annotations, though its stubs lack one of the names
+def _sum(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     summed = dist.all_reduce(bucket.buffer(), async_op=True)
     assert summed is not None
     return summed.get_future().then(lambda done: done.value()[0])

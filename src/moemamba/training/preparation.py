@@ -20,7 +20,7 @@ from .documents import Documents, held_out
 
 FORMAT = 2  # of the files below; a change hides caches of older versions
 HELD_OUT = 0.05  # share of the documents that becomes validation data unless told otherwise
-GROUP = (1 << 19) * (os.cpu_count() or 1)  # characters of text that are tokenised together
+GROUP = (1 << 18) * (os.cpu_count() or 1)  # characters of text that are tokenised together
 BLOCK = 1 << 24  # tokens of a .bin file read at once
 
 
