@@ -125,7 +125,7 @@ def test_help_and_mistakes_need_no_torch(arguments):
     ("arguments", "sentence"),
     [
         (["trian"], "moemamba: there is no command 'trian'; did you mean train?"),
-        (["frobnicate"], "moemamba: there is no command 'frobnicate'; the commands are train, compare"),
+        (["frobnicate"], "moemamba: there is no command 'frobnicate'; the commands are train, prepare"),
         (["info", "mamba-tinny"], "moemamba: there is no preset 'mamba-tinny'; choose one of mamba-25m"),
         (["compare", "mamba-tiny"], "moemamba: a comparison needs two models or more"),
         (["eval", "nowhere"], "moemamba: there is no model at nowhere"),

@@ -34,13 +34,7 @@ class Corpora:
         return digest([(part.content, round(share, 6)) for part, share in zip(self.parts, self.shares, strict=True)])
 
     def rows(self, config: TrainConfig) -> Rows:
-        """What a run reads of them.
-
-        Raises:
-            ValueError: a corpus does not fill one window.
-        """
-        for part in self.parts:
-            require_window(f"the training text of {part.name}", part.train, config.context)
+        """What a run reads of them."""
         rows = [make_rows(part.train, config) for part in self.parts]
         return rows[0] if len(rows) == 1 else Mixture(rows, self.shares)
 
@@ -89,10 +83,13 @@ def open_corpora(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> C
 
     Raises:
         FileNotFoundError, ValueError, OSError: see `prepare`.
+        ValueError: a text does not fill one window.
     """
     sources = weighted(config.data)
     own = HELD_OUT if config.validation is None else 0.0
     parts = [_open(source, own, config, tokenizer, report) for source, _ in sources]
+    for part in parts:
+        require_window(f"the training text of {part.name}", part.train, config.context)
     tokens = [len(part.train.ids) for part in parts]
     weights = [size if weight is None else weight for size, (_, weight) in zip(tokens, sources, strict=True)]
     shares = [weight / sum(weights) for weight in weights]
