@@ -103,6 +103,15 @@ def gradients(config, rank=0, size=1, distributed=True):
     return found, norm, clipped
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """What all runs here share."""
