@@ -70,6 +70,27 @@ def test_overview_and_version(call):
     assert call("--version")[1].strip() == "0.1.0"
 
 
+def test_text_is_prepared_once_and_trained_on(call, text, tmp_path):
+    """The folder brings its tokenizer; it is complete or absent, and never written over."""
+    out, run = str(tmp_path / "tokens"), str(tmp_path / "run")
+    status, output, _ = call("prepare", text, "--tokenizer", "bpe-300", "--held-out", "0.1", "--out", out)
+    assert status == 0 and f"MB/s. Train on it with: moemamba train --data {out}" in output
+    train, held = (
+        json.loads((tmp_path / "tokens" / "index.json").read_text())[part] for part in ("train", "validation")
+    )
+    assert f"{train['documents']:,}" in output and f"{held['tokens']:,}" in output and held["documents"] > 3
+    assert train["bytes"] + held["bytes"] == Path(text).stat().st_size
+    assert call("train", *TINY, *SHORT, "--data", out, "--run", run)[0] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["vocab_size"] == 300
+    assert "prepared with another tokenizer" in call("train", "--data", out, "--tokenizer", "bpe-290")[2]
+    status, _, errors = call("prepare", text, "--out", out)
+    assert status == 2 and f"{out} exists already; choose another folder (--out)" in errors
+    assert f"{out} is prepared already" in call("prepare", out, "--out", str(tmp_path / "again"))[2]
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{}\n')
+    assert call("prepare", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "bad"))[0] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "run", "tokens"]
+
+
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_every_command_has_help(call, command):
     status, output, _ = call(command, "--help")
@@ -104,7 +125,7 @@ def test_help_and_mistakes_need_no_torch(arguments):
     ("arguments", "sentence"),
     [
         (["trian"], "moemamba: there is no command 'trian'; did you mean train?"),
-        (["frobnicate"], "moemamba: there is no command 'frobnicate'; the commands are train, compare"),
+        (["frobnicate"], "moemamba: there is no command 'frobnicate'; the commands are train, prepare"),
         (["info", "mamba-tinny"], "moemamba: there is no preset 'mamba-tinny'; choose one of mamba-25m"),
         (["compare", "mamba-tiny"], "moemamba: a comparison needs two models or more"),
         (["eval", "nowhere"], "moemamba: there is no model at nowhere"),

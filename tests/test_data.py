@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from moemamba import TrainConfig
 from moemamba.tokenizer import ByteTokenizer, train_bpe
 from moemamba.training import preparation
-from moemamba.training.data import Batches, Tokens, permute, sequential
+from moemamba.training.corpora import open_corpora
+from moemamba.training.data import Batches, Tokens, Windows, permute, sequential
 from moemamba.training.documents import Documents, held_out
 from moemamba.training.preparation import HELD_OUT, cache_directory, prepare
+from moemamba.training.progress import Report
 
 BYTES = ByteTokenizer()
 
@@ -192,24 +195,26 @@ def test_source_that_changes_while_it_is_read(tmp_path):
 def test_progress_of_tokenising(tmp_path):
     (tmp_path / "in.txt").write_text("line\n" * 1_000_000)
     seen = []
-    prepare(str(tmp_path / "in.txt"), BYTES, tmp_path / "cache", report=lambda *shown: seen.append(shown))
+    prepare(str(tmp_path / "in.txt"), BYTES, tmp_path / "cache", show=lambda *shown: seen.append(shown))
     assert 4 <= len(seen) <= 5 and seen == sorted(seen) and seen[-1][0] <= seen[-1][1] == 5_000_000
 
 
-def test_given_validation(tmp_path):
+def test_given_validation(tmp_path, monkeypatch):
     texts = write_folder(tmp_path / "in", 20)
     (tmp_path / "held.jsonl").write_text('{"text": "held out"}')
-    corpus = prepare(str(tmp_path / "in"), BYTES, tmp_path / "cache", str(tmp_path / "held.jsonl"))
-    assert texts_of(corpus.train) == texts and texts_of(corpus.validation) == ["held out"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = TrainConfig(data=str(tmp_path / "in"), validation=str(tmp_path / "held.jsonl"), context=4)
+    corpora = open_corpora(config, BYTES, Report(silent=True))
+    assert texts_of(corpora.parts[0].train) == texts and texts_of(corpora.validation[0].tokens) == ["held out"]
 
 
 def test_token_file(tmp_path):
     ids = np.concatenate([[*BYTES.encode(text), 256] for text in ("one π", "two", "three")])
     ids.astype("<u2").tofile(tmp_path / "t.bin")
     ids[:-3].astype("<u2").tofile(tmp_path / "v.bin")  # the last document without its mark
-    corpus = prepare(str(tmp_path / "t.bin"), BYTES, tmp_path / "cache", str(tmp_path / "v.bin"))
+    corpus = prepare(str(tmp_path / "t.bin"), BYTES, tmp_path / "cache", 0)
     assert texts_of(corpus.train) == ["one π", "two", "three"] and corpus.train.bytes == 14
-    assert texts_of(corpus.validation) == ["one π", "two", "thr"]
+    assert texts_of(prepare(str(tmp_path / "v.bin"), BYTES, tmp_path / "cache", 0).train) == ["one π", "two", "thr"]
     (ids + 1).astype("<u2").tofile(tmp_path / "t.bin")
     with pytest.raises(ValueError, match=r"t\.bin holds the token 257, but the tokenizer has 257"):
         prepare(str(tmp_path / "t.bin"), BYTES, tmp_path / "cache")
@@ -263,8 +268,8 @@ def test_permute_is_a_permutation(size):
 
 def test_an_epoch_reads_every_window_once():
     tokens = fake_tokens([101])
-    batches = Batches(tokens, batch_size=3, context=4, seed=7)
-    assert batches.windows == 25
+    batches = Batches(Windows(tokens, 4, seed=7), 3)
+    assert batches.rows.windows == 25
     order = np.concatenate([batches.chosen(step) for step in range(25)])
     first, second, third = order.reshape(3, 25)
     assert sorted(first) == sorted(second) == sorted(third) == list(range(25))
@@ -273,18 +278,18 @@ def test_an_epoch_reads_every_window_once():
 
 def test_batch_is_a_function_of_the_step():
     tokens = fake_tokens([1001])
-    one, other = Batches(tokens, 4, 16, seed=1), Batches(tokens, 4, 16, seed=1)
+    one, other = Batches(Windows(tokens, 16, seed=1), 4), Batches(Windows(tokens, 16, seed=1), 4)
     later = other[9]
     for step in (0, 5, 9):
         assert torch.equal(one[step].tokens, other[step].tokens)
     assert torch.equal(one[9].targets, later.targets)
     assert not torch.equal(one[0].tokens, one[1].tokens)
-    assert not torch.equal(one[0].tokens, Batches(tokens, 4, 16, seed=2)[0].tokens)
+    assert not torch.equal(one[0].tokens, Batches(Windows(tokens, 16, seed=2), 4)[0].tokens)
 
 
 def test_targets_are_the_next_tokens():
     tokens = fake_tokens([1001])
-    batches = Batches(tokens, 4, 16, seed=1)
+    batches = Batches(Windows(tokens, 16, seed=1), 4)
     batch = batches[3]
     for row, window in enumerate(batches.chosen(3)):
         assert batch.tokens[row].tolist() == tokens.ids[window * 16 : window * 16 + 16].tolist()
@@ -294,16 +299,16 @@ def test_targets_are_the_next_tokens():
 
 def test_ranks_share_the_batch():
     tokens = fake_tokens([1001])
-    whole = Batches(tokens, 6, 16, seed=1)
-    ranks = [Batches(tokens, 2, 16, seed=1, rank=rank, world_size=3) for rank in range(3)]
+    whole = Batches(Windows(tokens, 16, seed=1), 6)
+    ranks = [Batches(Windows(tokens, 16, seed=1), 2, rank=rank, world_size=3) for rank in range(3)]
     for step in range(12):
         assert torch.equal(whole[step].tokens, torch.cat([batches[step].tokens for batches in ranks]))
 
 
 def test_seq_idx_counts_documents():
     tokens = fake_tokens([5, 1, 9, 30, 2, 2, 20])
-    batches = Batches(tokens, 2, 8, seed=0, reset_state=True)
-    for step in range(batches.windows):
+    batches = Batches(Windows(tokens, 8, seed=0, reset_state=True), 2)
+    for step in range(batches.rows.windows):
         batch = batches[step]
         for row, ids in enumerate(batch.tokens.tolist()):
             expected, document = [], 0
@@ -314,7 +319,7 @@ def test_seq_idx_counts_documents():
 
 
 def test_split_keeps_rows_in_order():
-    batch = Batches(fake_tokens([500]), 6, 8, seed=0, reset_state=True)[0]
+    batch = Batches(Windows(fake_tokens([500]), 8, seed=0, reset_state=True), 6)[0]
     parts = batch.split(3)
     assert [len(part.tokens) for part in parts] == [2, 2, 2]
     for k in range(3):
@@ -334,7 +339,7 @@ def test_sequential_pass():
 
 def test_too_short():
     with pytest.raises(ValueError, match="has 16 tokens, but one window needs 17"):
-        Batches(fake_tokens([16]), 1, 16, seed=0)
-    assert Batches(fake_tokens([17]), 3, 16, seed=0)[5].tokens.shape == (3, 16)
+        Batches(Windows(fake_tokens([16]), 16, seed=0), 1)
+    assert Batches(Windows(fake_tokens([17]), 16, seed=0), 3)[5].tokens.shape == (3, 16)
     with pytest.raises(ValueError, match="validation data has 16 tokens"):
         next(sequential(fake_tokens([16]), 1, 16))

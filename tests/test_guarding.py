@@ -16,12 +16,14 @@ import torch
 from moemamba import MoEMamba, TrainConfig, load, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
 from moemamba.training import step as stepping
+from moemamba.training import stop
 from moemamba.training.alarms import DEAD_AFTER, Alarms, sentences
 from moemamba.training.guard import Diverged, Fatal, Guard, Skips, apply
 from moemamba.training.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
 from moemamba.training.optim import make_optimizer
 from moemamba.training.progress import Report
 from moemamba.training.schedule import learning_rate
+from moemamba.training.stop import Stop
 
 SILENT = Report(silent=True)
 TINY = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16))
@@ -289,3 +291,21 @@ def test_tensorboard_that_is_not_there(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install 'moemamba\[tensorboard\]'"):
         train(dataclasses.replace(config, tensorboard=True), report=SILENT)
+
+
+def test_a_signal_that_comes_by_two_ways_is_one(monkeypatch):
+    """Of a scheduler and of torchrun; later, or from a person, a second one ends the process."""
+    with pytest.raises(KeyboardInterrupt), Stop() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.number == signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    monkeypatch.setattr(stop, "SAME", 0.0)
+    with Stop():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]

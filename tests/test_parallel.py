@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,23 +39,46 @@ WAYS = {
 KILLS = int(os.environ.get("MOEMAMBA_KILLS", "2"))
 
 
-def work(rank, size, folder, jobs):
-    """A process of a group that trains one configuration after the other; then one gradient for each sharding."""
+UNEVEN = TrainConfig(MODEL, batch_size=8, routing_groups=4)
+SAME = [{"recompute": True}, {"compile": True}, {"recompute": True, "compile": True}]
+
+
+def start(size, work, *arguments, join=True):
+    """Processes of a group, forked from one that has imported all of this already."""
+    multiprocessing.set_forkserver_preload([__name__])
+    return mp.start_processes(work, (size, *arguments), size, join, start_method="forkserver")
+
+
+def enter(rank, size, store):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost")
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / f"store-{size}"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+
+
+def work(rank, size, folder, cache, jobs):
+    """Train one configuration after the other; then one gradient for each sharding, and what must not change it."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    enter(rank, size, folder / f"store-{size}")
     for config, resume, stop in jobs:
         train(config, resume, stop=stop, report=SILENT)
     for shard in ("none", "parameters"):
         for spread in sorted({1, 2, size}):
-            found = gradients(dataclasses.replace(UNEVEN, shard=shard, expert_parallel=spread), rank, size)
+            config = dataclasses.replace(UNEVEN, shard=shard, expert_parallel=spread)
+            found = [gradients(config, rank, size)]
+            if size == 2:
+                changes = SAME[:2] if spread > 1 else SAME  # see `parallel.check`
+                found += [gradients(dataclasses.replace(config, **change), rank, size) for change in changes]
             if rank == 0:
                 torch.save(found, folder / f"{size}-{shard}-{spread}.pt")
     dist.destroy_process_group()
 
 
-UNEVEN = TrainConfig(MODEL, batch_size=8, routing_groups=4)
+def go_on(rank, size, store, cache, config):
+    """Train a run from where it stands."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    enter(rank, size, store)
+    train(config, "auto", report=SILENT)
+    dist.destroy_process_group()
 
 
 def gradients(config, rank=0, size=1, distributed=True):
@@ -66,6 +89,9 @@ def gradients(config, rank=0, size=1, distributed=True):
     tokens, targets = torch.randint(257, (2, 8, 16), generator=torch.Generator().manual_seed(1))
     targets[0, 3:] = -100
     rows = slice(rank * 8 // size, (rank + 1) * 8 // size)
+    if config.compile:
+        torch.compiler.reset()
+        model.compile_layers(backend="aot_eager")  # what training does, but for the C++ compiler
     forward = parallel.summing(model, processes)
     output = forward(tokens[rows], targets=targets[rows])
     language, auxiliary = losses(output, config.model.routers)
@@ -75,6 +101,15 @@ def gradients(config, rank=0, size=1, distributed=True):
     norm = parallel.clip_gradients(model.parameters(), 0.01, processes)
     clipped = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
     return found, norm, clipped
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -98,27 +133,39 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(base, tmp_path_factory):
     """Runs of two and of four processes: the folder of all."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        saved = dataclasses.replace(base, run=str(folder / "saved"), shard="parameters", expert_parallel=2, model=FULL)
-        for size in (2, 4):
-            jobs = [
-                (dataclasses.replace(base, run=str(folder / name), **change), False, None)
-                for name, (processes, change) in WAYS.items()
-                if processes == size
-            ]
-            if size == 2:
-                jobs += [(saved, False, 10), (dataclasses.replace(saved, run=str(folder / "whole")), False, None)]
-                halves = dataclasses.replace(saved, run=str(folder / "halves"))
-                jobs += [(halves, False, 10), (halves, True, None)]
-                jobs.append((dataclasses.replace(killed(base), run=str(folder / "never-killed")), False, None))
-            else:
-                copy(folder / "saved", folder / "on-4")
-                jobs.append((dataclasses.replace(saved, run=str(folder / "on-4")), True, None))
-            mp.spawn(work, (size, folder, jobs), size)
-        yield folder
+    folder, cache = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("cache")
+    saved = dataclasses.replace(base, run=str(folder / "saved"), shard="parameters", expert_parallel=2, model=FULL)
+    for size in (2, 4):
+        jobs = [
+            (dataclasses.replace(base, run=str(folder / name), **change), False, None)
+            for name, (processes, change) in WAYS.items()
+            if processes == size
+        ]
+        if size == 2:
+            jobs += [(saved, False, 10), (dataclasses.replace(saved, run=str(folder / "whole")), False, None)]
+            halves = dataclasses.replace(saved, run=str(folder / "halves"))
+            jobs += [(halves, False, 10), (halves, True, None)]
+            jobs.append((dataclasses.replace(killed(base), run=str(folder / "never-killed")), False, None))
+        else:
+            copy(folder / "saved", folder / "on-4")
+            jobs.append((dataclasses.replace(saved, run=str(folder / "on-4")), True, None))
+        start(size, work, folder, cache, jobs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """The run that one process makes of a configuration: its folder."""
+    folder, made = tmp_path_factory.mktemp("alone"), {}
+
+    def run(**change):
+        key = repr(sorted(change.items()))
+        if key not in made:
+            made[key] = folder / str(len(made))
+            train(dataclasses.replace(base, run=str(made[key]), **change), report=SILENT)
+        return made[key]
+
+    return run
 
 
 def killed(base):
@@ -158,14 +205,13 @@ def tensors(run):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_several_processes_are_one(way, runs, base, tmp_path):
+def test_several_processes_are_one(way, runs, alone):
     _, change = WAYS[way]
-    change = {name: value for name, value in change.items() if name not in ("shard", "expert_parallel", "accumulate")}
-    train(dataclasses.replace(base, run=str(tmp_path / "one"), **change), report=SILENT)
-    assert_alike(runs / way, tmp_path / "one", gap=way != "groups-over-processes")
+    one = alone(**{name: change[name] for name in change if name not in ("shard", "expert_parallel", "accumulate")})
+    assert_alike(runs / way, one, gap=way != "groups-over-processes")
     if "dropped" in str(change.get("model")):
         assert lines(runs / way, "router")[-1]["layers"][0]["dropped"] > 0.05
-    first, last = tensors(tmp_path / "one"), tensors(runs / way)
+    first, last = tensors(one), tensors(runs / way)
     assert list(first) == list(last)
     for name, value in first.items():
         torch.testing.assert_close(last[name], value, atol=5e-4, rtol=0, msg=name)
@@ -173,15 +219,16 @@ def test_several_processes_are_one(way, runs, base, tmp_path):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_gradients(size, runs):
+    """Of every sharding; with two processes also compiled, recomputed, and both."""
     expected, norm, clipped = gradients(UNEVEN, distributed=False)
     experts = expected["layers.1.branches.0.experts.up_proj"]
     assert experts[0].any() and not experts[1].any() and not experts[3].any()
     for shard in ("none", "parameters"):
         for spread in {1, 2, size}:
-            found, its_norm, its_clipped = torch.load(runs / f"{size}-{shard}-{spread}.pt")
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-            torch.testing.assert_close(its_clipped, clipped, atol=1e-6, rtol=1e-4)
-            torch.testing.assert_close(its_norm, norm)
+            for found, its_norm, its_clipped in torch.load(runs / f"{size}-{shard}-{spread}.pt"):
+                torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(its_clipped, clipped, atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(its_norm, norm)
 
 
 def test_resumed_with_the_same_processes_is_the_same_run(runs):
@@ -197,12 +244,9 @@ def test_saved_by_two_resumed_by_one_and_by_four(runs, base):
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_parts_are_the_whole_batch(accumulate, base, tmp_path):
+def test_parts_are_the_whole_batch(accumulate, alone):
     """With routing groups, auxiliary losses and capacity included."""
-    config = dataclasses.replace(base, model=FULL)
-    train(dataclasses.replace(config, run=str(tmp_path / "one")), report=SILENT)
-    train(dataclasses.replace(config, run=str(tmp_path / "parts"), accumulate=accumulate), report=SILENT)
-    assert_alike(tmp_path / "one", tmp_path / "parts")
+    assert_alike(alone(model=FULL), alone(model=FULL, accumulate=accumulate))
 
 
 def test_groups_are_batches_of_their_own():
@@ -227,6 +271,7 @@ def test_groups_are_batches_of_their_own():
         ({"expert_parallel": 3}, 4, "expert_parallel is 3, which does not divide the 4 processes"),
         ({"expert_parallel": 8, "batch_size": 8}, 8, "n_experts is 4, which expert_parallel = 8 does not divide"),
         ({"expert_parallel": 2, "model": ModelConfig("M", 1, 16)}, 2, "the model has no experts"),
+        ({"expert_parallel": 2, "compile": True, "recompute": True}, 2, "compile and recompute do not go together"),
         ({"routing_groups": 3, "batch_size": 12}, 2, "routing_groups is 3, which gives 3 .* and 2 processes"),
     ],
 )
@@ -285,47 +330,27 @@ def test_an_error_of_writing_surfaces(base, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_killed_at_any_moment(base, runs, tmp_path):
-    """One process of two is killed without warning, and torchrun with it; another torchrun goes on."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    """One process of two is killed without warning, the other ends of itself or is ended; then two others go on."""
     config = dataclasses.replace(killed(base), run=str(tmp_path / "run"))
-    (tmp_path / "program.py").write_text(
-        "import json, sys\n"
-        "from moemamba import TrainConfig, train\n"
-        "from moemamba.config import from_dict\n"
-        "from moemamba.training.run import Run\n"
-        f"config = from_dict(TrainConfig, json.loads({json.dumps(dataclasses.asdict(config))!r}))\n"
-        "train(config, resume=Run(config.run).exists)\n"
-    )
-
-    def start():
-        options = ["--standalone", "--nproc-per-node", "2", "--monitor-interval", "0.1"]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, str(tmp_path / "program.py")]
-        with (tmp_path / "log").open("w") as log:
-            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
-
     moments = random.Random(time.time_ns())
     checkpoints = tmp_path / "run" / "checkpoints"
-    ended = kills = 0
-    while kills < KILLS and not ended:
-        process = start()
+    kills = 0
+    while not (ended := newest(checkpoints) == f"{config.steps:08d}") and kills < KILLS:
         before = newest(checkpoints)
-        while process.poll() is None and newest(checkpoints) == before:
-            time.sleep(0.01)  # until it saves, so that every attempt gets somewhere
+        group = start(2, go_on, tmp_path / f"store-{kills}", tmp_path / "cache", config, join=False)
+        while newest(checkpoints) == before:
+            assert not group.join(timeout=0.01), "until it saves, so that every attempt gets somewhere"
         time.sleep(moments.uniform(0, 0.3))
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        workers = children.read_text().split() if process.poll() is None else []
-        if workers:
-            os.kill(int(moments.choice(workers)), signal.SIGKILL)
-            kills += 1
-        ended = process.wait() == 0
-        assert newest(checkpoints) != before, (tmp_path / "log").read_text()[-3000:]
+        os.kill(moments.choice(group.pids()), signal.SIGKILL)
+        kills += 1
+        with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
+            while not group.join(grace_period=10):
+                pass
         for checkpoint in checkpoints.glob("[0-9]*"):
             load(checkpoint)
     if not ended:
-        assert start().wait() == 0, (tmp_path / "log").read_text()[-3000:]
+        start(2, go_on, tmp_path / "store-last", tmp_path / "cache", config)
     assert kills
     expected = tensors(runs / "never-killed")
     assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "run").items())

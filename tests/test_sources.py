@@ -11,7 +11,7 @@ import torch
 
 from moemamba import TrainConfig, train
 from moemamba.tokenizer import ByteTokenizer
-from moemamba.training.data import Batches, SampledBatches, Tokens
+from moemamba.training.data import Batches, SampledDocuments, Tokens, Windows
 from moemamba.training.documents import Documents
 from moemamba.training.preparation import prepare
 from moemamba.training.progress import Report
@@ -102,7 +102,7 @@ def numbered(lengths):
 def test_sampled_rows_are_documents_end_to_end():
     lengths = [5, 1, 30, 12, 100, 7, 2]
     tokens = numbered(lengths)
-    batches = SampledBatches(tokens, 8, 40, seed=3)
+    batches = Batches(SampledDocuments(tokens, 40, seed=3), 8)
     started = set()
     for step in range(30):
         batch = batches[step]
@@ -120,19 +120,19 @@ def test_sampled_rows_are_documents_end_to_end():
 
 def test_sampled_rows_are_a_function_of_seed_and_step():
     tokens = numbered([5, 1, 30, 12, 100, 7, 2])
-    whole = SampledBatches(tokens, 6, 16, seed=1)
-    assert torch.equal(whole[4].tokens, SampledBatches(tokens, 6, 16, seed=1)[4].tokens)
-    assert not torch.equal(whole[4].tokens, SampledBatches(tokens, 6, 16, seed=2)[4].tokens)
+    whole = Batches(SampledDocuments(tokens, 16, seed=1), 6)
+    assert torch.equal(whole[4].tokens, Batches(SampledDocuments(tokens, 16, seed=1), 6)[4].tokens)
+    assert not torch.equal(whole[4].tokens, Batches(SampledDocuments(tokens, 16, seed=2), 6)[4].tokens)
     assert not torch.equal(whole[4].tokens, whole[5].tokens)
-    assert not torch.equal(whole[4].tokens, Batches(tokens, 6, 16, seed=1)[4].tokens)
-    ranks = [SampledBatches(tokens, 2, 16, seed=1, rank=rank, world_size=3) for rank in range(3)]
+    assert not torch.equal(whole[4].tokens, Batches(Windows(tokens, 16, seed=1), 6)[4].tokens)
+    ranks = [Batches(SampledDocuments(tokens, 16, seed=1), 2, rank=rank, world_size=3) for rank in range(3)]
     assert torch.equal(whole[4].tokens, torch.cat([rank[4].tokens for rank in ranks]))
 
 
 def test_documents_are_drawn_alike_whatever_their_length():
     """How often a document begins in a row: drawn by their tokens, long ones would do so four times as often."""
     lengths = [10] * 5 + [40] * 5
-    batches = SampledBatches(numbered(lengths), 16, 64, seed=0)
+    batches = Batches(SampledDocuments(numbered(lengths), 64, seed=0), 16)
     rows = torch.cat([batches[step].targets for step in range(100)]).flatten()
     begins = torch.bincount(rows[rows % 1000 == 0] // 1000, minlength=10).float()
     assert begins[:5].sum() / begins[5:].sum() == pytest.approx(1, abs=0.1)

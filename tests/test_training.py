@@ -392,7 +392,7 @@ def test_text_that_cannot_be_trained_on(config, tmp_path, content, said):
 
 def test_too_little_to_hold_out(config, tmp_path):
     (tmp_path / "v.txt").write_text("short")
-    with pytest.raises(ValueError, match=r"the held-out data .* has 6 tokens, but one window needs 33"):
+    with pytest.raises(ValueError, match=r"the held-out text of .* has 6 tokens, but one window needs 33"):
         train(dataclasses.replace(config, validation=str(tmp_path / "v.txt")), report=SILENT)
 
 

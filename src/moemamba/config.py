@@ -269,7 +269,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         kinds = [kind for kind in args if kind is not type(None)]
-        return None if value is None and len(kinds) < len(args) else _convert(kinds[0], value, where)
+        if value is None and len(kinds) < len(args):
+            return None
+        several = isinstance(value, list | tuple)
+        return _convert(next((k for k in kinds if several == (typing.get_origin(k) is tuple)), kinds[0]), value, where)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value))
     if origin is Literal and value in args:

@@ -17,6 +17,7 @@ from ..training.stop import Interrupted
 # Each command is the function `main(arguments)` of the file of its name.
 COMMANDS = {
     "train": "[PRESET]             train a model",
+    "prepare": "DATA                 tokenise a text once, for runs to come",
     "compare": "MODEL MODEL ...      train models on the same batches over seeds; a table and a report",
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
     "report": "COMPARISON ...       comparisons that were run, on one page",

@@ -1,7 +1,7 @@
 """`moemamba eval`: how well a run's model predicts a text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tyro.conf import Positional
@@ -31,26 +31,32 @@ class Eval:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
     from ..checkpoint import load
+    from ..training.corpora import open_held_out
     from ..training.evaluate import evaluate
-    from ..training.preparation import cache_directory, prepare
+    from ..training.progress import Report
 
     model, tokenizer = load(asked.run, asked.device)
     path = Path(asked.run)
     run = begun(path) or begun(path.parent.parent) or TrainConfig()  # a run, a checkpoint of one, or a model alone
-    source, held_out = (asked.data, asked.data) if asked.data else (run.data, run.validation)
-    corpus = prepare(source, tokenizer, cache_directory(path / "tokens"), held_out)
+    config = replace(run, run=str(path), validation=asked.data or run.validation, context=asked.context or run.context)
+    texts = open_held_out(config, tokenizer, Report(silent=True))
     found = evaluate(
         model,
-        corpus.validation,
-        context=asked.context or run.context,
+        texts,
+        context=config.context,
         batch_size=asked.batch_size,
         most=asked.tokens,
         reset_state=run.reset_state,
         drop_gap=any(experts.capacity_factor for experts in model.config.routers),
     )
     rows = [
-        ("text", asked.data or f"held-out part of {corpus.name}", f"{found.tokens:,} tokens"),
+        (
+            "text",
+            asked.data or f"held-out part of {' and '.join(text.name for text in texts)}",
+            f"{found.tokens:,} tokens",
+        ),
         ("loss", f"{found.loss:.4f}", "nats a token"),
+        *((f"  {name}", f"{loss:.4f}", "") for name, loss in (found.apart or {}).items()),
         ("perplexity", f"{found.perplexity:.3f}", ""),
         ("bits per byte", f"{found.bits_per_byte:.4f}", "comparable between tokenizers"),
         ("accuracy", f"{found.accuracy:.2%}", "of the tokens were the model's likeliest"),

@@ -26,7 +26,7 @@ class Paper:
     mlp (the first version), accuracy (section 4.6), plus (our improved recipe against a baseline improved alike)"""
     scale: Literal["laptop", "gpu", "paper"] = "laptop"
     """laptop: minutes to an hour on a CPU; gpu: minutes a model; paper: its own 25M models and budget"""
-    data: str | None = None
+    data: str | tuple[str, ...] | None = None
     """as of `moemamba train`; the paper's is C4. Python's own standard library if None"""
     validation: str | None = None
     """as of `moemamba train`"""

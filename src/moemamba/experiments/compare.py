@@ -179,7 +179,8 @@ def _model(run: Path) -> ModelConfig:
 def _settings(base: TrainConfig) -> dict[str, Any]:
     """What all runs share."""
     names = (field.name for field in dataclasses.fields(base) if field.name not in _OWN | _FREE)
-    return {name: getattr(base, name) for name in names} | {"data": base.data or "Python's standard library"}
+    data = base.data if isinstance(base.data, tuple) else (base.data or "Python's standard library",)
+    return {name: getattr(base, name) for name in names} | {"data": ", ".join(data)}
 
 
 def _environment(jobs: int) -> dict[str, str]:

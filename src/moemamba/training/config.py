@@ -1,5 +1,7 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,33 +21,34 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=lambda: preset("moe-mamba-tiny"))
     """vocab_size is replaced by the tokenizer's"""
-    data: str | None = None
+    data: str | tuple[str, ...] | None = None
     """a text file, JSON lines or parquet with a "text" field, a folder of such files, a dataset of the Hugging Face hub
-    (hf:allenai/c4:en:train:100000, the number of documents last), a .bin file of uint16 tokens, or a folder of prepared
-    tokens; Python's own standard library if None"""
+    (hf:allenai/c4:en:train:100000, the number of documents last), a .bin file of uint16 tokens, or a folder that
+    `moemamba prepare` has written; Python's own standard library if None. Several are mixed, by weights in front of a
+    colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes where none has a weight"""
     validation: str | None = None
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
     tokenizer: str = "bytes"
-    """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json"""
+    """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json;
+    prepared tokens bring their own"""
+    sampling: Literal["windows", "documents"] = "windows"
+    """windows: each epoch reads every window of the text once; documents: the paper's own, random documents laid end to
+    end and read from a random place on"""
+    reset_state: bool = False
+    """begin every document of a packed sequence from an empty state"""
+    data_seed: int = 0
+    """of the order of the data"""
     run: str = "runs/moe-mamba"
     """directory of this run: configuration, metrics, checkpoints"""
 
     steps: int = 1000
+    """optimiser steps in all"""
     batch_size: int = 16
     """sequences in one optimiser step"""
     context: int = 256
     """tokens in a sequence"""
-    accumulate: int = 1
-    """parts that a batch is computed in, to save memory; must divide batch_size"""
-    routing_groups: int | None = None
-    """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
-    a group, so that results depend on neither processes nor parts; one for each process and part if None"""
-    reset_state: bool = False
-    """begin every document of a packed sequence from an empty state"""
-
-    sampling: Literal["windows", "documents"] = "windows"
-    """windows: each epoch reads every window of the text once; documents: the paper's own, random documents laid end to
-    end and read from a random place on"""
+    seed: int = 0
+    """of the initial weights"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for experts and matrices between hidden layers, AdamW for all else, at the same learning_rate"""
@@ -60,10 +63,13 @@ class TrainConfig:
     final_lr: float = 0.1
     """share of the learning rate that the schedule ends at"""
     weight_decay: float = 0.1
+    """share of a weight that a step at learning rate 1 would take away"""
     decay: Literal["matrices", "all"] = "matrices"
     """what decays: matrices spares A_log, D, biases and norms; all is the paper's recipe"""
     beta1: float = 0.9
+    """how much AdamW keeps of the gradients' mean from step to step"""
     beta2: float = 0.95
+    """and of the mean of their squares"""
     clip: float = 1.0
     """largest norm of the gradient"""
 
@@ -77,18 +83,16 @@ class TrainConfig:
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
     eval_every: int = 100
+    """steps between evaluations on the held-out text"""
     eval_tokens: int = 65536
     """validation tokens that an evaluation reads at most, in windows spread evenly over the text"""
     save_every: int = 100
+    """steps between checkpoints"""
     keep: int = 2
     """newest checkpoints to keep, besides the best"""
     tensorboard: bool = False
     """write the metrics for TensorBoard too, into the folder tensorboard of the run"""
 
-    seed: int = 0
-    """of the initial weights"""
-    data_seed: int = 0
-    """of the order of the data"""
     device: str = "auto"
     """auto is a GPU where there is one, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -98,6 +102,11 @@ class TrainConfig:
     out"""
     expert_parallel: int = 1
     """processes that the experts of a layer are spread over; tokens travel to them"""
+    accumulate: int = 1
+    """parts that a batch is computed in, to save memory; must divide batch_size"""
+    routing_groups: int | None = None
+    """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
+    a group, so that results depend on neither processes nor parts; one for each process and part if None"""
     compile: bool = False
     """torch.compile every layer"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
@@ -131,9 +140,44 @@ class TrainConfig:
                 'reset_state goes with sampling = "windows" alone: the paper\'s sampling carries state from one '
                 "document to the next; leave one of them out"
             )
+        weighted(self.data)
         shares = {"warmup": 1.0, "cooldown": 1.0, "final_lr": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}
         for name, most in shares.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
+
+
+def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, float | None], ...]:
+    """The corpora of `TrainConfig.data` and their weights, all of them None if none is given.
+
+    `("0.7:books/", "0.3:hf:allenai/c4:en")` -> `(("books/", 0.7), ("hf:allenai/c4:en", 0.3))`. A weight is what stands
+    before the first colon if it begins like a number, which neither a drive (`C:`) nor a hub (`hf:`) does; a file whose
+    name does is written `./1:2.txt`.
+
+    Raises:
+        ValueError: a weight that is none, some corpora with a weight and some without, or no corpus.
+    """
+    found: list[tuple[str | None, float | None]] = []
+    for text in (data,) if data is None or isinstance(data, str) else data:
+        number, colon, source = (text or "").partition(":")
+        if not (colon and re.match(r"[-+]?\.?\d", number)):
+            found.append((text, None))
+            continue
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not (0 < weight < math.inf and source):
+            raise ValueError(
+                f"data is {text!r}, whose weight is {number}; write a number above 0, a colon and a text, as in "
+                f"0.7:books/ (or ./{text} if that is a file's name)"
+            )
+        found.append((source, weight))
+    if not found:
+        raise ValueError("data names no text; give one, or None for Python's standard library")
+    without = [source for source, weight in found if weight is None]
+    if 0 < len(without) < len(found):
+        raise ValueError(f"data gives no weight to {without[0]}, but to others; give every text one, or none at all")
+    return tuple(found)

@@ -1,8 +1,8 @@
 """Tokens on disk to batches that are a pure function of the step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import TrainConfig
+
+_BITS = np.uint64(20)  # of a share in `Mixture`
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,15 @@ class Tokens:
     """(documents,) where each document ends, its end-of-text token included, memory-mapped"""
     bytes: int
     """of UTF-8 text"""
+
+
+class HeldOut(NamedTuple):
+    """A text that a model is evaluated on."""
+
+    name: str
+    share: float
+    """of the evaluation"""
+    tokens: Tokens
 
 
 class Batch(NamedTuple):
@@ -60,65 +71,95 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens), change(self.targets), None if self.seq_idx is None else change(self.seq_idx))
 
 
+class Rows(Protocol):
+    """Rows of text by number: row n is the same for ever, and any order of asking for them is as good."""
+
+    context: int
+
+    def chosen(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Which text each of (b,) rows is, for people: see the classes."""
+
+    def read(self, numbers: NDArray[np.uint64]) -> Batch:
+        """(b,) rows."""
+
+
 class Batches:
     """`batches[step]`: the same for ever, whatever the model does, wherever training stops and resumes.
 
-    The tokens are cut into windows of `context` that do not overlap. Every epoch goes through all of them in its own
-    order, a Feistel permutation of (seed, epoch), which needs neither memory nor state. The global batch of a step is
-    shared out over ranks, so that several processes read together what one would.
+    The rows of all steps are numbered one after another. Those of a step are shared out over ranks, so that several
+    processes read together what one would.
 
     Args:
-        batch_size: sequences of this rank in a step.
+        batch_size: rows of this rank in a step.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.rows, self.batch_size, self.rank, self.world_size = rows, batch_size, rank, world_size
+        self.context = rows.context
+
+    def chosen(self, step: int) -> NDArray[np.int64]:
+        """Which text this rank reads at a step."""
+        return self.rows.chosen(self._numbers(step))
+
+    def __getitem__(self, step: int) -> Batch:
+        return self.rows.read(self._numbers(step))
+
+    def _numbers(self, step: int) -> NDArray[np.uint64]:
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return np.arange(first, first + self.batch_size, dtype=np.uint64)
+
+
+class Windows:
+    """Tokens cut into windows of `context` that do not overlap.
+
+    Every epoch goes through all of them in its own order, a Feistel permutation of (seed, epoch), which needs neither
+    memory nor state.
+
+    Args:
         reset_state: number the documents in `Batch.seq_idx`, so that every one begins from an empty state.
     Raises:
         ValueError: the tokens do not fill one window.
     """
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        batch_size: int,
-        context: int,
-        seed: int,
-        *,
-        reset_state: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.tokens, self.batch_size, self.context, self.seed = tokens, batch_size, context, seed
-        self.reset_state, self.rank, self.world_size = reset_state, rank, world_size
+    def __init__(self, tokens: Tokens, context: int, seed: int, *, reset_state: bool = False):
+        self.tokens, self.context, self.seed, self.reset_state = tokens, context, seed, reset_state
         require_window("the training data", tokens, context)
         self.windows = (len(tokens.ids) - 1) // context
 
-    def chosen(self, step: int) -> NDArray[np.int64]:
-        """(b,) the windows that this rank reads at a step."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size, dtype=np.uint64), np.uint64(self.windows))
+    def chosen(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(b,) windows, counted from the beginning of the text."""
+        epochs, places = np.divmod(numbers, np.uint64(self.windows))
         keys = _mix(np.full_like(epochs, self.seed), epochs)
         return permute(places, self.windows, keys).astype(np.int64)
 
-    def __getitem__(self, step: int) -> Batch:
-        return _batch(self.tokens, self.chosen(step) * self.context, self.context, self.reset_state)
+    def read(self, numbers: NDArray[np.uint64]) -> Batch:
+        return _batch(self.tokens, self.chosen(numbers) * self.context, self.context, self.reset_state)
 
 
-class SampledBatches(Batches):
-    """`batches[step]` as the paper's authors drew them, and as much a pure function of the step as `Batches`.
+class SampledDocuments:
+    """Rows as the paper's authors drew them, and as much a pure function of the number as `Windows`.
 
     A row is made from documents drawn uniformly, with replacement: they are laid end to end until all but the longest
     exceed `context`, and a row's tokens are read from a random place on, around the end to the beginning. State is
     not reset in between.
+
+    Raises:
+        ValueError: the tokens do not fill one window.
     """
 
-    def chosen(self, step: int) -> NDArray[np.int64]:
-        """(b,) numbers of the rows that this rank reads at a step: with the seed they say which text a row is."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        return np.arange(first, first + self.batch_size)
+    def __init__(self, tokens: Tokens, context: int, seed: int):
+        self.tokens, self.context, self.seed = tokens, context, seed
+        require_window("the training data", tokens, context)
 
-    def __getitem__(self, step: int) -> Batch:
-        ids = torch.from_numpy(np.stack([self._row(number) for number in self.chosen(step)]))
+    def chosen(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(b,) the numbers themselves: with the seed they say which text a row is."""
+        return numbers.astype(np.int64)
+
+    def read(self, numbers: NDArray[np.uint64]) -> Batch:
+        ids = torch.from_numpy(np.stack([self._row(number) for number in numbers]))
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
 
-    def _row(self, number: np.int64) -> NDArray[np.int64]:
+    def _row(self, number: np.uint64) -> NDArray[np.int64]:
         """(context + 1,) tokens."""
         ends, count = self.tokens.ends, np.uint64(len(self.tokens.ends))
         key = _mix(np.array([self.seed], np.uint64), np.array([number], np.uint64))
@@ -134,11 +175,56 @@ class SampledBatches(Batches):
         return np.concatenate(draws).take(places, mode="wrap").astype(np.int64)
 
 
-def make_batches(tokens: Tokens, config: TrainConfig, batch_size: int, rank: int = 0, world_size: int = 1) -> Batches:
-    """The batches that a run reads, of `batch_size` rows in this rank."""
-    kind = SampledBatches if config.sampling == "documents" else Batches
-    seed, reset = config.data_seed, config.reset_state
-    return kind(tokens, batch_size, config.context, seed, reset_state=reset, rank=rank, world_size=world_size)
+class Mixture:
+    """Rows of several corpora in fixed shares, spread as evenly as whole rows allow.
+
+    Of the first n rows, a corpus has its share of n to within one for each corpus; so every batch has nearly the same
+    mixture, and each corpus goes through its own epochs undisturbed. Corpora are split off one after another: of two,
+    the first has row n if floor((n + 1) share) exceeds floor(n share), and that floor is the row's number in it. In
+    whole numbers, so that it is exact for 2^44 rows.
+
+    Args:
+        shares: of the rows, positive, of any sum.
+    """
+
+    def __init__(self, parts: Sequence[Rows], shares: Sequence[float]):
+        self.parts, self.context = parts, parts[0].context
+        whole, last = 1 << int(_BITS), len(shares) - 1
+        quotas = [round(share / sum(shares[k:]) * whole) for k, share in enumerate(shares)]
+        self._quotas = [np.uint64(min(max(quota, 1), whole - (k < last))) for k, quota in enumerate(quotas)]
+
+    def chosen(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(b, 2) the corpus, and what it says of the row."""
+        corpus, places = self._share(numbers)
+        chosen = np.empty_like(corpus)
+        for k, part in enumerate(self.parts):
+            chosen[corpus == k] = part.chosen(places[corpus == k])
+        return np.stack([corpus, chosen], 1)
+
+    def read(self, numbers: NDArray[np.uint64]) -> Batch:
+        corpus, places = self._share(numbers)
+        batches = [self.parts[k].read(places[corpus == k]) for k in np.unique(corpus)]
+        order = torch.from_numpy(np.argsort(np.argsort(corpus, kind="stable")))
+        tokens, targets, seq_idx = zip(*batches, strict=True)
+        resets = None if seq_idx[0] is None else torch.cat(seq_idx)[order]
+        return Batch(torch.cat(tokens)[order], torch.cat(targets)[order], resets)
+
+    def _share(self, numbers: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """(b,) the corpus of each row, and (b,) its number among that corpus's rows."""
+        corpus, places = np.full(len(numbers), -1), numbers.copy()  # places: among the rows of all corpora from k on
+        for k, quota in enumerate(self._quotas):
+            before, after = (places * quota) >> _BITS, ((places + np.uint64(1)) * quota) >> _BITS
+            waiting, takes = corpus < 0, after > before
+            corpus[waiting & takes] = k
+            places = np.where(waiting, np.where(takes, before, places - before), places)
+        return corpus, places
+
+
+def make_rows(tokens: Tokens, config: TrainConfig) -> Rows:
+    """The rows that a run reads of one corpus."""
+    if config.sampling == "documents":
+        return SampledDocuments(tokens, config.context, config.data_seed)
+    return Windows(tokens, config.context, config.data_seed, reset_state=config.reset_state)
 
 
 def sequential(

@@ -18,6 +18,7 @@ STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
 # Not the library's own text, or test data; absent from some distributions, so that leaving it out keeps them alike.
 STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 JSON_LINES = {".jsonl", ".ndjson"}
+PACKED = {".gz", ".parquet"}
 DOCUMENT_MARK = re.compile(r"^<\|endoftext\|>\s*?(?:\n|\Z)", re.MULTILINE)
 FEW_FILES = 100
 LARGEST_PART = 16 << 20  # bytes; bounds memory
@@ -38,6 +39,7 @@ class Documents:
     Attributes:
         files: what is read, in order.
         bytes: their size.
+        text_bytes: the size of the text, 0 if it is not known beforehand.
         is_tokens: it is a .bin file, of tokens and not of text.
         skipped: files of the folder that are not UTF-8 text, known once the stream has passed them.
     Raises:
@@ -63,6 +65,8 @@ class Documents:
         else:
             raise FileNotFoundError(f"there is no data at {source}; give a text file, a .jsonl file or a folder")
         self.bytes = sum(file.stat().st_size for file in self.files)
+        packed = self.is_tokens or any(file.suffix in PACKED for file in self.files)
+        self.text_bytes = 0 if packed else self.bytes
         few = len(self.files) < FEW_FILES
         self._part = min(max(self.bytes // 100, 1 << 10), 64 << 10) if few else LARGEST_PART
 

@@ -1,7 +1,7 @@
 """How well a model predicts a text."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import Router
 from ..model import MoEMamba
-from .data import Batch, Tokens, sequential
+from .data import Batch, HeldOut, Tokens, sequential
 from .processes import Processes
 
 LOGITS = 2**27  # held at once while predictions are counted
@@ -32,11 +32,13 @@ class Evaluation:
     """share of the tokens that the model held likeliest; nan in checkpoints of versions that did not count them"""
     drop_gap: float | None = None
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
+    apart: dict[str, float] | None = None
+    """of several texts, the loss of each"""
 
 
 def evaluate(
     model: MoEMamba,
-    data: Tokens,
+    data: Tokens | Sequence[HeldOut],
     *,
     context: int = 256,
     batch_size: int = 16,
@@ -52,7 +54,7 @@ def evaluate(
     No token is dropped for want of capacity, so the result does not depend on batch_size.
 
     Args:
-        data: see `preparation.prepare`.
+        data: see `preparation.prepare`; of several texts, each has its share of `most` and of every mean.
         context: tokens in a window.
         batch_size: windows computed at once.
         most: read about that many tokens at most; all if None.
@@ -64,20 +66,32 @@ def evaluate(
     Raises:
         ValueError: the text does not fill one window.
     """
-    device = next(model.parameters()).device
-    processes = processes or Processes(device)
-
-    def batches(rows: int) -> Iterator[Batch]:
-        return _dealt(sequential(data, rows, context, most, reset_state), processes)
-
+    processes = processes or Processes(next(model.parameters()).device)
     rows = min(batch_size, max(1, LOGITS // (context * model.config.vocab_size)))
-    loss, accuracy, tokens = _means(model, False, batches(rows), dtype, processes)
-    gap = None
-    if drop_gap:
-        gap = _means(model, True, batches(group or batch_size), dtype, processes)[0] - loss
-    per_byte = len(data.ids) / max(1, data.bytes)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, loss * per_byte / math.log(2), tokens, accuracy, gap)
+    texts = [HeldOut("", 1.0, data)] if isinstance(data, Tokens) else data
+    apart: dict[str, float] = {}
+    loss = accuracy = limited = token_bytes = 0.0
+    tokens = 0
+    for name, share, text in texts:
+        own = None if most is None else round(most * share)
+
+        def batches(rows: int, text: Tokens = text, own: int | None = own) -> Iterator[Batch]:
+            return _dealt(sequential(text, rows, context, own, reset_state), processes)
+
+        apart[name], right, count = _means(model, False, batches(rows), dtype, processes)
+        loss, accuracy, tokens = loss + share * apart[name], accuracy + share * right, tokens + count
+        token_bytes += share * max(1, text.bytes) / len(text.ids)
+        if drop_gap:
+            limited += share * _means(model, True, batches(group or batch_size), dtype, processes)[0]
+    return Evaluation(
+        loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=loss / token_bytes / math.log(2),
+        tokens=tokens,
+        accuracy=accuracy,
+        drop_gap=limited - loss if drop_gap else None,
+        apart=apart if len(texts) > 1 else None,
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

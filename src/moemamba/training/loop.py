@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +16,17 @@ import torch
 from .. import ops
 from ..counting import count_parameters
 from ..model import MoEMamba
-from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
+from ..tokenizer import Tokenizer
 from .alarms import Alarms, sentences
 from .config import TrainConfig
-from .data import Batches, make_batches, require_window
-from .documents import Documents, held_out
+from .corpora import Corpora, find_tokenizer, open_corpora
+from .data import Batches
 from .evaluate import Evaluation, evaluate
 from .guard import Diverged, Failed, Fatal, Guard
 from .metrics import Meter
 from .optim import make_optimizer
 from .parallel import build, check, routing_groups
 from .peak import peak_flops
-from .preparation import HELD_OUT, Corpus, cache_directory, prepare
 from .processes import Processes, join
 from .progress import Report
 from .run import Position, Run
@@ -37,8 +35,6 @@ from .schedule import learning_rate
 from .step import Step, captures
 from .stop import Interrupted, Stop
 from .tensorboard import TensorBoard
-
-BPE_TEXT = 1 << 26  # characters that a tokenizer is trained on at most
 
 
 @dataclass(frozen=True)
@@ -88,21 +84,20 @@ def _train(
     captures(config, processes)  # raises before any work
     resume = (run.exists if resume == "auto" else resume) or (restarted() and run.exists)
     config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
-    corpus = processes.first_of_machine_first(lambda: _corpus(config, tokenizer, report))
+    corpora = processes.first_of_machine_first(lambda: open_corpora(config, tokenizer, report))
     parts = config.accumulate
-    whole = make_batches(corpus.train, config, config.batch_size)
-    rows = config.batch_size // (parts * processes.size)
-    batches = make_batches(corpus.train, config, rows, processes.rank, processes.size)
-    require_window("the held-out data (a share of `data`, or `validation`)", corpus.validation, config.context)
+    rows = corpora.rows(config)
+    whole = Batches(rows, config.batch_size)
+    batches = Batches(rows, config.batch_size // (parts * processes.size), processes.rank, processes.size)
     dtype = _dtype(config, processes.device)
     model = build(config, processes, dtype)
     optimizer = make_optimizer(model, config)
     if resume:
-        position = run.restore(model, optimizer, corpus.content, report.note, processes)
+        position = run.restore(model, optimizer, corpora.content, report.note, processes)
     else:
-        position = Position(content=corpus.content)
+        position = Position(content=corpora.content)
         processes.once(lambda: run.begin(config, tokenizer))
-    _introduce(report, config, corpus, processes, dtype, position)
+    _introduce(report, config, corpora, processes, dtype, position)
 
     if config.compile:
         torch.compiler.reset()  # of models trained earlier in this process, which count towards a function's limit
@@ -139,7 +134,7 @@ def _train(
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
             if evaluates:
-                found = _evaluate(model, corpus, config, dtype, processes)
+                found = _evaluate(model, corpora, config, dtype, processes)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
                     processes.once(partial(_diverged, run, whole, step, what))
@@ -147,7 +142,8 @@ def _train(
                 tokens = step * config.batch_size * config.context
                 training = {"step": step, "tokens": tokens, "seconds": round(meter.seconds, 3)}
                 run.log("evaluation", **asdict(found) | training)  # tokens are those trained on, as in every line
-                report.note(f"step {step:,}: held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits per byte")
+                quality = f"held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits per byte"
+                report.note(f"step {step:,}: {quality}{_apart(found)}")
             if saves:
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
                 processes.once(saver.wait)
@@ -169,7 +165,7 @@ def _train(
 
 def prepare_text(config: TrainConfig, report: Report) -> None:
     """Tokenise what a run reads, so that others find it in the cache; raises what `train` raises."""
-    _corpus(config, _tokenizer(config), report)
+    open_corpora(config, find_tokenizer(config), report)
 
 
 def restarted() -> bool:
@@ -184,7 +180,7 @@ def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Trai
         begun = run.config()
         config = dataclasses.replace(config, routing_groups=begun.routing_groups or begun.accumulate)
     check(config, size)
-    tokenizer = run.tokenizer() if resume else _tokenizer(config)
+    tokenizer = run.tokenizer() if resume else find_tokenizer(config)
     model = config.model.replace(vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model, routing_groups=routing_groups(config, size))
     if resume:
@@ -193,12 +189,12 @@ def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Trai
 
 
 def _evaluate(
-    model: MoEMamba, corpus: Corpus, config: TrainConfig, dtype: torch.dtype, processes: Processes
+    model: MoEMamba, corpora: Corpora, config: TrainConfig, dtype: torch.dtype, processes: Processes
 ) -> Evaluation:
     rows = config.batch_size // (config.accumulate * processes.size)
     return evaluate(
         model,
-        corpus.validation,
+        corpora.validation,
         context=config.context,
         batch_size=rows,
         most=config.eval_tokens,
@@ -208,6 +204,10 @@ def _evaluate(
         group=min(rows, config.batch_size // routing_groups(config, processes.size)),
         processes=processes,
     )
+
+
+def _apart(found: Evaluation) -> str:
+    return "".join(f"; {name} {loss:.4f}" for name, loss in (found.apart or {}).items())
 
 
 def _agreed(signals: Stop, processes: Processes, step: int, config: TrainConfig) -> int:
@@ -281,52 +281,12 @@ def _log_routers(run: Run, report: Report, alarms: Alarms, meter: Meter, step: i
         report.warn(sentence)
 
 
-def _tokenizer(config: TrainConfig) -> Tokenizer:
-    if trained := re.fullmatch(r"bpe-(\d+)", config.tokenizer):
-        return train_bpe(_training_text(config), int(trained[1]))
-    return load_tokenizer(config.tokenizer)
-
-
-def _training_text(config: TrainConfig) -> Iterator[str]:
-    """Documents to train a tokenizer on, those that will be held out left out."""
-    left = BPE_TEXT
-    for text in Documents(config.data):
-        if config.validation is not None or not held_out(text.encode(), HELD_OUT):
-            yield text
-            left -= len(text)
-        if left <= 0:
-            return
-
-
-def _corpus(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus:
-    started = False
-
-    def show(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            report.begin("tokenising", total)
-            started = True
-        report.update(done, f"{done / 1e6:,.1f} MB tokenised")
-
-    try:
-        corpus = prepare(config.data, tokenizer, cache_directory(Path(config.run) / "tokens"), config.validation, show)
-    finally:
-        report.end()
-    return corpus
-
-
 def _introduce(
-    report: Report, config: TrainConfig, corpus: Corpus, processes: Processes, dtype: torch.dtype, position: Position
+    report: Report, config: TrainConfig, corpora: Corpora, processes: Processes, dtype: torch.dtype, position: Position
 ) -> None:
     """The lines that begin a run's output."""
     count = count_parameters(config.model)
-    for name, tokens in (("data", corpus.train), ("held out", corpus.validation)):
-        report.note(
-            f"{name:10}{len(tokens.ends):,} documents, {len(tokens.ids):,} tokens, {tokens.bytes / 1e6:,.1f} MB of "
-            f"{corpus.name}"
-        )
-    if corpus.skipped:
-        report.note(f"{'':10}{corpus.skipped:,} files skipped, which are not UTF-8 text")
+    corpora.introduce(report, config)
     report.note(
         f"{'model':10}{config.model.pattern} x {config.model.n_blocks}, {count.total:,} parameters, {count.active:,} "
         f"active, and {count.embedding:,} for a vocabulary of {config.model.vocab_size:,}"

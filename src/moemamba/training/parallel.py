@@ -47,6 +47,10 @@ def check(config: TrainConfig, size: int) -> None:
         )
     if parallel > 1 and not config.model.routers:
         raise ValueError(f"expert_parallel is {parallel}, but the model has no experts; set it to 1")
+    if parallel > 1 and config.compile and config.recompute:  # a layer is several graphs then, which torch mixes up
+        raise ValueError(
+            f"expert_parallel is {parallel}, with which compile and recompute do not go together; leave one of them out"
+        )
     for experts in config.model.routers:
         if experts.n_experts % parallel:
             raise ValueError(

@@ -18,61 +18,84 @@ from ..tokenizer import Tokenizer
 from .data import Tokens
 from .documents import Documents, held_out
 
-FORMAT = 1  # of the files below; a change hides caches of older versions
-HELD_OUT = 0.05  # share of the documents that becomes validation data where none is given
-GROUP = 1 << 22  # characters of text that are tokenised together
+FORMAT = 2  # of the files below; a change hides caches of older versions
+HELD_OUT = 0.05  # share of the documents that becomes validation data unless told otherwise
+GROUP = (1 << 18) * (os.cpu_count() or 1)  # characters of text that are tokenised together
 BLOCK = 1 << 24  # tokens of a .bin file read at once
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation tokens."""
+    """Training and validation tokens of one source."""
 
     name: str
     train: Tokens
     validation: Tokens
+    """empty if nothing was held out"""
     content: str
     """hash of the training tokens"""
     skipped: int
     """files that were not UTF-8 text"""
 
 
+Show = Callable[[int, int], None]
+"""told the bytes of text read so far, and how many there are, 0 if that is not known"""
+
+
 def prepare(
     source: str | None,
     tokenizer: Tokenizer,
     cache: Path,
-    validation: str | None = None,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    held_out: float = HELD_OUT,
+    show: Show = lambda done, total: None,
 ) -> Corpus:
     """Tokenise a source once, and open it from the cache from then on.
 
     Args:
         source: what `Documents` reads, a .bin file of little-endian uint16 tokens in which the tokenizer's end-of-text
-            token ends documents, or a folder that this function has written.
+            token ends documents, or a folder that `write_tokens` has written, which is opened as it is.
         cache: folder of all prepared sources; each lies below it by a fingerprint of source and tokenizer.
-        validation: the held-out text; if None, a share of the documents of `source`.
-        report: called with the bytes of text read so far and about how many there are.
+        held_out: share of the documents that becomes validation data.
     Raises:
         FileNotFoundError, ValueError: see `Documents`; a source without text; tokens that the tokenizer does not have.
         OSError: the cache cannot be written.
     """
-    if source is not None and all((Path(source) / name).is_file() for name in ("index.json", "train.ends")):
-        return _open(Path(source), tokenizer)
-    sources = [Documents(source)] if validation is None else [Documents(source), Documents(validation)]
-    found = _digest([documents.fingerprint() for documents in sources])
-    folder = cache / _digest([FORMAT, HELD_OUT, tokenizer.to_json(), found])
+    if is_prepared(source):
+        return _open(Path(str(source)), tokenizer)
+    documents = Documents(source)
+    folder = cache / digest([FORMAT, held_out, tokenizer.to_json(), documents.fingerprint()])
     if not folder.exists():
         try:
-            with new_directory(folder) as beside:
-                _write(beside, sources, tokenizer, report)
-                if _digest([documents.fingerprint() for documents in sources]) != found:
-                    raise ValueError(f"{sources[0].name} changed while it was read; start again when it is complete")
+            write_tokens(folder, documents, tokenizer, held_out, show)
         except OSError:
             if not folder.exists():  # else another process was faster
                 raise
-        for leftover in cache.glob(f".{folder.name}.*"):  # of processes that were killed, or slower
-            shutil.rmtree(leftover, ignore_errors=True)
     return _open(folder, tokenizer)
+
+
+def write_tokens(
+    folder: Path, documents: Documents, tokenizer: Tokenizer, held_out: float, show: Show = lambda done, total: None
+) -> Corpus:
+    """Tokenise into a new folder, which appears when it is complete; memory does not grow with the text.
+
+    Raises:
+        FileExistsError: there is something at `folder` already.
+        FileNotFoundError, ValueError, OSError: see `prepare`.
+    """
+    found = documents.fingerprint()
+    with new_directory(folder) as beside:
+        _write(beside, documents, tokenizer, held_out, show)
+        (beside / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        if documents.fingerprint() != found:
+            raise ValueError(f"{documents.name} changed while it was read; start again when it is complete")
+    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed, or slower
+        shutil.rmtree(leftover, ignore_errors=True)
+    return _open(folder, tokenizer)
+
+
+def is_prepared(source: str | None) -> bool:
+    """Whether a source is a folder that `write_tokens` has written."""
+    return source is not None and all((Path(source) / name).is_file() for name in ("index.json", "train.ends"))
 
 
 def cache_directory(fallback: Path) -> Path:
@@ -130,25 +153,21 @@ class _Writer:
         }
 
 
-def _write(folder: Path, sources: list[Documents], tokenizer: Tokenizer, report: Callable[[int, int], None]) -> None:
-    total = sum(documents.bytes for documents in sources)
+def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, share: float, show: Show) -> None:
     done = shown = 0
     with _Writer(folder, "train", tokenizer) as train, _Writer(folder, "validation", tokenizer) as validation:
-        for documents, writer in zip(sources, (train, validation), strict=False):
-            before = done
-            for document in _encoded(documents, tokenizer):
-                other = len(sources) == 1 and held_out(document.text, HELD_OUT)
-                (validation if other else writer).add(document)
-                done += len(document.text)
-                if done - shown >= 1 << 20:
-                    shown = done
-                    report(done, total)
-            if done == before:
-                raise ValueError(f"there is no text in {documents.name}; give a file or folder with UTF-8 text")
+        for document in _encoded(documents, tokenizer):
+            (validation if share and held_out(document.text, share) else train).add(document)
+            done += len(document.text)
+            if done - shown >= 1 << 20:
+                shown = done
+                show(done, documents.text_bytes)
+    if not done:
+        raise ValueError(f"there is no text in {documents.name}; give a file or folder with UTF-8 text")
     index = {
-        "name": sources[0].name,
-        "tokenizer": _digest(tokenizer.to_json()),
-        "skipped": sum(len(documents.skipped) for documents in sources),
+        "name": documents.name,
+        "tokenizer": digest(tokenizer.to_json()),
+        "skipped": len(documents.skipped),
         "train": train.index(),
         "validation": validation.index(),
     }
@@ -157,7 +176,7 @@ def _write(folder: Path, sources: list[Documents], tokenizer: Tokenizer, report:
 
 def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
     index: dict[str, Any] = read_json(folder / "index.json")
-    if index["tokenizer"] != _digest(tokenizer.to_json()):
+    if index["tokenizer"] != digest(tokenizer.to_json()):
         raise ValueError(f"{folder} was prepared with another tokenizer; give that one, or prepare the text again")
     tokens = []
     for name in ("train", "validation"):
@@ -174,7 +193,8 @@ def _map(file: Path, dtype: str) -> NDArray[Any]:
     return np.memmap(file, dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A short hash of plain values."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
 
 

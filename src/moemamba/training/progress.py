@@ -35,7 +35,7 @@ class Report:
         self._console.print(f"{self.label}: {text}" if self.label else text, markup=False, style="bold yellow")
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Begin a task of `total` units."""
+        """Begin a task of `total` units; 0 if their number is not known."""
         self.end()
         self._first, self._total = done, total
         self._begun = self._last = time.monotonic()
@@ -43,7 +43,9 @@ class Report:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(f"{self.label} {what}".strip(), total=total, completed=done, text="")
+            self._task = self._bar.add_task(
+                f"{self.label} {what}".strip(), total=total or None, completed=done, text=""
+            )
 
     def update(self, done: int, text: str) -> None:
         """So much of the task is done; `text` says how it goes."""
@@ -53,7 +55,8 @@ class Report:
         elif now - self._last >= QUIET and done > self._first:
             self._last = now
             left = max(0, round((self._total - done) * (now - self._begun) / (done - self._first)))
-            self.note(f"{text}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+            when = f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" if self._total else ""
+            self.note(f"{text}{when}")
 
     def end(self) -> None:
         """Take the bar away."""

@@ -2,11 +2,14 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
 # A person's Ctrl-C; a scheduler's or container's end; what SLURM sends before it if asked to (--signal=USR1@120).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+SAME = 10.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,12 +26,16 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """While entered, the first signal is remembered in `number`, and a second one does what it would have done.
 
+    A scheduler may tell a process and its launcher, which tells the process again: SIGTERM and SIGUSR1 that come within
+    `SAME` seconds of the first signal are the first.
+
     Outside the main thread Python cannot handle signals: there nothing changes.
     """
 
     def __init__(self) -> None:
         self.number = 0
         """of the signal; 0 if there was none. Several processes agree by its maximum over them."""
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -43,8 +50,11 @@ class Stop:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self.number = number
-        self.__exit__()
+        if not self.number:
+            self.number, self._first = number, time.monotonic()
+        elif number == signal.SIGINT or time.monotonic() - self._first > SAME:
+            self.__exit__()
+            signal.raise_signal(number)
 
     @property
     def name(self) -> str:

@@ -1,0 +1,55 @@
+"""`moemamba prepare`: text tokenised into a folder, for runs to come."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ..training.config import TrainConfig
+from .terminal import parse, show
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tokenise a text into a folder that `moemamba train --data FOLDER` opens at once."""
+
+    data: Positional[str]
+    """as of `moemamba train`: a file, a folder, a dataset of the hub, a .bin file"""
+    out: str = "tokens"
+    """the folder, which must not exist yet; it appears when it is complete"""
+    tokenizer: str = "bytes"
+    """"bytes", "bpe-8192" (trained on the text), or the path of a tokenizer.json; it is put into the folder, and runs
+    take it from there"""
+    held_out: float = 0.05
+    """share of the documents to keep for validation, chosen by the hash of their content"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = parse(Prepare, arguments, "prepare DATA")
+    if not 0 <= asked.held_out < 1:
+        raise ValueError(f"held_out is {asked.held_out}; it must be 0 or more and less than 1")
+    from ..training.corpora import find_tokenizer, tokenising
+    from ..training.documents import Documents
+    from ..training.preparation import is_prepared, write_tokens
+    from ..training.progress import Report
+
+    out = Path(asked.out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another folder (--out), or remove it")
+    if is_prepared(asked.data):
+        raise ValueError(f"{asked.data} is prepared already; train on it with: moemamba train --data {asked.data}")
+    documents = Documents(asked.data)
+    tokenizer = find_tokenizer(TrainConfig(data=asked.data, tokenizer=asked.tokenizer))
+    began = time.monotonic()
+    with tokenising(Report()) as progress:
+        corpus = write_tokens(out, documents, tokenizer, asked.held_out, progress)
+    seconds = time.monotonic() - began
+    parts = [("training", corpus.train), ("held out", corpus.validation)]
+    rows = [(name, f"{len(t.ends):,}", f"{len(t.ids):,}", f"{t.bytes / 1e6:,.1f}") for name, t in parts]
+    show(rows, (asked.data, "documents", "tokens", "MB"))
+    if corpus.skipped:
+        print(f"{corpus.skipped:,} files skipped, which are not UTF-8 text")
+    speed = sum(t.bytes for _, t in parts) / 1e6 / seconds
+    print(f"{speed:,.1f} MB/s. Train on it with: moemamba train --data {out}")
