@@ -25,9 +25,12 @@ __all__ = [
     "choose",
     "expert_feedforward",
     "expert_linear",
+    "fuses_mamba_step",
     "grouped_linear",
+    "linear",
     "linear_cross_entropy",
     "linear_float32",
+    "mamba_step",
     "rms_norm",
     "selective_scan",
     "why_not",
@@ -131,6 +134,61 @@ def causal_conv1d(
     return implementation("causal_conv1d", x)(x, weight, bias, activation, initial_state, seq_idx)
 
 
+def mamba_step(
+    x: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One position of a whole Mamba layer, projections included: what `layers.Mamba` computes with its weights.
+
+    Args:
+        x: (b, 1, d).
+        conv_state: (b, i, k-1) last inputs of the convolution, oldest first.
+        ssm_state: (b, i, n) float32.
+        in_proj: (2i, d), the gate's rows last.
+        conv_weight, conv_bias: (i, k), (i,).
+        x_proj: (r + 2n, i), rows of dt, B and C.
+        dt_proj, dt_bias: (i, r), (i,).
+        A_log, D: (i, n), (i,).
+        out_proj: (d, i).
+    Returns:
+        y (b, 1, d), conv_state, ssm_state.
+    """
+    (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    _expect("x", x, (batch, 1, d))
+    _expect("conv_state", conv_state, (batch, width, k - 1))
+    _expect("ssm_state", ssm_state, (batch, width, n))
+    _expect("in_proj", in_proj, (2 * width, d))
+    _expect("conv_weight", conv_weight, (width, k))
+    _expect("conv_bias", conv_bias, (width,))
+    _expect("x_proj", x_proj, (r + 2 * n, width))
+    _expect("dt_proj", dt_proj, (width, r))
+    _expect("dt_bias", dt_bias, (width,))
+    _expect("D", D, (width,))
+    _expect("out_proj", out_proj, (d, width))
+    return implementation("mamba_step", x)(  # type: ignore[no-any-return]
+        x, conv_state, ssm_state, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj
+    )
+
+
+def fuses_mamba_step(x: Tensor) -> bool:
+    """Whether `mamba_step` of x (b, 1, d) is one kernel here, rather than the ops that it is made of."""
+    if choose("mamba_step", x) != "cpu":
+        return False
+    from .cpu_step import fits  # here, since kernels take their time to load
+
+    return fits(x)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One matrix product a group: rows sorted by expert, each with its expert's matrix.
 
@@ -189,6 +247,21 @@ def expert_feedforward(
     _expect("gates", gates, tuple(indices.shape))
     x = _autocast(x)
     return implementation("expert_feedforward", x)(x, indices, gates, up, down, activation)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x: (..., d).
+        weight: (f, d).
+        bias: (f,).
+    Returns:
+        (..., f).
+    """
+    _expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    _expect("bias", bias, (weight.shape[0],))
+    return implementation("linear", x)(x, weight, bias)  # type: ignore[no-any-return]
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,18 @@
 
 from .cpu_conv import causal_conv1d
 from .cpu_experts import expert_feedforward, expert_linear, grouped_linear
+from .cpu_linear import linear
 from .cpu_norm import rms_norm
 from .cpu_scan import selective_scan
+from .cpu_step import mamba_step
 
-__all__ = ["causal_conv1d", "expert_feedforward", "expert_linear", "grouped_linear", "rms_norm", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "expert_feedforward",
+    "expert_linear",
+    "grouped_linear",
+    "linear",
+    "mamba_step",
+    "rms_norm",
+    "selective_scan",
+]

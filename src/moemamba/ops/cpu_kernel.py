@@ -77,6 +77,11 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
+def summing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `inner`, but sums may be taken in any order, as those in kernels may, so that they are vectorised."""
+    return numba.njit(fastmath=FAST | {"reassoc"}, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
 _kernels: set[str] = set()
 
 
@@ -178,6 +183,17 @@ def traced(*tensors: Tensor | None) -> bool:
     A plain call skips it, because its overhead would be most of the time of generating a token.
     """
     return wants_grad(*tensors) or torch.compiler.is_compiling() or type(tensors[0]) is not Tensor
+
+
+def streams(*tensors: Tensor | None) -> bool:
+    """Whether a kernel can read all of these as they lie: contiguous float32 here, and no kind of tensor of its own."""
+    return all(
+        t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous())
+        for t in tensors
+    ) and not torch.is_autocast_enabled("cpu")
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def summed(parts: Tensor) -> Tensor:

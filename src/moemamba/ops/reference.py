@@ -128,6 +128,31 @@ def causal_conv1d(
     return y.to(x.dtype), final_state
 
 
+def mamba_step(
+    x: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `moemamba.ops.mamba_step`."""
+    n = A_log.shape[1]
+    u, z = F.linear(x, in_proj).chunk(2, dim=-1)
+    u, conv_state = causal_conv1d(u, conv_weight, conv_bias, "silu", conv_state, None)
+    dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], n, n], dim=-1)
+    A = -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+    dt = F.linear(dt, dt_proj, dt_bias)
+    y, ssm_state = selective_scan(u, dt, A, B, C, D, z, None, True, ssm_state, None)
+    return F.linear(y, out_proj), conv_state, ssm_state
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
@@ -177,6 +202,11 @@ def dispatch(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `moemamba.ops.rms_norm`."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `moemamba.ops.linear`."""
+    return F.linear(x, weight, bias)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
