@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moemamba import ops
-from moemamba.ops import cpu, cpu_kernel, reference
+from moemamba.ops import cpu, cpu_cross_entropy, cpu_kernel, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -202,6 +202,23 @@ def test_few_tokens(kind, gated, dtype):
             torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy(reduction, dtype, monkeypatch):
+    """In several chunks, with positions that do not count, and logits whose exponentials would overflow."""
+    monkeypatch.setattr(cpu_cross_entropy, "LOGITS", 13 * 37)
+    torch.manual_seed(0)
+    targets = torch.randint(0, 37, (50,))
+    targets[::7] = -100
+    inputs = {"hidden": torch.randn(50, 17, dtype=dtype), "weight": torch.randn(37, 17)}
+    inputs |= {"targets": targets, "ignore_index": -100, "reduction": reduction}
+    assert_same_as_reference("linear_cross_entropy", inputs, TOLERANCE[dtype])
+    with torch.no_grad():
+        loud = inputs | {"hidden": 100 * inputs["hidden"]}
+        y, expected = (backend.linear_cross_entropy(*loud.values()) for backend in (cpu, reference))
+    torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 CASES = [("selective_scan", scan_inputs(8, 100, 200)), ("causal_conv1d", conv_inputs(8, 100, 200))]
 CASES += [("expert_feedforward", expert_inputs())]
 
@@ -248,6 +265,9 @@ def test_custom_ops_follow_the_rules():
     torch.library.opcheck(torch.ops.moemamba.cpu_selective_scan.default, (*tensors, True, None, True))
     x, weight, bias, state = (t.detach().contiguous().requires_grad_() for t in conv_inputs().values() if is_float(t))
     torch.library.opcheck(torch.ops.moemamba.cpu_causal_conv1d.default, (x, weight, bias, state, True, None))
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = torch.ops.moemamba.cpu_linear_cross_entropy.default
+    torch.library.opcheck(loss, (hidden, weight, torch.arange(9) % 7, -100, True))
     rows, weight = torch.randn(9, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
     torch.library.opcheck(torch.ops.moemamba.cpu_grouped_linear.default, (rows, weight, torch.tensor([5, 0, 2])))
 

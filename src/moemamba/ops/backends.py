@@ -22,6 +22,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "expert_linear",
         "grouped_linear",
         "linear",
+        "linear_cross_entropy",
         "mamba_step",
         "rms_norm",
         "selective_scan",

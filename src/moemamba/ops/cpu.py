@@ -1,6 +1,7 @@
 """The ops that have kernels for the CPU, one file a family."""
 
 from .cpu_conv import causal_conv1d
+from .cpu_cross_entropy import linear_cross_entropy
 from .cpu_experts import expert_feedforward, expert_linear, grouped_linear
 from .cpu_linear import linear
 from .cpu_norm import rms_norm
@@ -13,6 +14,7 @@ __all__ = [
     "expert_linear",
     "grouped_linear",
     "linear",
+    "linear_cross_entropy",
     "mamba_step",
     "rms_norm",
     "selective_scan",

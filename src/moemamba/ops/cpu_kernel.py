@@ -197,10 +197,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def summed(parts: Tensor) -> Tensor:
-    """The sum over the first dimension in its order, whatever the number of threads."""
-    total = parts.new_zeros(parts.shape[1:])
-    for part in parts:
-        total += part
+    """The sum of a contiguous float32 tensor over its first dimension, in order, whatever the number of threads."""
+    total = parts.new_empty(parts.shape[1:])
+    _sum(0, 1, parts.shape[0], total.numel(), address(parts), address(total))
     return total
 
 
@@ -300,6 +299,17 @@ def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
     for c in range(count):
         for j in range(m):
             target[c, j] = tile[j, c]
+
+
+@kernel
+def _sum(first: int, last: int, count: int, size: int, parts: int, total: int) -> None:
+    target = floats(total, (size,))
+    for c in range(size):
+        target[c] = _ZERO
+    for part in range(count):
+        source = floats(parts + 4 * size * part, (size,))
+        for c in range(size):
+            target[c] += source[c]
 
 
 # --- inside kernels: arithmetic ---

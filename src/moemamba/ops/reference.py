@@ -191,11 +191,11 @@ def dispatch(
     top_k = indices.shape[1]
     flat = indices.flatten()
     order = flat.argsort(stable=True)  # pairs that no expert takes (index n_experts) come last
-    counts = F.one_hot(flat, n_experts + 1).sum(0)[:n_experts]
+    counts = flat.new_zeros(n_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[:n_experts]
     token = order // top_k
     y = experts(x.index_select(0, token), counts).to(torch.promote_types(x.dtype, torch.float32))
     if gates is not None:
-        y = y * gates.flatten()[order, None]
+        y = y * gates.flatten().index_select(0, order)[:, None]
     return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, token, y).to(x.dtype)
 
 
