@@ -71,6 +71,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Routing:
         """x (b, l, d), seq_idx (b, l) whose negative entries are not routed -> Routing."""
+        if not self.training and seq_idx is None and ops.choose("route", x) == "cpu" and not torch.is_grad_enabled():
+            with torch.autocast("cpu", enabled=False):
+                return self._route_all(x)
         batch, length, _ = x.shape
         groups, across = (self.groups, self.across) if self.training else (1, None)
         if batch % groups:
@@ -121,6 +124,14 @@ class Router(nn.Module):
                 entropy=mean(entropy.detach()).mean(),
             )
             return Routing(indices.masked_fill(~kept, self.n_experts), gates.masked_fill(~kept, 0), stats)
+
+    def _route_all(self, x: Tensor) -> Routing:
+        """As `forward` where nothing is dropped, padded or differentiated, by one kernel: for a token of generation the
+        statistics would otherwise cost more than its experts."""
+        logits = ops.linear_float32(x.flatten(0, 1), self.weight)
+        indices, gates, balance_loss, z_loss, load, entropy = ops.route(logits, self.balance_bias, self.top_k)
+        stats = RouterStats(balance_loss, z_loss, load, dropped=torch.zeros(()), entropy=entropy)
+        return Routing(indices, gates, stats)
 
     @torch.no_grad()
     def update_balance_bias(self, load: Tensor, rate: float) -> None:

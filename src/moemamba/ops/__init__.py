@@ -32,6 +32,7 @@ __all__ = [
     "linear_float32",
     "mamba_step",
     "rms_norm",
+    "route",
     "selective_scan",
     "why_not",
 ]
@@ -275,6 +276,21 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """
     _expect("weight", weight, (weight.shape[0], x.shape[1]))
     return implementation("linear_float32", x)(x, weight)
+
+
+def route(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The choices of a softmax top-k router that drops nothing, and what they come to (see `layers.RouterStats`).
+
+    Args:
+        logits: (t, e) float32.
+        bias: (e,) added to the probabilities for choosing alone.
+        top_k: choices for each token, k.
+    Returns:
+        indices (t, k) int64, the likeliest first; gates (t, k), their probabilities; balance_loss (), z_loss (),
+        load (e,) choices that fell on each expert, entropy ().
+    """
+    _expect("bias", bias, (logits.shape[1],))
+    return implementation("route", logits)(logits, bias, top_k)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(

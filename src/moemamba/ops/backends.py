@@ -25,6 +25,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "linear_cross_entropy",
         "mamba_step",
         "rms_norm",
+        "route",
         "selective_scan",
     ),
     "triton": (

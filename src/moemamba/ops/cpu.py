@@ -5,6 +5,7 @@ from .cpu_cross_entropy import linear_cross_entropy
 from .cpu_experts import expert_feedforward, expert_linear, grouped_linear
 from .cpu_linear import linear
 from .cpu_norm import rms_norm
+from .cpu_route import route
 from .cpu_scan import selective_scan
 from .cpu_step import mamba_step
 
@@ -17,5 +18,6 @@ __all__ = [
     "linear_cross_entropy",
     "mamba_step",
     "rms_norm",
+    "route",
     "selective_scan",
 ]

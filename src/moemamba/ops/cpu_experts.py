@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu_kernel import traced
+from .cpu_linear import linear
 from .reference import ACTIVATIONS, dispatch
 
 FEW = 4  # choices up to which sorting them costs more than it saves
@@ -26,7 +26,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
     """See `moemamba.ops.expert_linear`."""
     if indices.numel() <= FEW and not traced(x, gates, weight):
-        return _one_by_one(x, indices, gates, weight.shape, lambda row, e: F.linear(row, weight[e].to(row.dtype)))
+        return _one_by_one(x, indices, gates, weight.shape, lambda row, e: linear(row, weight[e].to(row.dtype), None))
     return dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: _grouped(rows, weight, counts))
 
 
@@ -38,7 +38,8 @@ def expert_feedforward(
     if indices.numel() <= FEW and not traced(x, gates, up, down):
 
         def expert(row: Tensor, e: int) -> Tensor:
-            return F.linear(act(F.linear(row, up[e].to(row.dtype))), down[e].to(row.dtype))
+            hidden = act(linear(row, up[e].to(row.dtype), None))
+            return linear(hidden, down[e].to(row.dtype), None)
 
         return _one_by_one(x, indices, gates, down.shape, expert)
 

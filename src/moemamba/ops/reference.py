@@ -216,6 +216,19 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
         return x.to(dtype) @ weight.to(dtype).T
 
 
+def route(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `moemamba.ops.route`."""
+    tokens, n_experts = logits.shape
+    probabilities, log_z = logits.softmax(dim=-1), logits.logsumexp(dim=-1)
+    indices = (probabilities + bias).topk(top_k, dim=-1).indices
+    load = F.one_hot(indices, n_experts).sum((0, 1)).to(logits.dtype)
+    share = load / max(1, tokens * top_k)
+    balance_loss = n_experts * (share * probabilities.sum(0) / max(1, tokens)).sum()
+    entropy = (log_z - (probabilities * logits).sum(-1)).sum() / max(1, tokens)
+    z_loss = log_z.square().sum() / max(1, tokens)
+    return indices, probabilities.gather(1, indices), balance_loss, z_loss, load, entropy
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """See `moemamba.ops.linear_cross_entropy`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
