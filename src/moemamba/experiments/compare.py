@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..config import ModelConfig, from_dict
+from ..counting import count_parameters
 from ..training.config import TrainConfig
 from ..training.loop import train
 from ..training.progress import Report
@@ -83,7 +84,8 @@ def _train_at_once(
     """Train in processes of their own; the first error ends the comparison once the runs under way are done."""
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        work = zip(configs, begun, labels, strict=True)
+        # The largest models first, so that the last run to end is a short one.
+        work = sorted(zip(configs, begun, labels, strict=True), key=lambda run: -count_parameters(run[0].model).total)
         futures = [pool.submit(_train_one, config, resume, label, silent) for config, resume, label in work]
         try:
             for future in as_completed(futures):
