@@ -5,12 +5,12 @@ BIN := .venv/bin
 CODE := src tests $(wildcard benchmarks)
 
 # The demo: the same size per token, but MoE-Mamba chooses among 32 experts. make demo STEPS=20 SEEDS=1 is a quick look.
-STEPS ?= 1500
+STEPS ?= 1200
 SEEDS ?= 2
 OUT ?= runs/demo
 MAMBA := mamba=mamba-tiny,d_model=32
 MOE_MAMBA := moe-mamba=moe-mamba-tiny,d_model=32,expand=3.0,n_experts=32,top_k=2,d_expert=16
-BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 150 --eval-tokens 131072
+BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 200 --eval-tokens 131072
 
 .PHONY: demo test check format test-gpu bench clean
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moemamba import ops
-from moemamba.ops import cpu, cpu_kernel, reference
+from moemamba.layers import Router
+from moemamba.ops import cpu, cpu_cross_entropy, cpu_kernel, reference
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -202,6 +203,47 @@ def test_few_tokens(kind, gated, dtype):
             torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy(reduction, dtype, monkeypatch):
+    """In several chunks, with positions that do not count, and logits whose exponentials would overflow."""
+    monkeypatch.setattr(cpu_cross_entropy, "LOGITS", 13 * 37)
+    torch.manual_seed(0)
+    targets = torch.randint(0, 37, (50,))
+    targets[::7] = -100
+    inputs = {"hidden": torch.randn(50, 17, dtype=dtype), "weight": torch.randn(37, 17)}
+    inputs |= {"targets": targets, "ignore_index": -100, "reduction": reduction}
+    assert_same_as_reference("linear_cross_entropy", inputs, TOLERANCE[dtype])
+    with torch.no_grad():
+        loud = inputs | {"hidden": 100 * inputs["hidden"]}
+        y, expected = (backend.linear_cross_entropy(*loud.values()) for backend in (cpu, reference))
+    torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens,n_experts,top_k", [(1, 5, 1), (1, 32, 2), (100, 7, 7), (33, 64, 3), (0, 4, 1)])
+def test_route(tokens, n_experts, top_k):
+    torch.manual_seed(0)
+    logits, bias = 3 * torch.randn(tokens, n_experts), torch.randn(n_experts) / 4
+    for actual, expected in zip(cpu.route(logits, bias, top_k), reference.route(logits, bias, top_k), strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    assert all(len(row.unique()) == top_k for row in cpu.route(logits * torch.nan, bias, top_k)[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 20)])
+def test_router_without_gradients(shape):
+    """The kernel's way through a router, against the one that training takes."""
+    torch.manual_seed(0)
+    router = Router(24, 6, top_k=2, capacity_factor=1.0).eval()
+    router.balance_bias += torch.randn(6) / 4
+    x = torch.randn(*shape, 24)
+    expected = router(x)
+    with torch.no_grad():
+        actual = router(x)
+    torch.testing.assert_close(actual[:2], expected[:2])
+    torch.testing.assert_close(tuple(actual.stats), tuple(t.detach() for t in expected.stats), atol=2e-5, rtol=2e-5)
+
+
 CASES = [("selective_scan", scan_inputs(8, 100, 200)), ("causal_conv1d", conv_inputs(8, 100, 200))]
 CASES += [("expert_feedforward", expert_inputs())]
 
@@ -248,6 +290,9 @@ def test_custom_ops_follow_the_rules():
     torch.library.opcheck(torch.ops.moemamba.cpu_selective_scan.default, (*tensors, True, None, True))
     x, weight, bias, state = (t.detach().contiguous().requires_grad_() for t in conv_inputs().values() if is_float(t))
     torch.library.opcheck(torch.ops.moemamba.cpu_causal_conv1d.default, (x, weight, bias, state, True, None))
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+    loss = torch.ops.moemamba.cpu_linear_cross_entropy.default
+    torch.library.opcheck(loss, (hidden, weight, torch.arange(9) % 7, -100, True))
     rows, weight = torch.randn(9, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
     torch.library.opcheck(torch.ops.moemamba.cpu_grouped_linear.default, (rows, weight, torch.tensor([5, 0, 2])))
 
@@ -277,6 +322,7 @@ def test_step_equals_whole():
 SCRIPT = """
 import os, torch
 from moemamba import ops
+from moemamba.layers import Router
 x = torch.randn(8, 300, 300)
 call = lambda: ops.causal_conv1d(x, torch.ones(300, 4))[0][1, 299, 299].item()
 torch.set_num_threads(2)

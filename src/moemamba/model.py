@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from . import ops
 from .config import ModelConfig
 from .layers import Attention, FeedForward, Mamba, MoE, RoutedMamba, Router, RouterStats, make_norm
+from .layers.linear import Linear
 from .layers.moe import Experts, LinearExperts
 from .state import MixerState, State
 
@@ -173,7 +174,7 @@ class Residual(nn.Module):
         return x, after, stats
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The projection to the vocabulary; with targets, straight to the loss, without ever holding the logits."""
 
     def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:

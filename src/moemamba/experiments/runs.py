@@ -15,6 +15,7 @@ from queue import SimpleQueue
 
 import torch
 
+from ..counting import count_parameters
 from ..training.config import TrainConfig
 from ..training.guard import Diverged
 from ..training.loop import prepare_text, train
@@ -75,7 +76,9 @@ def _at_once(tasks: Sequence[Task], jobs: int, silent: bool) -> None:
             places.put(environment)
 
     with Stop() as signals, ThreadPoolExecutor(jobs) as threads:
-        left: set[Future[None]] = {threads.submit(one, task) for task in tasks}
+        # Of a seed's models the largest first, so that the last run to end is a short one.
+        order = sorted(tasks, key=lambda task: (task.config.seed, -count_parameters(task.config.model).total))
+        left: set[Future[None]] = {threads.submit(one, task) for task in order}
         failed: list[BaseException] = []
         told = False
         try:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.packing import boundaries, positions
+from .linear import Linear
 
 
 class AttentionState(NamedTuple):
@@ -32,8 +33,8 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, rope_base: float = 10_000.0):
         super().__init__()
         self.n_heads, self.rope_base = n_heads, rope_base
-        self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.qkv_proj = Linear(d_model, 3 * d_model, bias=False)
+        self.out_proj = Linear(d_model, d_model, bias=False)
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, seq_idx: Tensor | None = None

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Linear
+
 
 class FeedForward(nn.Module):
     """`down_proj(activation(up_proj(x)))`.
@@ -20,8 +22,8 @@ class FeedForward(nn.Module):
     ):
         super().__init__()
         self.activation = activation
-        self.up_proj = nn.Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
-        self.down_proj = nn.Linear(d_ff, d_out or d_model, bias=bias)
+        self.up_proj = Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, d_out or d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .untouched import untouched
+from .linear import Linear
+from .untouched import untouched, weights_alone
 
 
 class MambaState(NamedTuple):
@@ -46,8 +47,8 @@ class SelectiveSSM(nn.Module):
         self.d_state = d_state
         self.dt_rank = dt_rank or math.ceil(d_model / 16)
         self.conv1d = CausalConv1d(self.d_inner, d_conv)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))  # S4D-real
         self.D = nn.Parameter(torch.ones(self.d_inner))
         # softplus(dt_proj.bias) is log-uniform in [DT_MIN, DT_MAX]; the bias is its inverse softplus.
@@ -83,13 +84,19 @@ class Mamba(SelectiveSSM):
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | None = None):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank)
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d), and the state that continues it; zero output at padding."""
+        # On a GPU the step is fused where it is captured (inference/captured.py): alone, launching it takes the time.
+        if state is not None and seq_idx is None and x.shape[1] == 1 and x.device.type == "cpu":
+            weights = self.weights_of_step(x)
+            if weights is not None:
+                y, *after = ops.mamba_step(x, *state, *weights)
+                return y, MambaState(*after)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         y, state = self.scan(u, z, state, seq_idx)
         return self.out_proj(y), state
@@ -99,16 +106,19 @@ class Mamba(SelectiveSSM):
 
         That is where they are what they were built as, no gradient is wanted, and there are kernels for it.
         """
-        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not untouched(self, Mamba):
             return None
-        if not (untouched(self, Mamba) and untouched(self.conv1d, CausalConv1d)):
-            return None
-        if not all(untouched(layer, nn.Linear) for layer in projections):
-            return None
-        if [layer.bias is None for layer in projections] != [True, True, False, True]:
-            return None
-        in_proj, x_proj, dt_proj, out_proj = (layer.weight for layer in projections)
-        conv = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        weights = (in_proj, *conv, x_proj, dt_proj, self.dt_proj.bias, self.A_log, self.D, out_proj)
-        return weights if ops.fuses_mamba_step(x, *weights) else None
+        weights = self._step_weights()
+        return weights if weights and ops.fuses_mamba_step(x, *weights) else None
+
+    def _step_weights(self) -> tuple[Tensor, ...]:
+        """All weights in the order of `ops.mamba_step`; nothing where calling the children may do more than it does."""
+        in_proj = weights_alone(self.in_proj, Linear, 1)
+        conv1d = weights_alone(self.conv1d, CausalConv1d, 2)
+        x_proj = weights_alone(self.x_proj, Linear, 1)
+        dt_proj = weights_alone(self.dt_proj, Linear, 2)
+        out_proj = weights_alone(self.out_proj, Linear, 1)
+        if not (in_proj and conv1d and x_proj and dt_proj and out_proj):
+            return ()
+        taps, shift = conv1d
+        return (*in_proj, taps.squeeze(1), shift, *x_proj, *dt_proj, self.A_log, self.D, *out_proj)

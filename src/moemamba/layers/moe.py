@@ -82,6 +82,14 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Routing:
         """x (b, l, d), seq_idx (b, l) whose negative entries are not routed -> Routing."""
+        if (
+            not self.training
+            and seq_idx is None
+            and ops.choose("route_with_stats", x) == "cpu"
+            and not torch.is_grad_enabled()
+        ):
+            with torch.autocast("cpu", enabled=False):
+                return self._route_all(x)
         batch, length, _ = x.shape
         groups, across = (self.groups, self.across) if self.training else (1, None)
         if batch % groups:
@@ -136,6 +144,16 @@ class Router(nn.Module):
         scores = probabilities + self.balance_bias
         indices = scores.argmax(-1, keepdim=True) if self.top_k == 1 else scores.topk(self.top_k, dim=-1).indices
         return logits, probabilities, Choice(indices, probabilities.gather(1, indices))
+
+    def _route_all(self, x: Tensor) -> Routing:
+        """As `forward` where nothing is dropped, padded or differentiated, by one kernel: for a token of generation the
+        statistics would otherwise cost more than its experts."""
+        logits = ops.linear_float32(x.flatten(0, 1), self.weight)
+        indices, gates, balance_loss, z_loss, load, entropy = ops.route_with_stats(
+            logits, self.balance_bias, self.top_k
+        )
+        stats = RouterStats(balance_loss, z_loss, load, dropped=torch.zeros(()), entropy=entropy)
+        return Routing(indices, gates, stats)
 
     @torch.no_grad()
     def update_balance_bias(self, load: Tensor, rate: float) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
+from .linear import Linear
 from .mamba import MambaState, SelectiveSSM
 from .moe import LinearExperts, MoE, Router, RouterStats
 
@@ -42,7 +43,7 @@ class RoutedMamba(SelectiveSSM):
 
         def projection(name: str, wide_in: int, wide_out: int) -> nn.Module:
             if name not in projections:
-                return nn.Linear(wide_in, wide_out, bias=False)
+                return Linear(wide_in, wide_out, bias=False)
             if shared_routing:
                 return LinearExperts(wide_in, n_experts, wide_out)
             return MoE(

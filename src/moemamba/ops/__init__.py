@@ -27,12 +27,14 @@ __all__ = [
     "expert_linear",
     "fuses_mamba_step",
     "grouped_linear",
+    "linear",
     "linear_argmax",
     "linear_cross_entropy",
     "linear_float32",
     "mamba_step",
     "rms_norm",
     "route",
+    "route_with_stats",
     "selective_scan",
     "why_not",
 ]
@@ -156,7 +158,7 @@ def mamba_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One position of a whole Mamba layer, projections included: what `layers.Mamba` computes with its weights.
 
-    No gradients.
+    No gradients where it is one kernel; see `fuses_mamba_step`.
 
     Args:
         x: (b, 1, d).
@@ -199,11 +201,16 @@ def mamba_step(
 
 def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:
     """Whether `mamba_step` has kernels of its own for such an x (b, 1, d) and weights, in `mamba_step`'s order."""
-    if choose("mamba_step", x) != "triton":
-        return False
-    from .triton_step import fits  # here, since kernels take their time to load
+    match choose("mamba_step", x):  # imports are here, since kernels take their time to load
+        case "cpu":
+            from .cpu_step import fits as fits_cpu
 
-    return fits(x, weights)
+            return fits_cpu(x)
+        case "triton":
+            from .triton_step import fits
+
+            return fits(x, weights)
+    return False
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -266,6 +273,21 @@ def expert_feedforward(
     return implementation("expert_feedforward", x)(x, indices, gates, up, down, activation)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x: (..., d).
+        weight: (f, d).
+        bias: (f,).
+    Returns:
+        (..., f).
+    """
+    _expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    _expect("bias", bias, (weight.shape[0],))
+    return implementation("linear", x)(x, weight, bias)  # type: ignore[no-any-return]
+
+
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` in float32 whatever x's dtype, also under `torch.autocast`: a router's logits.
 
@@ -293,6 +315,21 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     _expect("weight", weight, (weight.shape[0], x.shape[1]))
     _expect("bias", bias, (weight.shape[0],))
     return implementation("route", x)(x, weight, bias, top_k)  # type: ignore[no-any-return]
+
+
+def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The choices of a softmax top-k router that drops nothing, and what they come to (see `layers.RouterStats`).
+
+    Args:
+        logits: (t, e) float32.
+        bias: (e,) added to the probabilities for choosing alone.
+        top_k: choices for each token, k.
+    Returns:
+        indices (t, k) int64, the likeliest first; gates (t, k), their probabilities; balance_loss (), z_loss (),
+        load (e,) choices that fell on each expert, entropy ().
+    """
+    _expect("bias", bias, (logits.shape[1],))
+    return implementation("route_with_stats", logits)(logits, bias, top_k)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(

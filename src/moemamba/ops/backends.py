@@ -16,7 +16,18 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # The ops that a backend has kernels for; others run on the reference.
 KERNELS: dict[str, tuple[str, ...]] = {
     "reference": (),
-    "cpu": ("causal_conv1d", "expert_feedforward", "expert_linear", "grouped_linear", "rms_norm", "selective_scan"),
+    "cpu": (
+        "causal_conv1d",
+        "expert_feedforward",
+        "expert_linear",
+        "grouped_linear",
+        "linear",
+        "linear_cross_entropy",
+        "mamba_step",
+        "rms_norm",
+        "route_with_stats",
+        "selective_scan",
+    ),
     "triton": (
         "causal_conv1d",
         "expert_feedforward",

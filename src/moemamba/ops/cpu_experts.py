@@ -4,14 +4,13 @@ A handful of tokens, as in generation, goes through its experts' matrices one by
 """
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu_kernel import traced
+from .cpu_linear import linear
 from .reference import ACTIVATIONS, dispatch
 
 FEW = 4  # choices up to which sorting them costs more than it saves
@@ -27,7 +26,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
     """See `moemamba.ops.expert_linear`."""
     if indices.numel() <= FEW and not traced(x, gates, weight):
-        return _one_by_one(x, indices, gates, weight.shape, lambda row, e: F.linear(row, weight[e].to(row.dtype)))
+        return _one_by_one(x, indices, gates, weight.shape, lambda row, e: linear(row, weight[e].to(row.dtype), None))
     return dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: _grouped(rows, weight, counts))
 
 
@@ -39,7 +38,8 @@ def expert_feedforward(
     if indices.numel() <= FEW and not traced(x, gates, up, down):
 
         def expert(row: Tensor, e: int) -> Tensor:
-            return F.linear(act(F.linear(row, up[e].to(row.dtype))), down[e].to(row.dtype))
+            hidden = act(linear(row, up[e].to(row.dtype), None))
+            return linear(hidden, down[e].to(row.dtype), None)
 
         return _one_by_one(x, indices, gates, down.shape, expert)
 
@@ -64,16 +64,19 @@ def _one_by_one(x: Tensor, indices: Tensor, gates: Tensor | None, shape: torch.S
 @torch.library.custom_op("moemamba::cpu_grouped_linear", mutates_args=())
 def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[1])
-    for expert, rows in _groups(counts):
-        torch.mm(x[rows], weight[expert].to(x.dtype).T, out=y[rows])
-    y[int(counts.sum()) :] = 0
+    sizes = _sizes(x, counts)
+    for rows, matrix, out in zip(x.split(sizes), weight.unbind(), y.split(sizes), strict=False):
+        if len(rows):
+            torch.mm(rows, matrix.to(x.dtype).t(), out=out)
+    y[x.shape[0] - sizes[-1] :] = 0
     return y
 
 
-def _groups(counts: Tensor) -> list[tuple[int, slice]]:
-    """Every expert and its rows."""
+def _sizes(x: Tensor, counts: Tensor) -> list[int]:
+    """Rows of every expert, and last those of none: all parts are cut at once, since a slice costs as much as a small
+    product."""
     sizes = counts.tolist()
-    return [(e, slice(stop - size, stop)) for e, (size, stop) in enumerate(zip(sizes, accumulate(sizes), strict=True))]
+    return [*sizes, x.shape[0] - sum(sizes)]
 
 
 @_grouped.register_fake
@@ -83,15 +86,14 @@ def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 @torch.library.custom_op("moemamba::cpu_grouped_linear_backward", mutates_args=())
 def _backward(x: Tensor, weight: Tensor, counts: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dweight = torch.empty_like(x), torch.empty_like(weight)
-    for expert, rows in _groups(counts):
-        torch.mm(dy[rows], weight[expert].to(x.dtype), out=dx[rows])
-        if weight.dtype == x.dtype:
-            torch.mm(dy[rows].T, x[rows], out=dweight[expert])
-        else:
-            dweight[expert] = dy[rows].T @ x[rows]
-    dx[int(counts.sum()) :] = 0
-    return dx, dweight
+    dx, dweight = torch.empty_like(x), weight.new_empty(weight.shape, dtype=x.dtype)
+    sizes = _sizes(x, counts)
+    parts = (x.split(sizes), dy.split(sizes), dx.split(sizes), weight.unbind(), dweight.unbind())
+    for rows, drows, out, matrix, dmatrix in zip(*parts, strict=False):
+        torch.mm(drows, matrix.to(x.dtype), out=out)
+        torch.mm(drows.t(), rows, out=dmatrix)
+    dx[x.shape[0] - sizes[-1] :] = 0
+    return dx, dweight.to(weight.dtype)
 
 
 @_backward.register_fake

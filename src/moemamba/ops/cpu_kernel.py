@@ -77,6 +77,11 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
+def summing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `inner`, but sums may be taken in any order, as those in kernels may, so that they are vectorised."""
+    return numba.njit(fastmath=FAST | {"reassoc"}, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
 _kernels: set[str] = set()
 
 
@@ -180,11 +185,21 @@ def traced(*tensors: Tensor | None) -> bool:
     return wants_grad(*tensors) or torch.compiler.is_compiling() or type(tensors[0]) is not Tensor
 
 
+def streams(*tensors: Tensor | None) -> bool:
+    """Whether a kernel can read all of these as they lie: contiguous float32 here, and no kind of tensor of its own."""
+    return all(
+        t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous())
+        for t in tensors
+    ) and not torch.is_autocast_enabled("cpu")
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def summed(parts: Tensor) -> Tensor:
-    """The sum over the first dimension in its order, whatever the number of threads."""
-    total = parts.new_zeros(parts.shape[1:])
-    for part in parts:
-        total += part
+    """The sum of a contiguous float32 tensor over its first dimension, in order, whatever the number of threads."""
+    total = parts.new_empty(parts.shape[1:])
+    _sum(0, 1, parts.shape[0], total.numel(), address(parts), address(total))
     return total
 
 
@@ -284,6 +299,17 @@ def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
     for c in range(count):
         for j in range(m):
             target[c, j] = tile[j, c]
+
+
+@kernel
+def _sum(first: int, last: int, count: int, size: int, parts: int, total: int) -> None:
+    target = floats(total, (size,))
+    for c in range(size):
+        target[c] = _ZERO
+    for part in range(count):
+        source = floats(parts + 4 * size * part, (size,))
+        for c in range(size):
+            target[c] += source[c]
 
 
 # --- inside kernels: arithmetic ---

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_kernel import TILE, address, cast, marks, plain, readable, rows, run, summed, traced, wants_grad
-from .cpu_scan_kernels import CHUNK, scan, scan_backward, step
+from .cpu_kernel import address, cast, marks, plain, readable, rows, run, summed, traced, wants_grad
+from .cpu_scan_kernels import CHUNK, kernels, lanes
 
 
 def selective_scan(
@@ -55,22 +55,24 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states that the backward pass starts from (empty unless `keep`)."""
     y, final_state, kept = _outputs(u, A, keep)
-    shape, tiles = (*u.shape, A.shape[1]), -(-u.shape[2] // TILE)
+    tile = lanes(u.shape[2])
+    shape, tiles = (*u.shape, A.shape[1]), -(-u.shape[2] // tile)
     streams = (rows(u), rows(dt), rows(B), rows(C), rows(z), rows(y))
     parameters = (address(A), address(D), address(dt_bias), dt_softplus)
     states = (address(initial_state), address(final_state))
     tasks, work = u.shape[0] * tiles, u.numel() * A.shape[1]
     if u.shape[1] == 1 and marks is None and not keep:
-        run(step, tasks, work, shape, *streams, *parameters, *states)
+        run(kernels(tile).step, tasks, work, shape, *streams, *parameters, *states)
     else:
         rest = (address(marks), address(kept) if keep else 0)
-        run(scan, tasks, work, shape, *streams, *parameters, *states, *rest)
+        run(kernels(tile).scan, tasks, work, shape, *streams, *parameters, *states, *rest)
     return y, final_state, kept
 
 
 def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = u.shape
-    kept = (batch, -(-width // TILE), -(-length // CHUNK), A.shape[1], TILE) if keep else (0,)
+    tile = lanes(width)
+    kept = (batch, -(-width // tile), -(-length // CHUNK), A.shape[1], tile) if keep else (0,)
     return (
         u.new_empty(u.shape),
         u.new_empty(batch, width, A.shape[1], dtype=torch.float32),
@@ -112,7 +114,7 @@ def _backward(
     dB, dC = new(tiles, batch, length, n), new(tiles, batch, length, n)
     dD, dbias = new(batch, width), new(batch, width)
     run(
-        scan_backward,
+        kernels(kept.shape[-1]).backward,
         batch * tiles,
         u.numel() * n,
         (batch, length, width, n),

@@ -209,17 +209,22 @@ def dispatch(
     top_k = indices.shape[1]
     flat = indices.flatten()
     order = flat.argsort(stable=True)  # pairs that no expert takes (index n_experts) come last
-    counts = F.one_hot(flat, n_experts + 1).sum(0)[:n_experts]
+    counts = flat.new_zeros(n_experts + 1).scatter_add_(0, flat, torch.ones_like(flat))[:n_experts]
     token = order // top_k
     y = experts(x.index_select(0, token), counts).to(torch.promote_types(x.dtype, torch.float32))
     if gates is not None:
-        y = y * gates.flatten()[order, None]
+        y = y * gates.flatten().index_select(0, order)[:, None]
     return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, token, y).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `moemamba.ops.rms_norm`."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `moemamba.ops.linear`."""
+    return F.linear(x, weight, bias)
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
@@ -234,6 +239,19 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     probabilities = linear_float32(x, weight).softmax(dim=-1)
     indices = (probabilities + bias).topk(top_k, dim=-1).indices
     return indices, probabilities.gather(1, indices)
+
+
+def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `moemamba.ops.route_with_stats`."""
+    tokens, n_experts = logits.shape
+    probabilities, log_z = logits.softmax(dim=-1), logits.logsumexp(dim=-1)
+    indices = (probabilities + bias).topk(top_k, dim=-1).indices
+    load = F.one_hot(indices, n_experts).sum((0, 1)).to(logits.dtype)
+    share = load / max(1, tokens * top_k)
+    balance_loss = n_experts * (share * probabilities.sum(0) / max(1, tokens)).sum()
+    entropy = (log_z - (probabilities * logits).sum(-1)).sum() / max(1, tokens)
+    z_loss = log_z.square().sum() / max(1, tokens)
+    return indices, probabilities.gather(1, indices), balance_loss, z_loss, load, entropy
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:

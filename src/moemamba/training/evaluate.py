@@ -125,9 +125,9 @@ def _sums(model: MoEMamba, batch: Batch, capacity: bool) -> Tensor:
     if capacity:  # only the loss is asked for, and a routing group cannot be cut to spare memory
         mean = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
         return torch.stack([mean.double() * counted.sum(), torch.zeros_like(mean).double(), counted.sum().double()])
-    logits = model(batch.tokens, seq_idx=batch.seq_idx).logits[counted].float()
-    targets = batch.targets[counted]
-    loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    logits = model(batch.tokens, seq_idx=batch.seq_idx).logits.flatten(0, 1).float()
+    targets = batch.targets.flatten()  # -100, which is no token, neither counts nor is ever right
+    loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum().double(), counted.sum().double()])
 
 
