@@ -79,6 +79,8 @@ def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
     (batch, d), words = x.shape, weight.shape[0]
     x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
     how, pdl = cuts.cut("best", batch), cuts.overlap(x)
+    if x.dtype == torch.float32 and how.rows > 64:
+        how = how._replace(depth=how.depth // 2)  # tiles of both sides fit the shared memory of smaller GPUs
     tiles = triton.cdiv(words, how.columns)
     best, index = x.new_empty(tiles, batch, dtype=torch.float32), x.new_empty(tiles, batch, dtype=torch.int32)
     token = x.new_empty(batch, dtype=torch.int64)
