@@ -224,7 +224,9 @@ def test_cross_entropy(reduction, dtype, monkeypatch):
 def test_route(tokens, n_experts, top_k):
     torch.manual_seed(0)
     logits, bias = 3 * torch.randn(tokens, n_experts), torch.randn(n_experts) / 4
-    for actual, expected in zip(cpu.route_with_stats(logits, bias, top_k), reference.route_with_stats(logits, bias, top_k), strict=True):
+    for actual, expected in zip(
+        cpu.route_with_stats(logits, bias, top_k), reference.route_with_stats(logits, bias, top_k), strict=True
+    ):
         assert actual.dtype == expected.dtype
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
     assert all(len(row.unique()) == top_k for row in cpu.route_with_stats(logits * torch.nan, bias, top_k)[0])
