@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens vanish, bytes that are not UTF-8 become U+FFFD."""
 
+    def decode_batch(self, documents: Sequence[NDArray[np.integer[Any]]]) -> list[str]:
+        """As `decode` for many, in parallel where that helps."""
+
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json."""
 
@@ -53,6 +56,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def decode_batch(self, documents: Sequence[NDArray[np.integer[Any]]]) -> list[str]:
+        return [self.decode(ids.tolist()) for ids in documents]
 
     def to_json(self) -> str:
         """A byte-level BPE without merges, so that other programs read it too."""
@@ -88,6 +94,9 @@ class TrainedTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def decode_batch(self, documents: Sequence[NDArray[np.integer[Any]]]) -> list[str]:
+        return self._inner.decode_batch([ids.tolist() for ids in documents], skip_special_tokens=True)
 
     def to_json(self) -> str:
         return self._inner.to_str(pretty=True)

@@ -21,7 +21,7 @@ from .documents import Documents, held_out
 FORMAT = 2  # of the files below; a change hides caches of older versions
 HELD_OUT = 0.05  # share of the documents that becomes validation data unless told otherwise
 GROUP = (1 << 18) * (os.cpu_count() or 1)  # characters of text that are tokenised together
-BLOCK = 1 << 24  # tokens of a .bin file read at once
+BLOCK = 1 << 20  # tokens of a .bin file read, and turned into text, at once
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,13 @@ def _cut(file: Path, tokenizer: Tokenizer) -> Iterator[_Encoded]:
                 "name the tokenizer that wrote the file"
             )
         ends = (first + np.flatnonzero(block == tokenizer.end_of_text)).tolist()
+        documents = []
         for end in (*ends, len(ids)) if first + BLOCK >= len(ids) else ends:
             if end > start:
-                yield _Encoded(ids[start:end], tokenizer.decode(ids[start:end].tolist()).encode())
+                documents.append(ids[start:end])
             start = end + 1
+        for document, text in zip(documents, tokenizer.decode_batch(documents), strict=True):
+            yield _Encoded(document, text.encode())
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
