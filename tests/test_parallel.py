@@ -32,6 +32,7 @@ WAYS = {
     "parameters": (2, {"shard": "parameters"}),
     "experts": (2, {"expert_parallel": 2}),
     "groups-over-processes": (2, {"routing_groups": 1, "model": FULL}),
+    "muon": (2, {"shard": "parameters", "expert_parallel": 2, "optimizer": "muon", "model": MODEL.replace(n_blocks=2)}),
     "both-of-4": (4, {"shard": "parameters", "expert_parallel": 2, "model": FULL}),
     "copies-of-experts": (4, {"expert_parallel": 2, "accumulate": 2}),
     "tied": (4, {"shard": "parameters", "model": MODEL.replace(tie_embeddings=True, init="paper")}),
