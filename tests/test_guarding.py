@@ -1,5 +1,6 @@
 """Runs that look after themselves: signals, withheld updates, alarms, schedules, Muon, TensorBoard."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -21,6 +22,8 @@ from moemamba.training.alarms import DEAD_AFTER, Alarms, sentences
 from moemamba.training.guard import Diverged, Fatal, Guard, Skips, apply
 from moemamba.training.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
 from moemamba.training.optim import make_optimizer
+from moemamba.training.parallel import gradient_norm
+from moemamba.training.processes import Processes
 from moemamba.training.progress import Report
 from moemamba.training.schedule import learning_rate
 from moemamba.training.stop import Stop
@@ -137,6 +140,30 @@ def test_resumption_is_exact(config, changes, tmp_path):
     assert same_weights(whole.model, again.model)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Muon])
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_clipping_within_the_update_is_clipping_before_it(clip, kind, fused, device):
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(30, 50).to(device)]
+    models.append(copy.deepcopy(models[0]))
+    ours, theirs = (
+        kind([{"params": [each.weight], "muon": kind is Muon}, {"params": [each.bias]}], lr=0.01, fused=fused)
+        for each in models
+    )
+    for _ in range(3):
+        for parameter, same in zip(*(each.parameters() for each in models), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            same.grad = parameter.grad.clone()
+        norm = gradient_norm(models[0].parameters(), Processes(torch.device(device)))
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(models[1].parameters(), clip))
+        apply(ours, torch.tensor(False, device=device), (norm / clip).clamp(min=1.0))
+        theirs.step()
+    for parameter, same in zip(*(each.parameters() for each in models), strict=True):
+        torch.testing.assert_close(parameter, same)
+
+
 # Updates that are withheld
 
 
@@ -175,7 +202,7 @@ def test_a_skipped_step_changes_nothing():
             if failed:
                 for parameter in model.parameters():
                     parameter.grad.fill_(math.nan)
-            apply(optimizer, torch.tensor(failed))
+            apply(optimizer, torch.tensor(failed), torch.tensor(3.0))
             same = [torch.equal(before[name], parameter) for name, parameter in model.named_parameters()]
             assert all(same) if failed else not any(same), kind
             if failed:

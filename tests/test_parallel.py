@@ -99,7 +99,8 @@ def gradients(config, rank=0, size=1, distributed=True):
     share = (targets[rows] != -100).sum() / (targets != -100).sum()
     (language * share + auxiliary / size).backward()
     found = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
-    norm = parallel.clip_gradients(model.parameters(), 0.01, processes)
+    norm = parallel.gradient_norm(model.parameters(), processes)
+    parallel.divide_gradients(model.parameters(), norm / 0.01)
     clipped = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
     return found, norm, clipped
 

@@ -26,9 +26,9 @@ class Muon(torch.optim.AdamW):
     torch.optim.Muon lacks: parameters (..., rows, columns) are stacks of matrices, each orthogonal by itself, as
     experts are; parameters that are sharded over processes; one optimiser with AdamW's groups; and `found_inf`.
 
-    Attributes:
-        found_inf: () float32; where it is 1, a step changes nothing, without the host having to know (as in fused
-            AdamW).
+    Attributes, as of fused AdamW:
+        found_inf: () float32; where it is 1, a step changes nothing, without the host having to know.
+        grad_scale: () float32, which gradients are divided by.
     """
 
     found_inf: Tensor | None = None
@@ -63,6 +63,8 @@ class Muon(torch.optim.AdamW):
         momenta = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         momentum, gradient = _stack(momenta), _stack(gradients)
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale
         if isinstance(keep, Tensor):
             gradient = torch.where(keep > 0, gradient, 0.0)  # not finite times 0 would not be 0
         momentum.lerp_(gradient, torch.as_tensor((1 - MOMENTUM) * keep, dtype=momentum.dtype, device=momentum.device))
