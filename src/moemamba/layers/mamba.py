@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .linear import Linear
+from .linear import Linear, in_halves
 from .untouched import untouched, weights_alone
 
 
@@ -97,7 +97,7 @@ class Mamba(SelectiveSSM):
             if weights is not None:
                 y, *after = ops.mamba_step(x, *state, *weights)
                 return y, MambaState(*after)
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = in_halves(self.in_proj, x)
         y, state = self.scan(u, z, state, seq_idx)
         return self.out_proj(y), state
 
