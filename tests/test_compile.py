@@ -11,7 +11,8 @@ from moemamba import ModelConfig, MoEMamba
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_layers_are_the_same_function(recompute: bool) -> None:
-    """Loss and every gradient; three blocks compile no more graphs than one, forward and backward each."""
+    """Loss and every gradient; three blocks compile one graph more than one, since the first sub-layer has no sum to
+    finish."""
     torch.manual_seed(0)
     plain = MoEMamba(ModelConfig("ME", 3, 32))
     compiled = copy.deepcopy(plain)
@@ -23,7 +24,7 @@ def test_compiled_layers_are_the_same_function(recompute: bool) -> None:
     for model in (plain, compiled):
         model(tokens[:, :-1], targets=tokens[:, 1:]).loss.backward()
     if not recompute:
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
     assert list(plain.state_dict()) == list(compiled.state_dict())
     gradients = dict(compiled.named_parameters())
     for name, parameter in plain.named_parameters():

@@ -1,5 +1,6 @@
 """Runs that look after themselves: signals, withheld updates, alarms, schedules, Muon, TensorBoard."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -15,12 +16,14 @@ import torch
 
 from moemamba import MoEMamba, TrainConfig, load, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
+from moemamba.training import muon, stop
 from moemamba.training import step as stepping
-from moemamba.training import stop
 from moemamba.training.alarms import DEAD_AFTER, Alarms, sentences
 from moemamba.training.guard import Diverged, Fatal, Guard, Skips, apply
 from moemamba.training.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
 from moemamba.training.optim import make_optimizer
+from moemamba.training.parallel import gradient_norm
+from moemamba.training.processes import Processes
 from moemamba.training.progress import Report
 from moemamba.training.schedule import learning_rate
 from moemamba.training.stop import Stop
@@ -89,22 +92,31 @@ def test_a_stack_of_matrices_is_its_matrices():
     torch.testing.assert_close(orthogonal(stack), torch.stack([orthogonal(matrix) for matrix in stack]))
 
 
-def test_muon_follows_its_formula_and_leaves_the_rest_to_adamw():
+@pytest.mark.parametrize("together", [muon.TOGETHER, 120, 1])
+def test_muon_follows_its_formula_and_leaves_the_rest_to_adamw(together, monkeypatch):
+    """Several matrices of one shape take their step together, as they would alone."""
+    monkeypatch.setattr(muon, "TOGETHER", together)
     torch.manual_seed(0)
-    matrix, vector = torch.nn.Parameter(torch.randn(6, 10)), torch.nn.Parameter(torch.randn(5))
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in [(6, 10), (6, 10), (10, 6), (6, 10), (2, 6, 10)]]
+    vector = torch.nn.Parameter(torch.randn(5))
     twin = torch.nn.Parameter(vector.detach().clone())
-    groups = [{"params": [matrix], "muon": True, "weight_decay": 0.5}, {"params": [vector], "weight_decay": 0.0}]
+    groups = [{"params": matrices, "muon": True, "weight_decay": 0.5}, {"params": [vector], "weight_decay": 0.0}]
     optimizer, adamw = Muon(groups, lr=0.1, fused=True), torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0, fused=True)
-    expected, momentum = matrix.detach().clone(), torch.zeros(6, 10)
+    expected = [matrix.detach().clone() for matrix in matrices]
+    momenta = [torch.zeros_like(matrix) for matrix in expected]
     for _ in range(3):
-        matrix.grad, vector.grad = torch.randn(6, 10), torch.randn(5)
+        for k, matrix in enumerate(matrices):
+            matrix.grad = torch.randn(matrix.shape)
+            momenta[k] = MOMENTUM * momenta[k] + (1 - MOMENTUM) * matrix.grad
+            nesterov = (1 - MOMENTUM) * matrix.grad + MOMENTUM * momenta[k]
+            expected[k] = expected[k] * (1 - 0.1 * 0.5) - 0.1 * RMS * math.sqrt(10) * orthogonal(nesterov)
+        vector.grad = torch.randn(5)
         twin.grad = vector.grad.clone()
-        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * matrix.grad
-        nesterov = (1 - MOMENTUM) * matrix.grad + MOMENTUM * momentum
-        expected = expected * (1 - 0.1 * 0.5) - 0.1 * RMS * math.sqrt(10) * orthogonal(nesterov)
         optimizer.step()
         adamw.step()
-    torch.testing.assert_close(matrix.detach(), expected)
+    for k, matrix in enumerate(matrices):
+        torch.testing.assert_close(matrix.detach(), expected[k])
+        torch.testing.assert_close(optimizer.state[matrix]["momentum_buffer"], momenta[k])
     assert torch.equal(vector, twin)
 
 
@@ -126,6 +138,30 @@ def test_resumption_is_exact(config, changes, tmp_path):
     train(parted, stop=5, report=SILENT)
     again = train(parted, "auto", report=SILENT)
     assert same_weights(whole.model, again.model)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, Muon])
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_clipping_within_the_update_is_clipping_before_it(clip, kind, fused, device):
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(30, 50).to(device)]
+    models.append(copy.deepcopy(models[0]))
+    ours, theirs = (
+        kind([{"params": [each.weight], "muon": kind is Muon}, {"params": [each.bias]}], lr=0.01, fused=fused)
+        for each in models
+    )
+    for _ in range(3):
+        for parameter, same in zip(*(each.parameters() for each in models), strict=True):
+            parameter.grad = torch.randn_like(parameter)
+            same.grad = parameter.grad.clone()
+        norm = gradient_norm(models[0].parameters(), Processes(torch.device(device)))
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(models[1].parameters(), clip))
+        apply(ours, torch.tensor(False, device=device), (norm / clip).clamp(min=1.0))
+        theirs.step()
+    for parameter, same in zip(*(each.parameters() for each in models), strict=True):
+        torch.testing.assert_close(parameter, same)
 
 
 # Updates that are withheld
@@ -166,7 +202,7 @@ def test_a_skipped_step_changes_nothing():
             if failed:
                 for parameter in model.parameters():
                     parameter.grad.fill_(math.nan)
-            apply(optimizer, torch.tensor(failed))
+            apply(optimizer, torch.tensor(failed), torch.tensor(3.0))
             same = [torch.equal(before[name], parameter) for name, parameter in model.named_parameters()]
             assert all(same) if failed else not any(same), kind
             if failed:

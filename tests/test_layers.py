@@ -9,6 +9,7 @@ from transformers.models.mamba.configuration_mamba import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from moemamba import layers
+from moemamba.layers.linear import Linear, in_halves
 from moemamba.layers.moe import arrival, capacity
 
 
@@ -38,6 +39,21 @@ def test_mamba_is_transformers_mamba(d_model, d_state, d_conv, expand):
     torch.testing.assert_close(actual, expected)
     expected_grads = gradients(theirs, expected)
     assert_same_gradients(expected_grads, gradients(ours, actual))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_halves_of_a_product(device):
+    """As two products on a GPU; where the layer is no longer what it was, by calling it."""
+    layer = Linear(24, 40, bias=False).to(device)
+    x = torch.randn(2, 7, 24, device=device, requires_grad=True)
+    for hooked in (False, True):
+        if hooked:
+            layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+        expected, actual = layer(x).chunk(2, dim=-1), in_halves(layer, x)
+        torch.testing.assert_close(actual, expected)
+        weights = [torch.randn_like(half) for half in expected]
+        wanted, found = (torch.autograd.grad(halves, (x, layer.weight), weights) for halves in (expected, actual))
+        torch.testing.assert_close(found, wanted)
 
 
 def test_mamba_starts_as_mamba_ssm_does():

@@ -32,6 +32,7 @@ WAYS = {
     "parameters": (2, {"shard": "parameters"}),
     "experts": (2, {"expert_parallel": 2}),
     "groups-over-processes": (2, {"routing_groups": 1, "model": FULL}),
+    "muon": (2, {"shard": "parameters", "expert_parallel": 2, "optimizer": "muon", "model": MODEL.replace(n_blocks=2)}),
     "both-of-4": (4, {"shard": "parameters", "expert_parallel": 2, "model": FULL}),
     "copies-of-experts": (4, {"expert_parallel": 2, "accumulate": 2}),
     "tied": (4, {"shard": "parameters", "model": MODEL.replace(tie_embeddings=True, init="paper")}),
@@ -98,7 +99,8 @@ def gradients(config, rank=0, size=1, distributed=True):
     share = (targets[rows] != -100).sum() / (targets != -100).sum()
     (language * share + auxiliary / size).backward()
     found = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
-    norm = parallel.clip_gradients(model.parameters(), 0.01, processes)
+    norm = parallel.gradient_norm(model.parameters(), processes)
+    parallel.divide_gradients(model.parameters(), norm / 0.01)
     clipped = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
     return found, norm, clipped
 

@@ -87,15 +87,17 @@ class MoEMamba(nn.Module):
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
         if state is not None and state.mixers and state.batch_size != tokens.shape[0]:
             raise ValueError(f"state holds {state.batch_size} rows and tokens {tokens.shape[0]}; they must be as many")
-        x = self.embedding(tokens)
+        x: Tensor = self.embedding(tokens)
+        y: Tensor | None = None
         mixers: list[MixerState] = []
         router: list[RouterStats] = []
         for layer in self.layers:
             before = None if state is None else state.mixers[len(mixers) :]
             if self.recompute and torch.is_grad_enabled():
-                x, after, stats = checkpoint(
+                x, y, after, stats = checkpoint(
                     layer,
-                    x,
+                    x if y is None else x + y,  # one tensor to keep, not two
+                    None,
                     before,
                     seq_idx,
                     use_reentrant=False,
@@ -103,10 +105,10 @@ class MoEMamba(nn.Module):
                     preserve_rng_state=False,  # nothing here is random
                 )
             else:
-                x, after, stats = layer(x, before, seq_idx)
+                x, y, after, stats = layer(x, y, before, seq_idx)
             mixers += after
             router += stats
-        return self.norm(x), State(tuple(mixers)), tuple(router)
+        return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
 
     def compile_layers(self, **options: Any) -> None:
         """`torch.compile` each residual sub-layer, in place: names in `state_dict` stay as they are.
@@ -138,7 +140,11 @@ class MoEMamba(nn.Module):
 
 
 class Residual(nn.Module):
-    """`x + sum of f(norm(x))` over the letters of one sub-layer, which share the norm."""
+    """`x + sum of f(norm(x))` over the letters of one sub-layer, which share the norm.
+
+    The last sum is left to whoever comes next: with the norm of the next sub-layer it is one kernel where that is
+    compiled, in the forward and in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, letters: str):
         super().__init__()
@@ -147,15 +153,18 @@ class Residual(nn.Module):
         self.branches = nn.ModuleList(make_layer(config, letter) for letter in letters)
 
     def forward(
-        self, x: Tensor, states: tuple[MixerState, ...] | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, list[MixerState], list[RouterStats]]:
-        """x (b, l, d); `states` begins with those of this sub-layer's mixers."""
+        self, x: Tensor, y: Tensor | None, states: tuple[MixerState, ...] | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[MixerState], list[RouterStats]]:
+        """x (b, l, d) and what is still to be added to it -> the same; `states` begins with those of its mixers."""
+        x = x if y is None else x + y
+        y = None
         h = self.norm(x)
         if torch.is_autocast_enabled(x.device.type):  # the norm's float32 would otherwise be read by every branch
             h = h.to(torch.get_autocast_dtype(x.device.type))
         after: list[MixerState] = []
         stats: list[RouterStats] = []
         for letter, layer in zip(self.letters, self.branches, strict=True):
+            x = x if y is None else x + y
             before = None if states is None or letter not in "MAR" else states[len(after)]
             match letter:
                 case "M" | "A":
@@ -170,8 +179,8 @@ class Residual(nn.Module):
                     stats.append(routed)
                 case _:
                     y = layer(h)
-            x = x + y
-        return x, after, stats
+        assert y is not None  # a sub-layer has one letter at least
+        return x, y, after, stats
 
 
 class Head(Linear):

@@ -123,7 +123,7 @@ class Decoder:
         if plain and untouched(mixer.router, Router) and not torch.is_autocast_enabled(x.device.type):
             return x + mixer.serve(layer.norm(x))
         y: Tensor
-        y, after, _ = layer(x, mixers, None)
+        x, y, after, _ = layer(x, None, mixers, None)
         for buffers, new in zip(mixers, after, strict=True):
             if isinstance(buffers, AttentionState):  # the new entry is the last
                 buffers.keys.index_copy_(2, self.place, new[0][:, :, -1:])
@@ -132,7 +132,7 @@ class Decoder:
             else:
                 for buffer, tensor in zip(buffers, new, strict=True):
                     buffer.copy_(tensor)
-        return y
+        return x + y
 
     def tokens(self, first: Tensor, count: int, choose: Callable[[Tensor], Tensor]) -> Iterator[list[int]]:
         """`first` (b,) and what follows, `count` tokens a row. The GPU computes the next token while one is read."""

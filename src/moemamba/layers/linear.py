@@ -1,8 +1,10 @@
 """The linear layers that layers are built of."""
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .untouched import weights_alone
 
 
 class Linear(nn.Linear):
@@ -11,3 +13,17 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., f)."""
         return ops.linear(input, self.weight, self.bias)
+
+
+def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`layer(x)` cut in two along its last dimension: (..., d) -> (..., f / 2) twice.
+
+    Where a GPU is to differentiate it, and the layer is what it was built as, by a product for each half: the gradients
+    of the halves come from different kernels and would have to be copied next to each other for one product.
+    """
+    weights = weights_alone(layer, Linear, 1) if x.is_cuda and torch.is_grad_enabled() else ()
+    if weights:
+        first, second = weights[0].chunk(2)
+        return ops.linear(x, first), ops.linear(x, second)
+    first, second = layer(x).chunk(2, dim=-1)
+    return first, second

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .linear import Linear
+from .linear import Linear, in_halves
 from .untouched import untouched, weights_alone
 
 
@@ -62,9 +62,11 @@ class SelectiveSSM(nn.Module):
         """u, gate z (b, l, i) -> y (b, l, i), state."""
         u, conv = self.conv1d(u, None if state is None else state.conv, seq_idx)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        # Flat: to a (b, l, r) that is part of a wider tensor PyTorch would add the bias in a pass of its own.
+        dt = self.dt_proj(dt.flatten(0, 1)).unflatten(0, u.shape[:2])
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         initial = None if state is None else state.ssm
-        y, ssm = ops.selective_scan(u, self.dt_proj(dt), A, B, C, self.D, z, initial_state=initial, seq_idx=seq_idx)
+        y, ssm = ops.selective_scan(u, dt, A, B, C, self.D, z, initial_state=initial, seq_idx=seq_idx)
         return y, MambaState(conv, ssm)
 
 
@@ -97,7 +99,7 @@ class Mamba(SelectiveSSM):
             if weights is not None:
                 y, *after = ops.mamba_step(x, *state, *weights)
                 return y, MambaState(*after)
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = in_halves(self.in_proj, x)
         y, state = self.scan(u, z, state, seq_idx)
         return self.out_proj(y), state
 

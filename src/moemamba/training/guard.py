@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
+from .parallel import divide_gradients
 
 WINDOW = 100  # norms that the median is taken of
 ENOUGH = 20  # norms without which nothing is called a spike
@@ -119,11 +120,15 @@ class Fatal(Exception):
         self.failed = failed
 
 
-def apply(optimizer: torch.optim.Optimizer, failed: Tensor) -> None:
-    """A step of the optimiser unless `failed`, () bool; on GPUs without the host waiting to know."""
+def apply(optimizer: torch.optim.Optimizer, failed: Tensor, scale: Tensor) -> None:
+    """A step of the optimiser with gradients divided by `scale`, () float32, unless `failed`, () bool.
+
+    The fused update does both: gradients need no pass of their own, and on GPUs the host need not wait to know.
+    """
     if optimizer.defaults.get("fused"):
         values: Any = optimizer
-        values.grad_scale, values.found_inf = None, failed.float()
+        values.grad_scale, values.found_inf = scale, failed.float()
         optimizer.step()
     elif not failed:
+        divide_gradients((each for group in optimizer.param_groups for each in group["params"]), scale)
         optimizer.step()

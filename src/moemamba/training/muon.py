@@ -1,7 +1,7 @@
 """Muon for matrices, single or stacked, beside AdamW for all else."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ ITERATIONS = 5
 MOMENTUM = 0.95
 RMS = 0.2
 """root mean square of an update at learning rate 1, about that of AdamW's (arXiv 2502.16982, section 2.2)"""
+TOGETHER = 1 << 24  # elements of the matrices of one shape that take their step as one stack; a larger one is alone
 
 
 class Muon(torch.optim.AdamW):
@@ -25,9 +26,9 @@ class Muon(torch.optim.AdamW):
     torch.optim.Muon lacks: parameters (..., rows, columns) are stacks of matrices, each orthogonal by itself, as
     experts are; parameters that are sharded over processes; one optimiser with AdamW's groups; and `found_inf`.
 
-    Attributes:
-        found_inf: () float32; where it is 1, a step changes nothing, without the host having to know (as in fused
-            AdamW).
+    Attributes, as of fused AdamW:
+        found_inf: () float32; where it is 1, a step changes nothing, without the host having to know.
+        grad_scale: () float32, which gradients are divided by.
     """
 
     found_inf: Tensor | None = None
@@ -45,31 +46,53 @@ class Muon(torch.optim.AdamW):
         keep = 1.0 if self.found_inf is None else 1 - self.found_inf
         for group in groups:
             if group.get("muon"):
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._step(parameter, parameter.grad, group["lr"], group["weight_decay"], keep)
+                for parameters in _alike([each for each in group["params"] if each.grad is not None]):
+                    self._step(parameters, group["lr"], group["weight_decay"], keep)
         return loss
 
-    def _step(
-        self, parameter: Tensor, gradient: Tensor, rate: Tensor | float, decay: float, keep: Tensor | float
-    ) -> None:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-            state["step"] = torch.zeros(())  # AdamW asks for it when state is loaded; Muon has no use for it
-        rows, columns = parameter.shape[-2:]
+    def _step(self, parameters: Sequence[Tensor], rate: Tensor | float, decay: float, keep: Tensor | float) -> None:
+        """The step of parameters of one shape. A GPU has little more to do for many small matrices than for one."""
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+                state["step"] = torch.zeros(())  # AdamW asks for it when state is loaded; Muon has no use for it
+        rows, columns = parameters[0].shape[-2:]
         # On local tensors: a shard of the momentum needs no other process.
-        weight, momentum, gradient = (_local(tensor) for tensor in (parameter, state["momentum_buffer"], gradient))
+        weights = [_local(parameter) for parameter in parameters]
+        momenta = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        momentum, gradient = _stack(momenta), _stack(gradients)
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale
         if isinstance(keep, Tensor):
             gradient = torch.where(keep > 0, gradient, 0.0)  # not finite times 0 would not be 0
         momentum.lerp_(gradient, torch.as_tensor((1 - MOMENTUM) * keep, dtype=momentum.dtype, device=momentum.device))
-        update = orthogonal_like(gradient.lerp(momentum, MOMENTUM), parameter)
-        weight.mul_(1 - rate * decay * keep)
-        weight.add_(update * (-rate * RMS * math.sqrt(max(rows, columns)) * keep))
+        if len(momenta) > 1:
+            torch._foreach_copy_(momenta, momentum.unbind())
+        update = orthogonal_like(gradient.lerp(momentum, MOMENTUM), parameters[0])
+        torch._foreach_mul_(weights, 1 - rate * decay * keep)
+        torch._foreach_add_(weights, (update * (-rate * RMS * math.sqrt(max(rows, columns)) * keep)).unbind())
+
+
+def _alike(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one shape together, up to TOGETHER elements; sharded ones one by one."""
+    by_shape: dict[Any, list[Tensor]] = {}
+    for number, parameter in enumerate(parameters):
+        key = number if isinstance(parameter, DTensor) else (parameter.shape, parameter.dtype, parameter.device)
+        by_shape.setdefault(key, []).append(parameter)
+    for alike in by_shape.values():
+        most = max(1, TOGETHER // alike[0].numel())
+        yield from (alike[first : first + most] for first in range(0, len(alike), most))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """(n, ...): a copy, but of one tensor a view."""
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 def orthogonal_like(local: Tensor, parameter: Tensor) -> Tensor:
-    """`orthogonal` of this process's shard of a tensor that is sharded as a parameter is; plain tensors are whole.
+    """`orthogonal` of a stack (n, ...) of what is shaped as a parameter, or (1, ...) of this process's shard of it.
 
     A shard of whole matrices of a stack, as experts on several processes are, is computed where it is. Other
     shards are gathered, computed by every process, and cut again.
@@ -81,12 +104,12 @@ def orthogonal_like(local: Tensor, parameter: Tensor) -> Tensor:
     ):
         return orthogonal(local)
     shards = DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        local[0], parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )
     whole = DTensor.from_local(
         orthogonal(shards.full_tensor()), parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
     )
-    return whole.redistribute(parameter.device_mesh, parameter.placements).to_local()
+    return whole.redistribute(parameter.device_mesh, parameter.placements).to_local()[None]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -99,7 +122,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = x.flatten(0, -3) if x.ndim > 2 else x[None]
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
-    x = x / x.float().norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    x = x / norm.clamp(min=1e-7).to(x.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT

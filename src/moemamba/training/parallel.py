@@ -224,17 +224,20 @@ def last_part(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], most: float, processes: Processes) -> Tensor:
-    """Scale the gradient down to a norm of `most`; returns its global norm before that, () float32."""
+def gradient_norm(parameters: Iterable[nn.Parameter], processes: Processes) -> Tensor:
+    """The gradient's norm over all parameters of all processes, () float32."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):  # alike everywhere
-        norm = nn.utils.get_total_norm(gradients)
-    else:
-        parts = list(zip(torch._foreach_norm([local(gradient) for gradient in gradients]), gradients, strict=True))
-        squares = torch.stack([part.square() / _copies(gradient) for part, gradient in parts]).sum()
-        norm = processes.sum([squares])[0].sqrt()
-    torch._foreach_mul_([local(gradient) for gradient in gradients], (most / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+        return nn.utils.get_total_norm(gradients)
+    parts = list(zip(torch._foreach_norm([local(gradient) for gradient in gradients]), gradients, strict=True))
+    squares = torch.stack([part.square() / _copies(gradient) for part, gradient in parts]).sum()
+    return processes.sum([squares])[0].sqrt()
+
+
+@torch.no_grad()
+def divide_gradients(parameters: Iterable[nn.Parameter], scale: Tensor) -> None:
+    """Divide the gradient by `scale`, () float32, which all processes have alike."""
+    torch._foreach_div_([local(parameter.grad) for parameter in parameters if parameter.grad is not None], scale)
 
 
 def _copies(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from .evaluate import autocast
 from .guard import Guard, apply
 from .loss import losses
 from .metrics import Measures, add, measures, router_stats
-from .parallel import clip_gradients, last_part, sharded, summing
+from .parallel import divide_gradients, gradient_norm, last_part, sharded, summing
 from .processes import Processes
 
 WARM_UP = 3  # steps before the capture: kernels are compiled and tuned, the optimiser's state comes to be
@@ -120,12 +120,14 @@ class Step:
                 (language * shares[number] + auxiliary / parts).backward()
             total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
         total = processes.sum(list(torch._foreach_div(total, parts)))
-        norm = clip_gradients(model.parameters(), config.clip, processes)
+        norm = gradient_norm(model.parameters(), processes)
         failed = self.guard.check(total[0] + total[1], norm)
+        excess = (norm / config.clip).clamp(min=1.0)  # which the update divides the gradient by
         if not sharded(model):
-            apply(self.optimizer, failed)
+            apply(self.optimizer, failed, excess)
         elif config.on_failure == "stop" or not failed:
-            self.optimizer.step()  # DTensors' updates take no flag; what stops a run is not saved
+            divide_gradients(model.parameters(), excess)  # DTensors' updates take neither it nor a flag
+            self.optimizer.step()  # what stops a run is not saved
         self.optimizer.zero_grad()
         # A load of 0 everywhere leaves the biases where they are.
         model.update_balance_bias(router_stats(list(torch._foreach_mul(total, (~failed).to(total[0].dtype)))))
