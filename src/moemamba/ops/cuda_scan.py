@@ -124,7 +124,7 @@ class _Launcher:
 
 @functools.cache
 def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int) -> Module:
-    files = ("cuda_scan.cu", "cuda_scan_backward.cu")
+    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
     constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "ABREAST": abreast}
     constants |= {"CHUNK": CHUNK, "TILE": TILE}
