@@ -19,6 +19,15 @@ constexpr int N = 16;      // states of a channel; a scan of fewer is padded wit
 constexpr int STEPS = 8;   // positions that are loaded at a time
 constexpr bool PAIRED = ABREAST > 1;
 constexpr int PLAIN = 0, BEGIN = 1, PADDING = 2;
+#ifndef POLYNOMIALS
+#define POLYNOMIALS 0
+#endif
+#ifndef GATE
+#define GATE 0
+#endif
+#ifndef SHORT
+#define SHORT 0
+#endif
 #define INFINITE __int_as_float(0x7f800000)
 
 // Laid out as cuda_scan.py packs it. u, dt, z, B and C have strides, in bytes; every other tensor is contiguous.
@@ -98,6 +107,14 @@ __device__ inline float2 load_vector(const float* vector, int channel, int count
 
 // max(x, 0) + log1p(e^-|x|), the logarithm as e P(e): Chebyshev fit on [0, 1], relative error below 4e-7.
 __device__ inline float softplus(float x) {
+#if SHORT && TYPE
+    float e = ex2(-LOG2E * fabsf(x)), p = -0.023869110271334648f;  // relative error below 1e-5
+    p = p * e + 0.10122217983007431f;
+    p = p * e - 0.2100486010313034f;
+    p = p * e + 0.3252066373825073f;
+    p = p * e - 0.4993613660335541f;
+    p = p * e + 0.9999915957450867f;
+#else
     float e = ex2(-LOG2E * fabsf(x)), p = -0.008574675768613815f;
     p = p * e + 0.044214192777872086f;
     p = p * e - 0.10785368084907532f;
@@ -106,69 +123,112 @@ __device__ inline float softplus(float x) {
     p = p * e + 0.3327617645263672f;
     p = p * e - 0.49997448921203613f;
     p = p * e + 0.9999998211860657f;
+#endif
     return fmaxf(x, 0) + e * p;
+}
+
+// silu of both.
+__device__ inline float2 opened(float2 x) {
+#if GATE == 0
+    return make_float2(x.x * sigmoid(x.x), x.y * sigmoid(x.y));
+#elif GATE == 1  // one reciprocal of a product; with exponents of 60 at most that is finite
+    const float a = 1 + ex2(fminf(-LOG2E * x.x, 60)), b = 1 + ex2(fminf(-LOG2E * x.y, 60)), r = reciprocal(a * b);
+    return make_float2(x.x * (r * b), x.y * (r * a));
+#else
+    const float a = 0.5f * x.x, b = 0.5f * x.y;
+    return make_float2(a + a * tanh_(a), b + b * tanh_(b));
+#endif
+}
+
+// 2^x for x of 0 or less, in the multiply-add units.
+__device__ inline float ex2_of_negative(float x) {
+    x = fmaxf(x, -126);
+    const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // the nearest whole number, and what is left
+    float p = 0.00958285f;
+    p = p * f + 0.05590642f;
+    p = p * f + 0.24024099f;
+    p = p * f + 0.69312419f;
+    p = p * f + 1.0f;
+    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
 }
 
 // ---- Along time, or back: one thread has two neighbouring channels with all their states in registers.
 
 enum Pass { FORWARD, SUMMARY, ADJOINT };  // ADJOINT: the summary of adjoint states, g_{t-1} = exp(dt_t A) (g_t + C_t dout_t)
 
+// A warp walks on its own: what it has in shared memory. B and C lie side by side, as they are in memory and as floats.
+struct Desk {
+    Pair ring[2][3][STEPS][32];  // u or dy, dt, z of the positions at hand, and of the next
+    Element raw[2][STEPS][2 * N];
+#if TYPE != 0
+    float weights[STEPS][2 * N];
+#endif
+#if MARKED
+    int marks[2][STEPS];
+#endif
+};
+
 template <Pass PASS> __device__ inline void walk(const Scan& s) {
-    const int threads = blockDim.x, thread = threadIdx.x, tiles = (s.width + 2 * threads - 1) / (2 * threads);
+    const int threads = blockDim.x, thread = threadIdx.x, tiles = (s.width + 2 * threads - 1) / (2 * threads), lane = thread % 32;
     const int parts = PASS == FORWARD ? s.parts : s.parts - 1;  // no part needs the summary of the last
     const int part = blockIdx.x / tiles % parts + (PASS == ADJOINT);
     const wide_int row = blockIdx.x / tiles / parts;
     const int channel = (blockIdx.x % tiles * threads + thread) * 2, channels = s.width - channel;
     const int begin = part * s.span * CHUNK, end = min(s.length, begin + s.span * CHUNK), count = end - begin;
-    float(*weights)[STEPS][2 * N] = (float(*)[STEPS][2 * N]) shared;  // [2]: B and C of the positions at hand, and of the next
-    int(*marks)[STEPS] = (int(*)[STEPS])(weights + 2);
-    Pair* ring = (Pair*)(marks + 2);  // [2][3][STEPS][threads]: u or dy, dt, z
+    constexpr int WAY = PASS == ADJOINT ? -1 : 1;
+    Desk& desk = ((Desk*)shared)[thread / 32];
 
-    // A warp copies ABREAST channels a lane, ROWS positions together.
+    // A warp copies ABREAST channels a lane, ROWS positions together; of B and C 16 bytes a lane, WROWS positions.
     constexpr bool gated = GATED && PASS != SUMMARY, copied = ABREAST > 1;
-    constexpr int ACROSS = copied ? 64 / ABREAST : 32, ROWS = 32 / ACROSS;
-    const int lane = thread % 32, from_channel = copied ? channel - 2 * lane + lane % ACROSS * ABREAST : channel;
-    const int line = s.width * (int)sizeof(Element);
+    constexpr int ACROSS = copied ? 64 / ABREAST : 32, ROWS = 32 / ACROSS, INPUTS = gated ? 3 : 2;
+    constexpr int LUMP = 16 / sizeof(Element), WACROSS = 2 * N / LUMP, WROWS = 32 / WACROSS;
+    const int from_channel = copied ? channel - 2 * lane + lane % ACROSS * ABREAST : channel, ahead = lane / ACROSS;
+    const int first_row = PASS == ADJOINT ? end - 1 : begin, line = s.width * (int)sizeof(Element);
+    const int strides[3] = {PASS == ADJOINT ? line : s.u_t, s.dt_t, s.z_t};
     const Element* inputs[3] = {
         PASS == ADJOINT ? place(s.dy, row * s.length, line, from_channel) : place(s.u, row, s.u_b, from_channel),
         place(s.dt, row, s.dt_b, from_channel), place(s.z, row, s.z_b, from_channel)};
-    const int strides[3] = {PASS == ADJOINT ? line : s.u_t, s.dt_t, s.z_t};
-    const int n = thread % N;  // what this thread loads of B and C
-    const bool is_C = thread / N % 2, wanted = PASS == FORWARD || is_C == (PASS == ADJOINT);
-    const Element* weight = is_C ? place(s.C, row, s.C_b, n) : place(s.B, row, s.B_b, n);
-    Element held[STEPS / 4];  // of B or C, and a mark, on their way from global to shared memory
-    int held_mark = PLAIN;
+#pragma unroll
+    for (int i = 0; i < INPUTS; i++) inputs[i] = moved(inputs[i], first_row + WAY * ahead, strides[i]);
+    const int column = WEIGHED ? lane % WACROSS * LUMP : lane, wahead = WEIGHED ? lane / WACROSS : 0;
+    const int weight_t = column < N ? s.B_t : s.C_t;
+    const Element* weight = column < N ? place(s.B, row, s.B_b, column) : place(s.C, row, s.C_b, column - N);
+    weight = moved(weight, first_row + WAY * wahead, weight_t);
 
-    auto fetch = [&](int group) {
-        const int side = group & 1, here = min(STEPS, count - group * STEPS), way = PASS == ADJOINT ? -1 : 1;
-        const int first = PASS == ADJOINT ? end - 1 - group * STEPS : begin + group * STEPS;
+    int side = 0, left = count;  // to be fetched
+    auto fetch = [&]() {
+        Pair* to = copied ? &desk.ring[side][0][ahead][lane % ACROSS * ABREAST / 2] : &desk.ring[side][0][0][lane];
 #pragma unroll
-        for (int i = 0; i < (gated ? 3 : 2); i++) {
-            Pair* to = ring + (side * 3 + i) * STEPS * threads + thread;
-            if (copied) {
-                const int ahead = lane / ACROSS;
-                const Element* from = moved(inputs[i], first + way * ahead, strides[i]);
-                to += ahead * threads + from_channel / 2 - channel / 2;
-                const wide_int stride = (wide_int)way * ROWS * strides[i];
+        for (int k = 0; k < STEPS; k += ROWS) {
+            const bool exists = k + ahead < left && from_channel < s.width;
 #pragma unroll
-                for (int k = 0; k < STEPS; k += ROWS) {
-                    if (k + ahead < here && from_channel < s.width) copy<ABREAST * sizeof(Element)>(to + k * threads, from);
-                    from = (const Element*)((const char*)from + stride);
-                }
-            } else
-#pragma unroll 1
-                for (int k = 0; k < here; k++) to[k * threads] = load(moved(inputs[i], first + way * k, strides[i]), channels);
+            for (int i = 0; i < INPUTS; i++) {
+                if (copied) {
+                    if (exists) copy<ABREAST * sizeof(Element)>(to + (i * STEPS + k) * 32, inputs[i]);
+                } else if (exists)
+                    to[(i * STEPS + k) * 32] = load(inputs[i], channels);
+                inputs[i] = moved(inputs[i], WAY * ROWS, strides[i]);
+            }
         }
+        if (WEIGHED)
 #pragma unroll
-        for (int i = 0; i < STEPS / 4; i++) {
-            const int k = i * (threads / 32) + thread / 32;
-            const bool exists = wanted && n < s.states && k < here;
-            held[i] = exists ? *moved(weight, first + way * k, is_C ? s.C_t : s.B_t) : Element();
-        }
-        if (MARKED && thread < here) held_mark = s.marks[row * s.length + first + way * thread];
+            for (int k = 0; k < STEPS; k += WROWS) {
+                if (k + wahead < left) copy<16>(&desk.raw[side][k + wahead][column], weight);
+                weight = moved(weight, WAY * WROWS, weight_t);
+            }
+        else
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) {
+                desk.raw[side][k][lane] = k < left && lane % N < s.states ? *weight : Element();
+                weight = moved(weight, WAY, weight_t);
+            }
+#if MARKED
+        if (lane < STEPS) desk.marks[side][lane] = lane < left ? s.marks[row * s.length + first_row + WAY * (count - left + lane)] : PLAIN;
+#endif
+        side ^= 1, left -= STEPS;
     };
 
-    fetch(0);
+    fetch();
     float h[2][N] = {}, A[2][N] = {};
     float* entry = s.entry + (row * s.parts + part) * N * s.width + channel;
 #pragma unroll
@@ -186,33 +246,47 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
     }
     const float2 bias = load_vector(s.bias, channel, channels), skip = load_vector(s.D, channel, channels);
     float2 total = make_float2(0, 0);
+    Element* to = (Element*)s.y + (row * s.length + begin) * s.width + channel;
 
     for (int group = 0; group * STEPS < count; group++) {
-        const int side = group & 1;
+        const int now = side ^ 1, here = min(STEPS, count - group * STEPS), first = begin + group * STEPS;
         arrived();
-        if (wanted)
+#if TYPE == 0
+        __syncwarp();
+        const float(*weights)[2 * N] = desk.raw[now];
+#else
+        const float(*weights)[2 * N] = desk.weights;
+        if (!WEIGHED) __syncwarp();
+        Element lump[8];
+        *(float4*)lump = *(const float4*)&desk.raw[now][lane / 4][lane % 4 * 8];
+        __syncwarp();  // the positions before are done with
 #pragma unroll
-            for (int i = 0; i < STEPS / 4; i++) weights[side][i * (threads / 32) + thread / 32][thread % 32] = value(held[i]);
-        if (MARKED && thread < STEPS) marks[side][thread] = held_mark;
-        __syncthreads();
-        if ((group + 1) * STEPS < count) fetch(group + 1);
-        const int here = min(STEPS, count - group * STEPS), first = begin + group * STEPS;
+        for (int j = 0; j < 8; j += 4)
+            *(float4*)&desk.weights[lane / 4][lane % 4 * 8 + j] =
+                make_float4(value(lump[j]), value(lump[j + 1]), value(lump[j + 2]), value(lump[j + 3]));
+        __syncwarp();
+#endif
+        if (left > 0) fetch();
+        else side ^= 1;
         if (PASS == FORWARD && s.starts && first % CHUNK == 0) {
             float* start = s.starts + (row * ((s.length + CHUNK - 1) / CHUNK) + first / CHUNK) * N * s.width + channel;
 #pragma unroll
             for (int n = 0; n < N; n++) store_column(start + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
         }
-        const Pair* at = ring + side * 3 * STEPS * threads + thread;
-        Element* to = (Element*)s.y + (row * s.length + first) * s.width + channel;
+        const Pair* at = &desk.ring[now][0][0][lane];
 #pragma unroll 1
         for (int k = 0; k < here; k++) {
-            float2 x = values(at[0]), step = values(at[STEPS * threads]), gate = make_float2(0, 0), open = gate;
-            if (gated) gate = values(at[2 * STEPS * threads]);
-            at += threads;
+            float2 x = values(at[0]), step = values(at[STEPS * 32]), gate = make_float2(0, 0), open = gate;
+            if (gated) gate = values(at[2 * STEPS * 32]);
+            at += 32;
             step.x += bias.x, step.y += bias.y;
             if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
-            if (gated) open.x = gate.x * sigmoid(gate.x), open.y = gate.y * sigmoid(gate.y);
-            const int mark = MARKED ? marks[side][k] : PLAIN;
+            if (gated) open = opened(gate);
+#if MARKED
+            const int mark = desk.marks[now][k];
+#else
+            constexpr int mark = PLAIN;
+#endif
             if (MARKED && mark == PADDING) step = x = gate = open = make_float2(0, 0);
             float drive[2] = {step.x * x.x, step.y * x.y}, out[2] = {skip.x * x.x, skip.y * x.y};
             if (PASS == ADJOINT) drive[0] = gated ? x.x * open.x : x.x, drive[1] = gated ? x.y * open.y : x.y;
@@ -222,14 +296,15 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
                 for (int n = 0; n < N; n++) h[0][n] = h[1][n] = 0;
 #pragma unroll
             for (int n = 0; n < N; n += 4) {
-                const float4 B4 = *(const float4*)&weights[side][k][PASS == ADJOINT ? N + n : n];
-                const float4 C4 = PASS == FORWARD ? *(const float4*)&weights[side][k][N + n] : B4;
+                const float4 B4 = *(const float4*)&weights[k][PASS == ADJOINT ? N + n : n];
+                const float4 C4 = PASS == FORWARD ? *(const float4*)&weights[k][N + n] : B4;
                 const float B[4] = {B4.x, B4.y, B4.z, B4.w}, C[4] = {C4.x, C4.y, C4.z, C4.w};
 #pragma unroll
                 for (int j = 0; j < 4; j++)
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
-                        const float decay = ex2((c ? step.y : step.x) * A[c][n + j]);
+                        const float exponent = (c ? step.y : step.x) * A[c][n + j];
+                        const float decay = n + j >= N - POLYNOMIALS ? ex2_of_negative(exponent) : ex2(exponent);
                         float& state = h[c][n + j];
                         if (PASS == ADJOINT)
                             state = decay * (state + drive[c] * B[j]);
