@@ -16,7 +16,7 @@ import torch
 from moemamba.ops import cuda_scan, reference
 
 COMPILER = shutil.which("g++")
-KERNELS = ("forward", "summarise", "summarise_back", "carry", "carry_back", "backward", "finish")
+KERNELS = ("forward", "forward_split", "summarise", "summarise_back", "carry", "carry_back", "backward", "finish")
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -65,26 +65,31 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
         cache.cache_clear()
 
 
-# One part, and two channels at a time; several parts, sixteen bytes at a time; one position, and one channel at a time.
+# One part, and two channels at a time; several parts, sixteen bytes of inputs, then of B and C too, at a time; one position,
+# and one channel at a time. `beside` is how many columns B and C lie beside in memory.
 @pytest.mark.parametrize(
-    ("shape", "dtype", "packed"),
+    ("shape", "dtype", "packed", "beside"),
     [
-        ((5, 37, 130, 16), torch.float32, False),
-        ((1, 150, 80, 16), torch.bfloat16, True),
-        ((2, 1, 33, 5), torch.float32, False),
+        ((5, 37, 130, 16), torch.float32, False, 3),
+        ((1, 150, 80, 16), torch.bfloat16, True, 3),
+        ((1, 150, 80, 16), torch.bfloat16, False, 8),
+        ((2, 70, 36, 16), torch.float32, True, 4),
+        ((2, 1, 33, 5), torch.float32, False, 3),
     ],
 )
-def test_equals_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool) -> None:
+def test_equals_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool, beside: int
+) -> None:
     torch.manual_seed(0)
     batch, length, width, n_state = shape
     halves = torch.randn(batch, length, 2 * width).to(dtype)
-    slices = torch.randn(batch, length, 3 + 2 * n_state).to(dtype)
+    slices = torch.randn(batch, length, beside + 2 * n_state).to(dtype)
     inputs = {
         "u": halves[..., :width],
         "dt": (torch.randn(batch, length, width) - 2).to(dtype),
         "A": -torch.rand(width, n_state) * 4 - 0.2,
-        "B": slices[..., 3 : 3 + n_state],
-        "C": slices[..., 3 + n_state :],
+        "B": slices[..., beside : beside + n_state],
+        "C": slices[..., beside + n_state :],
         "D": torch.randn(width),
         "z": halves[..., width:],
         "dt_bias": torch.randn(width) / 2,
