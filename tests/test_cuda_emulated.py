@@ -43,7 +43,7 @@ class Emulated:
         subprocess.run([str(COMPILER), *options, str(code), "-o", str(library)], check=True)
         self.library = ctypes.CDLL(os.fspath(library))
 
-    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes) -> None:
+    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes, waiting: bool = False) -> None:
         for name, blocks, threads, shared in kernels:
             assert shared <= 227 * 1024
             self.library[f"start_{name}"](blocks, threads, arguments)

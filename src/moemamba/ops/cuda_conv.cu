@@ -110,6 +110,7 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) backward(const Conv 
 #pragma unroll
     for (int k = 0; k < HISTORY; k++) walk.step(older[k], late[k], false, dx);
 
+    invite();
     char* to = (char*)place(s.dx, row * s.length, line, from) + (stop - 1) * line;
     for (int count = inside ? stop - start : 0; count > 0; count -= AHEAD)
 #pragma unroll
@@ -153,6 +154,7 @@ extern "C" __global__ void __launch_bounds__(256) finish(const Conv s) {
     const int columns = (s.width + 31) / 32, which = blockIdx.x / columns, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int channel = blockIdx.x % columns * 32 + lane, shares = s.batch * ((s.parts + TALL - 1) / TALL);
     float sum = 0, *sums = (float*)shared;
+    follow();
     if (channel < s.width)
 #pragma unroll 8
         for (int share = warp; share < shares; share += 8) sum += s.partial[((wide_int)share * SUMS + which) * s.width + channel];

@@ -47,6 +47,20 @@ __device__ inline void prefetch(const void* from) { asm volatile("prefetch.globa
 
 __device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Where a kernel was launched before the one ahead of it is done: here it waits until that is.
+__device__ inline void follow() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the kernel that follows be launched: its blocks start as soon as they find room.
+__device__ inline void invite() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // sum += left right, of tf32: left (16, 8), right (8, 8), sum (16, 8). In lane l, with r = l / 4 and k = l % 4, left holds
 // (r, k), (r + 8, k), (r, k + 4), (r + 8, k + 4); right (k, r), (k + 4, r); sum (r, 2k), (r, 2k + 1), (r + 8, 2k), (r + 8, 2k + 1).
 __device__ inline void product(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {

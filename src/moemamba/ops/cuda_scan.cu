@@ -23,10 +23,13 @@ constexpr int PLAIN = 0, BEGIN = 1, PADDING = 2;
 #define POLYNOMIALS 0
 #endif
 #ifndef GATE
-#define GATE 0
+#define GATE 1
 #endif
 #ifndef SHORT
-#define SHORT 0
+#define SHORT 1
+#endif
+#ifndef UNROLL
+#define UNROLL 1
 #endif
 #define INFINITE __int_as_float(0x7f800000)
 
@@ -229,6 +232,8 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
     };
 
     fetch();
+    if (PASS == FORWARD) follow();
+    else invite();
     float h[2][N] = {}, A[2][N] = {};
     float* entry = s.entry + (row * s.parts + part) * N * s.width + channel;
 #pragma unroll
@@ -274,11 +279,9 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             for (int n = 0; n < N; n++) store_column(start + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
         }
         const Pair* at = &desk.ring[now][0][0][lane];
-#pragma unroll 1
-        for (int k = 0; k < here; k++) {
-            float2 x = values(at[0]), step = values(at[STEPS * 32]), gate = make_float2(0, 0), open = gate;
-            if (gated) gate = values(at[2 * STEPS * 32]);
-            at += 32;
+        auto advance = [&](int k) {
+            float2 x = values(at[k * 32]), step = values(at[(STEPS + k) * 32]), gate = make_float2(0, 0), open = gate;
+            if (gated) gate = values(at[(2 * STEPS + k) * 32]);
             step.x += bias.x, step.y += bias.y;
             if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
             if (gated) open = opened(gate);
@@ -325,7 +328,16 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
                 store(to, channels, make_float2(out[0], out[1]));
                 to += s.width;
             }
-        }
+        };
+#if UNROLL > 1
+        constexpr int UNROLLED = UNROLL;
+        if (here == STEPS)
+#pragma unroll(UNROLLED)
+            for (int k = 0; k < STEPS; k++) advance(k);
+        else
+#endif
+#pragma unroll 1
+            for (int k = 0; k < here; k++) advance(k);
     }
     if (PASS != FORWARD) {
         float* sum = s.totals + (row * s.parts + part) * s.width + channel;
@@ -345,6 +357,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s
 
 // What each part adds to a state (entry, totals) becomes the state that enters it: one thread for each state.
 template <bool BACK> __device__ inline void carried(const Scan& s) {
+    invite(), follow();
     const wide_int size = (wide_int)N * s.width, cell = (wide_int)blockIdx.x * blockDim.x + threadIdx.x;
     if (cell >= s.batch * size) return;
     const wide_int row = cell / size;

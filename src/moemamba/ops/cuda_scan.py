@@ -22,6 +22,7 @@ CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, an
 THREADS = 2 * TILE
 WALKS, TURNS = 4, 3  # blocks of a multiprocessor at a time, of a kernel that walks and of the backward one
 SPLIT, SPLIT_PARTS = False, None
+EARLY = True
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Scan` of cuda_scan.cu.
@@ -121,7 +122,7 @@ class _Launcher:
         pointers = [0 if t is None else t.data_ptr() for t in found]
         arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
         with torch.cuda.device(self.device):
-            self.module.launch(kernels, arguments)
+            self.module.launch(kernels, arguments, EARLY)
 
 
 @functools.cache

@@ -37,8 +37,6 @@ __device__ inline float4 load_vector_four(const float* vector, int channel, int 
     return make_float4(a.x, a.y, b.x, b.y);
 }
 
-__device__ inline float gated(float out, float gate) { return GATED ? out * (gate * sigmoid(gate)) : out; }
-
 extern "C" __global__ void __launch_bounds__(128, 4) forward_split(const Scan s) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = (s.width + 4 * MINE - 1) / (4 * MINE);
     const int part = blockIdx.x / tiles % s.parts;
@@ -66,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) forward_split(const Scan s)
     };
 
     fetch();
+    follow();
     float h[2][SHARE] = {}, A[2][SHARE] = {};
     const wide_int cells = ((row * s.parts + part) * N + share) * (wide_int)s.width + channel;
 #pragma unroll
@@ -126,7 +125,10 @@ extern "C" __global__ void __launch_bounds__(128, 4) forward_split(const Scan s)
             const float4 found = *(const float4*)&bench.outs[turn][k][four];
             out.x += found.x, out.y += found.y, out.z += found.z, out.w += found.w;
         }
-        out = make_float4(gated(out.x, gate.x), gated(out.y, gate.y), gated(out.z, gate.z), gated(out.w, gate.w));
+        if (GATED) {
+            const float2 low = opened(make_float2(gate.x, gate.y)), high = opened(make_float2(gate.z, gate.w));
+            out = make_float4(out.x * low.x, out.y * low.y, out.z * high.x, out.w * high.y);
+        }
         if (MARKED && dead) out = make_float4(0, 0, 0, 0);
         const Four whole = {packed(make_float2(out.x, out.y)), packed(make_float2(out.z, out.w))};
         if (exists && ABREAST >= 4) {
