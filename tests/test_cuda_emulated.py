@@ -77,9 +77,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
         ((2, 1, 33, 5), torch.float32, False, 3),
     ],
 )
-def test_equals_reference(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool, beside: int
-) -> None:
+def test_equals_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool, beside: int) -> None:
     torch.manual_seed(0)
     batch, length, width, n_state = shape
     halves = torch.randn(batch, length, 2 * width).to(dtype)

@@ -105,7 +105,8 @@ class _Launcher:
             tensors.get("z") is not None,
             softplus,
             together if together in (1, 16 // size) else 2,
-            self.counts[3] == STATES and all(t.data_ptr() % 16 == 0 == t.stride(0) * size % 16 == t.stride(1) * size % 16 for _, t in named[3:]),
+            self.counts[3] == STATES
+            and all(t.data_ptr() % 16 == 0 == t.stride(0) * size % 16 == t.stride(1) * size % 16 for _, t in named[3:]),
         )
 
     def parts(self, tiles: int, walking: int, resident: int) -> tuple[int, int]:
@@ -129,7 +130,14 @@ class _Launcher:
 def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int, weighed: bool) -> Module:
     files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_split.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
-    constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "ABREAST": abreast, "WEIGHED": weighed}
+    constants = {
+        "TYPE": kind,
+        "MARKED": marked,
+        "GATED": gated,
+        "SOFTPLUS": softplus,
+        "ABREAST": abreast,
+        "WEIGHED": weighed,
+    }
     constants |= {"CHUNK": CHUNK, "TILE": TILE}
     with torch.cuda.device(device):
         return Module(source, {name: int(value) for name, value in constants.items()}, device)
@@ -246,7 +254,12 @@ def _backward(
     finishing = -(-batch * length * 2 * STATES // 1024) + (STATES + 2) * -(-width // 32)
     kernels = [("backward", tiles * parts, THREADS, _backward_memory()), ("finish", finishing, 256, 1024)]
     if parts > 1:
-        summarise = ("summarise_back", walking * (parts - 1), WALKERS, _walk_memory(WALKERS, u.element_size(), marks is not None))
+        summarise = (
+            "summarise_back",
+            walking * (parts - 1),
+            WALKERS,
+            _walk_memory(WALKERS, u.element_size(), marks is not None),
+        )
         kernels = [summarise, ("carry_back", -(-batch * STATES * width // 128), 128, 0), *kernels]
     launch(kernels, parts, span, dBC=dBC, sums=sums, **_passed(u, parts))
     for index, value in zip((2, 5, 7, 8), floats, strict=True):
