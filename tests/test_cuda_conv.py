@@ -23,8 +23,8 @@ def test_equals_reference(
         dy = torch.randn(batch, length, width).to(dtype)
     results = []
     for backend, kind in (("cuda", dtype), ("reference", torch.float32)):
-        leaves = [t.clone().requires_grad_() for t in (x.to(kind), weight, bias) if t is not None]
-        leaves[0] = x.detach().to(kind).requires_grad_()
+        leaves = [x.detach().to(kind).requires_grad_()]
+        leaves += [t.clone().requires_grad_() for t in (weight, bias) if t is not None]
         with ops.backend(backend):
             y, _ = ops.causal_conv1d(*leaves, activation=activation)
         results.append([y, *torch.autograd.grad(y, leaves, dy.to(kind))])

@@ -3,23 +3,21 @@
 //     out_t = bias + sum over j of weight_j x_{t-j}        y_t = silu(out_t)
 //
 // Constants of a compilation, beside TYPE: TAPS. SILU: whether there is one. OWN: channels of a thread, which it loads together.
-// AHEAD: positions whose loads are under way. TALL: warps of a block that follow each other in time; the others lie abreast.
+// AHEAD: positions whose loads are under way. TALL: warps of a block, which follow each other in time. RESIDENT: blocks of a
+// multiprocessor at a time.
 //
 // A warp has 32 OWN channels of a run of `span` positions and walks back in time, its window of inputs and what later positions
 // send to earlier ones in registers, so that it reads and writes every row once. Beside its own positions it reads the
 // TAPS - 1 before them, and the TAPS - 1 after them, whose gradients reach back into it. Sums are made in a fixed order.
 
-constexpr int HISTORY = TAPS - 1, ABREAST = 4 / TALL, SUMS = TAPS + 1;
-#ifndef RESIDENT
-#define RESIDENT 4
-#endif
+constexpr int HISTORY = TAPS - 1, SUMS = TAPS + 1;
 
 // Laid out as cuda_conv.py packs it. x has strides, in bytes; every other tensor is contiguous.
 struct Conv {
     const void *dy, *x;
     const float *weight, *bias;
     void* dx;
-    float *partial, *dweight, *dbias;  // partial (b, parts, TAPS + 1, i): the current position's tap first, the bias last
+    float *partial, *dweight, *dbias;  // partial (b, blocks of runs, SUMS, i): the current position's tap first, the bias last
     wide_int x_b;
     int x_t, batch, length, width, span, parts;
 };
@@ -40,7 +38,7 @@ __device__ inline void spread(float (&to)[OWN], const Several& from) {
 
 // What a thread carries along. pending[j] is what later positions send to the one j + 1 before the next.
 struct Walk {
-    float taps[TAPS][OWN], bias[OWN], window[TAPS][OWN], pending[TAPS][OWN], dtaps[TAPS][OWN], dbias[OWN];
+    float taps[TAPS][OWN], bias[OWN], window[TAPS][OWN], pending[TAPS][OWN], sums[SUMS][OWN];
 
     // One position back, whose window's oldest input comes now: its gradient, to which `own` positions alone add sums.
     __device__ inline void step(const Several& oldest, const Several& dy, bool own, float (&dx)[OWN]) {
@@ -57,8 +55,8 @@ struct Walk {
             }
             if (own) {
 #pragma unroll
-                for (int j = 0; j < TAPS; j++) dtaps[j][c] += dout[c] * window[j][c];
-                dbias[c] += dout[c];
+                for (int j = 0; j < TAPS; j++) sums[j][c] += dout[c] * window[j][c];
+                sums[TAPS][c] += dout[c];
             }
             dx[c] = taps[0][c] * dout[c] + (HISTORY ? pending[0][c] : 0);
 #pragma unroll
@@ -69,10 +67,10 @@ struct Walk {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(128, RESIDENT) backward(const Conv s) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = warp / ABREAST;
-    const int tiles = (s.width + 32 * OWN * ABREAST - 1) / (32 * OWN * ABREAST), blocks = (s.parts + TALL - 1) / TALL;
-    const int channel = (blockIdx.x % tiles * ABREAST + warp % ABREAST) * 32 * OWN + lane * OWN;
+extern "C" __global__ void __launch_bounds__(32 * TALL, RESIDENT) backward(const Conv s) {
+    const int lane = threadIdx.x % 32, run = threadIdx.x / 32;
+    const int tiles = (s.width + 32 * OWN - 1) / (32 * OWN), blocks = (s.parts + TALL - 1) / TALL;
+    const int channel = (blockIdx.x % tiles * 32 + lane) * OWN;
     const int part = blockIdx.x / tiles % blocks * TALL + run;
     const wide_int row = blockIdx.x / tiles / blocks, line = (wide_int)s.width * (int)sizeof(Element);
     const int start = min(part * s.span, s.length), stop = min(start + s.span, s.length), from = min(channel, s.width - OWN);
@@ -124,29 +122,25 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) backward(const Conv 
             if (k < count) *(Several*)to = whole;
         }
 
-    // This run's share of dweight and dbias, or the block's.
-    float* share = s.partial + ((row * blocks + part / TALL) * SUMS) * s.width + from;
-    float* meeting = (float*)shared + lane * OWN;
-    if (TALL > 1) {
-        if (run)
-#pragma unroll
-            for (int j = 0; j < SUMS; j++)
-#pragma unroll
-                for (int c = 0; c < OWN; c++)
-                    meeting[((run - 1) * SUMS + j) * 32 * OWN * ABREAST + warp % ABREAST * 32 * OWN + c] =
-                        j < TAPS ? walk.dtaps[j < TAPS ? j : 0][c] : walk.dbias[c];
-        __syncthreads();
-    }
-    if (run == 0 && inside)
+    // The block's share of dweight and dbias.
+    float* share = s.partial + (row * blocks + part / TALL) * SUMS * s.width + from;
+    float* meeting = (float*)shared + lane * OWN;  // [TALL - 1][SUMS][32 OWN]
+    if (run)
 #pragma unroll
         for (int j = 0; j < SUMS; j++)
 #pragma unroll
-            for (int c = 0; c < OWN; c++) {
-                float sum = j < TAPS ? walk.dtaps[j < TAPS ? j : 0][c] : walk.dbias[c];
+            for (int c = 0; c < OWN; c++) meeting[((run - 1) * SUMS + j) * 32 * OWN + c] = walk.sums[j][c];
+    __syncthreads();
+    if (run || !inside) return;
 #pragma unroll
-                for (int w = 1; w < TALL; w++) sum += meeting[((w - 1) * SUMS + j) * 32 * OWN * ABREAST + warp % ABREAST * 32 * OWN + c];
-                share[(wide_int)j * s.width + c] = sum;
-            }
+    for (int j = 0; j < SUMS; j++)
+#pragma unroll
+        for (int c = 0; c < OWN; c++) {
+            float sum = walk.sums[j][c];
+#pragma unroll
+            for (int w = 1; w < TALL; w++) sum += meeting[((w - 1) * SUMS + j) * 32 * OWN + c];
+            share[(wide_int)j * s.width + c] = sum;
+        }
 }
 
 // dweight and dbias, of 32 channels and one tap.

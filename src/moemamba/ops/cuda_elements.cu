@@ -15,12 +15,6 @@ __device__ inline float reciprocal(float x) {
     return y;
 }
 
-__device__ inline float tanh_(float x) {
-    float y;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ inline float wide(unsigned short x) {  // of TYPE 2
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));

@@ -1,12 +1,12 @@
-// The selective scan and its gradients for NVIDIA GPUs (sm_80 and later), compiled at run time by cuda_runtime.py.
+// The selective scan and its gradients for NVIDIA GPUs (sm_80 and later), compiled as one with cuda_elements.cu, which comes first.
 //
 //     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t        y_t = (C_t h_t + D u_t) silu(z_t)
 //
 // Constants of a compilation. TYPE is that of u, dt, z, B, C and y: 0 float, 1 bfloat16, 2 float16; everything is computed in
 // float. MARKED: there are marks (b, l) that say which positions reset the state (BEGIN) and which are padding (PADDING).
-// GATED: there is a z. SOFTPLUS: steps go through it. ABREAST: how many channels can be
-// loaded together, 1, 2 or those of 16 bytes. CHUNK: positions between
-// saved states, a multiple of STEPS. TILE: channels of a block of the backward pass.
+// GATED: there is a z. SOFTPLUS: steps go through it. ABREAST: how many channels can be loaded together, 1, 2 or those of 16
+// bytes. WEIGHED: there are N states, and 16 bytes of B and C can be loaded together. CHUNK: positions between saved states, a
+// multiple of STEPS. TILE: channels of a block of the backward pass.
 //
 // Time is cut into `parts` of `span` chunks, which run side by side. One part will do where batch and channels fill the
 // GPU. Where not, `summarise` finds what each part adds to a state that enters as zero, and the sum of its steps, from which
@@ -19,18 +19,6 @@ constexpr int N = 16;      // states of a channel; a scan of fewer is padded wit
 constexpr int STEPS = 8;   // positions that are loaded at a time
 constexpr bool PAIRED = ABREAST > 1;
 constexpr int PLAIN = 0, BEGIN = 1, PADDING = 2;
-#ifndef POLYNOMIALS
-#define POLYNOMIALS 0
-#endif
-#ifndef GATE
-#define GATE 1
-#endif
-#ifndef SHORT
-#define SHORT 1
-#endif
-#ifndef UNROLL
-#define UNROLL 1
-#endif
 #define INFINITE __int_as_float(0x7f800000)
 
 // Laid out as cuda_scan.py packs it. u, dt, z, B and C have strides, in bytes; every other tensor is contiguous.
@@ -108,17 +96,11 @@ __device__ inline float2 load_vector(const float* vector, int channel, int count
     return make_float2(count > 0 ? vector[channel] : 0, count > 1 ? vector[channel + 1] : 0);
 }
 
-// max(x, 0) + log1p(e^-|x|), the logarithm as e P(e): Chebyshev fit on [0, 1], relative error below 4e-7.
+// max(x, 0) + log1p(e^-|x|), the logarithm as e P(e): Chebyshev fits on [0, 1], relative errors below 4e-7, and 1e-5 for 16 bits.
 __device__ inline float softplus(float x) {
-#if SHORT && TYPE
-    float e = ex2(-LOG2E * fabsf(x)), p = -0.023869110271334648f;  // relative error below 1e-5
-    p = p * e + 0.10122217983007431f;
-    p = p * e - 0.2100486010313034f;
-    p = p * e + 0.3252066373825073f;
-    p = p * e - 0.4993613660335541f;
-    p = p * e + 0.9999915957450867f;
-#else
-    float e = ex2(-LOG2E * fabsf(x)), p = -0.008574675768613815f;
+    const float e = ex2(-LOG2E * fabsf(x));
+#if TYPE == 0
+    float p = -0.008574675768613815f;
     p = p * e + 0.044214192777872086f;
     p = p * e - 0.10785368084907532f;
     p = p * e + 0.17757023870944977f;
@@ -126,33 +108,21 @@ __device__ inline float softplus(float x) {
     p = p * e + 0.3327617645263672f;
     p = p * e - 0.49997448921203613f;
     p = p * e + 0.9999998211860657f;
+#else
+    float p = -0.023869110271334648f;
+    p = p * e + 0.10122217983007431f;
+    p = p * e - 0.2100486010313034f;
+    p = p * e + 0.3252066373825073f;
+    p = p * e - 0.4993613660335541f;
+    p = p * e + 0.9999915957450867f;
 #endif
     return fmaxf(x, 0) + e * p;
 }
 
-// silu of both.
-__device__ inline float2 opened(float2 x) {
-#if GATE == 0
-    return make_float2(x.x * sigmoid(x.x), x.y * sigmoid(x.y));
-#elif GATE == 1  // one reciprocal of a product; with exponents of 60 at most that is finite
+// silu of two, by one reciprocal, of a product; that is finite since exponents are kept at 60 or less, where silu is nothing.
+__device__ inline float2 silu(float2 x) {
     const float a = 1 + ex2(fminf(-LOG2E * x.x, 60)), b = 1 + ex2(fminf(-LOG2E * x.y, 60)), r = reciprocal(a * b);
     return make_float2(x.x * (r * b), x.y * (r * a));
-#else
-    const float a = 0.5f * x.x, b = 0.5f * x.y;
-    return make_float2(a + a * tanh_(a), b + b * tanh_(b));
-#endif
-}
-
-// 2^x for x of 0 or less, in the multiply-add units.
-__device__ inline float ex2_of_negative(float x) {
-    x = fmaxf(x, -126);
-    const float shifted = x + 12582912.f, f = x - (shifted - 12582912.f);  // the nearest whole number, and what is left
-    float p = 0.00958285f;
-    p = p * f + 0.05590642f;
-    p = p * f + 0.24024099f;
-    p = p * f + 0.69312419f;
-    p = p * f + 1.0f;
-    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
 }
 
 // ---- Along time, or back: one thread has two neighbouring channels with all their states in registers.
@@ -232,8 +202,6 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
     };
 
     fetch();
-    if (PASS == FORWARD) follow();
-    else invite();
     float h[2][N] = {}, A[2][N] = {};
     float* entry = s.entry + (row * s.parts + part) * N * s.width + channel;
 #pragma unroll
@@ -279,12 +247,14 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             for (int n = 0; n < N; n++) store_column(start + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
         }
         const Pair* at = &desk.ring[now][0][0][lane];
-        auto advance = [&](int k) {
-            float2 x = values(at[k * 32]), step = values(at[(STEPS + k) * 32]), gate = make_float2(0, 0), open = gate;
-            if (gated) gate = values(at[(2 * STEPS + k) * 32]);
+#pragma unroll 1
+        for (int k = 0; k < here; k++) {
+            float2 x = values(at[0]), step = values(at[STEPS * 32]), gate = make_float2(0, 0), open = gate;
+            if (gated) gate = values(at[2 * STEPS * 32]);
+            at += 32;
             step.x += bias.x, step.y += bias.y;
             if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
-            if (gated) open = opened(gate);
+            if (gated) open = silu(gate);
 #if MARKED
             const int mark = desk.marks[now][k];
 #else
@@ -306,8 +276,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
                 for (int j = 0; j < 4; j++)
 #pragma unroll
                     for (int c = 0; c < 2; c++) {
-                        const float exponent = (c ? step.y : step.x) * A[c][n + j];
-                        const float decay = n + j >= N - POLYNOMIALS ? ex2_of_negative(exponent) : ex2(exponent);
+                        const float decay = ex2((c ? step.y : step.x) * A[c][n + j]);
                         float& state = h[c][n + j];
                         if (PASS == ADJOINT)
                             state = decay * (state + drive[c] * B[j]);
@@ -328,16 +297,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
                 store(to, channels, make_float2(out[0], out[1]));
                 to += s.width;
             }
-        };
-#if UNROLL > 1
-        constexpr int UNROLLED = UNROLL;
-        if (here == STEPS)
-#pragma unroll(UNROLLED)
-            for (int k = 0; k < STEPS; k++) advance(k);
-        else
-#endif
-#pragma unroll 1
-            for (int k = 0; k < here; k++) advance(k);
+        }
     }
     if (PASS != FORWARD) {
         float* sum = s.totals + (row * s.parts + part) * s.width + channel;
@@ -357,7 +317,6 @@ extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s
 
 // What each part adds to a state (entry, totals) becomes the state that enters it: one thread for each state.
 template <bool BACK> __device__ inline void carried(const Scan& s) {
-    invite(), follow();
     const wide_int size = (wide_int)N * s.width, cell = (wide_int)blockIdx.x * blockDim.x + threadIdx.x;
     if (cell >= s.batch * size) return;
     const wide_int row = cell / size;

@@ -21,8 +21,6 @@ WALKERS = 128  # threads of a block that walks along time, two channels each
 CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, and channels of a block
 THREADS = 2 * TILE
 WALKS, TURNS = 4, 3  # blocks of a multiprocessor at a time, of a kernel that walks and of the backward one
-SPLIT, SPLIT_PARTS = False, None
-EARLY = True
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Scan` of cuda_scan.cu.
@@ -123,12 +121,12 @@ class _Launcher:
         pointers = [0 if t is None else t.data_ptr() for t in found]
         arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
         with torch.cuda.device(self.device):
-            self.module.launch(kernels, arguments, EARLY)
+            self.module.launch(kernels, arguments)
 
 
 @functools.cache
 def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int, weighed: bool) -> Module:
-    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_split.cu", "cuda_scan_backward.cu")
+    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
     constants = {
         "TYPE": kind,
@@ -205,9 +203,6 @@ def _forward(
     blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size(), marks is not None)
     parts, span = launch.parts(blocks, blocks, WALKS)
     kernels = [("forward", blocks * parts, threads, shared)]
-    if SPLIT and length > 1:
-        parts, span = SPLIT_PARTS or (1, -(-length // CHUNK))
-        kernels = [("forward_split", batch * -(-width // 64) * parts, 128, 4 * 4128)]
     if parts > 1:
         carry = ("carry", -(-batch * STATES * width // 128), 128, 0)
         kernels = [("summarise", blocks * (parts - 1), threads, shared), carry, *kernels]

@@ -54,7 +54,6 @@ __device__ inline void read(float (&to)[OWN], const float* from) {
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan s) {
     Block& block = *(Block*)shared;
-    follow(), invite();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, r = lane / 4;
     const int tiles = (s.width + TILE - 1) / TILE, tile = blockIdx.x % tiles, part = blockIdx.x / tiles % s.parts;
     const int chunks = (s.length + CHUNK - 1) / CHUNK;
@@ -289,7 +288,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
 
 // dB and dC summed over tiles, four states a thread; in the blocks after those, dA, dD and dbias over rows and parts, of 32 channels.
 extern "C" __global__ void __launch_bounds__(256) finish(const Scan s) {
-    follow();
     const wide_int cells = (wide_int)s.batch * s.length * (2 * N / 4), cell = blockIdx.x * (wide_int)256 + threadIdx.x;
     const int blocks = (int)((cells + 255) / 256), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (blockIdx.x < blocks) {

@@ -30,7 +30,7 @@ def causal_conv1d(
     seq_idx: Tensor | None,
     cuda: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `moemamba.ops.causal_conv1d`. With `cuda` gradients come from the kernels of `cuda_conv.py` where they hold."""
+    """See `moemamba.ops.causal_conv1d`. With `cuda`, gradients are by the kernels of `cuda_conv.py` where they hold."""
     marks = sources = resume = None
     if seq_idx is not None and seq_idx.shape[1]:
         marks, sources, resume = _packed(seq_idx, weight.shape[1])
