@@ -43,6 +43,8 @@ static unsigned rounded(float x) {  // to bfloat16
 static unsigned narrow(float low, float high) { return rounded(low) | rounded(high) << 16; }
 template <int BYTES> static void copy(void* to, const void* from) { memcpy(to, from, BYTES); }
 static void arrived() {}
+static void follow() {}
+static void invite() {}
 static void prefetch(const void* from) { (void)*(volatile const char*)from; }
 
 struct { int x; } threadIdx, blockIdx, blockDim;

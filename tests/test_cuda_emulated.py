@@ -1,8 +1,9 @@
-"""The CUDA C++ scan without a GPU: its kernels compiled for the CPU (`emulate_cuda.h`), against the reference."""
+"""The CUDA C++ kernels without a GPU: compiled for the CPU (`emulate_cuda.h`), against the reference."""
 
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moemamba.ops import cuda_scan, reference
+from moemamba.ops import cuda_conv, cuda_scan, reference
 
 COMPILER = shutil.which("g++")
-KERNELS = ("forward", "summarise", "summarise_back", "carry", "carry_back", "backward", "finish")
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const (\w+) s\)')
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -32,9 +33,9 @@ class Emulated:
         parts = [f"#define {name} {value}" for name, value in constants.items()]
         parts += [f'#include "{Path(__file__).with_name("emulate_cuda.h")}"', source]
         parts += [
-            f'extern "C" void start_{name}(int blocks, int threads, const void* scan)'
-            f" {{ run_grid([](const void* scan) {{ {name}(*(const Scan*)scan); }}, scan, blocks, threads); }}"
-            for name in KERNELS
+            f'extern "C" void start_{name}(int blocks, int threads, const void* s)'
+            f" {{ run_grid([](const void* s) {{ {name}(*(const {struct}*)s); }}, s, blocks, threads); }}"
+            for name, struct in KERNEL.findall(source)
         ]
         name = "-".join(map(str, constants.values()))
         code, library = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
@@ -43,7 +44,7 @@ class Emulated:
         subprocess.run([str(COMPILER), *options, str(code), "-o", str(library)], check=True)
         self.library = ctypes.CDLL(os.fspath(library))
 
-    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes) -> None:
+    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes, waiting: bool = False) -> None:
         for name, blocks, threads, shared in kernels:
             assert shared <= 227 * 1024
             self.library[f"start_{name}"](blocks, threads, arguments)
@@ -52,10 +53,11 @@ class Emulated:
 @pytest.fixture(autouse=True)
 def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     Emulated.folder = tmp_path
-    caches = (cuda_scan._module, cuda_scan._processors)
+    caches = (cuda_scan._module, cuda_scan._processors, cuda_conv._module, cuda_conv._parts)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(cuda_scan, "Module", Emulated)
+    monkeypatch.setattr(cuda_conv, "Module", Emulated)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=8))
     empty = torch.empty
@@ -65,26 +67,30 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
         cache.cache_clear()
 
 
-# One part, and two channels at a time; several parts, sixteen bytes at a time; one position, and one channel at a time.
+# One part, and two channels at a time; several parts, sixteen bytes of inputs, then of B and C too, at a time; one
+# position, and one channel at a time. `beside` is how many columns B and C lie beside in memory.
 @pytest.mark.parametrize(
-    ("shape", "dtype", "packed"),
+    ("shape", "dtype", "packed", "beside"),
     [
-        ((5, 37, 130, 16), torch.float32, False),
-        ((1, 150, 80, 16), torch.bfloat16, True),
-        ((2, 1, 33, 5), torch.float32, False),
+        ((5, 37, 130, 16), torch.float32, False, 3),
+        ((1, 150, 80, 16), torch.bfloat16, True, 3),
+        ((1, 150, 80, 16), torch.bfloat16, False, 8),
+        ((2, 70, 36, 16), torch.float32, True, 4),
+        ((2, 1, 33, 5), torch.float32, False, 3),
     ],
 )
-def test_equals_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool) -> None:
+def test_equals_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool, beside: int) -> None:
     torch.manual_seed(0)
     batch, length, width, n_state = shape
     halves = torch.randn(batch, length, 2 * width).to(dtype)
-    slices = torch.randn(batch, length, 3 + 2 * n_state).to(dtype)
+    slices = torch.randn(batch, length, beside + 2 * n_state).to(dtype)
+    halves[:, ::5, width : width + 2] *= 100  # gates that are wide open or shut
     inputs = {
         "u": halves[..., :width],
         "dt": (torch.randn(batch, length, width) - 2).to(dtype),
         "A": -torch.rand(width, n_state) * 4 - 0.2,
-        "B": slices[..., 3 : 3 + n_state],
-        "C": slices[..., 3 + n_state :],
+        "B": slices[..., beside : beside + n_state],
+        "C": slices[..., beside + n_state :],
         "D": torch.randn(width),
         "z": halves[..., width:],
         "dt_bias": torch.randn(width) / 2,
@@ -107,5 +113,31 @@ def test_equals_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, 
 
     names = ("y", "final_state", *NAMES)
     for name, a, b in zip(names, (found, found_final, *gradients), (y, final, *expected), strict=True):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "count", "silu"),
+    [
+        ((2, 37, 132), torch.float32, 4, True),
+        ((1, 150, 80), torch.bfloat16, 4, True),
+        ((3, 2, 8), torch.float32, 4, True),
+        ((2, 1, 8), torch.float32, 2, False),
+        ((1, 9, 260), torch.float32, 1, True),
+    ],
+)
+def test_convolution_equals_reference(shape: tuple[int, int, int], dtype: torch.dtype, count: int, silu: bool) -> None:
+    torch.manual_seed(0)
+    batch, length, width = shape
+    x = torch.randn(batch, length, 2 * width).to(dtype)[..., :width]
+    weight, bias, dy = torch.randn(width, count), torch.randn(width), torch.randn(shape).to(dtype)
+    leaves = [t.float().clone().requires_grad_() for t in (x, weight, bias)]
+    y, _ = reference.causal_conv1d(*leaves, "silu" if silu else None, None, None)
+    expected = torch.autograd.grad(y, leaves, dy.float())
+    assert cuda_conv.holds(dy, x, weight)
+    for name, a, b in zip(
+        ("x", "weight", "bias"), cuda_conv.backward(dy, x, weight, bias, silu), expected, strict=True
+    ):
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"

@@ -40,7 +40,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "route",
         "selective_scan",
     ),
-    "cuda": ("selective_scan",),
+    "cuda": ("causal_conv1d", "selective_scan"),
 }
 
 INSTALLED = {
@@ -85,6 +85,10 @@ def implementation(op: str, tensor: Tensor) -> Callable[..., Any]:
             from . import triton
 
             backend = triton
+        case "cuda" if op == "causal_conv1d":
+            from .triton_conv import conv_with_cuda
+
+            return conv_with_cuda
         case "cuda":
             from . import cuda_scan
 

@@ -38,6 +38,32 @@ def _why_not() -> str | None:
     return None
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (
+        ("name", ctypes.c_int),
+        ("gap", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("blocks", "threads") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_EARLY = _Attribute(name=6, value=1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class Module:
     """Kernels compiled from one source with some constants, for one GPU."""
 
@@ -45,19 +71,25 @@ class Module:
         self.handle = ctypes.c_void_p()
         self.functions: dict[tuple[str, int], ctypes.c_void_p] = {}
         self.cubin = _compiled(source, constants, torch.cuda.get_device_capability(device))
+        self.early = torch.cuda.get_device_capability(device) >= (9, 0)
         _check(_driver().cuModuleLoadData(ctypes.byref(self.handle), self.cubin), "loading a kernel")
 
-    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes) -> None:
+    def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes, waiting: bool = False) -> None:
         """Start kernels (name, blocks, threads, bytes of shared memory), one after the other, on the current stream.
 
-        Each has one parameter, the same struct. The module's device must be the current one.
+        Each has one parameter, the same struct. The module's device must be the current one. If `waiting`, all but the
+        first wait for the one before by themselves (griddepcontrol), so that their launch is not waited for.
         """
         parameters = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         start = _driver().cuLaunchKernel
-        for name, blocks, threads, shared in kernels:
+        for index, (name, blocks, threads, shared) in enumerate(kernels):
             function = self.functions.get((name, shared)) or self._function(name, shared)
-            status = start(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None)
+            if waiting and index and self.early:
+                how = _Launch(blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.pointer(_EARLY), 1)
+                status = _driver().cuLaunchKernelEx(ctypes.byref(how), function, parameters, None)
+            else:
+                status = start(function, blocks, 1, 1, threads, 1, 1, shared, stream, parameters, None)
             if status:
                 _check(status, f"the kernel {name}")
 

@@ -1,12 +1,12 @@
-// The selective scan and its gradients for NVIDIA GPUs (sm_80 and later), compiled at run time by cuda_runtime.py.
+// The selective scan and its gradients for NVIDIA GPUs (sm_80 and later), compiled as one with cuda_elements.cu, which comes first.
 //
 //     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t        y_t = (C_t h_t + D u_t) silu(z_t)
 //
 // Constants of a compilation. TYPE is that of u, dt, z, B, C and y: 0 float, 1 bfloat16, 2 float16; everything is computed in
 // float. MARKED: there are marks (b, l) that say which positions reset the state (BEGIN) and which are padding (PADDING).
-// GATED: there is a z. SOFTPLUS: steps go through it. ABREAST: how many channels can be
-// loaded together, 1, 2 or those of 16 bytes. CHUNK: positions between
-// saved states, a multiple of STEPS. TILE: channels of a block of the backward pass.
+// GATED: there is a z. SOFTPLUS: steps go through it. ABREAST: how many channels can be loaded together, 1, 2 or those of 16
+// bytes. WEIGHED: there are N states, and 16 bytes of B and C can be loaded together. CHUNK: positions between saved states, a
+// multiple of STEPS. TILE: channels of a block of the backward pass.
 //
 // Time is cut into `parts` of `span` chunks, which run side by side. One part will do where batch and channels fill the
 // GPU. Where not, `summarise` finds what each part adds to a state that enters as zero, and the sum of its steps, from which
@@ -15,70 +15,10 @@
 //
 // Nothing is summed by atomics: results repeat bit for bit.
 
-#ifndef EMULATED
-__device__ inline float ex2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ inline float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ inline float wide(unsigned short x) {  // of TYPE 2
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-
-__device__ inline unsigned narrow(float low, float high) {
-    unsigned y;
-#if TYPE == 1
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#endif
-    return y;
-}
-
-// Copies that arrive in shared memory by themselves; `arrived` waits for all that this thread has begun.
-template <int BYTES> __device__ inline void copy(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES));
-}
-
-// What is at `from` will be wanted: bring it as far as the level-2 cache.
-__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-
-__device__ inline void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// sum += left right, of tf32: left (16, 8), right (8, 8), sum (16, 8). In lane l, with r = l / 4 and k = l % 4, left holds
-// (r, k), (r + 8, k), (r, k + 4), (r + 8, k + 4); right (k, r), (k + 4, r); sum (r, 2k), (r, 2k + 1), (r + 8, 2k), (r + 8, 2k + 1).
-__device__ inline void product(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-
-// The same with a sum that begins with zero.
-__device__ inline void first_product(float (&sum)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
-        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
-          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)), "f"(0.0f));
-}
-#endif
-
-typedef long long wide_int;
 constexpr int N = 16;      // states of a channel; a scan of fewer is padded with states that stay zero
 constexpr int STEPS = 8;   // positions that are loaded at a time
 constexpr bool PAIRED = ABREAST > 1;
 constexpr int PLAIN = 0, BEGIN = 1, PADDING = 2;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-extern __shared__ float4 shared[];
 #define INFINITE __int_as_float(0x7f800000)
 
 // Laid out as cuda_scan.py packs it. u, dt, z, B and C have strides, in bytes; every other tensor is contiguous.
@@ -94,40 +34,6 @@ struct Scan {
     int u_t, dt_t, z_t, B_t, C_t;
     int batch, length, width, states, span, parts;
 };
-
-#if TYPE == 0
-typedef float Element;
-typedef float2 Pair;
-__device__ inline float value(Element x) { return x; }
-__device__ inline float2 values(Pair x) { return x; }
-__device__ inline Pair packed(float2 x) { return x; }
-__device__ inline Pair paired(Element low, Element high) { return make_float2(low, high); }
-__device__ inline Element low(Pair x) { return x.x; }
-__device__ inline Element high(Pair x) { return x.y; }
-#else
-typedef unsigned short Element;
-typedef unsigned Pair;
-#if TYPE == 1
-__device__ inline float value(Element x) { return __uint_as_float((unsigned)x << 16); }
-__device__ inline float2 values(Pair x) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)); }
-#else
-__device__ inline float value(Element x) { return wide(x); }
-__device__ inline float2 values(Pair x) { return make_float2(wide((Element)x), wide((Element)(x >> 16))); }
-#endif
-__device__ inline Pair packed(float2 x) { return narrow(x.x, x.y); }
-__device__ inline Pair paired(Element low, Element high) { return low | (unsigned)high << 16; }
-__device__ inline Element low(Pair x) { return (Element)x; }
-__device__ inline Element high(Pair x) { return (Element)(x >> 16); }
-#endif
-
-// A tensor's elements from some row and element of it.
-__device__ inline const Element* place(const void* tensor, wide_int row, wide_int stride, int element) {
-    return (const Element*)((const char*)tensor + row * stride) + element;
-}
-
-__device__ inline const Element* moved(const Element* from, int rows, int stride) {
-    return (const Element*)((const char*)from + (wide_int)rows * stride);
-}
 
 // Two neighbouring channels of a row, of which `count` (2 or more, 1, 0 or less) exist.
 __device__ inline Pair load(const Element* row, int count) {
@@ -190,11 +96,11 @@ __device__ inline float2 load_vector(const float* vector, int channel, int count
     return make_float2(count > 0 ? vector[channel] : 0, count > 1 ? vector[channel + 1] : 0);
 }
 
-__device__ inline float sigmoid(float x) { return reciprocal(1 + ex2(-LOG2E * x)); }
-
-// max(x, 0) + log1p(e^-|x|), the logarithm as e P(e): Chebyshev fit on [0, 1], relative error below 4e-7.
+// max(x, 0) + log1p(e^-|x|), the logarithm as e P(e): Chebyshev fits on [0, 1], relative errors below 4e-7, and 1e-5 for 16 bits.
 __device__ inline float softplus(float x) {
-    float e = ex2(-LOG2E * fabsf(x)), p = -0.008574675768613815f;
+    const float e = ex2(-LOG2E * fabsf(x));
+#if TYPE == 0
+    float p = -0.008574675768613815f;
     p = p * e + 0.044214192777872086f;
     p = p * e - 0.10785368084907532f;
     p = p * e + 0.17757023870944977f;
@@ -202,69 +108,100 @@ __device__ inline float softplus(float x) {
     p = p * e + 0.3327617645263672f;
     p = p * e - 0.49997448921203613f;
     p = p * e + 0.9999998211860657f;
+#else
+    float p = -0.023869110271334648f;
+    p = p * e + 0.10122217983007431f;
+    p = p * e - 0.2100486010313034f;
+    p = p * e + 0.3252066373825073f;
+    p = p * e - 0.4993613660335541f;
+    p = p * e + 0.9999915957450867f;
+#endif
     return fmaxf(x, 0) + e * p;
+}
+
+// silu of two, by one reciprocal, of a product; that is finite since exponents are kept at 60 or less, where silu is nothing.
+__device__ inline float2 silu(float2 x) {
+    const float a = 1 + ex2(fminf(-LOG2E * x.x, 60)), b = 1 + ex2(fminf(-LOG2E * x.y, 60)), r = reciprocal(a * b);
+    return make_float2(x.x * (r * b), x.y * (r * a));
 }
 
 // ---- Along time, or back: one thread has two neighbouring channels with all their states in registers.
 
 enum Pass { FORWARD, SUMMARY, ADJOINT };  // ADJOINT: the summary of adjoint states, g_{t-1} = exp(dt_t A) (g_t + C_t dout_t)
 
+// A warp walks on its own: what it has in shared memory. B and C lie side by side, as they are in memory and as floats.
+struct Desk {
+    Pair ring[2][3][STEPS][32];  // u or dy, dt, z of the positions at hand, and of the next
+    Element raw[2][STEPS][2 * N];
+#if TYPE != 0
+    float weights[STEPS][2 * N];
+#endif
+#if MARKED
+    int marks[2][STEPS];
+#endif
+};
+
 template <Pass PASS> __device__ inline void walk(const Scan& s) {
-    const int threads = blockDim.x, thread = threadIdx.x, tiles = (s.width + 2 * threads - 1) / (2 * threads);
+    const int threads = blockDim.x, thread = threadIdx.x, tiles = (s.width + 2 * threads - 1) / (2 * threads), lane = thread % 32;
     const int parts = PASS == FORWARD ? s.parts : s.parts - 1;  // no part needs the summary of the last
     const int part = blockIdx.x / tiles % parts + (PASS == ADJOINT);
     const wide_int row = blockIdx.x / tiles / parts;
     const int channel = (blockIdx.x % tiles * threads + thread) * 2, channels = s.width - channel;
     const int begin = part * s.span * CHUNK, end = min(s.length, begin + s.span * CHUNK), count = end - begin;
-    float(*weights)[STEPS][2 * N] = (float(*)[STEPS][2 * N]) shared;  // [2]: B and C of the positions at hand, and of the next
-    int(*marks)[STEPS] = (int(*)[STEPS])(weights + 2);
-    Pair* ring = (Pair*)(marks + 2);  // [2][3][STEPS][threads]: u or dy, dt, z
+    constexpr int WAY = PASS == ADJOINT ? -1 : 1;
+    Desk& desk = ((Desk*)shared)[thread / 32];
 
-    // A warp copies ABREAST channels a lane, ROWS positions together.
+    // A warp copies ABREAST channels a lane, ROWS positions together; of B and C 16 bytes a lane, WROWS positions.
     constexpr bool gated = GATED && PASS != SUMMARY, copied = ABREAST > 1;
-    constexpr int ACROSS = copied ? 64 / ABREAST : 32, ROWS = 32 / ACROSS;
-    const int lane = thread % 32, from_channel = copied ? channel - 2 * lane + lane % ACROSS * ABREAST : channel;
-    const int line = s.width * (int)sizeof(Element);
+    constexpr int ACROSS = copied ? 64 / ABREAST : 32, ROWS = 32 / ACROSS, INPUTS = gated ? 3 : 2;
+    constexpr int LUMP = 16 / sizeof(Element), WACROSS = 2 * N / LUMP, WROWS = 32 / WACROSS;
+    const int from_channel = copied ? channel - 2 * lane + lane % ACROSS * ABREAST : channel, ahead = lane / ACROSS;
+    const int first_row = PASS == ADJOINT ? end - 1 : begin, line = s.width * (int)sizeof(Element);
+    const int strides[3] = {PASS == ADJOINT ? line : s.u_t, s.dt_t, s.z_t};
     const Element* inputs[3] = {
         PASS == ADJOINT ? place(s.dy, row * s.length, line, from_channel) : place(s.u, row, s.u_b, from_channel),
         place(s.dt, row, s.dt_b, from_channel), place(s.z, row, s.z_b, from_channel)};
-    const int strides[3] = {PASS == ADJOINT ? line : s.u_t, s.dt_t, s.z_t};
-    const int n = thread % N;  // what this thread loads of B and C
-    const bool is_C = thread / N % 2, wanted = PASS == FORWARD || is_C == (PASS == ADJOINT);
-    const Element* weight = is_C ? place(s.C, row, s.C_b, n) : place(s.B, row, s.B_b, n);
-    Element held[STEPS / 4];  // of B or C, and a mark, on their way from global to shared memory
-    int held_mark = PLAIN;
+#pragma unroll
+    for (int i = 0; i < INPUTS; i++) inputs[i] = moved(inputs[i], first_row + WAY * ahead, strides[i]);
+    const int column = WEIGHED ? lane % WACROSS * LUMP : lane, wahead = WEIGHED ? lane / WACROSS : 0;
+    const int weight_t = column < N ? s.B_t : s.C_t;
+    const Element* weight = column < N ? place(s.B, row, s.B_b, column) : place(s.C, row, s.C_b, column - N);
+    weight = moved(weight, first_row + WAY * wahead, weight_t);
 
-    auto fetch = [&](int group) {
-        const int side = group & 1, here = min(STEPS, count - group * STEPS), way = PASS == ADJOINT ? -1 : 1;
-        const int first = PASS == ADJOINT ? end - 1 - group * STEPS : begin + group * STEPS;
+    int side = 0, left = count;  // to be fetched
+    auto fetch = [&]() {
+        Pair* to = copied ? &desk.ring[side][0][ahead][lane % ACROSS * ABREAST / 2] : &desk.ring[side][0][0][lane];
 #pragma unroll
-        for (int i = 0; i < (gated ? 3 : 2); i++) {
-            Pair* to = ring + (side * 3 + i) * STEPS * threads + thread;
-            if (copied) {
-                const int ahead = lane / ACROSS;
-                const Element* from = moved(inputs[i], first + way * ahead, strides[i]);
-                to += ahead * threads + from_channel / 2 - channel / 2;
-                const wide_int stride = (wide_int)way * ROWS * strides[i];
+        for (int k = 0; k < STEPS; k += ROWS) {
+            const bool exists = k + ahead < left && from_channel < s.width;
 #pragma unroll
-                for (int k = 0; k < STEPS; k += ROWS) {
-                    if (k + ahead < here && from_channel < s.width) copy<ABREAST * sizeof(Element)>(to + k * threads, from);
-                    from = (const Element*)((const char*)from + stride);
-                }
-            } else
-#pragma unroll 1
-                for (int k = 0; k < here; k++) to[k * threads] = load(moved(inputs[i], first + way * k, strides[i]), channels);
+            for (int i = 0; i < INPUTS; i++) {
+                if (copied) {
+                    if (exists) copy<ABREAST * sizeof(Element)>(to + (i * STEPS + k) * 32, inputs[i]);
+                } else if (exists)
+                    to[(i * STEPS + k) * 32] = load(inputs[i], channels);
+                inputs[i] = moved(inputs[i], WAY * ROWS, strides[i]);
+            }
         }
+        if (WEIGHED)
 #pragma unroll
-        for (int i = 0; i < STEPS / 4; i++) {
-            const int k = i * (threads / 32) + thread / 32;
-            const bool exists = wanted && n < s.states && k < here;
-            held[i] = exists ? *moved(weight, first + way * k, is_C ? s.C_t : s.B_t) : Element();
-        }
-        if (MARKED && thread < here) held_mark = s.marks[row * s.length + first + way * thread];
+            for (int k = 0; k < STEPS; k += WROWS) {
+                if (k + wahead < left) copy<16>(&desk.raw[side][k + wahead][column], weight);
+                weight = moved(weight, WAY * WROWS, weight_t);
+            }
+        else
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) {
+                desk.raw[side][k][lane] = k < left && lane % N < s.states ? *weight : Element();
+                weight = moved(weight, WAY, weight_t);
+            }
+#if MARKED
+        if (lane < STEPS) desk.marks[side][lane] = lane < left ? s.marks[row * s.length + first_row + WAY * (count - left + lane)] : PLAIN;
+#endif
+        side ^= 1, left -= STEPS;
     };
 
-    fetch(0);
+    fetch();
     float h[2][N] = {}, A[2][N] = {};
     float* entry = s.entry + (row * s.parts + part) * N * s.width + channel;
 #pragma unroll
@@ -282,33 +219,47 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
     }
     const float2 bias = load_vector(s.bias, channel, channels), skip = load_vector(s.D, channel, channels);
     float2 total = make_float2(0, 0);
+    Element* to = (Element*)s.y + (row * s.length + begin) * s.width + channel;
 
     for (int group = 0; group * STEPS < count; group++) {
-        const int side = group & 1;
+        const int now = side ^ 1, here = min(STEPS, count - group * STEPS), first = begin + group * STEPS;
         arrived();
-        if (wanted)
+#if TYPE == 0
+        __syncwarp();
+        const float(*weights)[2 * N] = desk.raw[now];
+#else
+        const float(*weights)[2 * N] = desk.weights;
+        if (!WEIGHED) __syncwarp();
+        Element lump[8];
+        *(float4*)lump = *(const float4*)&desk.raw[now][lane / 4][lane % 4 * 8];
+        __syncwarp();  // the positions before are done with
 #pragma unroll
-            for (int i = 0; i < STEPS / 4; i++) weights[side][i * (threads / 32) + thread / 32][thread % 32] = value(held[i]);
-        if (MARKED && thread < STEPS) marks[side][thread] = held_mark;
-        __syncthreads();
-        if ((group + 1) * STEPS < count) fetch(group + 1);
-        const int here = min(STEPS, count - group * STEPS), first = begin + group * STEPS;
+        for (int j = 0; j < 8; j += 4)
+            *(float4*)&desk.weights[lane / 4][lane % 4 * 8 + j] =
+                make_float4(value(lump[j]), value(lump[j + 1]), value(lump[j + 2]), value(lump[j + 3]));
+        __syncwarp();
+#endif
+        if (left > 0) fetch();
+        else side ^= 1;
         if (PASS == FORWARD && s.starts && first % CHUNK == 0) {
             float* start = s.starts + (row * ((s.length + CHUNK - 1) / CHUNK) + first / CHUNK) * N * s.width + channel;
 #pragma unroll
             for (int n = 0; n < N; n++) store_column(start + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
         }
-        const Pair* at = ring + side * 3 * STEPS * threads + thread;
-        Element* to = (Element*)s.y + (row * s.length + first) * s.width + channel;
+        const Pair* at = &desk.ring[now][0][0][lane];
 #pragma unroll 1
         for (int k = 0; k < here; k++) {
-            float2 x = values(at[0]), step = values(at[STEPS * threads]), gate = make_float2(0, 0), open = gate;
-            if (gated) gate = values(at[2 * STEPS * threads]);
-            at += threads;
+            float2 x = values(at[0]), step = values(at[STEPS * 32]), gate = make_float2(0, 0), open = gate;
+            if (gated) gate = values(at[2 * STEPS * 32]);
+            at += 32;
             step.x += bias.x, step.y += bias.y;
             if (SOFTPLUS) step.x = softplus(step.x), step.y = softplus(step.y);
-            if (gated) open.x = gate.x * sigmoid(gate.x), open.y = gate.y * sigmoid(gate.y);
-            const int mark = MARKED ? marks[side][k] : PLAIN;
+            if (gated) open = silu(gate);
+#if MARKED
+            const int mark = desk.marks[now][k];
+#else
+            constexpr int mark = PLAIN;
+#endif
             if (MARKED && mark == PADDING) step = x = gate = open = make_float2(0, 0);
             float drive[2] = {step.x * x.x, step.y * x.y}, out[2] = {skip.x * x.x, skip.y * x.y};
             if (PASS == ADJOINT) drive[0] = gated ? x.x * open.x : x.x, drive[1] = gated ? x.y * open.y : x.y;
@@ -318,8 +269,8 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
                 for (int n = 0; n < N; n++) h[0][n] = h[1][n] = 0;
 #pragma unroll
             for (int n = 0; n < N; n += 4) {
-                const float4 B4 = *(const float4*)&weights[side][k][PASS == ADJOINT ? N + n : n];
-                const float4 C4 = PASS == FORWARD ? *(const float4*)&weights[side][k][N + n] : B4;
+                const float4 B4 = *(const float4*)&weights[k][PASS == ADJOINT ? N + n : n];
+                const float4 C4 = PASS == FORWARD ? *(const float4*)&weights[k][N + n] : B4;
                 const float B[4] = {B4.x, B4.y, B4.z, B4.w}, C[4] = {C4.x, C4.y, C4.z, C4.w};
 #pragma unroll
                 for (int j = 0; j < 4; j++)

@@ -103,6 +103,8 @@ class _Launcher:
             tensors.get("z") is not None,
             softplus,
             together if together in (1, 16 // size) else 2,
+            self.counts[3] == STATES
+            and all(t.data_ptr() % 16 == 0 == t.stride(0) * size % 16 == t.stride(1) * size % 16 for _, t in named[3:]),
         )
 
     def parts(self, tiles: int, walking: int, resident: int) -> tuple[int, int]:
@@ -123,10 +125,17 @@ class _Launcher:
 
 
 @functools.cache
-def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int) -> Module:
-    files = ("cuda_scan.cu", "cuda_scan_backward.cu")
+def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int, weighed: bool) -> Module:
+    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
-    constants = {"TYPE": kind, "MARKED": marked, "GATED": gated, "SOFTPLUS": softplus, "ABREAST": abreast}
+    constants = {
+        "TYPE": kind,
+        "MARKED": marked,
+        "GATED": gated,
+        "SOFTPLUS": softplus,
+        "ABREAST": abreast,
+        "WEIGHED": weighed,
+    }
     constants |= {"CHUNK": CHUNK, "TILE": TILE}
     with torch.cuda.device(device):
         return Module(source, {name: int(value) for name, value in constants.items()}, device)
@@ -155,8 +164,10 @@ def _parts(tiles: int, walking: int, chunks: int, processors: int, resident: int
     return best[1:]
 
 
-def _walk_memory(threads: int, size: int) -> int:
-    return 2 * STEPS * (2 * STATES * 4 + 4) + 2 * 3 * STEPS * threads * 2 * size
+def _walk_memory(threads: int, size: int, marked: bool) -> int:
+    """Bytes of a `struct Desk` of cuda_scan.cu for each warp: ring, B and C as they are and as floats, marks."""
+    weights = 2 * STEPS * 2 * STATES * size + (0 if size == 4 else STEPS * 2 * STATES * 4)
+    return threads // 32 * (2 * 3 * STEPS * 64 * size + weights + (2 * STEPS * 4 if marked else 0))
 
 
 def _backward_memory() -> int:
@@ -189,7 +200,7 @@ def _forward(
         starts=starts if save else None,
     )  # fmt: skip
     threads = WALKERS if length > 1 else 32
-    blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size())
+    blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size(), marks is not None)
     parts, span = launch.parts(blocks, blocks, WALKS)
     kernels = [("forward", blocks * parts, threads, shared)]
     if parts > 1:
@@ -238,7 +249,12 @@ def _backward(
     finishing = -(-batch * length * 2 * STATES // 1024) + (STATES + 2) * -(-width // 32)
     kernels = [("backward", tiles * parts, THREADS, _backward_memory()), ("finish", finishing, 256, 1024)]
     if parts > 1:
-        summarise = ("summarise_back", walking * (parts - 1), WALKERS, _walk_memory(WALKERS, u.element_size()))
+        summarise = (
+            "summarise_back",
+            walking * (parts - 1),
+            WALKERS,
+            _walk_memory(WALKERS, u.element_size(), marks is not None),
+        )
         kernels = [summarise, ("carry_back", -(-batch * STATES * width // 128), 128, 0), *kernels]
     launch(kernels, parts, span, dBC=dBC, sums=sums, **_passed(u, parts))
     for index, value in zip((2, 5, 7, 8), floats, strict=True):

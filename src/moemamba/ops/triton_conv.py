@@ -1,9 +1,12 @@
 """The causal depthwise convolution on a GPU: SiLU, state and packed rows fused; a custom op with its gradient."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
+from . import cuda_conv
 from .packing import boundaries, taps
 from .triton_conv_kernels import backward_kernel, forward_kernel, sum_kernel
 from .triton_conv_packed import packed_backward_kernel, packed_forward_kernel
@@ -25,15 +28,21 @@ def causal_conv1d(
     activation: str | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
+    cuda: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `moemamba.ops.causal_conv1d`."""
+    """See `moemamba.ops.causal_conv1d`. With `cuda`, gradients are by the kernels of `cuda_conv.py` where they hold."""
     marks = sources = resume = None
     if seq_idx is not None and seq_idx.shape[1]:
         marks, sources, resume = _packed(seq_idx, weight.shape[1])
-    args = (x, weight, bias, initial_state, marks, sources, resume, activation == "silu")
+    args = (x, weight, bias, initial_state, marks, sources, resume, activation == "silu", cuda)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _conv(*args)
     return _forward(*args)
+
+
+def conv_with_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    """The same on an NVIDIA GPU, where nobody asked for Triton alone."""
+    return causal_conv1d(*args, cuda=True)
 
 
 def _packed(seq_idx: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +71,7 @@ def _forward(
     sources: Tensor | None,
     resume: Tensor | None,
     silu: bool,
+    cuda: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y (b, l, i) and final_state (b, i, k - 1)."""
     (batch, length, width), count = x.shape, weight.shape[1]
@@ -96,6 +106,7 @@ def _backward(
     sources: Tensor | None,
     resume: Tensor | None,
     silu: bool,
+    cuda: bool,
 ) -> list[Tensor]:
     """Gradients of x, weight, bias, initial_state, in this order; empty where there is no such input."""
     (batch, length, width), count = x.shape, weight.shape[1]
@@ -103,6 +114,9 @@ def _backward(
     history = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     dy, weight = dy.contiguous(), weight.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
+    if cuda and sources is None and history is None and dfinal is None and cuda_conv.holds(dy, x, weight):
+        dx, dweight, dbias = cuda_conv.backward(dy, x, weight, bias, silu)
+        return [dx, dweight, dx.new_empty(0) if dbias is None else dbias, dx.new_empty(0)]
     how = BACKWARD if sources is None else PACKED_BACKWARD
     tiles = triton.cdiv(width, how["I"])
     parts = batch * max(triton.cdiv(length, SEGMENT if sources is not None else how["S"] * how["T"]), 1)
@@ -142,18 +156,18 @@ _conv_backward = torch.library.custom_op("moemamba::causal_conv1d_backward", _ba
 
 
 @_conv.register_fake
-def _(x, weight, bias, initial_state, marks, sources, resume, silu):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, initial_state, marks, sources, resume, silu, cuda):  # type: ignore[no-untyped-def]
     batch, length, width = x.shape
     return x.new_empty((batch, length, width)), x.new_empty((batch, width, weight.shape[1] - 1))
 
 
 @_conv_backward.register_fake
-def _(dy, dfinal, x, weight, bias, initial_state, marks, sources, resume, silu):  # type: ignore[no-untyped-def]
+def _(dy, dfinal, x, weight, bias, initial_state, marks, sources, resume, silu, cuda):  # type: ignore[no-untyped-def]
     return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.silu = inputs
+    *tensors, ctx.silu, ctx.cuda = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -161,9 +175,9 @@ def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _differentiate(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
     tensors = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    grads = _conv_backward(dy, dfinal, *tensors, ctx.silu)
+    grads = _conv_backward(dy, dfinal, *tensors, ctx.silu, ctx.cuda)
     present = [None if t is None else g for t, g in zip(tensors[:4], grads, strict=True)]
-    return (*present, None, None, None, None)
+    return (*present, None, None, None, None, None)
 
 
 _conv.register_autograd(_differentiate, setup_context=_remember)
