@@ -244,24 +244,37 @@ def compare_head(tensors, targets, tolerance=1e-5, **options):
         torch.testing.assert_close(run(**tensors), oracle(**tensors), rtol=tolerance, atol=0)
 
 
+@pytest.fixture(params=["recomputed", "stored"])
+def way(request, monkeypatch):
+    """Both ways to a head's loss, whatever its width."""
+    monkeypatch.setattr(triton_cross_entropy, "RECOMPUTED", 1024 if request.param == "recomputed" else 0)
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_linear_cross_entropy(reduction):
-    tensors, targets = make_head(tokens=30)
+    tensors, targets = make_head(tokens=70)
     compare_head(tensors, targets, reduction=reduction)
     compare_head(tensors, targets.where(targets >= 0, 5), ignore_index=5, reduction=reduction)
+    tensors, targets = make_head(tokens=3, d=17, v=5)
+    compare_head(tensors, targets.fill_(-100), reduction="sum")
 
 
 def test_linear_cross_entropy_in_chunks(monkeypatch):
+    monkeypatch.setattr(triton_cross_entropy, "RECOMPUTED", 0)
     monkeypatch.setattr(triton_cross_entropy, "LOGITS_BYTES", 1)
     compare_head(*make_head(tokens=140))
 
 
+@pytest.mark.usefixtures("way")
 def test_linear_cross_entropy_with_large_logits():
-    tensors, targets = make_head(tokens=20, v=4100)  # more than one block of the softmax
-    tensors["weight"].data *= 100
+    tensors, targets = make_head(tokens=20, v=300)
+    tensors["weight"].data *= 100  # e^-2000 would be a probability; a target's would be 0
     compare_head(tensors, targets, tolerance=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_linear_cross_entropy_float16():
     tensors, targets = make_head(dtype=torch.float16)
     compare_head(tensors, targets, tolerance=3e-3)

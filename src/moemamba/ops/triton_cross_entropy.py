@@ -5,16 +5,55 @@ and the backward pass only scales them. That pass reads the logits once from mem
 writes the gradient, finds them in the cache.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
+
+from . import triton_cross_entropy_kernels as kernels
+from .triton_experts import _blocks
 
 LOGITS_BYTES = 900 << 20  # of logits that exist at once
 ALIGNMENT = 64  # the vocabulary is widened to a multiple of this, without which matrix products are slow
+RECOMPUTED = 128  # up to this d_model the logits are computed twice instead of being stored
+LARGEST_SUM = 2.0**100
+
+
+class Tiles(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+    programs: int = 1
+
+
+SCORES = {
+    "a": Tiles(128, 256, 64, 3, 8),
+    "b": Tiles(128, 256, 64, 4, 8),
+    "c": Tiles(128, 128, 64, 3, 4, 2),
+    "d": Tiles(128, 128, 64, 4, 8),
+    "e": Tiles(128, 128, 64, 3, 8, 2),
+    "f": Tiles(64, 256, 64, 2, 4, 2),
+    "g": Tiles(256, 128, 64, 3, 8),
+    "a0": Tiles(128, 256, 64, 3, 8, 10**6),
+    "c0": Tiles(128, 128, 64, 3, 4, 10**6),
+    "e0": Tiles(128, 128, 64, 3, 8, 10**6),
+    "float32": Tiles(64, 64, 32, 3, 4),
+}
+ATTENTION = {
+    "a": Tiles(128, 128, 0, 3, 8),
+    "b": Tiles(128, 64, 0, 4, 8),
+    "c": Tiles(64, 128, 0, 2, 4),
+    "d": Tiles(64, 64, 0, 3, 4),
+    "e": Tiles(128, 64, 0, 2, 8),
+    "f": Tiles(128, 128, 0, 2, 8),
+    "g": Tiles(128, 64, 0, 3, 4),
+    "float32": Tiles(64, 32, 0, 2, 4),
+}
+CHOICE = {"score": "a", "attention": "a", "weight": "a"}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -31,25 +70,109 @@ def _cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss () float32 and, if wanted, its gradients: dhidden (t, d), and dweight (v, d) float32."""
-    tokens, v = hidden.shape[0], weight.shape[0]
-    wide = triton.cdiv(v, ALIGNMENT) * ALIGNMENT
+    tokens, d = hidden.shape
+    v, dtype = weight.shape[0], hidden.dtype
+    recompute = d <= RECOMPUTED
+    if dtype == torch.float16 and not recompute:
+        dtype = torch.float32  # float16 has too short a range for what has not been divided by its sum
+    depth = _wide(d, dtype)
+    h = F.pad(hidden.to(dtype), (0, depth - d)).contiguous()
+    w = F.pad(weight.to(dtype), (0, depth - d, 0, -v % ALIGNMENT)).contiguous()
     targets = targets.contiguous()
-    weight = F.pad(weight.to(hidden.dtype), (0, 0, 0, wide - v))
-    chunk = _chunk(tokens, wide * hidden.element_size(), triton.cdiv(hidden.shape[1], 256), _processors(hidden))
-    logits = hidden.new_empty(chunk, wide)
     losses = hidden.new_empty(tokens, dtype=torch.float32)
-    dhidden, dweight = _empty_gradients(hidden, wide, gradients)
-    dweight.zero_()
+    dhidden, dweight = _empty_gradients(h, w.shape[0], gradients)
+    if tokens == 0:
+        dweight.zero_()
+    elif recompute:
+        _recompute(h, w, v, targets, ignore_index, gradients, losses, dhidden, dweight)
+    else:
+        _store(h, w, v, targets, ignore_index, gradients, losses, dhidden, dweight)
+    if gradients:
+        dhidden, dweight = dhidden[:, :d].to(hidden.dtype).contiguous(), dweight[:v, :d].contiguous()
+    return losses.sum(), dhidden, dweight
+
+
+def _recompute(
+    h: Tensor,
+    w: Tensor,
+    v: int,
+    targets: Tensor,
+    ignore_index: int,
+    gradients: bool,
+    losses: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+) -> None:
+    """Few columns: the logits are computed twice, and never leave the registers."""
+    tokens, depth = h.shape
+    log_sums = torch.empty_like(losses)
+    how = ATTENTION["float32" if h.dtype == torch.float32 else CHOICE["attention"]]
+    deep = max(16, triton.next_power_of_2(depth))
+    kernels.hidden_gradient[(triton.cdiv(tokens, how.rows),)](
+        _blocks(h, how.rows, deep), _blocks(w[:v], how.columns, deep), w, targets, losses, log_sums, dhidden,
+        tokens, v, depth, ignore_index, GRADIENT=gradients,
+        ROWS=how.rows, COLUMNS=how.columns, DEPTH=deep, num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+    if gradients:
+        how = ATTENTION["float32" if h.dtype == torch.float32 else CHOICE["weight"]]
+        kernels.weight_gradient[(triton.cdiv(v, how.rows),)](
+            _blocks(h, how.columns, deep), _blocks(w[:v], how.rows, deep), targets, log_sums, dweight, tokens, v, depth,
+            ROWS=how.columns, COLUMNS=how.rows, DEPTH=deep, num_warps=how.warps, num_stages=how.stages,
+        )  # fmt: skip
+
+
+def _store(
+    h: Tensor,
+    w: Tensor,
+    v: int,
+    targets: Tensor,
+    ignore_index: int,
+    gradients: bool,
+    losses: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+) -> None:
+    """Many columns: the scores of some thousand tokens are stored, and two products read them."""
+    tokens, depth = h.shape
+    wide, how = w.shape[0], SCORES["float32" if h.dtype == torch.float32 else CHOICE["score"]]
+    reference, inverse = torch.empty_like(losses), torch.empty_like(losses)
+    kernels.refer[(triton.cdiv(tokens, 8),)](
+        h, w, targets, reference, tokens, depth, ignore_index, ROWS=8, DEPTH=min(512, triton.next_power_of_2(depth))
+    )
+    chunk = _chunk(tokens, wide * h.element_size(), triton.cdiv(depth, 256), _processors(h))
+    scores = h.new_empty(chunk if gradients else 0, wide)
+    scaled = h.new_empty(chunk if gradients else 0, depth)
+    pieces = triton.cdiv(wide, 8192) if CHOICE["score"].startswith("cublas") else triton.cdiv(v, how.columns)
+    sums = h.new_empty(pieces, chunk, dtype=torch.float32)
+    if gradients:
+        dweight.zero_()
     for start in range(0, tokens, chunk):
-        h = hidden[start : start + chunk]
-        part = torch.mm(h, weight.T, out=logits[: h.shape[0]])
-        _softmax[(h.shape[0],)](
-            part, targets[start:], losses[start:], v, wide, ignore_index, GRADIENT=gradients, BLOCK=4096, num_warps=16
-        )
+        part = h[start : start + chunk]
+        rows = part.shape[0]
+        if CHOICE["score"].startswith("cublas"):
+            step = int(CHOICE["score"][6:] or chunk)
+            for at in range(0, rows, step):
+                piece = part[at : at + step]
+                out = torch.mm(piece, w.T, out=scores[at : at + piece.shape[0]])
+                kernels.exponentiate[(piece.shape[0], pieces)](
+                    out, reference[start + at :], sums.view(-1)[at:], rows, v, wide, BLOCK=8192, num_warps=8
+                )
+        else:
+            tiles = triton.cdiv(rows, how.rows) * pieces
+            kernels.score[(min(tiles, how.programs * _processors(h)),)](
+                _blocks(part, how.rows, how.depth), _blocks(w, how.columns, how.depth),
+                _blocks(scores[:rows], how.rows, how.columns // 2) if gradients else None,
+                reference[start:], sums, rows, v, depth, STORE=gradients,
+                ROWS=how.rows, COLUMNS=how.columns, DEPTH=how.depth, num_warps=how.warps, num_stages=how.stages,
+            )  # fmt: skip
+        kernels.finish[(triton.cdiv(rows, 32),)](
+            part, w, scores, reference[start:], sums, targets[start:], losses[start:], inverse[start:], scaled,
+            pieces, rows, v, wide, depth, LARGEST_SUM, GRADIENT=gradients, ROWS=32, COLUMNS=64, DEPTH=64,
+        )  # fmt: skip
         if gradients:
-            torch.mm(part, weight, out=dhidden[start : start + chunk])
-            _add_product(dweight, part.T, h)
-    return losses.sum(), dhidden, dweight[:v]
+            out = torch.mm(scores[:rows], w, out=dhidden[start : start + chunk])
+            torch.mul(out, inverse[start : start + chunk, None], out=out)
+            _add_product(dweight, scores[:rows].T, scaled[:rows])
 
 
 @_cross_entropy.register_fake
@@ -81,6 +204,11 @@ def _chunk(tokens: int, row_bytes: int, columns: int, processors: int) -> int:
     return rows[best] * 128
 
 
+def _wide(d: int, dtype: torch.dtype) -> int:
+    """Columns of a row that tensor descriptors accept: whole blocks of 16 bytes."""
+    return triton.cdiv(d * dtype.itemsize, 16) * 16 // dtype.itemsize
+
+
 def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
@@ -108,31 +236,3 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # only CUDA has products of another dtype than their operands'
         total.addmm_(a.float(), b.float())
-
-
-@triton.jit
-def _softmax(logits, targets, losses, v, wide, ignore_index, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's loss, and in place of its logits their gradient: softmax minus one-hot; zero where it does not count."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * wide
-    target = tl.load(targets + row)
-    counts = target != ignore_index
-    chosen = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
-    columns = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), -1e30, tl.float32)  # each lane keeps its own running maximum, and the sum relative to it
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, v, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < v, other=float("-inf")).to(tl.float32) * LOG2_E
-        rescale = tl.exp2(-tl.abs(x - top))
-        total = tl.where(x > top, total * rescale + 1, total + rescale)
-        top = tl.maximum(top, x)
-    highest = tl.max(top, 0)
-    log2_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
-    tl.store(losses + row, tl.where(counts, log2_sum / LOG2_E - chosen, 0.0))
-    if GRADIENT:
-        for start in range(0, wide, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < v, other=float("-inf")).to(tl.float32) * LOG2_E
-            gradient = tl.exp2(x - log2_sum) - tl.where(start + columns == target, 1.0, 0.0)
-            gradient = tl.where(counts, gradient, 0.0)
-            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=start + columns < wide)
