@@ -8,7 +8,6 @@ writes the gradient, finds them in the cache.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -28,6 +27,8 @@ class Tiles(NamedTuple):
     stages: int
     warps: int
     programs: int = 1
+    parts: int = 2
+    flat: bool = True
 
 
 SCORES = {
@@ -41,6 +42,13 @@ SCORES = {
     "a0": Tiles(128, 256, 64, 3, 8, 10**6),
     "c0": Tiles(128, 128, 64, 3, 4, 10**6),
     "e0": Tiles(128, 128, 64, 3, 8, 10**6),
+    "h": Tiles(128, 256, 128, 2, 8),
+    "i": Tiles(128, 256, 64, 3, 8, 1, 1),
+    "j": Tiles(128, 128, 32, 5, 4, 2, 1),
+    "k": Tiles(128, 128, 64, 2, 4, 2, 1),
+    "l": Tiles(128, 128, 64, 2, 8, 2, 1),
+    "m": Tiles(128, 256, 64, 3, 8, 1, 2, False),
+    "n": Tiles(128, 256, 64, 3, 8, 1, 1, False),
     "float32": Tiles(64, 64, 32, 3, 4),
 }
 ATTENTION = {
@@ -50,7 +58,9 @@ ATTENTION = {
     "d": Tiles(64, 64, 0, 3, 4),
     "e": Tiles(128, 64, 0, 2, 8),
     "f": Tiles(128, 128, 0, 2, 8),
-    "g": Tiles(128, 64, 0, 3, 4),
+    "h": Tiles(64, 128, 0, 3, 4),
+    "i": Tiles(64, 64, 0, 4, 4),
+    "j": Tiles(64, 64, 0, 2, 4),
     "float32": Tiles(64, 32, 0, 2, 4),
 }
 CHOICE = {"score": "a", "attention": "a", "weight": "a"}
@@ -76,8 +86,8 @@ def _cross_entropy(
     if dtype == torch.float16 and not recompute:
         dtype = torch.float32  # float16 has too short a range for what has not been divided by its sum
     depth = _wide(d, dtype)
-    h = F.pad(hidden.to(dtype), (0, depth - d)).contiguous()
-    w = F.pad(weight.to(dtype), (0, depth - d, 0, -v % ALIGNMENT)).contiguous()
+    h = _widen(hidden, tokens, depth, dtype)
+    w = _widen(weight, triton.cdiv(v, ALIGNMENT) * ALIGNMENT, depth, dtype)
     targets = targets.contiguous()
     losses = hidden.new_empty(tokens, dtype=torch.float32)
     dhidden, dweight = _empty_gradients(h, w.shape[0], gradients)
@@ -144,8 +154,6 @@ def _store(
     scaled = h.new_empty(chunk if gradients else 0, depth)
     pieces = triton.cdiv(wide, 8192) if CHOICE["score"].startswith("cublas") else triton.cdiv(v, how.columns)
     sums = h.new_empty(pieces, chunk, dtype=torch.float32)
-    if gradients:
-        dweight.zero_()
     for start in range(0, tokens, chunk):
         part = h[start : start + chunk]
         rows = part.shape[0]
@@ -161,8 +169,8 @@ def _store(
             tiles = triton.cdiv(rows, how.rows) * pieces
             kernels.score[(min(tiles, how.programs * _processors(h)),)](
                 _blocks(part, how.rows, how.depth), _blocks(w, how.columns, how.depth),
-                _blocks(scores[:rows], how.rows, how.columns // 2) if gradients else None,
-                reference[start:], sums, rows, v, depth, STORE=gradients,
+                _blocks(scores[:rows], how.rows, how.columns // how.parts) if gradients else None,
+                reference[start:], sums, rows, v, depth, STORE=gradients, PARTS=how.parts, FLAT=how.flat,
                 ROWS=how.rows, COLUMNS=how.columns, DEPTH=how.depth, num_warps=how.warps, num_stages=how.stages,
             )  # fmt: skip
         kernels.finish[(triton.cdiv(rows, 32),)](
@@ -170,9 +178,10 @@ def _store(
             pieces, rows, v, wide, depth, LARGEST_SUM, GRADIENT=gradients, ROWS=32, COLUMNS=64, DEPTH=64,
         )  # fmt: skip
         if gradients:
-            out = torch.mm(scores[:rows], w, out=dhidden[start : start + chunk])
-            torch.mul(out, inverse[start : start + chunk, None], out=out)
-            _add_product(dweight, scores[:rows].T, scaled[:rows])
+            torch.mm(scores[:rows], w, out=dhidden[start : start + chunk])
+            _add_product(dweight, scores[:rows].T, scaled[:rows], start == 0)
+    if gradients:
+        kernels.divide[(triton.cdiv(tokens, 8),)](dhidden, inverse, tokens, depth, ROWS=8, DEPTH=min(512, triton.next_power_of_2(depth)))
 
 
 @_cross_entropy.register_fake
@@ -228,11 +237,22 @@ def _scale_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, .
 _cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is float32."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, where total is float32, and what it holds counts for nothing if this is the first product."""
+    if not a.is_cuda or a.dtype == torch.float32:  # only CUDA has products of another dtype than their operands'
+        total.addmm_(a.float(), b.float(), beta=0 if first else 1)
+    elif first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # only CUDA has products of another dtype than their operands'
-        total.addmm_(a.float(), b.float())
+
+
+def _widen(x: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """x in this dtype, with zeros to the right of it and below."""
+    if x.shape == (rows, columns) and x.dtype == dtype:
+        return x.contiguous()
+    wide = x.new_empty(rows, columns, dtype=dtype)
+    wide[: x.shape[0], : x.shape[1]] = x
+    wide[x.shape[0] :] = 0
+    wide[:, x.shape[1] :] = 0
+    return wide

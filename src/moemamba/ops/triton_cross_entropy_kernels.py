@@ -43,11 +43,12 @@ def _powers(product, scores, reference, row, column, v, STORE: tl.constexpr):
 @triton.jit
 def score(
     hidden, weight, scores, reference, sums, rows, v, depth,
-    STORE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STORE: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """scores (rows, v) = 2^(hidden @ weight.T - reference); sums (v tiles, rows), each tile's share of a row's sum."""
     down = tl.cdiv(rows, ROWS)
-    for tile in tl.range(tl.program_id(0), down * tl.cdiv(v, COLUMNS), tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), down * tl.cdiv(v, COLUMNS), tl.num_programs(0), flatten=FLAT, warp_specialize=not FLAT):
         row = tile % down * ROWS  # neighbours share columns of the weight, whose tiles are read once a chunk
         column = tile // down * COLUMNS
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -55,9 +56,12 @@ def score(
             product = tl.dot(hidden.load([row, k]), weight.load([column, k]).T, product, input_precision="tf32x3")
         place = row + tl.arange(0, ROWS)
         given = tl.load(reference + place, mask=place < rows, other=float("inf"))
-        left, right = _halves(product)
-        total = _powers(left, scores, given, row, column, v, STORE)
-        total += _powers(right, scores, given, row, column + COLUMNS // 2, v, STORE)
+        if PARTS == 1:
+            total = _powers(product, scores, given, row, column, v, STORE)
+        else:
+            left, right = _halves(product)
+            total = _powers(left, scores, given, row, column, v, STORE)
+            total += _powers(right, scores, given, row, column + COLUMNS // 2, v, STORE)
         tl.store(sums + (tile // down).to(tl.int64) * rows + place, total, mask=place < rows)
 
 
@@ -140,6 +144,19 @@ def finish(
             mask = inside[:, None] & (inner < depth)[None, :]
             h = tl.load(hidden + place, mask=mask) * scale[:, None]
             tl.store(scaled + place, h.to(scaled.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def divide(dhidden, inverse, tokens, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """dhidden (t, d) by its rows' sums, in place."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    scale = tl.load(inverse + row, mask=row < tokens, other=0.0)
+    for k in range(0, depth, DEPTH):
+        column = k + tl.arange(0, DEPTH)
+        place = dhidden + row.to(tl.int64)[:, None] * depth + column[None, :]
+        mask = (row < tokens)[:, None] & (column < depth)[None, :]
+        gradient = tl.load(place, mask=mask) * scale[:, None]
+        tl.store(place, gradient.to(dhidden.dtype.element_ty), mask=mask)
 
 
 @triton.jit
