@@ -1,8 +1,10 @@
-"""The kernels of `triton_cross_entropy.py`; powers and logarithms are to base 2.
+"""The kernels of `triton_cross_entropy.py`.
 
-Every probability of a row is kept relative to one power of two, the row's reference, and divided by the row's sum where
-that costs nothing: in the (t, d) operands and results of the products. So no pass over the scores is needed between
-the product that makes them and those that use them.
+From `refer` to `divide`: scores that are stored. A row's scores are relative to one logit, its reference, and are
+divided by their sum in the (t, d) operands and results of the products that use them, so that no pass over the scores
+themselves is needed. Then `hidden_gradient` and `weight_gradient`: scores that are computed once for each of the two.
+
+Logarithms and exponents are to base 2. Letters besides the usual: rows, the tokens of a chunk.
 """
 
 import triton
@@ -12,15 +14,15 @@ from .triton_experts_kernels import _halves
 
 
 @triton.jit
-def refer(hidden, weight, targets, reference, tokens, depth, ignore_index, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+def refer(hidden, weight, targets, reference, tokens, depth, ignore_index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """reference (t,): each target's own logit, as a power of 2; infinite where the position does not count."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    target = tl.load(targets + row, mask=row < tokens, other=ignore_index)
+    target = tl.load(targets + row, mask=row < tokens, other=ignore_index).to(tl.int64)
     counts = target != ignore_index
     logit = tl.zeros((ROWS,), tl.float32)
-    for k in range(0, depth, DEPTH):
-        column = k + tl.arange(0, DEPTH)
+    for k in range(0, depth, COLUMNS):
+        column = k + tl.arange(0, COLUMNS)
         mask = counts[:, None] & (column < depth)[None, :]
         h = tl.load(hidden + row.to(tl.int64)[:, None] * depth + column[None, :], mask=mask, other=0.0)
         w = tl.load(weight + target[:, None] * depth + column[None, :], mask=mask, other=0.0)
@@ -29,13 +31,13 @@ def refer(hidden, weight, targets, reference, tokens, depth, ignore_index, ROWS:
 
 
 @triton.jit
-def _powers(product, scores, reference, row, column, v, STORE: tl.constexpr):
+def _powers(product, scores, reference, row, column, v):
     """2^(logit - reference) of a tile, into scores; their sums by row."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     columns = column + tl.arange(0, product.shape[1])
     powers = tl.exp2(product * LOG2_E - reference[:, None])
     powers = tl.where((columns < v)[None, :], powers, 0.0)
-    if STORE:
+    if scores is not None:
         scores.store([row, column], powers.to(scores.dtype))
     return tl.sum(powers, 1)
 
@@ -43,12 +45,11 @@ def _powers(product, scores, reference, row, column, v, STORE: tl.constexpr):
 @triton.jit
 def score(
     hidden, weight, scores, reference, sums, rows, v, depth,
-    STORE: tl.constexpr, PARTS: tl.constexpr, FLAT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """scores (rows, v) = 2^(hidden @ weight.T - reference); sums (v tiles, rows), each tile's share of a row's sum."""
     down = tl.cdiv(rows, ROWS)
-    for tile in tl.range(tl.program_id(0), down * tl.cdiv(v, COLUMNS), tl.num_programs(0), flatten=FLAT, warp_specialize=not FLAT):
+    for tile in tl.range(tl.program_id(0), down * tl.cdiv(v, COLUMNS), tl.num_programs(0), flatten=True):
         row = tile % down * ROWS  # neighbours share columns of the weight, whose tiles are read once a chunk
         column = tile // down * COLUMNS
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -56,25 +57,10 @@ def score(
             product = tl.dot(hidden.load([row, k]), weight.load([column, k]).T, product, input_precision="tf32x3")
         place = row + tl.arange(0, ROWS)
         given = tl.load(reference + place, mask=place < rows, other=float("inf"))
-        if PARTS == 1:
-            total = _powers(product, scores, given, row, column, v, STORE)
-        else:
-            left, right = _halves(product)
-            total = _powers(left, scores, given, row, column, v, STORE)
-            total += _powers(right, scores, given, row, column + COLUMNS // 2, v, STORE)
+        left, right = _halves(product)
+        total = _powers(left, scores, given, row, column, v)
+        total += _powers(right, scores, given, row, column + COLUMNS // 2, v)
         tl.store(sums + (tile // down).to(tl.int64) * rows + place, total, mask=place < rows)
-
-
-@triton.jit
-def exponentiate(scores, reference, sums, rows, v, wide, BLOCK: tl.constexpr):
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    row, part = tl.program_id(0), tl.program_id(1)
-    columns = part * BLOCK + tl.arange(0, BLOCK)
-    where = scores + row.to(tl.int64) * wide + columns
-    x = tl.load(where, mask=columns < v, other=float("-inf")).to(tl.float32)
-    powers = tl.exp2(x * LOG2_E - tl.load(reference + row))
-    tl.store(where, powers.to(scores.dtype.element_ty), mask=columns < wide)
-    tl.store(sums + part * rows + row, tl.sum(powers, 0))
 
 
 @triton.jit
@@ -95,8 +81,9 @@ def _logits(
 
 @triton.jit
 def finish(
-    hidden, weight, scores, reference, sums, targets, losses, inverse, scaled, tiles, rows, v, wide, depth, limit,
-    GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    hidden, weight, scores, reference, sums, targets, losses, inverse, scaled,
+    tiles, rows, v, wide, depth, ignore_index, limit,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """From the sums the losses, inverse (rows,) = 1 / sum, scaled (rows, d) = hidden / sum, the target's score minus 1.
 
@@ -106,8 +93,9 @@ def finish(
     LN_2: tl.constexpr = 0.6931471805599453
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    target = tl.load(targets + row, mask=inside, other=ignore_index)
+    counts = target != ignore_index
     chosen = tl.load(reference + row, mask=inside, other=float("inf"))
-    counts = chosen < float("inf")
     columns = tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, tiles, COLUMNS):
@@ -126,16 +114,15 @@ def finish(
             x = _logits(hidden, weight, row, rows, start + columns, v, depth, ROWS, COLUMNS, DEPTH)
             powers = tl.exp2(x - given[:, None])
             total += tl.sum(powers, 1)
-            if GRADIENT:
+            if scores is not None:
                 mask = inside[:, None] & (start + columns < v)[None, :]
                 place = scores + row[:, None] * wide + (start + columns)[None, :]
                 tl.store(place, powers.to(scores.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the target's score is written over by another thread
     tl.store(losses + row, tl.where(counts, (tl.log2(total) + (given - chosen)) * LN_2, 0.0), mask=inside)
-    if GRADIENT:
-        target = tl.load(targets + row, mask=inside & counts, other=0)
+    if scores is not None:
         score = tl.exp2(chosen - given) - total
-        tl.store(scores + row * wide + target, score.to(scores.dtype.element_ty), mask=inside & counts)
+        tl.store(scores + row * wide + target, score.to(scores.dtype.element_ty), mask=counts)
         scale = tl.where(counts, 1 / total, 0.0)
         tl.store(inverse + row, scale, mask=inside)
         for k in range(0, depth, DEPTH):
@@ -147,12 +134,12 @@ def finish(
 
 
 @triton.jit
-def divide(dhidden, inverse, tokens, depth, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+def divide(dhidden, inverse, tokens, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """dhidden (t, d) by its rows' sums, in place."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     scale = tl.load(inverse + row, mask=row < tokens, other=0.0)
-    for k in range(0, depth, DEPTH):
-        column = k + tl.arange(0, DEPTH)
+    for k in range(0, depth, COLUMNS):
+        column = k + tl.arange(0, COLUMNS)
         place = dhidden + row.to(tl.int64)[:, None] * depth + column[None, :]
         mask = (row < tokens)[:, None] & (column < depth)[None, :]
         gradient = tl.load(place, mask=mask) * scale[:, None]
@@ -179,7 +166,7 @@ def _attend(h, w, columns, v, total_gradient, top, total, GRADIENT: tl.constexpr
 @triton.jit
 def hidden_gradient(
     hidden, weight, vectors, targets, losses, log_sums, dhidden, rows, v, depth, ignore_index,
-    GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows over the whole vocabulary, like attention whose keys and values are the weight's rows.
 
@@ -195,15 +182,14 @@ def hidden_gradient(
     whole = v // COLUMNS * COLUMNS
     columns = tl.arange(0, COLUMNS)
     for column in range(0, whole, COLUMNS):
-        gradient, top, total = _attend(
-            h, weight.load([column, 0]), column + columns, v, gradient, top, total, GRADIENT, False
-        )
+        w = weight.load([column, 0])
+        gradient, top, total = _attend(h, w, column + columns, v, gradient, top, total, dhidden is not None, False)
     if whole < v:
         w = weight.load([whole, 0])
-        gradient, top, total = _attend(h, w, whole + columns, v, gradient, top, total, GRADIENT, True)
+        gradient, top, total = _attend(h, w, whole + columns, v, gradient, top, total, dhidden is not None, True)
     row = first.to(tl.int64) + tl.arange(0, ROWS)
     inside = row < rows
-    target = tl.load(targets + row, mask=inside, other=ignore_index)
+    target = tl.load(targets + row, mask=inside, other=ignore_index).to(tl.int64)
     counts = target != ignore_index
     inner = tl.arange(0, DEPTH)
     mask = counts[:, None] & (inner < depth)[None, :]
@@ -211,7 +197,7 @@ def hidden_gradient(
     log_sum = top + tl.log2(total)
     chosen = tl.sum(h.to(tl.float32) * vector, 1) * LOG2_E
     tl.store(losses + row, tl.where(counts, (log_sum - chosen) * LN_2, 0.0), mask=inside)
-    if GRADIENT:
+    if dhidden is not None:
         tl.store(log_sums + row, tl.where(counts, log_sum, float("inf")), mask=inside)
         gradient = tl.where(counts[:, None], gradient / total[:, None] - vector, 0.0)
         mask = inside[:, None] & (inner < depth)[None, :]
