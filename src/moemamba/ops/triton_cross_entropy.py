@@ -45,10 +45,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
 
 def choose_tiles(x: Tensor) -> str:
-    """The entry of SCORES and RECOMPUTED_SCORES; Hopper's need more shared memory than smaller GPUs have."""
-    if x.dtype == torch.float32:
+    """The entry of SCORES and RECOMPUTED_SCORES; Hopper's need more shared memory than other GPUs have."""
+    if x.dtype == torch.float32 or not x.is_cuda:
         return "float32"
-    return "hopper" if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 else "ampere"
+    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor
+    return "hopper" if shared >= 228 << 10 else "ampere"
 
 
 @torch.library.custom_op("moemamba::linear_cross_entropy", mutates_args=())
