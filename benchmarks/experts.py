@@ -142,10 +142,10 @@ def experts() -> dict[str, object]:
     }
 
 
-def head() -> dict[str, object]:
+def head(tokens: int = TOKENS, d: int = D) -> dict[str, object]:
     """The vocabulary head's loss."""
-    hidden, weight = draw(TOKENS, D), draw(VOCABULARY, D, scale=D**-0.5)
-    targets = torch.randint(0, VOCABULARY, (TOKENS,), device="cuda")
+    hidden, weight = draw(tokens, d), draw(VOCABULARY, d, scale=d**-0.5)
+    targets = torch.randint(0, VOCABULARY, (tokens,), device="cuda")
 
     def op(hidden: Tensor, weight: Tensor) -> Tensor:
         return ops.linear_cross_entropy(hidden, weight, targets)
@@ -167,11 +167,16 @@ def head() -> dict[str, object]:
     }
 
 
+def narrow_head() -> dict[str, object]:
+    """That of the models that `moemamba paper --scale gpu` trains."""
+    return head(32_768, 128)
+
+
 def main() -> None:
     a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
     ceiling = 2 * 8192**3 / measure(lambda: a @ b) / 1e9
     results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "bf16_tflops": round(ceiling)}
-    for case in (experts, head):
+    for case in (experts, head, narrow_head):
         results[case.__name__] = table = case()
         for name, row in table.items():
             print(f"{name:45s} {row}", flush=True)

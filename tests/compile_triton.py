@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton, triton_experts, triton_step_cuts
+from moemamba.ops import triton, triton_cross_entropy, triton_experts, triton_step_cuts
 
 
 class Absent:
@@ -77,7 +77,15 @@ for length in (1, 300):
     weight = draw(96, 4, dtype=torch.float32)
     differentiate(triton.causal_conv1d(u, weight, vector, "silu", window, sequences)[0])
     differentiate(triton.causal_conv1d(u, weight, None, None, None, None)[0])
-differentiate(triton.linear_cross_entropy(draw(48, 32), draw(99, 32), torch.randint(0, 99, (48,)), -100, "mean"))
+triton_cross_entropy.choose_tiles = lambda x: (
+    "float32" if x.dtype == torch.float32 else "hopper" if capability >= 90 else "ampere"
+)
+for dtype in (torch.bfloat16, torch.float32):
+    for d, triton_cross_entropy.MANY_WORDS in ((128, 0), (40, 0), (40, 1000)):
+        hidden, targets = draw(48, d, dtype=dtype), torch.randint(0, 99, (48,))
+        differentiate(triton.linear_cross_entropy(hidden, draw(99, d), targets, -100, "mean"))
+        with torch.no_grad():
+            triton.linear_cross_entropy(hidden, draw(99, d), targets, -100, "mean")
 differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):

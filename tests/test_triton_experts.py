@@ -244,25 +244,44 @@ def compare_head(tensors, targets, tolerance=1e-5, **options):
         torch.testing.assert_close(run(**tensors), oracle(**tensors), rtol=tolerance, atol=0)
 
 
+@pytest.fixture(params=["recomputed", "stored"])
+def way(request, monkeypatch):
+    """Both ways to the head's loss, whatever its shape would choose."""
+    monkeypatch.setattr(triton_cross_entropy, "MANY_WORDS", 0)
+    monkeypatch.setattr(triton_cross_entropy, "RECOMPUTED", 128 if request.param == "recomputed" else 0)
+    return request.param
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_linear_cross_entropy(reduction):
-    tensors, targets = make_head(tokens=30)
+def test_linear_cross_entropy(reduction, way):
+    tensors, targets = make_head(tokens=70)
     compare_head(tensors, targets, reduction=reduction)
     compare_head(tensors, targets.where(targets >= 0, 5), ignore_index=5, reduction=reduction)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_linear_cross_entropy_at_the_edges(way):
+    tensors, targets = make_head(tokens=3, d=17, v=5)
+    compare_head(tensors, targets)
+    compare_head(tensors, targets.fill_(-100), reduction="sum")
+    tensors, targets = make_head(tokens=40)
+    tensors["hidden"].data[11] = float("nan")
+    with ops.backend("triton"):
+        assert ops.linear_cross_entropy(**tensors, targets=targets).isnan()
+
+
 def test_linear_cross_entropy_in_chunks(monkeypatch):
-    monkeypatch.setattr(triton_cross_entropy, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(triton_cross_entropy, "SCORES_BYTES", 1)
     compare_head(*make_head(tokens=140))
 
 
-def test_linear_cross_entropy_with_large_logits():
-    tensors, targets = make_head(tokens=20, v=4100)  # more than one block of the softmax
-    tensors["weight"].data *= 100
+def test_linear_cross_entropy_with_large_logits(way):
+    tensors, targets = make_head(tokens=20, v=300)
+    tensors["weight"].data *= 100  # a target's probability may be e^-1000
     compare_head(tensors, targets, tolerance=1e-4)
 
 
-def test_linear_cross_entropy_float16():
+def test_linear_cross_entropy_float16(way):
     tensors, targets = make_head(dtype=torch.float16)
     compare_head(tensors, targets, tolerance=3e-3)
 
@@ -305,7 +324,13 @@ def test_every_tiling_on_a_gpu(tiles, monkeypatch):
 
 
 @gpu
-def test_linear_cross_entropy_on_a_gpu():
-    tensors, targets = make_head(tokens=3000, d=136, v=50_257, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("d", "v"), [(136, 50_257), (520, 5_000), (128, 50_257), (40, 50_257), (72, 300)])
+def test_linear_cross_entropy_on_a_gpu(d, v, monkeypatch):
+    tensors, targets = make_head(tokens=3000, d=d, v=v, dtype=torch.bfloat16)
     tensors["weight"].data *= 0.05
+    compare_head(tensors, targets, tolerance=1e-2)
+    tensors["weight"].data *= 100
+    compare_head(tensors, targets, tolerance=1e-2)
+    monkeypatch.setattr(triton_cross_entropy, "LARGEST_SUM", 0.0)  # all scores are computed anew
+    monkeypatch.setattr(triton_cross_entropy, "SCORES_BYTES", 60 << 20)
     compare_head(tensors, targets, tolerance=1e-2)

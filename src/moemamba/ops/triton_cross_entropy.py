@@ -1,20 +1,38 @@
-"""The vocabulary head's loss on the GPU: the logits of some thousand tokens at a time, turned into gradients in place.
+"""The vocabulary head's loss on the GPU, with its gradients: the backward pass only scales them.
 
-The gradients are computed with the loss, so the head costs its three products and one pass over each chunk of logits,
-and the backward pass only scales them. That pass reads the logits once from memory: the second reading, which
-writes the gradient, finds them in the cache.
+Of a wide model the scores of some thousand tokens at a time are stored: one product makes them, two read them, and
+nothing else does. A score is 2^(logit - the target's logit), not yet divided by the sum of its row, which is known
+only after the product; the division is made where it is cheap, in the (t, d) tensors. Of a narrow model (d_model up to
+`RECOMPUTED`) storing would take longer than computing, so the logits are computed once for each gradient and never
+leave the registers, as in attention.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
-LOGITS_BYTES = 900 << 20  # of logits that exist at once
+from . import triton_cross_entropy_kernels as kernels
+from .triton_experts import Tiles, _blocks, _multiprocessors, _wide
+
+RECOMPUTED = 128  # d_model up to which logits are computed anew
+MANY_WORDS = 6_000  # from here on the vocabulary keeps a GPU busy with what is computed anew, a block of it a program
+SCORES_BYTES = 900 << 20  # of scores that exist at once
 ALIGNMENT = 64  # the vocabulary is widened to a multiple of this, without which matrix products are slow
+LARGEST_SUM = 2.0**100  # of a row's scores; beyond it some may be infinite
+
+SCORES = {  # the product's tiles
+    "hopper": Tiles(rows=128, columns=128, depth=64, stages=3, warps=4),  # two programs a multiprocessor
+    "ampere": Tiles(rows=128, columns=128, depth=32, stages=3, warps=8),
+    "float32": Tiles(rows=64, columns=64, depth=32, stages=3, warps=4),
+}
+RECOMPUTED_SCORES = {  # "rows" of what a program keeps, "columns" of what it walks through
+    "hopper": Tiles(rows=64, columns=128, depth=128, stages=2, warps=4),
+    "hopper, narrow": Tiles(rows=64, columns=64, depth=64, stages=3, warps=4),
+    "ampere": Tiles(rows=64, columns=64, depth=128, stages=2, warps=4),
+    "float32": Tiles(rows=64, columns=32, depth=128, stages=2, warps=4),
+}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -26,30 +44,35 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     return total  # type: ignore[no-any-return]
 
 
+def choose_tiles(x: Tensor) -> str:
+    """The entry of SCORES and RECOMPUTED_SCORES; Hopper's need more shared memory than other GPUs have."""
+    if x.dtype == torch.float32 or not x.is_cuda:
+        return "float32"
+    shared = torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor
+    return "hopper" if shared >= 228 << 10 else "ampere"
+
+
 @torch.library.custom_op("moemamba::linear_cross_entropy", mutates_args=())
 def _cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss () float32 and, if wanted, its gradients: dhidden (t, d), and dweight (v, d) float32."""
-    tokens, v = hidden.shape[0], weight.shape[0]
-    wide = triton.cdiv(v, ALIGNMENT) * ALIGNMENT
-    targets = targets.contiguous()
-    weight = F.pad(weight.to(hidden.dtype), (0, 0, 0, wide - v))
-    chunk = _chunk(tokens, wide * hidden.element_size(), triton.cdiv(hidden.shape[1], 256), _processors(hidden))
-    logits = hidden.new_empty(chunk, wide)
-    losses = hidden.new_empty(tokens, dtype=torch.float32)
-    dhidden, dweight = _empty_gradients(hidden, wide, gradients)
-    dweight.zero_()
-    for start in range(0, tokens, chunk):
-        h = hidden[start : start + chunk]
-        part = torch.mm(h, weight.T, out=logits[: h.shape[0]])
-        _softmax[(h.shape[0],)](
-            part, targets[start:], losses[start:], v, wide, ignore_index, GRADIENT=gradients, BLOCK=4096, num_warps=16
-        )
-        if gradients:
-            torch.mm(part, weight, out=dhidden[start : start + chunk])
-            _add_product(dweight, part.T, h)
-    return losses.sum(), dhidden, dweight[:v]
+    (tokens, d), v = hidden.shape, weight.shape[0]
+    recompute = d <= RECOMPUTED and v >= MANY_WORDS
+    # float16 has too short a range for a score that is stored
+    h = hidden.float() if hidden.dtype == torch.float16 and not recompute else hidden
+    wide = triton.cdiv(v, ALIGNMENT) * ALIGNMENT, _wide(d, h)
+    h, w = _widen(h, (tokens, wide[1]), h.dtype), _widen(weight, wide, h.dtype)
+    losses = h.new_empty(tokens, dtype=torch.float32)
+    dhidden, dweight = _empty_gradients(h, w.shape[0], gradients)
+    if tokens == 0:
+        dweight.zero_()
+    else:
+        way = _recompute if recompute else _store
+        way(h, w, v, targets.contiguous(), ignore_index, losses, (dhidden, dweight) if gradients else ())
+    if gradients:
+        dhidden, dweight = dhidden[:, :d].to(hidden.dtype).contiguous(), dweight[:v, :d].contiguous()
+    return losses.sum(), dhidden, dweight
 
 
 @_cross_entropy.register_fake
@@ -65,24 +88,109 @@ def _empty_gradients(hidden: Tensor, v: int, wanted: bool) -> tuple[Tensor, Tens
     return hidden.new_empty(tokens, d), hidden.new_empty(v if wanted else 0, d, dtype=torch.float32)
 
 
+def _recompute(
+    h: Tensor,
+    w: Tensor,
+    v: int,
+    targets: Tensor,
+    ignore_index: int,
+    losses: Tensor,
+    gradients: tuple[Tensor, ...],
+) -> None:
+    """Fill losses (t,), and dhidden and dweight if they are there; scores stay in registers."""
+    (tokens, d), name, log_sums = h.shape, choose_tiles(h), torch.empty_like(losses)
+    dhidden, dweight = gradients or (None, None)
+    depth = max(16, triton.next_power_of_2(d))
+    tiles = RECOMPUTED_SCORES["hopper, narrow" if name == "hopper" and depth <= 64 else name]
+    options = {"DEPTH": depth, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    kernels.hidden_gradient[(triton.cdiv(tokens, tiles.rows),)](
+        _blocks(h, tiles.rows, depth), _blocks(w, tiles.columns, depth), w, targets, losses, log_sums, dhidden,
+        tokens, v, d, ignore_index, ROWS=tiles.rows, COLUMNS=tiles.columns, **options,
+    )  # fmt: skip
+    if gradients:
+        kernels.weight_gradient[(triton.cdiv(v, tiles.rows),)](
+            _blocks(h, tiles.columns, depth), _blocks(w, tiles.rows, depth), targets, log_sums, dweight,
+            tokens, v, d, ROWS=tiles.columns, COLUMNS=tiles.rows, **options,
+        )  # fmt: skip
+
+
+def _store(
+    h: Tensor,
+    w: Tensor,
+    v: int,
+    targets: Tensor,
+    ignore_index: int,
+    losses: Tensor,
+    gradients: tuple[Tensor, ...],
+) -> None:
+    """Fill losses (t,), and dhidden and dweight if they are there; the scores of some thousand tokens are stored."""
+    (tokens, d), wide, tiles = h.shape, w.shape[0], SCORES[choose_tiles(h)]
+    chunk = _chunk(tokens, wide * h.element_size(), triton.cdiv(d, 256), _processors(h))
+    across, block = triton.cdiv(v, tiles.columns), {"ROWS": 8, "COLUMNS": min(512, triton.next_power_of_2(d))}
+    reference, inverse = torch.empty_like(losses), torch.empty_like(losses)
+    sums = h.new_empty(across, chunk, dtype=torch.float32)
+    scores, scaled = (h.new_empty(chunk if gradients else 0, width) for width in (wide, d))
+    kernels.refer[(triton.cdiv(tokens, 8),)](h, w, targets, reference, tokens, d, ignore_index, **block)
+    for start in range(0, tokens, chunk):
+        part = h[start : start + chunk]
+        rows = part.shape[0]
+        kernels.score[(min(2 * _processors(h), triton.cdiv(rows, tiles.rows) * across),)](
+            _blocks(part, tiles.rows, tiles.depth), _blocks(w, tiles.columns, tiles.depth),
+            _blocks(scores[:rows], tiles.rows, tiles.columns // 2) if gradients else None,
+            reference[start:], sums, rows, v, d,
+            ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+        kernels.finish[(triton.cdiv(rows, 32),)](
+            part, w, scores if gradients else None, reference[start:], sums, targets[start:], losses[start:],
+            inverse[start:], scaled, across, rows, v, wide, d, ignore_index, LARGEST_SUM, ROWS=32, COLUMNS=64, DEPTH=64,
+        )  # fmt: skip
+        if gradients:
+            torch.mm(scores[:rows], w, out=gradients[0][start : start + chunk])
+            _add_product(gradients[1], scores[:rows].T, scaled[:rows], first=start == 0)
+    if gradients:
+        kernels.divide[(triton.cdiv(tokens, 8),)](gradients[0], inverse, tokens, d, **block)
+
+
 def _chunk(tokens: int, row_bytes: int, columns: int, processors: int) -> int:
-    """Tokens whose logits exist at once: an even share, in whole tiles of a product.
+    """Tokens whose scores exist at once: an even share, in whole tiles of a product.
 
     The gradient of the hidden states is a product of few tiles (128 rows by 256 columns), each of which takes as long
     as the vocabulary is wide. So of the possible numbers of chunks this is the one that leaves the fewest processors
     idle: at 65,536 tokens and d_model 512, seven chunks of 148 tiles would take 132 processors as long as fourteen of
     132.
     """
-    fewest = triton.cdiv(tokens * row_bytes, LOGITS_BYTES)
+    fewest = triton.cdiv(tokens * row_bytes, SCORES_BYTES)
     if fewest <= 1:
-        return max(tokens, 1)
+        return tokens
     rows = {n: triton.cdiv(triton.cdiv(tokens, n), 128) for n in range(fewest, 2 * fewest + 1)}
     best = min(rows, key=lambda n: n * triton.cdiv(rows[n] * columns, processors))
     return rows[best] * 128
 
 
 def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return _multiprocessors(x.device) if x.is_cuda else 1
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total += a @ b, where total is float32, and what it holds counts for nothing if this is the first product."""
+    if not a.is_cuda or a.dtype == torch.float32:  # only CUDA has products of another dtype than their operands'
+        total.addmm_(a.float(), b.float(), beta=0 if first else 1)
+    elif first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def _widen(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """x in this shape and dtype, with zeros to the right of it and below."""
+    if x.shape == shape and x.dtype == dtype:
+        return x.contiguous()
+    wide = x.new_empty(shape, dtype=dtype)
+    wide[: x.shape[0], : x.shape[1]] = x
+    wide[x.shape[0] :] = 0
+    wide[:, x.shape[1] :] = 0
+    return wide
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -98,41 +206,3 @@ def _scale_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, .
 
 
 _cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total is float32."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # only CUDA has products of another dtype than their operands'
-        total.addmm_(a.float(), b.float())
-
-
-@triton.jit
-def _softmax(logits, targets, losses, v, wide, ignore_index, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's loss, and in place of its logits their gradient: softmax minus one-hot; zero where it does not count."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    row = tl.program_id(0)
-    logits += row.to(tl.int64) * wide
-    target = tl.load(targets + row)
-    counts = target != ignore_index
-    chosen = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
-    columns = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), -1e30, tl.float32)  # each lane keeps its own running maximum, and the sum relative to it
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, v, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < v, other=float("-inf")).to(tl.float32) * LOG2_E
-        rescale = tl.exp2(-tl.abs(x - top))
-        total = tl.where(x > top, total * rescale + 1, total + rescale)
-        top = tl.maximum(top, x)
-    highest = tl.max(top, 0)
-    log2_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
-    tl.store(losses + row, tl.where(counts, log2_sum / LOG2_E - chosen, 0.0))
-    if GRADIENT:
-        for start in range(0, wide, BLOCK):
-            x = tl.load(logits + start + columns, mask=start + columns < v, other=float("-inf")).to(tl.float32) * LOG2_E
-            gradient = tl.exp2(x - log2_sum) - tl.where(start + columns == target, 1.0, 0.0)
-            gradient = tl.where(counts, gradient, 0.0)
-            tl.store(logits + start + columns, gradient.to(logits.dtype.element_ty), mask=start + columns < wide)
