@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton, triton_experts, triton_step_cuts
+from moemamba.ops import triton, triton_experts_products, triton_step_cuts
 
 
 class Absent:
@@ -55,11 +55,11 @@ def differentiate(y):
     y.float().sum().backward()
 
 
-for name, tiles in triton_experts.TILES.items():
+for name, tiles in triton_experts_products.TILES.items():
     if name == ("ampere" if capability >= 90 else "hopper"):
         continue
     dtype = torch.float32 if name == "float32" else torch.bfloat16
-    triton_experts.choose_tiles = lambda *_, tiles=tiles: tiles
+    triton_experts_products.choose_tiles = lambda *_, tiles=tiles: tiles
     x, indices = draw(48, 32, dtype=dtype), torch.randint(0, 5, (48, 2))
     cases = [("relu", True), ("relu", False), ("gelu", True), ("swiglu", True)]
     for activation, gates in cases if name in ("hopper", "ampere") else cases[-1:]:

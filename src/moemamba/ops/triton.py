@@ -2,7 +2,8 @@
 
 from .triton_conv import causal_conv1d
 from .triton_cross_entropy import linear_cross_entropy
-from .triton_experts import expert_feedforward, expert_linear, grouped_linear
+from .triton_experts import expert_feedforward
+from .triton_experts_linear import expert_linear, grouped_linear
 from .triton_router import linear_float32, route
 from .triton_scan import selective_scan
 from .triton_step import linear_argmax, mamba_step
