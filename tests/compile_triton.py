@@ -68,6 +68,7 @@ for name, tiles in triton_experts_products.TILES.items():
         differentiate(triton.expert_feedforward(x, indices, weights, up, down, activation))
         differentiate(triton.expert_linear(x, indices, weights, up))
     differentiate(triton.grouped_linear(x, up, torch.tensor([9, 0, 30, 5])))
+triton.places_in_queues(torch.randint(0, 5, (300,)), 5)
 for length in (1, 300):
     u, A, B = draw(2, length, 96), -torch.rand(96, 16).requires_grad_(), draw(2, length, 16)
     vector, initial, window = (draw(*shape, dtype=torch.float32) for shape in ((96,), (2, 96, 16), (2, 96, 3)))
@@ -79,6 +80,12 @@ for length in (1, 300):
     differentiate(triton.causal_conv1d(u, weight, None, None, None, None)[0])
 differentiate(triton.linear_cross_entropy(draw(48, 32), draw(99, 32), torch.randint(0, 99, (48,)), -100, "mean"))
 differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
+for n_experts, top_k in ((5, 2), (32, 1), (128, 4)):
+    valid, bias = torch.ones(48), torch.zeros(n_experts)
+    _, gates, _, probabilities, z, _ = triton.route_with_totals(
+        draw(48, 32), draw(n_experts, 32, dtype=torch.float32), bias, top_k, valid, 2
+    )
+    differentiate(torch.cat([gates.flatten(), probabilities.flatten(), z]))
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):
         for batch in (1, 9, 16, 40, 256):

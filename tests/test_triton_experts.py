@@ -209,6 +209,15 @@ def test_sort_is_stable(n_pairs):
         assert end == bounds[2 * group + 2]
 
 
+@pytest.mark.parametrize("n_entries", [0, 1, 128, 700])
+def test_places_in_queues(n_entries):
+    queues = torch.randint(0, 5, (n_entries,), device=DEVICE)
+    with ops.backend("triton"):
+        places = ops.places_in_queues(queues, 7)
+    assert places.equal(reference.places_in_queues(queues, 7))
+    assert places.tolist() == [queues[:i].eq(queues[i]).sum().item() for i in range(n_entries)]
+
+
 @pytest.mark.parametrize("sizes", [(70, 40, 5), (1100, 17, 33), (0, 8, 4)])
 def test_linear_float32(sizes):
     tokens, d, n_experts = sizes

@@ -11,6 +11,7 @@ from .triton_step_cuts import launch, overlap
 from .triton_step_kernels import _matrix, _ready, _vector
 
 ROWS, COLUMNS, DEPTH = 128, 32, 32  # of a program's tile, and what it multiplies at once
+WARPS, STAGES = 8, 3
 ROUTED = 16384  # weights that a program of `route` holds at once
 
 
@@ -19,15 +20,34 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     return _linear(x, weight)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("moemamba::linear_float32", mutates_args=())
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (t, d) @ weight (e, d).T in float32, as kernels of other ops use it."""
     (tokens, d), n_experts = x.shape, weight.shape[0]
     out = x.new_empty(tokens, n_experts, dtype=torch.float32)
     if tokens:
-        grid = (triton.cdiv(tokens, ROWS), triton.cdiv(n_experts, COLUMNS))
+        columns = min(COLUMNS, max(16, triton.next_power_of_2(n_experts)))
+        grid = (triton.cdiv(tokens, ROWS), triton.cdiv(n_experts, columns))
         x, weight = x.contiguous(), weight.contiguous()
-        _product[grid](x, weight, out, tokens, n_experts, d, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8)
+        _product[grid](
+            x, weight, out, tokens, n_experts, d,
+            ROWS=ROWS, COLUMNS=columns, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
     return out
+
+
+def product_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dweight, each in its tensor's dtype, of dy in x's: products in that, accumulated in float32."""
+    dx = torch.mm(dy, weight.to(x.dtype), out=torch.empty_like(x, memory_format=torch.contiguous_format))
+    if x.is_cuda and x.dtype != torch.float32:
+        dweight = torch.mm(dy.T, x, out_dtype=torch.float32)
+    else:  # only CUDA has products of another dtype than their operands'
+        dweight = dy.T.float() @ x.float()
+    return dx, dweight.to(weight.dtype)
+
+
+@torch.library.custom_op("moemamba::linear_float32", mutates_args=())
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return product(x, weight)
 
 
 @_linear.register_fake
@@ -37,14 +57,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("moemamba::linear_float32_backward", mutates_args=())
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dweight, each in its tensor's dtype: products in x's dtype, accumulated in float32."""
-    dy = dy.to(x.dtype)
-    dx = torch.mm(dy, weight.to(x.dtype), out=torch.empty_like(x, memory_format=torch.contiguous_format))
-    if x.is_cuda and x.dtype != torch.float32:
-        dweight = torch.mm(dy.T, x, out_dtype=torch.float32)
-    else:  # only CUDA has products of another dtype than their operands'
-        dweight = dy.T.float() @ x.float()
-    return dx, dweight.to(weight.dtype)
+    return product_backward(dy.to(x.dtype), x, weight)
 
 
 @_linear_backward.register_fake
