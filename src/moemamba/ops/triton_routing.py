@@ -51,13 +51,7 @@ def _(
     tokens, e = x.shape[0], weight.shape[0]
     logits = x.new_empty(tokens, e, dtype=torch.float32)
     indices = x.new_empty(tokens, top_k, dtype=torch.int64)
-    return (
-        indices,
-        logits.new_empty(tokens, top_k),
-        logits.new_empty(groups, e + 2),
-        logits.new_empty(groups, e),
-        logits,
-    )
+    return indices, logits.new_empty(tokens, top_k), logits.new_empty(groups, 2 * e + 2), logits
 
 
 @torch.library.custom_op("moemamba::route_with_totals_backward", mutates_args=())
