@@ -56,13 +56,13 @@ def differentiate(y):
 
 
 for name, tiles in triton_experts_products.TILES.items():
-    if name == ("ampere" if capability >= 90 else "hopper"):
+    if name in (("ampere",) if capability >= 90 else ("hopper", "narrow")):
         continue
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     triton_experts_products.choose_tiles = lambda *_, tiles=tiles: tiles
     x, indices = draw(48, 32, dtype=dtype), torch.randint(0, 5, (48, 2))
     cases = [("relu", True), ("relu", False), ("gelu", True), ("swiglu", True)]
-    for activation, gates in cases if name in ("hopper", "ampere") else cases[-1:]:
+    for activation, gates in cases if name in ("hopper", "narrow", "ampere") else cases[-1:]:
         up, down = draw(4, 128 if activation == "swiglu" else 64, 32, dtype=dtype), draw(4, 32, 64, dtype=dtype)
         weights = draw(48, 2, dtype=torch.float32) if gates else None
         differentiate(triton.expert_feedforward(x, indices, weights, up, down, activation))

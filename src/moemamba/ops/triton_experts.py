@@ -19,6 +19,9 @@ from . import triton_experts_kernels as kernels
 from . import triton_experts_products as products
 from .triton_sort import Order, sort_by_expert
 
+SPARE_FIRST = SPARE_BACK = 1
+KEEP_COPIES = True
+
 
 def expert_feedforward(
     x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
@@ -43,7 +46,7 @@ def _feedforward(
     kept: (r, g, f) what went into the activation; what came out of it where signs are kept (see `kernels.pack`).
     The weights are copies in the products' dtype; empty where they have it.
     """
-    tiles = products.choose_tiles(x, indices.numel(), up.shape[0])
+    tiles = products.choose_tiles(x, indices.numel(), up, down)
     order = sort_by_expert(indices, up.shape[0], tiles.rows)
     wide_up, wide_down = products.prepare(up, down, x.dtype)
     n_experts, groups, width, depth = wide_up.shape
@@ -55,7 +58,7 @@ def _feedforward(
         before = kept = rows.new_empty(rows.shape[0], groups, width)
         signs = order.bounds.new_empty(0)
     half = tiles.columns // 2
-    kernels.first_product[products.programs(x)](
+    kernels.first_product[products.programs(x, tiles)](
         products.blocks(rows, tiles.rows, tiles.depth),
         products.blocks(wide_up, 1, groups, tiles.columns // groups, tiles.depth),
         products.blocks(hidden, tiles.rows, half),
@@ -67,11 +70,11 @@ def _feedforward(
         depth,
         width,
         ACTIVATION=activation,
-        **products.options(tiles, tiles.stages - 1),  # the epilogue needs shared memory too
+        **products.options(tiles, tiles.stages - SPARE_FIRST),  # the epilogue needs shared memory too
     )
     out = x.new_empty(indices.numel(), down.shape[1])
     products.last_product(hidden, wide_down, out, gates, order, tiles)
-    wide_up, wide_down = (w if up.dtype != x.dtype else w.new_empty(0) for w in (wide_up, wide_down))
+    wide_up, wide_down = (w if up.dtype != x.dtype and KEEP_COPIES else w.new_empty(0) for w in (wide_up, wide_down))
     return products.sum_choices(out, indices.shape[1]), rows, kept, signs, wide_up, wide_down, *order
 
 
@@ -80,13 +83,13 @@ def _(
     x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
 ) -> tuple[Tensor, ...]:
     n_experts, o, f = down.shape
-    order = products.fake_order(x, indices, n_experts)
+    order = products.fake_order(x, indices, up, down)
     n_rows, d, width, groups = order.pairs.shape[0], products.wide(x.shape[1], x), products.wide(f, x), up.shape[1] // f
     rows, kept = x.new_empty(n_rows, d), x.new_empty(n_rows, groups, width)
     signs = order.bounds.new_empty(0)
     if _keeps_signs(x, activation):
-        signs = products.room_for_signs(kept[:, 0], products.choose_tiles(x, indices.numel(), n_experts))
-    copied = up.dtype != x.dtype
+        signs = products.room_for_signs(kept[:, 0], products.choose_tiles(x, indices.numel(), up, down))
+    copied = up.dtype != x.dtype and KEEP_COPIES
     wide_up = x.new_empty((n_experts, groups, width, d) if copied else 0)
     wide_down = x.new_empty((n_experts, o, width) if copied else 0)
     return x.new_empty(x.shape[0], o), rows, kept, signs, wide_up, wide_down, *order
@@ -99,8 +102,8 @@ def _feedforward_backward(
     """dx, dgates (empty without gates), dup, ddown. widths: t, k, d."""
     rows, before, signs, wide_up, wide_down, *places = kept
     order, (tokens, top_k, d) = Order(*places), widths
-    tiles = products.choose_tiles(rows, tokens * top_k, up.shape[0])
-    if up.dtype == rows.dtype:
+    tiles = products.choose_tiles(rows, tokens * top_k, up, down)
+    if up.dtype == rows.dtype or not KEEP_COPIES:
         wide_up, wide_down = products.prepare(up, down, rows.dtype)
     n_experts, _, width, _ = wide_up.shape
     by_signs = _keeps_signs(rows, activation)
@@ -112,7 +115,7 @@ def _feedforward_backward(
     if dgates is not None and not by_signs:
         dgates.zero_()  # of a dropped pair
     half = tiles.columns // 2
-    kernels.last_product_backward[products.programs(rows)](
+    kernels.last_product_backward[products.programs(rows, tiles)](
         products.blocks(dy_rows, tiles.rows, tiles.depth),
         products.blocks(wide_down, 1, tiles.depth, tiles.columns),
         None if by_signs else products.blocks(before, tiles.rows, 1, half),
@@ -127,7 +130,7 @@ def _feedforward_backward(
         wide_down.shape[1],
         width,
         ACTIVATION=activation,
-        **products.options(tiles, tiles.stages - 1),
+        **products.options(tiles, tiles.stages - SPARE_BACK),
     )
     tiles = whole
     dx = rows.new_empty(tokens * top_k, d)

@@ -25,7 +25,7 @@ def _linear(
     x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y (t, o), then what the backward pass needs: rows (r, d), and the three of `Order`."""
-    tiles = products.choose_tiles(x, indices.numel(), weight.shape[0])
+    tiles = products.choose_tiles(x, indices.numel(), weight)
     order = sort_by_expert(indices, weight.shape[0], tiles.rows)
     rows = products.gather(x, None, order, indices.shape[1])
     out = x.new_empty(indices.numel(), weight.shape[1])
@@ -35,7 +35,7 @@ def _linear(
 
 @_linear.register_fake
 def _(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> tuple[Tensor, ...]:
-    order = products.fake_order(x, indices, weight.shape[0])
+    order = products.fake_order(x, indices, weight)
     rows = x.new_empty(order.pairs.shape[0], products.wide(x.shape[1], x))
     return x.new_empty(x.shape[0], weight.shape[1]), rows, *order
 
@@ -53,7 +53,7 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dgates (empty without gates), dweight. widths: t, k, d."""
     order, (tokens, top_k, d) = Order(pairs, experts, bounds), widths
-    tiles = products.choose_tiles(rows, tokens * top_k, weight.shape[0])
+    tiles = products.choose_tiles(rows, tokens * top_k, weight)
     dy_rows = products.gather(dy, None, order, top_k)
     dy_scaled = dy_rows if gates is None else products.gather(dy, gates, order, top_k)
     dx = rows.new_empty(tokens * top_k, d)

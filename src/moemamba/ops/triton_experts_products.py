@@ -21,23 +21,27 @@ class Tiles(NamedTuple):
     depth: int
     stages: int  # tiles of the operands in flight
     warps: int
+    programs: int = 1  # on a multiprocessor
 
 
 TILES = {
     "hopper": Tiles(rows=128, columns=256, depth=64, stages=4, warps=8),
+    "narrow": Tiles(rows=128, columns=128, depth=64, stages=3, warps=8, programs=2),
     "ampere": Tiles(rows=128, columns=128, depth=32, stages=4, warps=8),
     "few tokens": Tiles(rows=16, columns=128, depth=64, stages=4, warps=4),
     "float32": Tiles(rows=64, columns=64, depth=32, stages=3, warps=4),
 }
 
 
-def choose_tiles(x: Tensor, n_pairs: int, n_experts: int) -> Tiles:
-    """The entry of TILES for this much work; Hopper's needs more shared memory than smaller GPUs have."""
+def choose_tiles(x: Tensor, n_pairs: int, *weights: Tensor) -> Tiles:
+    """The entry of TILES for this much work; Hopper's need more shared memory than smaller GPUs have."""
     if x.dtype == torch.float32:
         return TILES["float32"]
-    if n_pairs < 32 * n_experts:
+    if n_pairs < 32 * weights[0].shape[0]:
         return TILES["few tokens"]
-    return TILES["hopper" if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 else "ampere"]
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return TILES["ampere"]
+    return TILES["narrow" if max(size for w in weights for size in w.shape[1:]) <= 128 else "hopper"]
 
 
 def gather(x: Tensor, gates: Tensor | None, order: Order, top_k: int) -> Tensor:
@@ -46,8 +50,9 @@ def gather(x: Tensor, gates: Tensor | None, order: Order, top_k: int) -> Tensor:
     width = wide(x.shape[1], x)
     rows = x.new_empty(order.pairs.shape[0], width)
     columns = min(512, triton.next_power_of_2(width))
-    kernels.gather[(triton.cdiv(rows.shape[0], 16), triton.cdiv(width, columns))](
-        x.contiguous(), gates, rows, *order, n_experts, top_k, x.shape[1], width, ROWS=16, COLUMNS=columns
+    height = min(128, 8192 // columns)
+    kernels.gather[(triton.cdiv(rows.shape[0], height), triton.cdiv(width, columns))](
+        x.contiguous(), gates, rows, *order, n_experts, top_k, x.shape[1], width, ROWS=height, COLUMNS=columns
     )
     return rows
 
@@ -66,7 +71,7 @@ def last_product(
 ) -> None:
     """See `kernels.last_product`."""
     block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
-    kernels.last_product[programs(x)](
+    kernels.last_product[programs(x, tiles)](
         blocks(x, tiles.rows, tiles.depth),
         blocks(weight, 1, *block),
         out,
@@ -155,9 +160,9 @@ def options(tiles: Tiles, stages: int) -> dict[str, Any]:
     }
 
 
-def programs(x: Tensor) -> tuple[int]:
-    """A persistent kernel's grid: one program a multiprocessor."""
-    return (_multiprocessors(x.device) if x.is_cuda else 2,)
+def programs(x: Tensor, tiles: Tiles) -> tuple[int]:
+    """A persistent kernel's grid."""
+    return (_multiprocessors(x.device) * tiles.programs if x.is_cuda else 2,)
 
 
 @cache
@@ -165,8 +170,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def fake_order(x: Tensor, indices: Tensor, n_experts: int) -> Order:
-    tile = choose_tiles(x, indices.numel(), n_experts).rows
+def fake_order(x: Tensor, indices: Tensor, *weights: Tensor) -> Order:
+    n_experts, tile = weights[0].shape[0], choose_tiles(x, indices.numel(), *weights).rows
     n_tiles = indices.numel() // tile + n_experts + 1
     return Order(
         *(indices.new_empty(size, dtype=torch.int32) for size in (n_tiles * tile, n_tiles, 2 * (n_experts + 1) + 1))
