@@ -50,7 +50,7 @@ def gather(x: Tensor, gates: Tensor | None, order: Order, top_k: int) -> Tensor:
     width = wide(x.shape[1], x)
     rows = x.new_empty(order.pairs.shape[0], width)
     columns = min(512, triton.next_power_of_2(width))
-    height = min(128, 8192 // columns)
+    height = min(order.pairs.shape[0] // order.experts.shape[0], 8192 // columns)  # within a tile, all or none is used
     kernels.gather[(triton.cdiv(rows.shape[0], height), triton.cdiv(width, columns))](
         x.contiguous(), gates, rows, *order, n_experts, top_k, x.shape[1], width, ROWS=height, COLUMNS=columns
     )
