@@ -3,11 +3,15 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moemamba import ops
+from moemamba.model import _keep_choices
 from moemamba.ops import reference
 
 pytest.importorskip("triton")
+
+from moemamba.ops import triton_routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOTALS = ("indices", "gates", "load", "probabilities", "z", "entropy")
@@ -71,6 +75,22 @@ def test_nothing_to_route():
     indices, gates, load, *_ = triton(x, weight, bias, 2, None, 1)
     assert indices.shape == gates.shape == (0, 2) and load.sum() == 0
     assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(gates.sum(), [x, weight]))
+
+
+def test_recomputation_keeps_the_choices(monkeypatch):
+    x, weight, bias, _ = make()
+    calls, product = [], triton_routing.product
+    monkeypatch.setattr(triton_routing, "product", lambda *args: calls.append(1) or product(*args))
+
+    def gated(x):
+        _, gates, *_ = triton(x, weight, bias, 2, None, 1)
+        return (gates * x[:, :2]).sin().sum()
+
+    plain = torch.autograd.grad(gated(x), [x, weight])
+    again = checkpoint(gated, x, use_reentrant=False, context_fn=_keep_choices)
+    for a, b in zip(torch.autograd.grad(again, [x, weight]), plain, strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(calls) == 2
 
 
 def test_compile_without_graph_breaks():
