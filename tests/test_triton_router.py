@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from moemamba.ops import triton_routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered")  # numpy's, of nonsense
 TOTALS = ("indices", "gates", "load", "probabilities", "z", "entropy")
 
 

@@ -19,7 +19,6 @@ from . import triton_experts_kernels as kernels
 from . import triton_experts_products as products
 from .triton_sort import Order, sort_by_expert
 
-SPARE_FIRST = SPARE_BACK = 1
 KEEP_COPIES = True
 
 
@@ -70,7 +69,7 @@ def _feedforward(
         depth,
         width,
         ACTIVATION=activation,
-        **products.options(tiles, tiles.stages - SPARE_FIRST),  # the epilogue needs shared memory too
+        **products.options(tiles, tiles.stages - (before is not None)),  # the epilogue needs shared memory too
     )
     out = x.new_empty(indices.numel(), down.shape[1])
     products.last_product(hidden, wide_down, out, gates, order, tiles)
@@ -130,7 +129,7 @@ def _feedforward_backward(
         wide_down.shape[1],
         width,
         ACTIVATION=activation,
-        **products.options(tiles, tiles.stages - SPARE_BACK),
+        **products.options(tiles, tiles.stages - (not by_signs)),
     )
     tiles = whole
     dx = rows.new_empty(tokens * top_k, d)

@@ -36,6 +36,18 @@ def gather(
 
 
 @triton.jit
+def sum_choices(pairs, out, tokens, width, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[token] = sum of its K pairs."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < tokens) & (columns < width)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(pairs + (rows * K + k) * width + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + rows * width + columns, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _no_zero(gates):
     """Gates that can be divided by: what is nearer to zero than TINY becomes it, and is as good as zero elsewhere."""
     return tl.where(tl.abs(gates) < TINY, TINY, gates)

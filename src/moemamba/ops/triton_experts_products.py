@@ -12,6 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import triton_experts_kernels as kernels
 from .triton_sort import Order
 
+SPARE = 0
+
 
 class Tiles(NamedTuple):
     """How a product is cut into the work of programs."""
@@ -26,7 +28,7 @@ class Tiles(NamedTuple):
 
 TILES = {
     "hopper": Tiles(rows=128, columns=256, depth=64, stages=4, warps=8),
-    "narrow": Tiles(rows=128, columns=128, depth=64, stages=3, warps=8, programs=2),
+    "narrow": Tiles(rows=64, columns=128, depth=64, stages=3, warps=4, programs=3),
     "ampere": Tiles(rows=128, columns=128, depth=32, stages=4, warps=8),
     "few tokens": Tiles(rows=16, columns=128, depth=64, stages=4, warps=4),
     "float32": Tiles(rows=64, columns=64, depth=32, stages=3, warps=4),
@@ -85,7 +87,7 @@ def last_product(
         out.shape[1],
         TRANSPOSED=transposed,
         GATED=gated,
-        **options(tiles, tiles.stages if inputs is None else tiles.stages - 1),
+        **options(tiles, tiles.stages - SPARE * (inputs is not None)),
     )
 
 
@@ -107,7 +109,15 @@ def weight_gradient(dy: Tensor, x: Tensor, order: Order, dtype: torch.dtype, til
 
 def sum_choices(out: Tensor, top_k: int) -> Tensor:
     """(p, n) -> (t, n)."""
-    return out if top_k == 1 else out.view(-1, top_k, out.shape[1]).sum(1, dtype=out.dtype)
+    if top_k == 1:
+        return out
+    y = out.new_empty(out.shape[0] // top_k, out.shape[1])
+    columns = min(128, triton.next_power_of_2(out.shape[1]))
+    if y.numel():
+        kernels.sum_choices[(triton.cdiv(y.shape[0], 32), triton.cdiv(y.shape[1], columns))](
+            out, y, *y.shape, K=top_k, ROWS=32, COLUMNS=columns
+        )
+    return y
 
 
 def partial(gates: Tensor | None, width: int, tiles: Tiles) -> Tensor | None:

@@ -11,7 +11,7 @@ from .triton_step_cuts import launch, overlap
 from .triton_step_kernels import _matrix, _ready, _vector
 
 ROWS, COLUMNS, DEPTH = 128, 32, 32  # of a program's tile, and what it multiplies at once
-WARPS, STAGES = 8, 3
+WARPS, STAGES, PARTS = 8, 3, True
 ROUTED = 16384  # weights that a program of `route` holds at once
 
 
@@ -30,7 +30,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         _product[grid](
             x, weight, out, tokens, n_experts, d,
-            ROWS=ROWS, COLUMNS=columns, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES,
+            ROWS=ROWS, COLUMNS=columns, DEPTH=DEPTH, PARTS=PARTS and x.dtype == torch.bfloat16,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out
 
@@ -78,9 +79,11 @@ _linear.register_autograd(_differentiate, setup_context=_keep)
 
 @triton.jit
 def _product(
-    x, weight, out, tokens, width, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+    x, weight, out, tokens, width, depth,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out = x @ weight.T, in three products of tf32 parts."""
+    """A tile of out = x @ weight.T, in three products of tf32 parts; of bfloat16's PARTS of the weight, which add up
+    to it, where x is of that type."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -88,7 +91,17 @@ def _product(
         k = start + tl.arange(0, DEPTH)
         a = tl.load(x + rows * depth + k[None, :], mask=(rows < tokens) & (k < depth)[None, :], other=0.0)
         b = tl.load(weight + columns * depth + k[:, None], mask=(columns < width) & (k < depth)[:, None], other=0.0)
-        product = tl.dot(a.to(tl.float32), b.to(tl.float32), product, input_precision="tf32x3")
+        if PARTS:
+            b = b.to(tl.float32)
+            high = b.to(tl.bfloat16)
+            b -= high.to(tl.float32)
+            middle = b.to(tl.bfloat16)
+            low = (b - middle.to(tl.float32)).to(tl.bfloat16)
+            product = tl.dot(a, low, product)
+            product = tl.dot(a, middle, product)
+            product = tl.dot(a, high, product)
+        else:
+            product = tl.dot(a.to(tl.float32), b.to(tl.float32), product, input_precision="tf32x3")
     tl.store(out + rows * width + columns, product, mask=(rows < tokens) & (columns < width))
 
 
