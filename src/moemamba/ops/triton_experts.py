@@ -19,8 +19,6 @@ from . import triton_experts_kernels as kernels
 from . import triton_experts_products as products
 from .triton_sort import Order, sort_by_expert
 
-KEEP_COPIES = True
-
 
 def expert_feedforward(
     x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
@@ -73,7 +71,7 @@ def _feedforward(
     )
     out = x.new_empty(indices.numel(), down.shape[1])
     products.last_product(hidden, wide_down, out, gates, order, tiles)
-    wide_up, wide_down = (w if up.dtype != x.dtype and KEEP_COPIES else w.new_empty(0) for w in (wide_up, wide_down))
+    wide_up, wide_down = (w if up.dtype != x.dtype else w.new_empty(0) for w in (wide_up, wide_down))
     return products.sum_choices(out, indices.shape[1]), rows, kept, signs, wide_up, wide_down, *order
 
 
@@ -88,7 +86,7 @@ def _(
     signs = order.bounds.new_empty(0)
     if _keeps_signs(x, activation):
         signs = products.room_for_signs(kept[:, 0], products.choose_tiles(x, indices.numel(), up, down))
-    copied = up.dtype != x.dtype and KEEP_COPIES
+    copied = up.dtype != x.dtype
     wide_up = x.new_empty((n_experts, groups, width, d) if copied else 0)
     wide_down = x.new_empty((n_experts, o, width) if copied else 0)
     return x.new_empty(x.shape[0], o), rows, kept, signs, wide_up, wide_down, *order
@@ -102,7 +100,7 @@ def _feedforward_backward(
     rows, before, signs, wide_up, wide_down, *places = kept
     order, (tokens, top_k, d) = Order(*places), widths
     tiles = products.choose_tiles(rows, tokens * top_k, up, down)
-    if up.dtype == rows.dtype or not KEEP_COPIES:
+    if up.dtype == rows.dtype:
         wide_up, wide_down = products.prepare(up, down, rows.dtype)
     n_experts, _, width, _ = wide_up.shape
     by_signs = _keeps_signs(rows, activation)

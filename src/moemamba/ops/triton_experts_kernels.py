@@ -73,11 +73,11 @@ def _pack(x, FIRST: tl.constexpr):
 
 @triton.jit
 def _unpack(words, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """What `_pack` was given, as 0 and 1."""
+    """Where what `_pack` was given is positive."""
     SHARE: tl.constexpr = WIDTH // WORDS
     place = tl.arange(0, SHARE) + FIRST
     bits = (words[:, None, :] >> place[None, :, None]) & 1
-    return bits.reshape(words.shape[0], WIDTH)
+    return (bits != 0).reshape(words.shape[0], WIDTH)
 
 
 @triton.jit
@@ -241,7 +241,8 @@ def last_product_backward(
             product = tl.dot(dy.load([row, k]), w, product, input_precision="tf32x3")
         left, right = _halves(product)
         if signs is not None:
-            left, right = left * _unpack(words, 0, HALF), right * _unpack(words, HALF // WORDS, HALF)
+            left = tl.where(_unpack(words, 0, HALF), left, 0.0)
+            right = tl.where(_unpack(words, HALF // WORDS, HALF), right, 0.0)
             dbefore.store([row, 0, column], left.to(dbefore.dtype).reshape(ROWS, 1, HALF))
             dbefore.store([row, 0, column + HALF], right.to(dbefore.dtype).reshape(ROWS, 1, HALF))
         else:

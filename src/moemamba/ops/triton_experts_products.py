@@ -12,8 +12,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import triton_experts_kernels as kernels
 from .triton_sort import Order
 
-SPARE = 0
-
 
 class Tiles(NamedTuple):
     """How a product is cut into the work of programs."""
@@ -87,7 +85,7 @@ def last_product(
         out.shape[1],
         TRANSPOSED=transposed,
         GATED=gated,
-        **options(tiles, tiles.stages - SPARE * (inputs is not None)),
+        **options(tiles, tiles.stages),
     )
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from .triton_step_cuts import launch, overlap
 from .triton_step_kernels import _matrix, _ready, _vector
 
-ROWS, COLUMNS, DEPTH = 128, 32, 32  # of a program's tile, and what it multiplies at once
-WARPS, STAGES, PARTS = 8, 3, True
+ROWS, COLUMNS = 128, 32  # of a program's tile
 ROUTED = 16384  # weights that a program of `route` holds at once
 
 
@@ -25,13 +24,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     (tokens, d), n_experts = x.shape, weight.shape[0]
     out = x.new_empty(tokens, n_experts, dtype=torch.float32)
     if tokens:
+        parts = x.dtype == torch.bfloat16
         columns = min(COLUMNS, max(16, triton.next_power_of_2(n_experts)))
         grid = (triton.cdiv(tokens, ROWS), triton.cdiv(n_experts, columns))
         x, weight = x.contiguous(), weight.contiguous()
         _product[grid](
             x, weight, out, tokens, n_experts, d,
-            ROWS=ROWS, COLUMNS=columns, DEPTH=DEPTH, PARTS=PARTS and x.dtype == torch.bfloat16,
-            num_warps=WARPS, num_stages=STAGES,
+            ROWS=ROWS, COLUMNS=columns, DEPTH=64 if parts else 32, PARTS=parts, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out
 
@@ -82,8 +81,10 @@ def _product(
     x, weight, out, tokens, width, depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out = x @ weight.T, in three products of tf32 parts; of bfloat16's PARTS of the weight, which add up
-    to it, where x is of that type."""
+    """A tile of out = x @ weight.T, in three products of tf32 parts.
+
+    Of a bfloat16 x the PARTS of the weight in that type, three of which hold all its digits.
+    """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     product = tl.zeros((ROWS, COLUMNS), tl.float32)

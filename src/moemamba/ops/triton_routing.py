@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .triton_router import product, product_backward
 
-ELEMENTS = 2048  # of the logits that a program holds at once
+ELEMENTS = 4096  # of the logits that a program holds at once
 LANES = 32  # experts that lie across threads, four in each; further ones are a thread's own
 PROGRAMS = 264  # of a kernel that adds up totals, about
 
@@ -40,7 +40,9 @@ def _route(
     parts = logits.new_empty(groups, blocks if tokens else 0, 2 * n_experts + 2)
     if tokens:
         chunk = triton.cdiv(triton.cdiv(size, blocks), tile["ROWS"]) * tile["ROWS"]
-        _choose[(blocks, groups)](logits, bias, valid, indices, gates, parts, size, n_experts, chunk, K=top_k, **tile)
+        _choose[(blocks, groups)](
+            logits, bias, valid, indices, gates, parts, size, n_experts, chunk, K=top_k, num_warps=8, **tile
+        )
     return indices, gates, parts.sum(1), logits
 
 
@@ -73,7 +75,17 @@ def _route_backward(
     if tokens:
         dgates, dtotals = (None if d is None else d.contiguous() for d in (dgates, dtotals))
         _choose_backward[(triton.cdiv(size, tile["ROWS"]), groups)](
-            logits, indices, valid, dgates, dtotals, dlogits, size, n_experts, K=indices.shape[1], **tile
+            logits,
+            indices,
+            valid,
+            dgates,
+            dtotals,
+            dlogits,
+            size,
+            n_experts,
+            K=indices.shape[1],
+            num_warps=4,
+            **tile,
         )
     return product_backward(dlogits, x, weight)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # pairs that one program ranks against each other
+BLOCK = 64  # pairs that one program ranks against each other
 
 
 class Order(NamedTuple):
