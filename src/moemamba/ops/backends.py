@@ -137,3 +137,9 @@ def force(name: str | None) -> str | None:
             raise RuntimeError(reason)
     previous, _forced = _forced, name
     return previous
+
+
+def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless an argument, where it is given, has this shape."""
+    if tensor is not None and tensor.shape != shape:  # a torch.Size is a tuple; to copy it takes a microsecond
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} from the other arguments")

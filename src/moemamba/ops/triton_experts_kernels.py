@@ -127,9 +127,9 @@ def first_product(
             if before is not None:
                 before.store([row, 0, column], left.to(before.dtype).reshape(ROWS, 1, HALF))
                 before.store([row, 0, column + HALF], right.to(before.dtype).reshape(ROWS, 1, HALF))
-            if signs is not None:
-                tl.store(_words(signs, row, tile % across, across, ROWS), _pack(left, 0) | _pack(right, HALF // WORDS))
             hidden.store([row, column], _activate(left, ACTIVATION)[0].to(hidden.dtype))
+            if signs is not None:  # here, while the left half leaves shared memory
+                tl.store(_words(signs, row, tile % across, across, ROWS), _pack(left, 0) | _pack(right, HALF // WORDS))
             hidden.store([row, column + HALF], _activate(right, ACTIVATION)[0].to(hidden.dtype))
 
 
