@@ -9,6 +9,8 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from time import perf_counter as clock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +22,19 @@ from moemamba.layers import MoE
 TOKENS, D, D_EXPERT, N_EXPERTS, VOCABULARY = 65_536, 512, 1536, 32, 50_257
 TOLERANCE = 1e-2  # bfloat16 operands, float32 accumulators
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]  # a tensor, or several
 
 
 def measure(function: Callable[[], object], repeats: int = 15) -> float:
     """Median milliseconds on the device; the queue is filled first, so that launching is not what is timed."""
     for _ in range(3):
         function()
+    torch.cuda.synchronize()
+    begin = clock()
+    function()
+    launch = clock() - begin
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda._sleep(20_000_000)
+    torch.cuda._sleep(int(2e9 * (0.01 + 2 * repeats * launch)))  # cycles, of which there are less than 2e9 a second
     for start, end in events:
         start.record()
         function()
@@ -39,14 +45,19 @@ def measure(function: Callable[[], object], repeats: int = 15) -> float:
 
 def time(function: Function, inputs: dict[str, Tensor], parameters: Iterable[Tensor] = ()) -> dict[str, float]:
     """Milliseconds forward and backward, and the most memory beyond the inputs in GiB."""
-    y = function(**inputs)
-    dy, wanted = torch.randn_like(y), [*inputs.values(), *parameters]
-    forward = measure(lambda: function(**inputs))
+
+    def call() -> tuple[Tensor, ...]:
+        y = function(**inputs)
+        return y if isinstance(y, tuple) else (y,)
+
+    y = call()
+    dy, wanted = [torch.randn_like(t) for t in y], [*inputs.values(), *parameters]
+    forward = measure(call)
     backward = measure(lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True))
-    y = None
+    y = ()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.autograd.grad(function(**inputs), wanted, dy)
+    torch.autograd.grad(call(), wanted, dy)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     return {"forward": round(forward, 3), "backward": round(backward, 3), "peak_gib": round(peak, 2)}
 
@@ -142,6 +153,27 @@ def experts() -> dict[str, object]:
     }
 
 
+def training() -> dict[str, object]:
+    """Layers as models train them: float32 weights under autocast, with the balance loss, compiled."""
+    cases = {
+        "paper's: 32 experts, capacity 1": (MoE(D, N_EXPERTS, D_EXPERT, activation="relu", capacity_factor=1), 256),
+        "fine: d_model 128, 128 experts of 64, top-4": (MoE(128, 128, 64, top_k=4), 128),
+    }
+    results: dict[str, object] = {}
+    torch._functorch.config.donated_buffer = False  # what the backward pass reads is read again in the next
+    for name, (layer, batch) in cases.items():
+        layer = layer.cuda()
+
+        def routed(x: Tensor, layer: MoE = layer) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cuda", torch.bfloat16):
+                y, stats = layer(x)
+            return y, stats.balance_loss
+
+        x = draw(batch, 256, layer.router.weight.shape[1])
+        results[name] = time(torch.compile(routed, fullgraph=True), {"x": x}, layer.parameters())
+    return results
+
+
 def head(tokens: int = TOKENS, d: int = D) -> dict[str, object]:
     """The vocabulary head's loss."""
     hidden, weight = draw(tokens, d), draw(VOCABULARY, d, scale=d**-0.5)
@@ -176,7 +208,7 @@ def main() -> None:
     a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
     ceiling = 2 * 8192**3 / measure(lambda: a @ b) / 1e9
     results: dict[str, object] = {"gpu": torch.cuda.get_device_name(), "bf16_tflops": round(ceiling)}
-    for case in (experts, head, narrow_head):
+    for case in (experts, training, head, narrow_head):
         results[case.__name__] = table = case()
         for name, row in table.items():
             print(f"{name:45s} {row}", flush=True)

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton, triton_cross_entropy, triton_experts, triton_step_cuts
+from moemamba.ops import triton, triton_cross_entropy, triton_experts_products, triton_step_cuts
 
 
 class Absent:
@@ -55,19 +55,20 @@ def differentiate(y):
     y.float().sum().backward()
 
 
-for name, tiles in triton_experts.TILES.items():
-    if name == ("ampere" if capability >= 90 else "hopper"):
+for name, tiles in triton_experts_products.TILES.items():
+    if name in (("ampere",) if capability >= 90 else ("hopper", "narrow")):
         continue
     dtype = torch.float32 if name == "float32" else torch.bfloat16
-    triton_experts.choose_tiles = lambda *_, tiles=tiles: tiles
+    triton_experts_products.choose_tiles = lambda *_, tiles=tiles: tiles
     x, indices = draw(48, 32, dtype=dtype), torch.randint(0, 5, (48, 2))
     cases = [("relu", True), ("relu", False), ("gelu", True), ("swiglu", True)]
-    for activation, gates in cases if name in ("hopper", "ampere") else cases[-1:]:
+    for activation, gates in cases if name in ("hopper", "narrow", "ampere") else cases[-1:]:
         up, down = draw(4, 128 if activation == "swiglu" else 64, 32, dtype=dtype), draw(4, 32, 64, dtype=dtype)
         weights = draw(48, 2, dtype=torch.float32) if gates else None
         differentiate(triton.expert_feedforward(x, indices, weights, up, down, activation))
         differentiate(triton.expert_linear(x, indices, weights, up))
     differentiate(triton.grouped_linear(x, up, torch.tensor([9, 0, 30, 5])))
+triton.places_in_queues(torch.randint(0, 5, (300,)), 5)
 for length in (1, 300):
     u, A, B = draw(2, length, 96), -torch.rand(96, 16).requires_grad_(), draw(2, length, 16)
     vector, initial, window = (draw(*shape, dtype=torch.float32) for shape in ((96,), (2, 96, 16), (2, 96, 3)))
@@ -87,6 +88,12 @@ for dtype in (torch.bfloat16, torch.float32):
         with torch.no_grad():
             triton.linear_cross_entropy(hidden, draw(99, d), targets, -100, "mean")
 differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
+for n_experts, top_k in ((5, 2), (32, 1), (128, 4)):
+    valid, bias = torch.ones(48), torch.zeros(n_experts)
+    _, gates, _, probabilities, z, _ = triton.route_with_totals(
+        draw(48, 32), draw(n_experts, 32, dtype=torch.float32), bias, top_k, valid, 2
+    )
+    differentiate(torch.cat([gates.flatten(), probabilities.flatten(), z]))
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):
         for batch in (1, 9, 16, 40, 256):

@@ -10,7 +10,8 @@ from moemamba.ops import reference
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_cross_entropy, triton_experts, triton_sort
+from moemamba.ops import triton_cross_entropy, triton_sort
+from moemamba.ops import triton_experts_products as products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
@@ -111,10 +112,10 @@ def test_feedforward(activation, top_k):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the larger tilings are not for float32")
-@pytest.mark.parametrize("tiles", triton_experts.TILES)
+@pytest.mark.parametrize("tiles", products.TILES)
 @pytest.mark.parametrize("activation", ["relu", "swiglu"])
 def test_every_tiling(tiles, activation, monkeypatch):
-    monkeypatch.setattr(triton_experts, "choose_tiles", lambda *_: triton_experts.TILES[tiles])
+    monkeypatch.setattr(products, "choose_tiles", lambda *_: products.TILES[tiles])
     tensors, indices = make(tokens=70, n_experts=3, top_k=2, d=72, f=136, o=40, activation=activation)
     compare_feedforward(tensors, indices, activation, loop=False)
 
@@ -144,8 +145,9 @@ def test_without_gates_and_without_tokens():
 
 def test_gate_of_zero_has_a_gradient():
     tensors, indices = make()
-    tensors["gates"].data.zero_()
-    compare_feedforward(tensors, indices, "relu")
+    tensors["gates"].data[::2] = 0
+    for activation in ("relu", "gelu"):
+        compare_feedforward(tensors, indices, activation)
 
 
 def test_float16_and_float32_weights():
@@ -205,6 +207,15 @@ def test_sort_is_stable(n_pairs):
         assert order.pairs[last:end].eq(-1).all()
         assert order.experts[first // tile : end // tile].eq(group).all()
         assert end == bounds[2 * group + 2]
+
+
+@pytest.mark.parametrize("n_entries", [0, 1, 128, 700])
+def test_places_in_queues(n_entries):
+    queues = torch.randint(0, 5, (n_entries,), device=DEVICE)
+    with ops.backend("triton"):
+        places = ops.places_in_queues(queues, 7)
+    assert places.equal(reference.places_in_queues(queues, 7))
+    assert places.tolist() == [queues[:i].eq(queues[i]).sum().item() for i in range(n_entries)]
 
 
 @pytest.mark.parametrize("sizes", [(70, 40, 5), (1100, 17, 33), (0, 8, 4)])
@@ -315,9 +326,9 @@ def test_feedforward_on_a_gpu(activation, top_k, tokens):
 
 
 @gpu
-@pytest.mark.parametrize("tiles", triton_experts.TILES)
+@pytest.mark.parametrize("tiles", products.TILES)
 def test_every_tiling_on_a_gpu(tiles, monkeypatch):
-    monkeypatch.setattr(triton_experts, "choose_tiles", lambda *_: triton_experts.TILES[tiles])
+    monkeypatch.setattr(products, "choose_tiles", lambda *_: products.TILES[tiles])
     dtype = torch.float32 if tiles == "float32" else torch.bfloat16
     tensors, indices = make(tokens=3000, n_experts=6, d=264, f=520, o=200, dtype=dtype)
     compare_feedforward(tensors, indices, "relu", tolerance=1e-4 if tiles == "float32" else 2e-2, loop=False)

@@ -314,8 +314,11 @@ def _paper_fan_in(module: nn.Module) -> list[tuple[Tensor, int]]:
     return []
 
 
+_ROUTERS = ("moemamba::route_with_totals",)  # by name, since a backend defines its ops when it is first used
+
+
 def _save_top_k(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    chosen = op in (torch.ops.aten.topk.default, torch.ops.aten.argmax.default)
+    chosen = op in (torch.ops.aten.topk.default, torch.ops.aten.argmax.default) or op.name() in _ROUTERS
     return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
 

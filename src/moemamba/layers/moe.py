@@ -95,55 +95,47 @@ class Router(nn.Module):
         if batch % groups:
             raise ValueError(f"a batch of {batch} rows cannot be cut into {groups} routing groups; give a multiple")
         rows, size = batch // groups, batch // groups * length
+        valid = None if seq_idx is None else (seq_idx.flatten() >= 0).to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            logits, probabilities, (indices, gates) = self.choose(x.flatten(0, 1))
-            valid = logits.new_ones(batch * length) if seq_idx is None else (seq_idx.flatten() >= 0).to(logits.dtype)
-            if seq_idx is not None:
-                indices = indices.masked_fill(valid[:, None] == 0, self.n_experts)
-
-            experts = torch.arange(self.n_experts, device=x.device)
-            chosen = indices[..., None] == experts  # (t, k, e)
-            own = load = chosen.view(groups, size * self.top_k, self.n_experts).sum(1).to(logits.dtype)  # (g, e)
-            tokens = valid.view(groups, size).sum(1)  # (g,)
+            indices, gates, own, *totals = ops.route_with_totals(
+                x.flatten(0, 1), self.weight, self.balance_bias, self.top_k, valid, groups
+            )
+            load = own
+            tokens = own.new_full((groups,), size) if valid is None else valid.view(groups, size).sum(1)  # (g,)
             earlier, share = None, 1
             if across is not None:
+                chosen = indices[..., None] == torch.arange(self.n_experts, device=x.device)  # (t, k, e)
                 there = _gather(
                     chosen.view(batch, length, self.top_k, self.n_experts).sum((0, 2)), across
                 )  # (processes, l, e)
                 earlier, share = _earlier_elsewhere(there, across.rank()), across.size()
-                load = there.sum((0, 1))[None].to(logits.dtype)
+                load = there.sum((0, 1))[None].to(own.dtype)
                 tokens = _gather(tokens, across).sum(0)
-            kept = indices < self.n_experts
+            dropped = own.new_zeros(())
             if self.training and self.capacity_factor is not None:
                 limit = capacity(self.capacity_factor, tokens.double(), self.top_k, self.n_experts)
                 place = arrival(indices.view(batch, length, self.top_k), self.n_experts, groups, earlier)
-                kept = kept & (place < limit.repeat_interleave(rows)[:, None, None]).flatten(0, 1)
+                kept = (place < limit.repeat_interleave(rows)[:, None, None]).flatten(0, 1) & (indices < self.n_experts)
+                indices, gates = indices.masked_fill(~kept, self.n_experts), gates.masked_fill(~kept, 0)
+                lost = own.sum(1) - kept.view(groups, size * self.top_k).sum(1)
+                dropped = (share * lost / load.sum(1).clamp(min=1)).mean()
 
-            def mean(values: Tensor) -> Tensor:
-                """(t, ...) -> (g, ...) means over a group's valid tokens; of several processes this one's share."""
-                total = valid.view(groups, 1, size) @ values.reshape(groups, size, math.prod(values.shape[1:]))
-                return share * total.squeeze(1) / tokens.clamp(min=1)[:, None]
-
-            log_z = logits.logsumexp(dim=-1)
-            entropy = log_z - (probabilities * logits).sum(-1)
-            fraction = load / (tokens.clamp(min=1) * self.top_k)[:, None]
-            dropped = share * (own.sum(1) - kept.view(groups, size * self.top_k).sum(1)) / load.sum(1).clamp(min=1)
+            # Means over a group's tokens; of several processes this one's share.
+            counted = tokens.clamp(min=1)
+            probabilities, z, entropy = (share * total.view(groups, -1) / counted[:, None] for total in totals)
+            fraction = load / (counted * self.top_k)[:, None]
             stats = RouterStats(
-                balance_loss=self.n_experts * (fraction * mean(probabilities)).sum(1).mean(),
-                z_loss=mean(log_z.square()).mean(),
+                balance_loss=self.n_experts * (fraction * probabilities).sum(1).mean(),
+                z_loss=z.mean(),
                 load=own.sum(0),
-                dropped=dropped.mean(),
-                entropy=mean(entropy.detach()).mean(),
+                dropped=dropped,
+                entropy=entropy.mean(),
             )
-            return Routing(indices.masked_fill(~kept, self.n_experts), gates.masked_fill(~kept, 0), stats)
+            return Routing(indices, gates, stats)
 
-    def choose(self, x: Tensor) -> tuple[Tensor, Tensor, Choice]:
-        """x (t, d) -> logits (t, e), probabilities (t, e), and the choices, of which none is dropped."""
-        logits = ops.linear_float32(x, self.weight)
-        probabilities = logits.softmax(dim=-1)
-        scores = probabilities + self.balance_bias
-        indices = scores.argmax(-1, keepdim=True) if self.top_k == 1 else scores.topk(self.top_k, dim=-1).indices
-        return logits, probabilities, Choice(indices, probabilities.gather(1, indices))
+    def choose(self, x: Tensor) -> Choice:
+        """x (t, d) -> the choices, of which none is dropped."""
+        return Choice(*ops.route_with_totals(x, self.weight, self.balance_bias, self.top_k)[:2])
 
     def _route_all(self, x: Tensor) -> Routing:
         """As `forward` where nothing is dropped, padded or differentiated, by one kernel: for a token of generation the
@@ -181,14 +173,9 @@ def arrival(indices: Tensor, n_experts: int, groups: int = 1, earlier: Tensor | 
     queues = groups * (n_experts + 1)
     group = torch.arange(groups, device=indices.device).repeat_interleave(indices.shape[0] // groups)
     in_time = (indices + group[:, None, None] * (n_experts + 1)).transpose(0, 1)  # (l, b, k)
-    flat = in_time.flatten()
-    order = flat.argsort(stable=True)
-    chosen = flat[order]
-    first = torch.searchsorted(chosen, torch.arange(queues, device=flat.device))
-    place = torch.empty_like(flat)
-    place[order] = torch.arange(flat.numel(), device=flat.device) - first[chosen]
+    place = ops.places_in_queues(in_time.flatten(), queues)
     if earlier is not None:
-        place += F.pad(earlier, (0, 1)).gather(1, indices.transpose(0, 1).flatten(1)).flatten()
+        place = place + F.pad(earlier, (0, 1)).gather(1, indices.transpose(0, 1).flatten(1)).flatten()
     return place.view_as(in_time).transpose(0, 1)
 
 
@@ -306,6 +293,6 @@ class MoE(nn.Module):
             if tokens.shape[0] <= FEW and not torch.is_grad_enabled():
                 choice = Choice(*ops.route(tokens, router.weight, router.balance_bias, router.top_k))
             else:
-                choice = router.choose(tokens)[2]
+                choice = router.choose(tokens)
         y: Tensor = self.experts(x.flatten(0, 1), choice).unflatten(0, x.shape[:2])
         return y if self.shared is None else y + self.shared(x)

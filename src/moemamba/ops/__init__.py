@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import BACKENDS, available, choose, force, implementation, why_not
+from .backends import BACKENDS, available, choose, expect, force, implementation, why_not
+from .routing import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
 
 __all__ = [
     "BACKENDS",
@@ -32,9 +33,11 @@ __all__ = [
     "linear_cross_entropy",
     "linear_float32",
     "mamba_step",
+    "places_in_queues",
     "rms_norm",
     "route",
     "route_with_stats",
+    "route_with_totals",
     "selective_scan",
     "why_not",
 ]
@@ -93,15 +96,15 @@ def selective_scan(
     """
     batch, length, width = u.shape
     n = A.shape[1]
-    _expect("dt", dt, (batch, length, width))
-    _expect("A", A, (width, n))
-    _expect("B", B, (batch, length, n))
-    _expect("C", C, (batch, length, n))
-    _expect("D", D, (width,))
-    _expect("z", z, (batch, length, width))
-    _expect("dt_bias", dt_bias, (width,))
-    _expect("initial_state", initial_state, (batch, width, n))
-    _expect("seq_idx", seq_idx, (batch, length))
+    expect("dt", dt, (batch, length, width))
+    expect("A", A, (width, n))
+    expect("B", B, (batch, length, n))
+    expect("C", C, (batch, length, n))
+    expect("D", D, (width,))
+    expect("z", z, (batch, length, width))
+    expect("dt_bias", dt_bias, (width,))
+    expect("initial_state", initial_state, (batch, width, n))
+    expect("seq_idx", seq_idx, (batch, length))
     return implementation("selective_scan", u)(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
 
 
@@ -130,10 +133,10 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise ValueError(f'activation is {activation!r}; causal_conv1d knows "silu" and None')
     batch, length, width = x.shape
-    _expect("weight", weight, (width, weight.shape[-1]))
-    _expect("bias", bias, (width,))
-    _expect("initial_state", initial_state, (batch, width, weight.shape[1] - 1))
-    _expect("seq_idx", seq_idx, (batch, length))
+    expect("weight", weight, (width, weight.shape[-1]))
+    expect("bias", bias, (width,))
+    expect("initial_state", initial_state, (batch, width, weight.shape[1] - 1))
+    expect("seq_idx", seq_idx, (batch, length))
     return implementation("causal_conv1d", x)(x, weight, bias, activation, initial_state, seq_idx)
 
 
@@ -179,19 +182,19 @@ def mamba_step(
     """
     batch, d = x.shape[0], x.shape[2]
     (width, n), k, r = A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
-    _expect("x", x, (batch, 1, d))
-    _expect("conv_state", conv_state, (batch, width, k - 1))
-    _expect("ssm_state", ssm_state, (batch, width, n))
-    _expect("in_proj", in_proj, (2 * width, d))
-    _expect("conv_weight", conv_weight, (width, k))
-    _expect("conv_bias", conv_bias, (width,))
-    _expect("x_proj", x_proj, (r + 2 * n, width))
-    _expect("dt_proj", dt_proj, (width, r))
-    _expect("dt_bias", dt_bias, (width,))
-    _expect("D", D, (width,))
-    _expect("out_proj", out_proj, (d, width))
-    _expect("norm_weight", norm_weight, (d,))
-    _expect("norm_bias", norm_bias, (d,))
+    expect("x", x, (batch, 1, d))
+    expect("conv_state", conv_state, (batch, width, k - 1))
+    expect("ssm_state", ssm_state, (batch, width, n))
+    expect("in_proj", in_proj, (2 * width, d))
+    expect("conv_weight", conv_weight, (width, k))
+    expect("conv_bias", conv_bias, (width,))
+    expect("x_proj", x_proj, (r + 2 * n, width))
+    expect("dt_proj", dt_proj, (width, r))
+    expect("dt_bias", dt_bias, (width,))
+    expect("D", D, (width,))
+    expect("out_proj", out_proj, (d, width))
+    expect("norm_weight", norm_weight, (d,))
+    expect("norm_bias", norm_bias, (d,))
     if in_place and not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
         raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
     weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
@@ -223,8 +226,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Returns:
         (t, f) in x's dtype; zero in the rows that belong to no expert.
     """
-    _expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
-    _expect("counts", counts, (weight.shape[0],))
+    expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
+    expect("counts", counts, (weight.shape[0],))
     x = _autocast(x)
     return implementation("grouped_linear", x)(x, weight, counts)
 
@@ -240,9 +243,9 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
     Returns:
         (t, o) in x's dtype; zero for a token whose every choice was dropped.
     """
-    _expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
-    _expect("indices", indices, (x.shape[0], indices.shape[-1]))
-    _expect("gates", gates, tuple(indices.shape))
+    expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
+    expect("indices", indices, (x.shape[0], indices.shape[-1]))
+    expect("gates", gates, tuple(indices.shape))
     x = _autocast(x)
     return implementation("expert_linear", x)(x, indices, gates, weight)
 
@@ -265,10 +268,10 @@ def expert_feedforward(
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; known are {', '.join(reference.ACTIVATIONS)}")
     hidden = up.shape[1] // 2 if activation == "swiglu" else up.shape[1]
-    _expect("up", up, (up.shape[0], up.shape[1], x.shape[1]))
-    _expect("down", down, (up.shape[0], down.shape[1], hidden))
-    _expect("indices", indices, (x.shape[0], indices.shape[-1]))
-    _expect("gates", gates, tuple(indices.shape))
+    expect("up", up, (up.shape[0], up.shape[1], x.shape[1]))
+    expect("down", down, (up.shape[0], down.shape[1], hidden))
+    expect("indices", indices, (x.shape[0], indices.shape[-1]))
+    expect("gates", gates, tuple(indices.shape))
     x = _autocast(x)
     return implementation("expert_feedforward", x)(x, indices, gates, up, down, activation)
 
@@ -283,53 +286,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., f).
     """
-    _expect("weight", weight, (weight.shape[0], x.shape[-1]))
-    _expect("bias", bias, (weight.shape[0],))
+    expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    expect("bias", bias, (weight.shape[0],))
     return implementation("linear", x)(x, weight, bias)  # type: ignore[no-any-return]
-
-
-def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` in float32 whatever x's dtype, also under `torch.autocast`: a router's logits.
-
-    Args:
-        x: (t, d).
-        weight: (e, d).
-    Returns:
-        (t, e) float32; float64 of float64.
-    """
-    _expect("weight", weight, (weight.shape[0], x.shape[1]))
-    return implementation("linear_float32", x)(x, weight)
-
-
-def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The experts that tokens visit, and how probable each was: a softmax router without gradients, losses or drops.
-
-    Args:
-        x: (t, d).
-        weight: (e, d).
-        bias: (e,) added to the probabilities when choosing.
-        top_k: choices for each token, k.
-    Returns:
-        indices (t, k) int64, gates (t, k) float32; float64 of float64.
-    """
-    _expect("weight", weight, (weight.shape[0], x.shape[1]))
-    _expect("bias", bias, (weight.shape[0],))
-    return implementation("route", x)(x, weight, bias, top_k)  # type: ignore[no-any-return]
-
-
-def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The choices of a softmax top-k router that drops nothing, and what they come to (see `layers.RouterStats`).
-
-    Args:
-        logits: (t, e) float32.
-        bias: (e,) added to the probabilities for choosing alone.
-        top_k: choices for each token, k.
-    Returns:
-        indices (t, k) int64, the likeliest first; gates (t, k), their probabilities; balance_loss (), z_loss (),
-        load (e,) choices that fell on each expert, entropy ().
-    """
-    _expect("bias", bias, (logits.shape[1],))
-    return implementation("route_with_stats", logits)(logits, bias, top_k)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(
@@ -347,8 +306,8 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction is {reduction!r}; linear_cross_entropy knows "mean" and "sum"')
-    _expect("weight", weight, (weight.shape[0], hidden.shape[1]))
-    _expect("targets", targets, (hidden.shape[0],))
+    expect("weight", weight, (weight.shape[0], hidden.shape[1]))
+    expect("targets", targets, (hidden.shape[0],))
     hidden = _autocast(hidden)
     return implementation("linear_cross_entropy", hidden)(hidden, weight, targets, ignore_index, reduction)
 
@@ -362,7 +321,7 @@ def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (b,) int64.
     """
-    _expect("weight", weight, (weight.shape[0], x.shape[1]))
+    expect("weight", weight, (weight.shape[0], x.shape[1]))
     return implementation("linear_argmax", x)(x, weight)  # type: ignore[no-any-return]
 
 
@@ -375,7 +334,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     Returns:
         (..., d) in x's dtype, or the weight's where that is wider.
     """
-    _expect("weight", weight, (x.shape[-1],))
+    expect("weight", weight, (x.shape[-1],))
     return implementation("rms_norm", x)(x, weight, eps)  # type: ignore[no-any-return]
 
 
@@ -383,8 +342,3 @@ def _autocast(x: Tensor) -> Tensor:
     """Under `torch.autocast` the products run in its dtype, as those of `torch.nn.functional.linear` do."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:  # a torch.Size is a tuple; to copy it takes a microsecond
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} from the other arguments")

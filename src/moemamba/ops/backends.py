@@ -37,7 +37,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "linear_cross_entropy",
         "linear_float32",
         "mamba_step",
+        "places_in_queues",
         "route",
+        "route_with_totals",
         "selective_scan",
     ),
     "cuda": ("causal_conv1d", "selective_scan"),
@@ -139,3 +141,9 @@ def force(name: str | None) -> str | None:
             raise RuntimeError(reason)
     previous, _forced = _forced, name
     return previous
+
+
+def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless an argument, where it is given, has this shape."""
+    if tensor is not None and tensor.shape != shape:  # a torch.Size is a tuple; to copy it takes a microsecond
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} from the other arguments")

@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from . import triton_cross_entropy_kernels as kernels
-from .triton_experts import Tiles, _blocks, _multiprocessors, _wide
+from .triton_experts_products import Tiles, blocks, multiprocessors
+from .triton_experts_products import wide as whole_blocks
 
 RECOMPUTED = 128  # d_model up to which logits are computed anew
 MANY_WORDS = 6_000  # from here on the vocabulary keeps a GPU busy with what is computed anew, a block of it a program
@@ -61,7 +62,7 @@ def _cross_entropy(
     recompute = d <= RECOMPUTED and v >= MANY_WORDS
     # float16 has too short a range for a score that is stored
     h = hidden.float() if hidden.dtype == torch.float16 and not recompute else hidden
-    wide = triton.cdiv(v, ALIGNMENT) * ALIGNMENT, _wide(d, h)
+    wide = triton.cdiv(v, ALIGNMENT) * ALIGNMENT, whole_blocks(d, h)
     h, w = _widen(h, (tokens, wide[1]), h.dtype), _widen(weight, wide, h.dtype)
     losses = h.new_empty(tokens, dtype=torch.float32)
     dhidden, dweight = _empty_gradients(h, w.shape[0], gradients)
@@ -104,12 +105,12 @@ def _recompute(
     tiles = RECOMPUTED_SCORES["hopper, narrow" if name == "hopper" and depth <= 64 else name]
     options = {"DEPTH": depth, "num_warps": tiles.warps, "num_stages": tiles.stages}
     kernels.hidden_gradient[(triton.cdiv(tokens, tiles.rows),)](
-        _blocks(h, tiles.rows, depth), _blocks(w, tiles.columns, depth), w, targets, losses, log_sums, dhidden,
+        blocks(h, tiles.rows, depth), blocks(w, tiles.columns, depth), w, targets, losses, log_sums, dhidden,
         tokens, v, d, ignore_index, ROWS=tiles.rows, COLUMNS=tiles.columns, **options,
     )  # fmt: skip
     if gradients:
         kernels.weight_gradient[(triton.cdiv(v, tiles.rows),)](
-            _blocks(h, tiles.columns, depth), _blocks(w, tiles.rows, depth), targets, log_sums, dweight,
+            blocks(h, tiles.columns, depth), blocks(w, tiles.rows, depth), targets, log_sums, dweight,
             tokens, v, d, ROWS=tiles.columns, COLUMNS=tiles.rows, **options,
         )  # fmt: skip
 
@@ -135,8 +136,8 @@ def _store(
         part = h[start : start + chunk]
         rows = part.shape[0]
         kernels.score[(min(2 * _processors(h), triton.cdiv(rows, tiles.rows) * across),)](
-            _blocks(part, tiles.rows, tiles.depth), _blocks(w, tiles.columns, tiles.depth),
-            _blocks(scores[:rows], tiles.rows, tiles.columns // 2) if gradients else None,
+            blocks(part, tiles.rows, tiles.depth), blocks(w, tiles.columns, tiles.depth),
+            blocks(scores[:rows], tiles.rows, tiles.columns // 2) if gradients else None,
             reference[start:], sums, rows, v, d,
             ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth,
             num_warps=tiles.warps, num_stages=tiles.stages,
@@ -169,7 +170,7 @@ def _chunk(tokens: int, row_bytes: int, columns: int, processors: int) -> int:
 
 
 def _processors(x: Tensor) -> int:
-    return _multiprocessors(x.device) if x.is_cuda else 1
+    return multiprocessors(x.device) if x.is_cuda else 1
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

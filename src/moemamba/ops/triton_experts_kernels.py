@@ -12,13 +12,16 @@ first product), otherwise 1.
 import triton
 import triton.language as tl
 
+WORDS = tl.constexpr(8)  # of signs a row and column tile
+TINY = tl.constexpr(2.0**-64)
+
 
 @triton.jit
 def gather(
-    x, gates, out, scaled, order, tile_experts, bounds, n_experts, top_k, width, out_width,
+    x, gates, out, order, tile_experts, bounds, n_experts, top_k, width, out_width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = x[token of row] and, with gates, scaled[row] = gate * x[token of row]; zeros where rows fill up."""
+    """out[row] = x[token of row], with gates times `_no_zero` of its gate; zeros where rows fill up."""
     if tl.program_id(0) * ROWS >= tl.load(bounds + 2 * n_experts):  # the rows of dropped pairs, and what is unused
         return
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -27,10 +30,27 @@ def gather(
     mask = (pairs >= 0)[:, None] & (columns < width)[None, :]
     values = tl.load(x + (pairs // top_k).to(tl.int64)[:, None] * width + columns[None, :], mask=mask, other=0.0)
     place = rows.to(tl.int64)[:, None] * out_width + columns[None, :]
-    mask = (columns < out_width)[None, :]
-    tl.store(out + place, values, mask=mask)
     if gates is not None:
-        tl.store(scaled + place, (values * _gates(gates, pairs)).to(scaled.dtype.element_ty), mask=mask)
+        values = (values * _no_zero(_gates(gates, pairs))).to(out.dtype.element_ty)
+    tl.store(out + place, values, mask=(columns < out_width)[None, :])
+
+
+@triton.jit
+def sum_choices(pairs, out, tokens, width, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[token] = sum of its K pairs."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < tokens) & (columns < width)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(pairs + (rows * K + k) * width + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + rows * width + columns, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _no_zero(gates):
+    """Gates that can be divided by: what is nearer to zero than TINY becomes it, and is as good as zero elsewhere."""
+    return tl.where(tl.abs(gates) < TINY, TINY, gates)
 
 
 @triton.jit
@@ -40,8 +60,35 @@ def _halves(x):
 
 
 @triton.jit
+def _pack(x, FIRST: tl.constexpr):
+    """Bits from FIRST on of WORDS words a row, set where x > 0.
+
+    Columns eight apart share a word: in the layout of a product's accumulators they are those of one thread.
+    """
+    SHARE: tl.constexpr = x.shape[1] // WORDS
+    bits = (x > 0).to(tl.int32).reshape(x.shape[0], SHARE, WORDS)
+    place = tl.arange(0, SHARE) + FIRST
+    return tl.sum(bits << place[None, :, None], 1)
+
+
+@triton.jit
+def _unpack(words, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Where what `_pack` was given is positive."""
+    SHARE: tl.constexpr = WIDTH // WORDS
+    place = tl.arange(0, SHARE) + FIRST
+    bits = (words[:, None, :] >> place[None, :, None]) & 1
+    return (bits != 0).reshape(words.shape[0], WIDTH)
+
+
+@triton.jit
+def _words(signs, row, tile, across, ROWS: tl.constexpr):
+    rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+    return signs + (rows[:, None] * across + tile) * WORDS + tl.arange(0, WORDS)[None, :]
+
+
+@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """activation(x) and its slope; for "relu", x may also be the activated value."""
+    """activation(x) and its slope."""
     if ACTIVATION == "relu":
         value, slope = tl.maximum(x, 0.0), (x > 0).to(tl.float32)
     elif ACTIVATION == "gelu":  # x sigmoid(2 u) is the tanh approximation
@@ -55,10 +102,10 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def first_product(
-    x, weight, hidden, before, tile_experts, bounds, n_experts, depth, width,
+    x, weight, hidden, before, signs, tile_experts, bounds, n_experts, depth, width,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """hidden (r, f) = activation(x (r, d) @ weight[expert] (g, f, d)); for all but relu also `before` it (r, g, f)."""
+    """hidden (r, f) = activation(x (r, d) @ weight[expert] (g, f, d)); also `before` it (r, g, f), or its `signs`."""
     GROUPS: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
     HALF: tl.constexpr = COLUMNS // 2
     across = tl.cdiv(width, COLUMNS // GROUPS)
@@ -77,10 +124,12 @@ def first_product(
             before.store([row, 1, column], right.to(before.dtype).reshape(ROWS, 1, HALF))
             hidden.store([row, column], (_activate(left, ACTIVATION)[0] * right).to(hidden.dtype))
         else:
-            if ACTIVATION != "relu":
+            if before is not None:
                 before.store([row, 0, column], left.to(before.dtype).reshape(ROWS, 1, HALF))
                 before.store([row, 0, column + HALF], right.to(before.dtype).reshape(ROWS, 1, HALF))
             hidden.store([row, column], _activate(left, ACTIVATION)[0].to(hidden.dtype))
+            if signs is not None:  # here, while the left half leaves shared memory
+                tl.store(_words(signs, row, tile % across, across, ROWS), _pack(left, 0) | _pack(right, HALF // WORDS))
             hidden.store([row, column + HALF], _activate(right, ACTIVATION)[0].to(hidden.dtype))
 
 
@@ -105,12 +154,13 @@ def _scatter(product, out, pairs, column, width):
 @triton.jit
 def last_product(
     x, weight, out, gates, inputs, dgates, order, tile_experts, bounds, n_pairs, n_experts, depth, width,
-    TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = gate * x[row] @ weight[expert], (n, k) or TRANSPOSED (k, n); zero for a dropped pair.
 
     With `inputs` (r, n), also d(gate), the product before its gate times them; dgates (n tiles, p) are partial.
+    GATED: x has the gate in it already, so that d(gate) takes it out again.
     """
     across = tl.cdiv(width, COLUMNS)
     tiles = tl.load(bounds + 2 * n_experts + 2) // ROWS * across
@@ -130,19 +180,23 @@ def last_product(
         )  # the rows of dropped pairs hold anything, x and inputs too
         pairs = tl.load(order + row + tl.arange(0, ROWS))
         left, right = _halves(product)
+        gate = _gates(gates, pairs)
         if dgates is not None:
             share = tl.sum(left * inputs.load([row, column]), 1)
             share += tl.sum(right * inputs.load([row, column + COLUMNS // 2]), 1)
+            if GATED:
+                share /= tl.sum(_no_zero(gate), 1)
             share = tl.where(expert < n_experts, share, 0.0)
             tl.store(dgates + (tile % across).to(tl.int64) * n_pairs + pairs, share, mask=pairs >= 0)
-        gate = _gates(gates, pairs)
-        _scatter(left * gate, out, pairs, column, width)
-        _scatter(right * gate, out, pairs, column + COLUMNS // 2, width)
+        if not GATED:
+            left, right = left * gate, right * gate
+        _scatter(left, out, pairs, column, width)
+        _scatter(right, out, pairs, column + COLUMNS // 2, width)
 
 
 @triton.jit
 def _activation_backward(product, gate, before, dbefore, hidden, row, column, ACTIVATION: tl.constexpr):
-    """From d(hidden) before the gate: d(before), hidden again where it was not kept, and this half of d(gate)."""
+    """From d(hidden) before the gate: d(before), hidden again times its gate, and this half of d(gate)."""
     ROWS: tl.constexpr = product.shape[0]
     HALF: tl.constexpr = product.shape[1]
     a = before.load([row, 0, column]).reshape(ROWS, HALF).to(tl.float32)
@@ -156,35 +210,48 @@ def _activation_backward(product, gate, before, dbefore, hidden, row, column, AC
         value, slope = _activate(a, ACTIVATION)
         da = product * slope
     dbefore.store([row, 0, column], (da * gate).to(dbefore.dtype).reshape(ROWS, 1, HALF))
-    if hidden is not None:
-        hidden.store([row, column], value.to(hidden.dtype))
+    hidden.store([row, column], (value * gate).to(hidden.dtype))
     return tl.sum(product * value, 1)
 
 
 @triton.jit
 def last_product_backward(
-    dy, weight, before, dbefore, hidden, gates, dgates, order, tile_experts, bounds, n_pairs, n_experts, depth, width,
+    dy, weight, before, signs, dbefore, hidden, gates, dgates,
+    order, tile_experts, bounds, n_pairs, n_experts, depth, width,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """d(hidden) = dy (r, o) @ weight[expert] (o, f), then `_activation_backward`; dgates (f tiles, p) are partial."""
+    """d(hidden) = dy (r, o) @ weight[expert] (o, f), then `_activation_backward`; dgates (f tiles, p) are partial.
+
+    With `signs` dy has the gates in it, and where x was positive is all that remains to be asked.
+    """
+    HALF: tl.constexpr = COLUMNS // 2
     across = tl.cdiv(width, COLUMNS)
     tiles = tl.load(bounds + 2 * n_experts) // ROWS * across
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         row = tile // across * ROWS
         column = tile % across * COLUMNS
         expert = tl.load(tile_experts + tile // across)
+        if signs is not None:  # here, so that it comes while the product is made
+            words = tl.load(_words(signs, row, tile % across, across, ROWS))
+        else:
+            pairs = tl.load(order + row + tl.arange(0, ROWS))
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, depth, DEPTH):
             w = weight.load([expert, k, column]).reshape(DEPTH, COLUMNS)
             product = tl.dot(dy.load([row, k]), w, product, input_precision="tf32x3")
-        pairs = tl.load(order + row + tl.arange(0, ROWS))
-        gate = _gates(gates, pairs)
         left, right = _halves(product)
-        share = _activation_backward(left, gate, before, dbefore, hidden, row, column, ACTIVATION)
-        share += _activation_backward(right, gate, before, dbefore, hidden, row, column + COLUMNS // 2, ACTIVATION)
-        if gates is not None:
-            place = (tile % across).to(tl.int64) * n_pairs + pairs
-            tl.store(dgates + place, share, mask=pairs >= 0)
+        if signs is not None:
+            left = tl.where(_unpack(words, 0, HALF), left, 0.0)
+            right = tl.where(_unpack(words, HALF // WORDS, HALF), right, 0.0)
+            dbefore.store([row, 0, column], left.to(dbefore.dtype).reshape(ROWS, 1, HALF))
+            dbefore.store([row, 0, column + HALF], right.to(dbefore.dtype).reshape(ROWS, 1, HALF))
+        else:
+            gate = _gates(gates, pairs)
+            share = _activation_backward(left, gate, before, dbefore, hidden, row, column, ACTIVATION)
+            share += _activation_backward(right, gate, before, dbefore, hidden, row, column + HALF, ACTIVATION)
+            if gates is not None:
+                place = (tile % across).to(tl.int64) * n_pairs + pairs
+                tl.store(dgates + place, share, mask=pairs >= 0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from .triton_step_cuts import launch, overlap
 from .triton_step_kernels import _matrix, _ready, _vector
 
-ROWS, COLUMNS, DEPTH = 128, 32, 32  # of a program's tile, and what it multiplies at once
+ROWS, COLUMNS = 128, 32  # of a program's tile
 ROUTED = 16384  # weights that a program of `route` holds at once
 
 
@@ -19,15 +19,35 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     return _linear(x, weight)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("moemamba::linear_float32", mutates_args=())
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (t, d) @ weight (e, d).T in float32, as kernels of other ops use it."""
     (tokens, d), n_experts = x.shape, weight.shape[0]
     out = x.new_empty(tokens, n_experts, dtype=torch.float32)
     if tokens:
-        grid = (triton.cdiv(tokens, ROWS), triton.cdiv(n_experts, COLUMNS))
+        parts = x.dtype == torch.bfloat16
+        columns = min(COLUMNS, max(16, triton.next_power_of_2(n_experts)))
+        grid = (triton.cdiv(tokens, ROWS), triton.cdiv(n_experts, columns))
         x, weight = x.contiguous(), weight.contiguous()
-        _product[grid](x, weight, out, tokens, n_experts, d, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, num_warps=8)
+        _product[grid](
+            x, weight, out, tokens, n_experts, d,
+            ROWS=ROWS, COLUMNS=columns, DEPTH=64 if parts else 32, PARTS=parts, num_warps=8, num_stages=3,
+        )  # fmt: skip
     return out
+
+
+def product_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """dx and dweight, each in its tensor's dtype, of dy in x's: products in that, accumulated in float32."""
+    dx = torch.mm(dy, weight.to(x.dtype), out=torch.empty_like(x, memory_format=torch.contiguous_format))
+    if x.is_cuda and x.dtype != torch.float32:
+        dweight = torch.mm(dy.T, x, out_dtype=torch.float32)
+    else:  # only CUDA has products of another dtype than their operands'
+        dweight = dy.T.float() @ x.float()
+    return dx, dweight.to(weight.dtype)
+
+
+@torch.library.custom_op("moemamba::linear_float32", mutates_args=())
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return product(x, weight)
 
 
 @_linear.register_fake
@@ -37,14 +57,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("moemamba::linear_float32_backward", mutates_args=())
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """dx and dweight, each in its tensor's dtype: products in x's dtype, accumulated in float32."""
-    dy = dy.to(x.dtype)
-    dx = torch.mm(dy, weight.to(x.dtype), out=torch.empty_like(x, memory_format=torch.contiguous_format))
-    if x.is_cuda and x.dtype != torch.float32:
-        dweight = torch.mm(dy.T, x, out_dtype=torch.float32)
-    else:  # only CUDA has products of another dtype than their operands'
-        dweight = dy.T.float() @ x.float()
-    return dx, dweight.to(weight.dtype)
+    return product_backward(dy.to(x.dtype), x, weight)
 
 
 @_linear_backward.register_fake
@@ -65,9 +78,13 @@ _linear.register_autograd(_differentiate, setup_context=_keep)
 
 @triton.jit
 def _product(
-    x, weight, out, tokens, width, depth, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+    x, weight, out, tokens, width, depth,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out = x @ weight.T, in three products of tf32 parts."""
+    """A tile of out = x @ weight.T, in three products of tf32 parts.
+
+    Of a bfloat16 x the PARTS of the weight in that type, three of which hold all its digits.
+    """
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -75,7 +92,17 @@ def _product(
         k = start + tl.arange(0, DEPTH)
         a = tl.load(x + rows * depth + k[None, :], mask=(rows < tokens) & (k < depth)[None, :], other=0.0)
         b = tl.load(weight + columns * depth + k[:, None], mask=(columns < width) & (k < depth)[:, None], other=0.0)
-        product = tl.dot(a.to(tl.float32), b.to(tl.float32), product, input_precision="tf32x3")
+        if PARTS:
+            b = b.to(tl.float32)
+            high = b.to(tl.bfloat16)
+            b -= high.to(tl.float32)
+            middle = b.to(tl.bfloat16)
+            low = (b - middle.to(tl.float32)).to(tl.bfloat16)
+            product = tl.dot(a, low, product)
+            product = tl.dot(a, middle, product)
+            product = tl.dot(a, high, product)
+        else:
+            product = tl.dot(a.to(tl.float32), b.to(tl.float32), product, input_precision="tf32x3")
     tl.store(out + rows * width + columns, product, mask=(rows < tokens) & (columns < width))
 
 

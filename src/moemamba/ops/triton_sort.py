@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # pairs that one program ranks against each other
+BLOCK = 64  # pairs that one program ranks against each other
 
 
 class Order(NamedTuple):
@@ -42,6 +42,28 @@ def sort_by_expert(indices: Tensor, n_experts: int, tile: int) -> Order:
     _lay_out[(n_groups,)](ends, bounds, experts, pairs, blocks, **groups, TILE=tile)
     _place[(blocks,)](flat, counts, ends, bounds, pairs, n_pairs, blocks, BLOCK=BLOCK)
     return Order(pairs, experts, bounds)
+
+
+def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
+    """See `moemamba.ops.places_in_queues`."""
+    return _places(queues, n_queues)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("moemamba::places_in_queues", mutates_args=())
+def _places(queues: Tensor, n_queues: int) -> Tensor:
+    n_pairs = queues.shape[0]
+    blocks = max(1, triton.cdiv(n_pairs, BLOCK))
+    counts = torch.empty(n_queues * blocks, dtype=torch.int32, device=queues.device)
+    queues = queues.contiguous()
+    _count[(blocks,)](queues, counts, n_pairs, blocks, n_queues, GROUPS=triton.next_power_of_2(n_queues), BLOCK=BLOCK)
+    place = torch.empty_like(queues)
+    _place[(blocks,)](queues, counts, counts.cumsum(0, dtype=torch.int32), None, place, n_pairs, blocks, BLOCK=BLOCK)
+    return place
+
+
+@_places.register_fake
+def _(queues: Tensor, n_queues: int) -> Tensor:
+    return queues.new_empty(queues.shape)
 
 
 @triton.jit
@@ -78,7 +100,10 @@ def _lay_out(ends, bounds, tile_experts, order, blocks, n_groups, GROUPS: tl.con
 
 @triton.jit
 def _place(indices, counts, ends, bounds, order, n_pairs, blocks, BLOCK: tl.constexpr):
-    """order[row] = pair: behind the pairs of the same expert in earlier blocks, and those before it in this one."""
+    """order[row] = pair: behind the pairs of the same expert in earlier blocks, and those before it in this one.
+
+    Without bounds order[pair] = how many those are.
+    """
     block = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     pairs = block * BLOCK + place
@@ -89,5 +114,8 @@ def _place(indices, counts, ends, bounds, order, n_pairs, blocks, BLOCK: tl.cons
     cell = expert * blocks + block
     before = tl.load(ends + cell, mask=real, other=0) - tl.load(counts + cell, mask=real, other=0)
     before -= tl.load(ends + expert * blocks - 1, mask=real & (expert > 0), other=0)
-    row = tl.load(bounds + 2 * expert, mask=real, other=0) + before + rank
-    tl.store(order + row, pairs, mask=real)
+    if bounds is None:
+        tl.store(order + pairs, (before + rank).to(order.dtype.element_ty), mask=real)
+    else:
+        row = tl.load(bounds + 2 * expert, mask=real, other=0) + before + rank
+        tl.store(order + row, pairs, mask=real)
