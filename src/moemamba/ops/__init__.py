@@ -1,7 +1,7 @@
 """Pure functions on tensors: the operations that the layers are made of.
 
 Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch, `reference.py`), "cpu"
-(compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: on NVIDIA GPUs the scan, and the
+(compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: on NVIDIA GPUs the scan and the
 convolution's gradients). All compute the same function with the same gradients. The fastest that can run is chosen from
 the tensors; `backend("reference")` overrides the choice.
 
