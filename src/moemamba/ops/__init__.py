@@ -1,9 +1,9 @@
 """Pure functions on tensors: the operations that the layers are made of.
 
 Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch, `reference.py`), "cpu"
-(compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: the scan on NVIDIA GPUs). All
-compute the same function with the same gradients. The fastest that can run is chosen from the tensors;
-`backend("reference")` overrides the choice.
+(compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: on NVIDIA GPUs the scan and the
+convolution's gradients). All compute the same function with the same gradients. The fastest that can run is chosen from
+the tensors; `backend("reference")` overrides the choice.
 
 Letters, here and everywhere: b batch, l length, t tokens (b times l), d d_model, i d_inner, n d_state, k d_conv or
 top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D are only the state-space model's.

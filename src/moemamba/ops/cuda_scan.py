@@ -103,8 +103,7 @@ class _Launcher:
             tensors.get("z") is not None,
             softplus,
             together if together in (1, 16 // size) else 2,
-            self.counts[3] == STATES
-            and all(t.data_ptr() % 16 == 0 == t.stride(0) * size % 16 == t.stride(1) * size % 16 for _, t in named[3:]),
+            self.counts[3] == STATES and all(_in_lumps(t) for _, t in named[3:] if t is not None),
         )
 
     def parts(self, tiles: int, walking: int, resident: int) -> tuple[int, int]:
@@ -261,6 +260,12 @@ def _backward(
         if value is not grads[index]:
             grads[index].copy_(value)
     return grads
+
+
+def _in_lumps(x: Tensor) -> bool:
+    """Whether 16 bytes of a row of x (b, l, n) can be loaded together."""
+    size = x.element_size()
+    return all(n % 16 == 0 for n in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size))
 
 
 def _float(x: Tensor | None) -> Any:

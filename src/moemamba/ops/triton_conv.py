@@ -1,7 +1,5 @@
 """The causal depthwise convolution on a GPU: SiLU, state and packed rows fused; a custom op with its gradient."""
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -40,9 +38,16 @@ def causal_conv1d(
     return _forward(*args)
 
 
-def conv_with_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+def conv_with_cuda(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The same on an NVIDIA GPU, where nobody asked for Triton alone."""
-    return causal_conv1d(*args, cuda=True)
+    return causal_conv1d(x, weight, bias, activation, initial_state, seq_idx, cuda=True)
 
 
 def _packed(seq_idx: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
