@@ -34,14 +34,19 @@ def _keeps_signs(x: Tensor, activation: str) -> bool:
     return activation == "relu" and x.dtype != torch.float16
 
 
+def _keeps_copies(x: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether the weights are cast for the products, and then kept: casting takes a tenth of the backward pass."""
+    return x.dtype not in (up.dtype, down.dtype)
+
+
 @torch.library.custom_op("moemamba::expert_feedforward", mutates_args=())
 def _feedforward(
     x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y (t, o), then what the backward pass needs: rows (r, d), kept and signs, the weights, and the three of `Order`.
 
-    kept: (r, g, f) what went into the activation; what came out of it where signs are kept (see `kernels.pack`).
-    The weights are copies in the products' dtype; empty where they have it.
+    kept: (r, g, f) what went into the activation; what came out of it where signs are kept (`kernels._pack`).
+    The weights are in the products' dtype; empty if they were in it before.
     """
     tiles = products.choose_tiles(x, indices.numel(), up, down)
     order = sort_by_expert(indices, up.shape[0], tiles.rows)
@@ -71,7 +76,8 @@ def _feedforward(
     )
     out = x.new_empty(indices.numel(), down.shape[1])
     products.last_product(hidden, wide_down, out, gates, order, tiles)
-    wide_up, wide_down = (w if up.dtype != x.dtype else w.new_empty(0) for w in (wide_up, wide_down))
+    copied = _keeps_copies(x, up, down)
+    wide_up, wide_down = (w if copied else w.new_empty(0) for w in (wide_up, wide_down))
     return products.sum_choices(out, indices.shape[1]), rows, kept, signs, wide_up, wide_down, *order
 
 
@@ -86,7 +92,7 @@ def _(
     signs = order.bounds.new_empty(0)
     if _keeps_signs(x, activation):
         signs = products.room_for_signs(kept[:, 0], products.choose_tiles(x, indices.numel(), up, down))
-    copied = up.dtype != x.dtype
+    copied = _keeps_copies(x, up, down)
     wide_up = x.new_empty((n_experts, groups, width, d) if copied else 0)
     wide_down = x.new_empty((n_experts, o, width) if copied else 0)
     return x.new_empty(x.shape[0], o), rows, kept, signs, wide_up, wide_down, *order
@@ -100,7 +106,7 @@ def _feedforward_backward(
     rows, before, signs, wide_up, wide_down, *places = kept
     order, (tokens, top_k, d) = Order(*places), widths
     tiles = products.choose_tiles(rows, tokens * top_k, up, down)
-    if up.dtype == rows.dtype:
+    if not _keeps_copies(rows, up, down):
         wide_up, wide_down = products.prepare(up, down, rows.dtype)
     n_experts, _, width, _ = wide_up.shape
     by_signs = _keeps_signs(rows, activation)
