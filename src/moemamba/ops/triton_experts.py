@@ -35,7 +35,7 @@ def _keeps_signs(x: Tensor, activation: str) -> bool:
 
 
 def _keeps_copies(x: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether the weights are cast for the products, then kept: casting again costs a tenth of the backward pass."""
+    """Whether the weights are cast for the products, and then kept: casting takes a tenth of the backward pass."""
     return x.dtype not in (up.dtype, down.dtype)
 
 
