@@ -338,9 +338,11 @@ def test_every_tiling_on_a_gpu(tiles, monkeypatch):
 @pytest.mark.parametrize(("d", "v"), [(136, 50_257), (520, 5_000), (128, 50_257), (40, 50_257), (72, 300)])
 def test_linear_cross_entropy_on_a_gpu(d, v, monkeypatch):
     tensors, targets = make_head(tokens=3000, d=d, v=v, dtype=torch.bfloat16)
-    tensors["weight"].data *= 0.05
+    # What the products read: at logits of 50 the rounding of weights alone changes hidden's gradient by 1.5%.
+    weight = tensors["weight"].data.bfloat16().float()
+    tensors["weight"].data = weight / 16
     compare_head(tensors, targets, tolerance=1e-2)
-    tensors["weight"].data *= 100
+    tensors["weight"].data = weight * 4
     compare_head(tensors, targets, tolerance=1e-2)
     monkeypatch.setattr(triton_cross_entropy, "LARGEST_SUM", 0.0)  # all scores are computed anew
     monkeypatch.setattr(triton_cross_entropy, "SCORES_BYTES", 60 << 20)
