@@ -72,6 +72,8 @@ class Module:
         self.functions: dict[tuple[str, int], ctypes.c_void_p] = {}
         self.cubin = _compiled(source, constants, torch.cuda.get_device_capability(device))
         self.early = torch.cuda.get_device_capability(device) >= (9, 0)
+        self.device = device
+        _enter(device)
         _check(_driver().cuModuleLoadData(ctypes.byref(self.handle), self.cubin), "loading a kernel")
 
     def launch(self, kernels: list[tuple[str, int, int, int]], arguments: bytes, waiting: bool = False) -> None:
@@ -80,6 +82,7 @@ class Module:
         Each has one parameter, the same struct. The module's device must be the current one. If `waiting`, all but the
         first wait for the one before by themselves (griddepcontrol), so that their launch is not waited for.
         """
+        _enter(self.device)
         parameters = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         start = _driver().cuLaunchKernel
@@ -99,6 +102,23 @@ class Module:
         if shared > 48 * 1024:
             _check(_driver().cuFuncSetAttribute(function, SHARED_MEMORY_OPT_IN, shared), name)
         return function
+
+
+def _enter(device: int) -> None:
+    """Give this thread PyTorch's context if it has none, as one of autograd's before PyTorch's first kernel there."""
+    current = ctypes.c_void_p()
+    _check(_driver().cuCtxGetCurrent(ctypes.byref(current)), "asking for the context")
+    if not current:
+        _check(_driver().cuCtxSetCurrent(_context(device)), "entering the context")
+
+
+@functools.cache
+def _context(device: int) -> ctypes.c_void_p:
+    """A GPU's primary context, which PyTorch uses too."""
+    number, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_driver().cuDeviceGet(ctypes.byref(number), device), "finding the GPU")
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), number), "asking for the GPU's context")
+    return context
 
 
 def _compiled(source: str, constants: dict[str, int], capability: tuple[int, int]) -> bytes:
