@@ -13,6 +13,11 @@ from . import cuda_runtime
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
+INSTALLED = {
+    "cpu": importlib.util.find_spec("numba") is not None,
+    "triton": importlib.util.find_spec("triton") is not None,
+}
+
 # The ops that a backend has kernels for; others run on the reference.
 KERNELS: dict[str, tuple[str, ...]] = {
     "reference": (),
@@ -42,12 +47,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "route_with_totals",
         "selective_scan",
     ),
-    "cuda": ("causal_conv1d", "selective_scan"),
-}
-
-INSTALLED = {
-    "cpu": importlib.util.find_spec("numba") is not None,
-    "triton": importlib.util.find_spec("triton") is not None,
+    # The convolution's gradients alone are CUDA C++; its forward pass is Triton's.
+    "cuda": ("causal_conv1d", "selective_scan") if INSTALLED["triton"] else ("selective_scan",),
 }
 
 _forced: str | None = None
