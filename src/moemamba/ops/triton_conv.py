@@ -76,7 +76,7 @@ def _forward(
     sources: Tensor | None,
     resume: Tensor | None,
     silu: bool,
-    cuda: bool = False,
+    cuda: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (b, l, i) and final_state (b, i, k - 1)."""
     (batch, length, width), count = x.shape, weight.shape[1]
