@@ -317,9 +317,9 @@ def _paper_fan_in(module: nn.Module) -> list[tuple[Tensor, int]]:
 _ROUTERS = ("moemamba::route_with_totals",)  # by name, since a backend defines its ops when it is first used
 
 
-def _save_top_k(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _save_choices(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     chosen = op in (torch.ops.aten.topk.default, torch.ops.aten.argmax.default) or op.name() in _ROUTERS
     return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keep_choices: Callable[[], Any] = partial(create_selective_checkpoint_contexts, _save_top_k)
+_keep_choices: Callable[[], Any] = partial(create_selective_checkpoint_contexts, _save_choices)

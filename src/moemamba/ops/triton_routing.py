@@ -41,7 +41,7 @@ def _route(
     if tokens:
         chunk = triton.cdiv(triton.cdiv(size, blocks), tile["ROWS"]) * tile["ROWS"]
         _choose[(blocks, groups)](
-            logits, bias, valid, indices, gates, parts, size, n_experts, chunk, K=top_k, num_warps=8, **tile
+            logits, bias, valid, indices, gates, parts, size, n_experts, chunk, K=top_k, num_warps=4, **tile
         )
     return indices, gates, parts.sum(1), logits
 
