@@ -89,6 +89,19 @@ static void product(float (&sum)[4], float a0, float a1, float a2, float a3, flo
     __syncwarp();
 }
 
+static void outer(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
+    const int me = current - fibers, lane = me % 32;
+    const Fiber* warp = fibers + (me - lane);
+    auto half = [](unsigned x, bool high) { return bits<float>(high ? x & 0xffff0000 : x << 16); };
+    const float left[4] = {half(a0, false), half(a0, true), half(a1, false), half(a1, true)}, right[2] = {half(b, false), half(b, true)};
+    memcpy(current->left, left, sizeof left), memcpy(current->right, right, sizeof right);
+    __syncwarp();
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 8; k++)
+            sum[i] += warp[lane / 4 * 4 + k / 2].left[i / 2 * 2 + k % 2] * warp[(lane % 4 * 2 + i % 2) * 4 + k / 2].right[k % 2];
+    __syncwarp();
+}
+
 static void (*kernel)(const void*);
 static const void* argument;
 static void run_thread() {

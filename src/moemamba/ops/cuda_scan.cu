@@ -15,6 +15,10 @@
 //
 // Nothing is summed by atomics: results repeat bit for bit.
 
+#ifndef WALKED
+#define WALKED 1
+#endif
+constexpr int WALKING = WALKED;
 constexpr int N = 16;      // states of a channel; a scan of fewer is padded with states that stay zero
 constexpr int STEPS = 8;   // positions that are loaded at a time
 constexpr bool PAIRED = ABREAST > 1;
@@ -202,6 +206,8 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
     };
 
     fetch();
+    if (PASS == FORWARD) follow();
+    else invite();
     float h[2][N] = {}, A[2][N] = {};
     float* entry = s.entry + (row * s.parts + part) * N * s.width + channel;
 #pragma unroll
@@ -247,7 +253,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             for (int n = 0; n < N; n++) store_column(start + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
         }
         const Pair* at = &desk.ring[now][0][0][lane];
-#pragma unroll 1
+#pragma unroll(WALKING)
         for (int k = 0; k < here; k++) {
             float2 x = values(at[0]), step = values(at[STEPS * 32]), gate = make_float2(0, 0), open = gate;
             if (gated) gate = values(at[2 * STEPS * 32]);
@@ -311,10 +317,6 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             if (c < channels) store_states(s.final, h[c], row * s.width + channel + c, 0, s.states);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4) forward(const Scan s) { walk<FORWARD>(s); }
-extern "C" __global__ void __launch_bounds__(128, 4) summarise(const Scan s) { walk<SUMMARY>(s); }
-extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s) { walk<ADJOINT>(s); }
-
 // What each part adds to a state (entry, totals) becomes the state that enters it: one thread for each state.
 template <bool BACK> __device__ inline void carried(const Scan& s) {
     const wide_int size = (wide_int)N * s.width, cell = (wide_int)blockIdx.x * blockDim.x + threadIdx.x;
@@ -344,5 +346,8 @@ template <bool BACK> __device__ inline void carried(const Scan& s) {
     }
 }
 
-extern "C" __global__ void carry(const Scan s) { carried<false>(s); }
+extern "C" __global__ void carry(const Scan s) {
+    invite(), follow();
+    carried<false>(s);
+}
 extern "C" __global__ void carry_back(const Scan s) { carried<true>(s); }

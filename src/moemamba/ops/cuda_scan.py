@@ -21,6 +21,7 @@ WALKERS = 128  # threads of a block that walks along time, two channels each
 CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, and channels of a block
 THREADS = 2 * TILE
 WALKS, TURNS = 4, 3  # blocks of a multiprocessor at a time, of a kernel that walks and of the backward one
+EARLY, MATRIX = True, True
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Scan` of cuda_scan.cu.
@@ -96,15 +97,12 @@ class _Launcher:
         together = math.gcd(
             16 // size, u.shape[2], *(n for t in channels for n in (t.data_ptr() // size, *t.stride()[:2]))
         )
-        self.module = _module(
-            self.device,
-            TYPES[u.dtype],
-            marks is not None,
-            tensors.get("z") is not None,
-            softplus,
-            together if together in (1, 16 // size) else 2,
-            self.counts[3] == STATES and all(_in_lumps(t) for _, t in named[3:] if t is not None),
-        )
+        abreast = together if together in (1, 16 // size) else 2
+        weighed = self.counts[3] == STATES and all(_in_lumps(t) for _, t in named[3:] if t is not None)
+        kind, marked, gated = TYPES[u.dtype], marks is not None, tensors.get("z") is not None
+        self.module = _module(self.device, kind, marked, gated, softplus, abreast, weighed)
+        by_matrix = MATRIX and u.dtype == torch.bfloat16 and abreast == 8 and weighed
+        self.walk_memory = _board_memory(marked) if by_matrix else _desk_memory(size, marked)
 
     def parts(self, tiles: int, walking: int, resident: int) -> tuple[int, int]:
         """Into how many parts time is cut, and the chunks of a part.
@@ -114,18 +112,20 @@ class _Launcher:
         chunks = -(-self.counts[1] // CHUNK)
         return _parts(tiles, walking, chunks, _processors(self.device), resident)
 
-    def __call__(self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, **more: Tensor) -> None:
+    def __call__(
+        self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, waiting: bool = False, **more: Tensor
+    ) -> None:
         """Start kernels (name, blocks, threads, bytes of shared memory), one after the other."""
         found = map({**self.tensors, **more}.get, POINTERS)
         pointers = [0 if t is None else t.data_ptr() for t in found]
         arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
         with torch.cuda.device(self.device):
-            self.module.launch(kernels, arguments)
+            self.module.launch(kernels, arguments, waiting)
 
 
 @functools.cache
 def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int, weighed: bool) -> Module:
-    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_backward.cu")
+    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_matrix.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
     constants = {
         "TYPE": kind,
@@ -163,10 +163,15 @@ def _parts(tiles: int, walking: int, chunks: int, processors: int, resident: int
     return best[1:]
 
 
-def _walk_memory(threads: int, size: int, marked: bool) -> int:
-    """Bytes of a `struct Desk` of cuda_scan.cu for each warp: ring, B and C as they are and as floats, marks."""
+def _desk_memory(size: int, marked: bool) -> int:
+    """Bytes of a `struct Desk` of cuda_scan.cu: ring, B and C as they are and as floats, marks."""
     weights = 2 * STEPS * 2 * STATES * size + (0 if size == 4 else STEPS * 2 * STATES * 4)
-    return threads // 32 * (2 * 3 * STEPS * 64 * size + weights + (2 * STEPS * 4 if marked else 0))
+    return 2 * 3 * STEPS * 64 * size + weights + (2 * STEPS * 4 if marked else 0)
+
+
+def _board_memory(marked: bool) -> int:
+    """Bytes of a `struct Board` of cuda_scan_matrix.cu: that of a desk, steps, drives, D, zeros."""
+    return _desk_memory(2, marked) + STEPS * 64 * 8 + 64 * 4 + 16
 
 
 def _backward_memory() -> int:
@@ -199,13 +204,13 @@ def _forward(
         starts=starts if save else None,
     )  # fmt: skip
     threads = WALKERS if length > 1 else 32
-    blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size(), marks is not None)
+    blocks, shared = batch * -(-width // (2 * threads)), threads // 32 * launch.walk_memory
     parts, span = launch.parts(blocks, blocks, WALKS)
     kernels = [("forward", blocks * parts, threads, shared)]
     if parts > 1:
         carry = ("carry", -(-batch * STATES * width // 128), 128, 0)
         kernels = [("summarise", blocks * (parts - 1), threads, shared), carry, *kernels]
-    launch(kernels, parts, span, **_passed(u, parts))
+    launch(kernels, parts, span, EARLY, **_passed(u, parts))
     return y, final_state, starts
 
 
@@ -252,7 +257,7 @@ def _backward(
             "summarise_back",
             walking * (parts - 1),
             WALKERS,
-            _walk_memory(WALKERS, u.element_size(), marks is not None),
+            WALKERS // 32 * launch.walk_memory,
         )
         kernels = [summarise, ("carry_back", -(-batch * STATES * width // 128), 128, 0), *kernels]
     launch(kernels, parts, span, dBC=dBC, sums=sums, **_passed(u, parts))
