@@ -36,6 +36,12 @@ static int __float_as_int(float x) { return bits<int>(x); }
 
 static float ex2(float x) { return exp2f(x); }
 static float reciprocal(float x) { return 1 / x; }
+static unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
+    const unsigned long long both = x | (unsigned long long)y << 32;
+    unsigned z = 0;
+    for (int i = 0; i < 4; i++) z |= (both >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return z;
+}
 static unsigned rounded(float x) {  // to bfloat16
     const unsigned y = bits<unsigned>(x);
     return x != x ? 0x7fc0 : (y + 0x7fff + (y >> 16 & 1)) >> 16;

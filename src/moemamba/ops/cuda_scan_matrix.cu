@@ -12,7 +12,19 @@
 #define MATRIX 1
 #endif
 #ifndef UNROLL
-#define UNROLL 1
+#define UNROLL 4
+#endif
+#ifndef POLYNOMIALS
+#define POLYNOMIALS 0
+#endif
+#ifndef SUMMARY_POLYNOMIALS
+#define SUMMARY_POLYNOMIALS 0
+#endif
+#ifndef FOURS
+#define FOURS 1
+#endif
+#ifndef SUMMED
+#define SUMMED 1
 #endif
 #ifndef PREPARED
 #define PREPARED 2
@@ -21,12 +33,35 @@ constexpr int UNROLLED = UNROLL, PREPARING = PREPARED;
 constexpr bool BY_MATRIX = MATRIX && TYPE == 1 && WEIGHED && ABREAST == 8;
 
 #if TYPE == 1
+// silu of four by one reciprocal; exponents are kept at 30 or less, where silu is 2e-8 at most.
+__device__ inline void silu_of_four(float2& x, float2& y) {
+    const float a = 1 + ex2(fminf(-LOG2E * x.x, 30)), b = 1 + ex2(fminf(-LOG2E * x.y, 30));
+    const float c = 1 + ex2(fminf(-LOG2E * y.x, 30)), d = 1 + ex2(fminf(-LOG2E * y.y, 30));
+    const float ab = a * b, cd = c * d, r = reciprocal(ab * cd), one = r * cd, two = r * ab;
+    x.x *= one * b, x.y *= one * a, y.x *= two * d, y.y *= two * c;
+}
+
+// 2^(x y) in the multiply-add units, relative error below 5e-6 where x y is between -126 and 127, and next to nothing below.
+__device__ inline float ex2_of_product(float x, float y) {
+    const float magic = 12582912;  // 1.5 2^23: of a sum with it the last bits are the nearest whole number
+    const float sum = fmaxf(fmaf(x, y, magic), magic - 126), f = fmaf(x, y, magic - sum);
+    float p = 0.00958285f;
+    p = p * f + 0.05590642f;
+    p = p * f + 0.24024099f;
+    p = p * f + 0.69312419f;
+    p = p * f + 1.0f;
+    return __int_as_float(__float_as_int(p) + (__float_as_int(sum) << 23));
+}
+
 struct Two {
     alignas(8) unsigned x[2];
 };
 struct Four {
     alignas(16) unsigned x[4];
 };
+
+// Where in a tile is, of channel c of two, state n of two.
+__device__ constexpr int spot(int c, int n) { return 2 * c + n; }
 
 struct Board {
     Pair ring[2][3][STEPS][32];  // as in a desk
@@ -100,11 +135,11 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
             float four[4];
             load_states(four, s.A, eight + j, 4 * k, s.states);
 #pragma unroll
-            for (int n = 0; n < 4; n++) A[j / 2][n / 2][j % 2 * 2 + n % 2] = four[n] * LOG2E;
+            for (int n = 0; n < 4; n++) A[j / 2][n / 2][spot(j % 2, n % 2)] = four[n] * LOG2E;
             if (PASS != FORWARD || s.parts > 1 || !s.initial) continue;
             load_states(four, s.initial, row * s.width + eight + j, 4 * k, s.states);
 #pragma unroll
-            for (int n = 0; n < 4; n++) h[j / 2][n / 2][j % 2 * 2 + n % 2] = four[n];
+            for (int n = 0; n < 4; n++) h[j / 2][n / 2][spot(j % 2, n % 2)] = four[n];
         }
         if (PASS == FORWARD && s.parts > 1)
 #pragma unroll
@@ -112,8 +147,8 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
 #pragma unroll
                 for (int j = 0; j < 8; j += 4) {
                     const float4 x = *(const float4*)(entry + (wide_int)n * s.width + j);
-                    h[j / 2][n / 2][n % 2] = x.x, h[j / 2][n / 2][2 + n % 2] = x.y;
-                    h[j / 2 + 1][n / 2][n % 2] = x.z, h[j / 2 + 1][n / 2][2 + n % 2] = x.w;
+                    h[j / 2][n / 2][spot(0, n % 2)] = x.x, h[j / 2][n / 2][spot(1, n % 2)] = x.y;
+                    h[j / 2 + 1][n / 2][spot(0, n % 2)] = x.z, h[j / 2 + 1][n / 2][spot(1, n % 2)] = x.w;
                 }
     }
     auto leave = [&](float* to) {  // states, in a tensor (.., N, i)
@@ -123,7 +158,8 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
 #pragma unroll
             for (int j = 0; j < 8; j += 4)
                 *(float4*)(to + (wide_int)n * s.width + j) = make_float4(
-                    h[j / 2][n / 2][n % 2], h[j / 2][n / 2][2 + n % 2], h[j / 2 + 1][n / 2][n % 2], h[j / 2 + 1][n / 2][2 + n % 2]);
+                    h[j / 2][n / 2][spot(0, n % 2)], h[j / 2][n / 2][spot(1, n % 2)], h[j / 2 + 1][n / 2][spot(0, n % 2)],
+                    h[j / 2 + 1][n / 2][spot(1, n % 2)]);
     };
     const int channel = base + 2 * lane, channels = s.width - channel;
     const float2 bias = load_vector(s.bias, channel, channels);
@@ -137,19 +173,15 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
         arrived();
         __syncwarp();  // all copies are there, and what was made of those before is done with
         {
-            Element lump[8];
-            *(float4*)lump = r < here ? *(const float4*)&board.raw[now][r][column] : make_float4(0, 0, 0, 0);
+            const Four lump = r < here ? *(const Four*)&board.raw[now][r][column] : Four();
             const bool twice = PASS == ADJOINT ? k >= 2 : k < 2;
-            constexpr int ORDER[4] = {0, 2, 1, 3};
+            const unsigned low = twice ? 0x1010 : 0x1044, high = twice ? 0x3232 : 0x3244;  // as two, or in the upper half
 #pragma unroll
-            for (int j = 0; j < 8; j += 4) {
-                Four four;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const unsigned x = twice ? lump[j + ORDER[i]] : lump[j + i];
-                    four.x[i] = (twice ? x : 0) | x << 16;
-                }
-                *(Four*)&board.weights[r][column + j] = four;
+            for (int j = 0; j < 4; j += 2) {
+                const unsigned x = lump.x[j], y = lump.x[j + 1];
+                *(Four*)&board.weights[r][column + 2 * j] = {
+                    {__byte_perm(x, 0, low), __byte_perm(twice ? y : x, 0, twice ? low : high),
+                     __byte_perm(twice ? x : y, 0, twice ? high : low), __byte_perm(y, 0, high)}};
             }
         }
 #pragma unroll(PREPARING)
@@ -190,10 +222,14 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
             leave(s.starts + ((row * ((s.length + CHUNK - 1) / CHUNK) + first / CHUNK) * N + 4 * k) * s.width + eight);
 
         float sum[4][4] = {};
+        constexpr int COMPUTED = PASS == FORWARD ? POLYNOMIALS : SUMMARY_POLYNOMIALS;
         constexpr int DRIVEN = PASS == ADJOINT ? N : 0;
+        const unsigned* B_at = k == 0 ? &board.weights[0][DRIVEN + 2 * r] : (const unsigned*)&board.zeros;
+        const int B_step = k == 0 ? 2 * N : 0;
 #pragma unroll(UNROLLED)
         for (int p = 0; p < STEPS; p++) {
-            const Two B = *(const Two*)(k == 0 ? (const void*)&board.weights[p][DRIVEN + 2 * r] : &board.zeros);
+            const Two B = *(const Two*)B_at;
+            B_at += B_step;
             const float4 C = PASS == FORWARD ? *(const float4*)(r == p ? (const void*)&board.weights[p][N + 4 * k] : &board.zeros) : float4();
 #if MARKED
             const bool begins = board.marks[now][p] == BEGIN;
@@ -208,18 +244,16 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
 #pragma unroll
                 for (int t = 0; t < 2; t++) {
                     float(&state)[4] = h[m][t];
-                    float added[4] = {};
-                    if (PASS == ADJOINT) {
-                        outer(state, drive.x[0], drive.x[1], B.x[t]);
+                    float decay[4], added[4] = {};
 #pragma unroll
-                        for (int i = 0; i < 4; i++) state[i] *= ex2((i < 2 ? step.x : step.y) * A[m][t][i]);
-                    } else {
-                        outer(added, drive.x[0], drive.x[1], B.x[t]);
+                    for (int i = 0; i < 4; i++)
+                        decay[i] = i == 0 && 2 * m + t < COMPUTED ? ex2_of_product(i / 2 ? step.y : step.x, A[m][t][i])
+                                                                  : ex2((i / 2 ? step.y : step.x) * A[m][t][i]);
+                    outer(PASS == ADJOINT ? state : added, drive.x[0], drive.x[1], B.x[t]);
 #pragma unroll
-                        for (int i = 0; i < 4; i++) state[i] = ex2((i < 2 ? step.x : step.y) * A[m][t][i]) * state[i] + added[i];
-                    }
+                    for (int i = 0; i < 4; i++) state[i] = decay[i] * state[i] + added[i];
                     if (PASS == FORWARD)
-                        product(sum[m], state[0], state[2], state[1], state[3], t ? C.z : C.x, t ? C.w : C.y);
+                        product(sum[m], state[spot(0, 0)], state[spot(1, 0)], state[spot(0, 1)], state[spot(1, 1)], t ? C.z : C.x, t ? C.w : C.y);
                 }
             }
 #if MARKED
@@ -234,15 +268,17 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
             const Four u = *(const Four*)&board.ring[now][0][2 * k + q][4 * r];
             Four z = {}, y;
             if (gated) z = *(const Four*)&board.ring[now][2][2 * k + q][4 * r];
+            float2 open[4];
+#pragma unroll
+            for (int m = 0; m < 4; m++) open[m] = gated ? values(z.x[m]) : make_float2(1, 1);
+            if (gated && FOURS) silu_of_four(open[0], open[1]), silu_of_four(open[2], open[3]);
+            else if (gated)
+#pragma unroll
+                for (int m = 0; m < 4; m++) open[m] = silu(open[m]);
 #pragma unroll
             for (int m = 0; m < 4; m++) {
                 const float2 skip = board.skip[4 * r + m], x = values(u.x[m]);
-                float2 out = make_float2(sum[m][q] + skip.x * x.x, sum[m][2 + q] + skip.y * x.y);
-                if (gated) {
-                    const float2 open = silu(values(z.x[m]));
-                    out.x *= open.x, out.y *= open.y;
-                }
-                y.x[m] = packed(out);
+                y.x[m] = packed(make_float2((sum[m][q] + skip.x * x.x) * open[m].x, (sum[m][2 + q] + skip.y * x.y) * open[m].y));
             }
 #if MARKED
             if (board.marks[now][2 * k + q] == PADDING) y = {};
@@ -258,7 +294,8 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
     } else if (part == s.parts - 1 && inside)
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            const float four[4] = {h[j / 2][0][j % 2 * 2], h[j / 2][0][j % 2 * 2 + 1], h[j / 2][1][j % 2 * 2], h[j / 2][1][j % 2 * 2 + 1]};
+            const int c = j % 2;
+            const float four[4] = {h[j / 2][0][spot(c, 0)], h[j / 2][0][spot(c, 1)], h[j / 2][1][spot(c, 0)], h[j / 2][1][spot(c, 1)]};
             store_states(s.final, four, row * s.width + eight + j, 4 * k, s.states);
         }
 }
@@ -267,7 +304,7 @@ template <Pass PASS> __device__ inline void walk_by_matrix(const Scan& s) {
 
 template <Pass PASS> __device__ inline void any_walk(const Scan& s) {
 #if TYPE == 1
-    if constexpr (BY_MATRIX) walk_by_matrix<PASS>(s);
+    if constexpr (BY_MATRIX && (SUMMED || PASS == FORWARD)) walk_by_matrix<PASS>(s);
     else
 #endif
     walk<PASS>(s);
