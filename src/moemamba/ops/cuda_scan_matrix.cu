@@ -26,6 +26,9 @@
 #ifndef SUMMED
 #define SUMMED 1
 #endif
+#ifndef RESIDENT
+#define RESIDENT 4
+#endif
 #ifndef PREPARED
 #define PREPARED 2
 #endif
@@ -310,6 +313,6 @@ template <Pass PASS> __device__ inline void any_walk(const Scan& s) {
     walk<PASS>(s);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 4) forward(const Scan s) { any_walk<FORWARD>(s); }
-extern "C" __global__ void __launch_bounds__(128, 4) summarise(const Scan s) { any_walk<SUMMARY>(s); }
-extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s) { any_walk<ADJOINT>(s); }
+extern "C" __global__ void __launch_bounds__(128, RESIDENT) forward(const Scan s) { any_walk<FORWARD>(s); }
+extern "C" __global__ void __launch_bounds__(128, RESIDENT) summarise(const Scan s) { any_walk<SUMMARY>(s); }
+extern "C" __global__ void __launch_bounds__(128, RESIDENT) summarise_back(const Scan s) { any_walk<ADJOINT>(s); }
