@@ -36,12 +36,6 @@ static int __float_as_int(float x) { return bits<int>(x); }
 
 static float ex2(float x) { return exp2f(x); }
 static float reciprocal(float x) { return 1 / x; }
-static unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
-    const unsigned long long both = x | (unsigned long long)y << 32;
-    unsigned z = 0;
-    for (int i = 0; i < 4; i++) z |= (both >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
-    return z;
-}
 static unsigned rounded(float x) {  // to bfloat16
     const unsigned y = bits<unsigned>(x);
     return x != x ? 0x7fc0 : (y + 0x7fff + (y >> 16 & 1)) >> 16;
@@ -92,19 +86,6 @@ static void product(float (&sum)[4], float a0, float a1, float a2, float a3, flo
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 8; k++)  // row lane / 4 + 8 (i / 2), column 2 (lane % 4) + i % 2
             sum[i] += warp[lane / 4 * 4 + k % 4].left[i / 2 + k / 4 * 2] * warp[(lane % 4 * 2 + i % 2) * 4 + k % 4].right[k / 4];
-    __syncwarp();
-}
-
-static void outer(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
-    const int me = current - fibers, lane = me % 32;
-    const Fiber* warp = fibers + (me - lane);
-    auto half = [](unsigned x, bool high) { return bits<float>(high ? x & 0xffff0000 : x << 16); };
-    const float left[4] = {half(a0, false), half(a0, true), half(a1, false), half(a1, true)}, right[2] = {half(b, false), half(b, true)};
-    memcpy(current->left, left, sizeof left), memcpy(current->right, right, sizeof right);
-    __syncwarp();
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 8; k++)
-            sum[i] += warp[lane / 4 * 4 + k / 2].left[i / 2 * 2 + k % 2] * warp[(lane % 4 * 2 + i % 2) * 4 + k / 2].right[k % 2];
     __syncwarp();
 }
 

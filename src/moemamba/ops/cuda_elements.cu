@@ -63,14 +63,6 @@ __device__ inline void product(float (&sum)[4], float a0, float a1, float a2, fl
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-
-// sum += left right, of pairs of bfloat16: left (16, 8), right (8, 8), sum as above. In lane l, a0 holds (r, 2k) and (r, 2k + 1), a1
-// (r + 8, 2k) and (r + 8, 2k + 1); b (2k, r) and (2k + 1, r).
-__device__ inline void outer(float (&sum)[4], unsigned a0, unsigned a1, unsigned b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(b));
-}
 #endif
 
 typedef long long wide_int;

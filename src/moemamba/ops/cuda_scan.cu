@@ -15,10 +15,6 @@
 //
 // Nothing is summed by atomics: results repeat bit for bit.
 
-#ifndef WALKED
-#define WALKED 1
-#endif
-constexpr int WALKING = WALKED;
 constexpr int N = 16;      // states of a channel; a scan of fewer is padded with states that stay zero
 constexpr int STEPS = 8;   // positions that are loaded at a time
 constexpr bool PAIRED = ABREAST > 1;
@@ -206,7 +202,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
     };
 
     fetch();
-    if (PASS == FORWARD) follow();
+    if (PASS == FORWARD) follow();  // what comes next is of the kernel before
     else invite();
     float h[2][N] = {}, A[2][N] = {};
     float* entry = s.entry + (row * s.parts + part) * N * s.width + channel;
@@ -253,7 +249,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             for (int n = 0; n < N; n++) store_column(start + (wide_int)n * s.width, channels, h[0][n], h[1][n]);
         }
         const Pair* at = &desk.ring[now][0][0][lane];
-#pragma unroll(WALKING)
+#pragma unroll 1
         for (int k = 0; k < here; k++) {
             float2 x = values(at[0]), step = values(at[STEPS * 32]), gate = make_float2(0, 0), open = gate;
             if (gated) gate = values(at[2 * STEPS * 32]);
@@ -316,6 +312,10 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
         for (int c = 0; c < 2; c++)
             if (c < channels) store_states(s.final, h[c], row * s.width + channel + c, 0, s.states);
 }
+
+extern "C" __global__ void __launch_bounds__(128, 4) forward(const Scan s) { walk<FORWARD>(s); }
+extern "C" __global__ void __launch_bounds__(128, 4) summarise(const Scan s) { walk<SUMMARY>(s); }
+extern "C" __global__ void __launch_bounds__(128, 4) summarise_back(const Scan s) { walk<ADJOINT>(s); }
 
 // What each part adds to a state (entry, totals) becomes the state that enters it: one thread for each state.
 template <bool BACK> __device__ inline void carried(const Scan& s) {

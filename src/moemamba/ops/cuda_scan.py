@@ -21,7 +21,7 @@ WALKERS = 128  # threads of a block that walks along time, two channels each
 CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, and channels of a block
 THREADS = 2 * TILE
 WALKS, TURNS = 4, 3  # blocks of a multiprocessor at a time, of a kernel that walks and of the backward one
-EARLY, MATRIX = True, True
+LATER = 0, 0.31, 0.44, 0.74, 0.92  # what blocks of a multiprocessor after its first four take, of what those do
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Scan` of cuda_scan.cu.
@@ -97,12 +97,15 @@ class _Launcher:
         together = math.gcd(
             16 // size, u.shape[2], *(n for t in channels for n in (t.data_ptr() // size, *t.stride()[:2]))
         )
-        abreast = together if together in (1, 16 // size) else 2
-        weighed = self.counts[3] == STATES and all(_in_lumps(t) for _, t in named[3:] if t is not None)
-        kind, marked, gated = TYPES[u.dtype], marks is not None, tensors.get("z") is not None
-        self.module = _module(self.device, kind, marked, gated, softplus, abreast, weighed)
-        by_matrix = MATRIX and u.dtype == torch.bfloat16 and abreast == 8 and weighed
-        self.walk_memory = _board_memory(marked) if by_matrix else _desk_memory(size, marked)
+        self.module = _module(
+            self.device,
+            TYPES[u.dtype],
+            marks is not None,
+            tensors.get("z") is not None,
+            softplus,
+            together if together in (1, 16 // size) else 2,
+            self.counts[3] == STATES and all(_in_lumps(t) for _, t in named[3:] if t is not None),
+        )
 
     def parts(self, tiles: int, walking: int, resident: int) -> tuple[int, int]:
         """Into how many parts time is cut, and the chunks of a part.
@@ -113,9 +116,9 @@ class _Launcher:
         return _parts(tiles, walking, chunks, _processors(self.device), resident)
 
     def __call__(
-        self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, waiting: bool = False, **more: Tensor
+        self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, waiting: bool, /, **more: Tensor
     ) -> None:
-        """Start kernels (name, blocks, threads, bytes of shared memory), one after the other."""
+        """Start kernels (name, blocks, threads, bytes of shared memory), one after the other; `waiting` as in `Module`."""
         found = map({**self.tensors, **more}.get, POINTERS)
         pointers = [0 if t is None else t.data_ptr() for t in found]
         arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
@@ -125,7 +128,7 @@ class _Launcher:
 
 @functools.cache
 def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int, weighed: bool) -> Module:
-    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_matrix.cu", "cuda_scan_backward.cu")
+    files = ("cuda_elements.cu", "cuda_scan.cu", "cuda_scan_backward.cu")
     source = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in files)
     constants = {
         "TYPE": kind,
@@ -148,30 +151,30 @@ def _processors(device: int) -> int:
 
 @functools.cache
 def _parts(tiles: int, walking: int, chunks: int, processors: int, resident: int) -> tuple[int, int]:
+    walks = resident == WALKS  # the kernel whose later turns were measured
+    opening = 0.5 if walks else 0.0  # what a part takes beyond its chunks
+
     def turns(blocks: int, resident: int) -> float:
         """How many times over a GPU is filled; where it is not, what does run is somewhat faster."""
         full, rest = divmod(blocks, processors * resident)
-        return full + (0.4 + 0.6 * math.ceil(rest / processors) / resident if rest else 0)
+        each = math.ceil(rest / processors)
+        if walks and full:
+            return 1 + LATER[WALKS] * (full - 1) + LATER[each]
+        return full + (0.4 + 0.6 * each / resident if rest else 0)
 
     best = math.inf, 1, chunks
     for wanted in range(1, min(chunks, max(1, 4 * processors * resident // tiles)) + 1):
         span = -(-chunks // wanted)
         parts = -(-chunks // span)
-        best = min(
-            best, (span * (turns(tiles * parts, resident) + 0.8 * turns(walking * (parts - 1), WALKS)), parts, span)
-        )
+        taken = turns(tiles * parts, resident) + 0.8 * turns(walking * (parts - 1), WALKS)
+        best = min(best, ((span + opening) * taken, parts, span))
     return best[1:]
 
 
-def _desk_memory(size: int, marked: bool) -> int:
-    """Bytes of a `struct Desk` of cuda_scan.cu: ring, B and C as they are and as floats, marks."""
+def _walk_memory(threads: int, size: int, marked: bool) -> int:
+    """Bytes of a `struct Desk` of cuda_scan.cu for each warp: ring, B and C as they are and as floats, marks."""
     weights = 2 * STEPS * 2 * STATES * size + (0 if size == 4 else STEPS * 2 * STATES * 4)
-    return 2 * 3 * STEPS * 64 * size + weights + (2 * STEPS * 4 if marked else 0)
-
-
-def _board_memory(marked: bool) -> int:
-    """Bytes of a `struct Board` of cuda_scan_matrix.cu: that of a desk, steps, drives, D, zeros."""
-    return _desk_memory(2, marked) + STEPS * 64 * 8 + 64 * 4 + 16
+    return threads // 32 * (2 * 3 * STEPS * 64 * size + weights + (2 * STEPS * 4 if marked else 0))
 
 
 def _backward_memory() -> int:
@@ -204,13 +207,13 @@ def _forward(
         starts=starts if save else None,
     )  # fmt: skip
     threads = WALKERS if length > 1 else 32
-    blocks, shared = batch * -(-width // (2 * threads)), threads // 32 * launch.walk_memory
+    blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size(), marks is not None)
     parts, span = launch.parts(blocks, blocks, WALKS)
     kernels = [("forward", blocks * parts, threads, shared)]
     if parts > 1:
         carry = ("carry", -(-batch * STATES * width // 128), 128, 0)
         kernels = [("summarise", blocks * (parts - 1), threads, shared), carry, *kernels]
-    launch(kernels, parts, span, EARLY, **_passed(u, parts))
+    launch(kernels, parts, span, True, **_passed(u, parts))
     return y, final_state, starts
 
 
@@ -257,10 +260,10 @@ def _backward(
             "summarise_back",
             walking * (parts - 1),
             WALKERS,
-            WALKERS // 32 * launch.walk_memory,
+            _walk_memory(WALKERS, u.element_size(), marks is not None),
         )
         kernels = [summarise, ("carry_back", -(-batch * STATES * width // 128), 128, 0), *kernels]
-    launch(kernels, parts, span, dBC=dBC, sums=sums, **_passed(u, parts))
+    launch(kernels, parts, span, False, dBC=dBC, sums=sums, **_passed(u, parts))
     for index, value in zip((2, 5, 7, 8), floats, strict=True):
         if value is not grads[index]:
             grads[index].copy_(value)
