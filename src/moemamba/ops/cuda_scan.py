@@ -118,7 +118,7 @@ class _Launcher:
     def __call__(
         self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, waiting: bool, /, **more: Tensor
     ) -> None:
-        """Start kernels (name, blocks, threads, bytes of shared memory), one after the other; `waiting`: see `Module`."""
+        """Start kernels (name, blocks, threads, bytes of shared memory), in turn; `waiting` as in `Module.launch`."""
         found = map({**self.tensors, **more}.get, POINTERS)
         pointers = [0 if t is None else t.data_ptr() for t in found]
         arguments = ARGUMENTS.pack(*pointers, *self.rows, *self.steps, *self.counts, span, parts)
