@@ -21,7 +21,6 @@ WALKERS = 128  # threads of a block that walks along time, two channels each
 CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, and channels of a block
 THREADS = 2 * TILE
 WALKS, TURNS = 4, 3  # blocks of a multiprocessor at a time, of a kernel that walks and of the backward one
-LATER = 0, 0.31, 0.44, 0.74, 0.92  # what blocks of a multiprocessor after its first four take, of what those do
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # `struct Scan` of cuda_scan.cu.
@@ -151,23 +150,18 @@ def _processors(device: int) -> int:
 
 @functools.cache
 def _parts(tiles: int, walking: int, chunks: int, processors: int, resident: int) -> tuple[int, int]:
-    walks = resident == WALKS  # the kernel whose later turns were measured
-    opening = 0.5 if walks else 0.0  # what a part takes beyond its chunks
-
     def turns(blocks: int, resident: int) -> float:
         """How many times over a GPU is filled; where it is not, what does run is somewhat faster."""
         full, rest = divmod(blocks, processors * resident)
-        each = math.ceil(rest / processors)
-        if walks and full:
-            return 1 + LATER[WALKS] * (full - 1) + LATER[each]
-        return full + (0.4 + 0.6 * each / resident if rest else 0)
+        return full + (0.4 + 0.6 * math.ceil(rest / processors) / resident if rest else 0)
 
     best = math.inf, 1, chunks
     for wanted in range(1, min(chunks, max(1, 4 * processors * resident // tiles)) + 1):
         span = -(-chunks // wanted)
         parts = -(-chunks // span)
-        taken = turns(tiles * parts, resident) + 0.8 * turns(walking * (parts - 1), WALKS)
-        best = min(best, ((span + opening) * taken, parts, span))
+        best = min(
+            best, (span * (turns(tiles * parts, resident) + 0.8 * turns(walking * (parts - 1), WALKS)), parts, span)
+        )
     return best[1:]
 
 
