@@ -120,10 +120,7 @@ def _backward(
     dy, weight = dy.contiguous(), weight.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
     if cuda and sources is None and history is None and cuda_conv.holds(dy, x, weight):
-        dx, dweight, dbias = cuda_conv.backward(dy, x, weight, bias, silu)
-        if dfinal is not None:  # as in every compiled layer, where it is zero if nobody wanted it
-            left = min(length, count - 1)
-            dx[:, length - left :] += dfinal[:, :, count - 1 - left :].mT
+        dx, dweight, dbias = cuda_conv.backward(dy, dfinal, x, weight, bias, silu)
         return [dx, dweight, dx.new_empty(0) if dbias is None else dbias, dx.new_empty(0)]
     how = BACKWARD if sources is None else PACKED_BACKWARD
     tiles = triton.cdiv(width, how["I"])
