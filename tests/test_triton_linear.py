@@ -17,6 +17,7 @@ def gradients(backend, x, weight, wanted, compiled=False):
         other, y = ops.linear_beside(x, weight)
         return other.sin(), y
 
+    torch._dynamo.reset()  # every case is one more graph of one function
     call = torch.compile(both, backend="aot_eager", fullgraph=True) if compiled else both
     leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
     with ops.backend(backend):
