@@ -30,8 +30,8 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        dy = dy.flatten(0, -2)
-        return _add_product(dx, dy, weight), dy.T @ x.flatten(0, -2)
+        dy = dy.reshape(-1, dy.shape[-1])
+        return _add_product(dx, dy, weight), dy.T @ x.reshape(-1, x.shape[-1])
 
 
 @torch.library.custom_op("moemamba::add_product", mutates_args=())
