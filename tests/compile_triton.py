@@ -87,6 +87,8 @@ for dtype in (torch.bfloat16, torch.float32):
         differentiate(triton.linear_cross_entropy(hidden, draw(99, d), targets, -100, "mean"))
         with torch.no_grad():
             triton.linear_cross_entropy(hidden, draw(99, d), targets, -100, "mean")
+for dtype in (torch.bfloat16, torch.float32):
+    differentiate(triton.linear_beside(draw(2, 70, 96, dtype=dtype), draw(40, 96, dtype=dtype))[1])
 differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
 for n_experts, top_k in ((5, 2), (32, 1), (128, 4)):
     valid, bias = torch.ones(48), torch.zeros(n_experts)

@@ -33,6 +33,21 @@ def test_equals_reference(
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("length", [2, 3, 60])
+def test_gradient_of_the_state_left_behind(length: int) -> None:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        x, weight, weights = torch.randn(3, length, 64), torch.randn(64, 4), torch.randn(3, 64, 3)
+    results = []
+    for backend in ("cuda", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        with ops.backend(backend):
+            y, final = ops.causal_conv1d(*leaves)
+        results.append(torch.autograd.grad(y.square().sum() + (final * weights).sum(), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_with_state_and_packed_rows() -> None:
     """What the CUDA kernels do not cover gives the same gradients under the same name, by the Triton kernels."""
     torch.manual_seed(0)

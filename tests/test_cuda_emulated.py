@@ -132,12 +132,12 @@ def test_convolution_equals_reference(shape: tuple[int, int, int], dtype: torch.
     batch, length, width = shape
     x = torch.randn(batch, length, 2 * width).to(dtype)[..., :width]
     weight, bias, dy = torch.randn(width, count), torch.randn(width), torch.randn(shape).to(dtype)
+    dfinal = torch.randn(batch, width, count - 1).to(dtype)
     leaves = [t.float().clone().requires_grad_() for t in (x, weight, bias)]
-    y, _ = reference.causal_conv1d(*leaves, "silu" if silu else None, None, None)
-    expected = torch.autograd.grad(y, leaves, dy.float())
+    outputs = reference.causal_conv1d(*leaves, "silu" if silu else None, None, None)
+    expected = torch.autograd.grad(outputs, leaves, (dy.float(), dfinal.float()))
     assert cuda_conv.holds(dy, x, weight)
-    for name, a, b in zip(
-        ("x", "weight", "bias"), cuda_conv.backward(dy, x, weight, bias, silu), expected, strict=True
-    ):
+    found = cuda_conv.backward(dy, dfinal, x, weight, bias, silu)
+    for name, a, b in zip(("x", "weight", "bias"), found, expected, strict=True):
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"

@@ -9,7 +9,7 @@ from transformers.models.mamba.configuration_mamba import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from moemamba import layers
-from moemamba.layers.linear import Linear, in_halves
+from moemamba.layers.linear import Linear, before_bias, beside, in_halves
 from moemamba.layers.moe import arrival, capacity
 
 
@@ -53,6 +53,26 @@ def test_halves_of_a_product(device):
         torch.testing.assert_close(actual, expected)
         weights = [torch.randn_like(half) for half in expected]
         wanted, found = (torch.autograd.grad(halves, (x, layer.weight), weights) for halves in (expected, actual))
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_input_beside_a_product_and_product_before_its_bias(device):
+    """Both are `layer(x)`, also where the layer is no longer what it was."""
+    layer = Linear(24, 40).to(device)
+    plain = Linear(24, 40, bias=False).to(device)
+    x = torch.randn(2, 7, 24, device=device, requires_grad=True)
+    for hooked in (False, True):
+        if hooked:
+            layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+            plain.register_forward_hook(lambda module, inputs, output: 2 * output)
+        y, bias = before_bias(layer, x)
+        assert (bias is None) == hooked
+        torch.testing.assert_close(y if bias is None else y + bias, layer(x))
+        other, y = beside(plain, x)
+        torch.testing.assert_close((other, y), (x, plain(x)))
+        weights = torch.randn_like(x), torch.randn_like(y)
+        wanted, found = (torch.autograd.grad(pair, (x, plain.weight), weights) for pair in ((x, plain(x)), (other, y)))
         torch.testing.assert_close(found, wanted)
 
 

@@ -27,3 +27,21 @@ def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         return ops.linear(x, first), ops.linear(x, second)
     first, second = layer(x).chunk(2, dim=-1)
     return first, second
+
+
+def beside(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., d) for whoever else reads it, and `layer(x)`.
+
+    Where a GPU is to differentiate both, and the layer is what it was built as, x's two gradients are added on the way.
+    """
+    weights = weights_alone(layer, Linear, 1) if x.is_cuda and torch.is_grad_enabled() else ()
+    return ops.linear_beside(x, *weights) if weights else (x, layer(x))
+
+
+def before_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`layer(x)` before its bias is added, and the bias, for an op that adds it (and sums its gradient) in passing.
+
+    With it, and None, where the layer is no longer what it was built as.
+    """
+    weights = weights_alone(layer, Linear, 2)
+    return (ops.linear(x, weights[0]), weights[1]) if weights else (layer(x), None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .linear import Linear, in_halves
+from .linear import Linear, before_bias, beside, in_halves
 from .untouched import untouched, weights_alone
 
 
@@ -61,12 +61,12 @@ class SelectiveSSM(nn.Module):
     def scan(self, u: Tensor, z: Tensor, state: MambaState | None, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """u, gate z (b, l, i) -> y (b, l, i), state."""
         u, conv = self.conv1d(u, None if state is None else state.conv, seq_idx)
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        # Flat: to a (b, l, r) that is part of a wider tensor PyTorch would add the bias in a pass of its own.
-        dt = self.dt_proj(dt.flatten(0, 1)).unflatten(0, u.shape[:2])
+        u, x = beside(self.x_proj, u)
+        dt, B, C = x.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, dt_bias = before_bias(self.dt_proj, dt)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         initial = None if state is None else state.ssm
-        y, ssm = ops.selective_scan(u, dt, A, B, C, self.D, z, initial_state=initial, seq_idx=seq_idx)
+        y, ssm = ops.selective_scan(u, dt, A, B, C, self.D, z, dt_bias, initial_state=initial, seq_idx=seq_idx)
         return y, MambaState(conv, ssm)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "grouped_linear",
     "linear",
     "linear_argmax",
+    "linear_beside",
     "linear_cross_entropy",
     "linear_float32",
     "mamba_step",
@@ -289,6 +290,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     expect("weight", weight, (weight.shape[0], x.shape[-1]))
     expect("bias", bias, (weight.shape[0],))
     return implementation("linear", x)(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x itself, for whoever else reads it, and `x @ weight.T`.
+
+    The same as using x twice, but that its two gradients are added where the product of one is made.
+
+    Args:
+        x: (..., d).
+        weight: (f, d).
+    Returns:
+        (..., d), and (..., f).
+    """
+    expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    return implementation("linear_beside", x)(x, weight)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(

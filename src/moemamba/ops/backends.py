@@ -39,6 +39,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "expert_linear",
         "grouped_linear",
         "linear_argmax",
+        "linear_beside",
         "linear_cross_entropy",
         "linear_float32",
         "mamba_step",

@@ -1,7 +1,7 @@
 """The convolution's gradients on an NVIDIA GPU: how the kernels of `cuda_conv.cu` are launched.
 
-They hold for whole rows without a state in or a gradient of the state left behind, channels that can be loaded four
-together, and up to four taps; the Triton kernels hold for every other convolution, and for its forward pass.
+They hold for whole rows without a state before them, channels that can be loaded four together, and up to four taps;
+the Triton kernels hold for every other convolution, and for its forward pass.
 """
 
 import functools
@@ -32,9 +32,12 @@ def holds(dy: Tensor, x: Tensor, weight: Tensor) -> bool:
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+    dy: Tensor, dfinal: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x (b, l, i), weight (i, k) and bias (i,), for whole rows, of tensors of which `holds` is true."""
+    """Gradients of x (b, l, i), weight (i, k) and bias (i,), for whole rows, of tensors of which `holds` is true.
+
+    `dfinal` (b, i, k-1), of the state left behind, is there in every compiled layer: zero, if nobody wanted that state.
+    """
     (batch, length, width), count, device = x.shape, weight.shape[1], x.device.index or 0
     dx = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
     dweight = torch.empty((width, count), dtype=torch.float32, device=x.device)
@@ -50,6 +53,9 @@ def backward(
     with torch.cuda.device(device):
         module = _module(device, TYPES[x.dtype], count, silu)
         module.launch([walking, ("finish", (count + 1) * -(-width // 32), 256, 1024)], arguments, waiting=True)
+    if dfinal is not None:
+        left = min(length, count - 1)  # inputs that are part of it
+        dx[:, length - left :] += dfinal[:, :, count - 1 - left :].mT
     return dx, dweight.to(weight.dtype), None if bias is None or dbias is None else dbias.to(bias.dtype)
 
 

@@ -227,6 +227,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.linear_beside`."""
+    return x, F.linear(x, weight)
+
+
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """See `moemamba.ops.linear_float32`."""
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -4,6 +4,7 @@ from .triton_conv import causal_conv1d
 from .triton_cross_entropy import linear_cross_entropy
 from .triton_experts import expert_feedforward
 from .triton_experts_linear import expert_linear, grouped_linear
+from .triton_linear import linear_beside
 from .triton_router import linear_float32, route
 from .triton_routing import route_with_totals
 from .triton_scan import selective_scan
@@ -16,6 +17,7 @@ __all__ = [
     "expert_linear",
     "grouped_linear",
     "linear_argmax",
+    "linear_beside",
     "linear_cross_entropy",
     "linear_float32",
     "mamba_step",

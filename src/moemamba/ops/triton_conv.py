@@ -119,8 +119,8 @@ def _backward(
     history = None if initial_state is None else initial_state.to(x.dtype).contiguous()
     dy, weight = dy.contiguous(), weight.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    if cuda and sources is None and history is None and dfinal is None and cuda_conv.holds(dy, x, weight):
-        dx, dweight, dbias = cuda_conv.backward(dy, x, weight, bias, silu)
+    if cuda and sources is None and history is None and cuda_conv.holds(dy, x, weight):
+        dx, dweight, dbias = cuda_conv.backward(dy, dfinal, x, weight, bias, silu)
         return [dx, dweight, dx.new_empty(0) if dbias is None else dbias, dx.new_empty(0)]
     how = BACKWARD if sources is None else PACKED_BACKWARD
     tiles = triton.cdiv(width, how["I"])
