@@ -220,6 +220,25 @@ def test_cross_entropy(reduction, dtype, monkeypatch):
     torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def test_cross_entropy_of_nonsense_that_does_not_count():
+    hidden, weight, targets = torch.randn(9, 4), torch.randn(7, 4), torch.arange(9) % 7
+    targets[3] = targets[5] = -100
+    hidden[3], hidden[5] = torch.nan, torch.inf
+    hidden.requires_grad_()
+    loss = cpu.linear_cross_entropy(hidden, weight, targets, -100, "mean")
+    torch.testing.assert_close(loss, reference.linear_cross_entropy(hidden, weight, targets, -100, "mean"))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert gradient.isfinite().all() and not gradient[[3, 5]].any()
+
+
+def test_cross_entropy_refuses_a_second_derivative():
+    """Its gradients are constants to autograd: a gradient of theirs would be wrong without a word."""
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    loss = cpu.linear_cross_entropy(hidden, weight, torch.tensor([1, 0, 2]), -100, "mean")
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative here"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 @pytest.mark.parametrize("tokens,n_experts,top_k", [(1, 5, 1), (1, 32, 2), (100, 7, 7), (33, 64, 3), (0, 4, 1)])
 def test_route(tokens, n_experts, top_k):
     torch.manual_seed(0)
@@ -248,6 +267,8 @@ def test_router_without_gradients(shape):
 
 CASES = [("selective_scan", scan_inputs(8, 100, 200)), ("causal_conv1d", conv_inputs(8, 100, 200))]
 CASES += [("expert_feedforward", expert_inputs())]
+LOSS = {"hidden": torch.randn(9, 4), "weight": torch.randn(7, 4), "targets": torch.arange(9) % 7}
+COMPILED = [*CASES, ("linear_cross_entropy", LOSS | {"ignore_index": -100, "reduction": "mean"})]
 
 
 @pytest.mark.parametrize("name,inputs", CASES[:2], ids=[name for name, _ in CASES[:2]])  # matrix products are torch's
@@ -270,7 +291,7 @@ def test_calls_from_several_threads(name, inputs):
         assert torch.equal(job.result()[key], expected[key]), key
 
 
-@pytest.mark.parametrize("name,inputs", CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize("name,inputs", COMPILED, ids=[name for name, _ in COMPILED])
 def test_compiles_as_one_graph(name, inputs):
     if "seq_idx" in inputs:
         inputs = inputs | {"seq_idx": packed(8, 100)}

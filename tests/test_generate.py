@@ -1,5 +1,8 @@
 """Generation: the same tokens as a full forward pass of everything so far, whatever the batch."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +61,35 @@ def test_streaming_yields_each_token_as_it_comes(model):
     assert generate(model, PROMPTS[0], 0) == []
 
 
+def test_the_callers_turn_is_the_callers(model):
+    """Between two tokens of a stream its caller may train, or stream from the same model: modes are as they were."""
+    model.layers[0].eval()  # a part that its owner keeps in evaluation
+    modes = [module.training for module in model.modules()]
+    steps = [stream(model, PROMPTS, 5, Sampling(temperature=0)) for _ in range(2)]
+    rows = []
+    for pair in zip(*steps, strict=True):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert [module.training for module in model.modules()] == modes
+        rows.append(pair)
+        if len(rows) == 3:
+            break
+    steps[0].close()
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    rest = list(steps[1])
+    model.train()
+    expected = [list(row) for row in zip(*generate(model, PROMPTS, 5, temperature=0), strict=True)]
+    assert [a for a, _ in rows] == expected[:3] and [b for _, b in rows] + rest == expected
+
+
+def test_prompts_of_any_kind(model):
+    expected = generate(model, PROMPTS, 4, temperature=0)
+    arrays, tensors = [np.array(row) for row in PROMPTS], [torch.tensor(row) for row in PROMPTS]
+    assert generate(model, arrays, 4, temperature=0) == generate(model, tensors, 4, temperature=0) == expected
+    assert generate(model, arrays[0], 4, temperature=0) == expected[0]
+    assert generate(model, list(tensors[0]), 4, temperature=0) == expected[0]
+    assert generate(model, torch.zeros(0, 3, dtype=torch.int64), 4) == []
+
+
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]))
 
 
@@ -82,6 +114,23 @@ def test_sampling_draws_from_what_is_left(sampling, kept):
     torch.testing.assert_close(drawn, expected / expected.sum(), atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-60, 1e-45, 1e-38, 1e-5])
+def test_temperatures_near_zero_take_the_most_likely(temperature):
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    assert sample(logits, Sampling(temperature)).equal(logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300, math.inf])
+def test_temperatures_near_infinity_take_any_that_is_possible(temperature):
+    logits = torch.tensor([[3.0, -torch.inf, -2.0]]).expand(200, -1)
+    assert set(sample(logits, Sampling(temperature)).tolist()) == {0, 2}
+
+
+def test_top_k_of_equals_is_k():
+    drawn = sample(torch.zeros(1, 6).expand(2000, -1), Sampling(top_k=2))
+    assert len(drawn.unique()) == 2
+
+
 def test_temperature_sharpens_and_flattens():
     generator = torch.Generator().manual_seed(0)
     drawn = sample(LOGITS.expand(20_000, -1), Sampling(temperature=2.0), generator).bincount(minlength=5) / 20_000
@@ -93,6 +142,8 @@ def test_temperature_sharpens_and_flattens():
     [
         ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
         ({"prompts": []}, "prompt 0 has no tokens"),
+        ({"prompts": [[1], [2, 29]]}, "prompt 1 has the token 29; this model's tokens are 0 to 28"),
+        ({"prompts": [3, -1]}, "prompt 0 has the token -1"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"top_k": 0}, "top_k is 0"),

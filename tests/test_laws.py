@@ -239,10 +239,15 @@ def test_loss_of_targets_is_cross_entropy_of_logits(name):
 def test_bad_inputs_are_named():
     model, tokens = build("M"), tokens_of(2)
     state = model(tokens).state
+    deeper = State(state.mixers * 2)
+    own = f"this model's are '{'M' * len(state.mixers)}'"
     for call, message in [
         (lambda: model(tokens[0]), r"tokens has shape \(12,\); expected \(batch, length\)"),
         (lambda: model(tokens, seq_idx=tokens[:, :3]), r"seq_idx has shape \(2, 3\); expected \(2, 12\)"),
         (lambda: model(tokens[:1], state), "state holds 2 rows and tokens 1"),
+        (lambda: model(tokens, deeper), f"state is of the mixers '{'M' * len(deeper.mixers)}'.*{own}"),
+        (lambda: model(tokens, State(())), f"state is of the mixers ''.*{own}"),
+        (lambda: model(tokens, build("A")(tokens).state), f"state is of the mixers '{'A' * len(state.mixers)}'.*{own}"),
         (lambda: model(tokens, targets=tokens[:1]), r"targets has shape \(1, 12\); expected \(2, 12\)"),
     ]:
         with pytest.raises(ValueError, match=message):

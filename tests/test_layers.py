@@ -284,3 +284,20 @@ def test_router_stays_in_float32_under_autocast():
         assert router(x).indices.equal(exact)
         rounded = (x.flatten(0, 1) @ router.weight.T).argmax(-1, keepdim=True)
     assert not rounded.equal(exact)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: layers.FeedForward(16, 32, "tanh"), "activation is 'tanh'; known are relu, gelu, silu, swiglu"),
+        (lambda: layers.Attention(16, 3), "n_heads is 3, but d_model = 16 must split into heads of even width"),
+        (lambda: layers.Attention(6, 2), "n_heads is 2, but d_model = 6 must split into heads of even width"),
+        (lambda: layers.MoE(16, 2, top_k=3)(torch.zeros(1, 3, 16)), "top_k is 3; of 2 experts"),
+        (lambda: layers.MoE(16, 2)(torch.zeros(3, 16)), r"x has shape \(3, 16\); expected \(b, l, d\)"),
+        (lambda: layers.Attention(16, 2)(torch.zeros(3, 16)), r"x has shape \(3, 16\); expected \(b, l, d\)"),
+        (lambda: layers.Mamba(16)(torch.zeros(3, 16)), r"x has shape \(3, 32\); expected \(b, l, i\)"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

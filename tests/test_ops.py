@@ -170,6 +170,80 @@ def test_positions_count_the_tokens_of_a_sequence():
     assert continued[0].tolist() == [-1, 10, 11, -1, 12, 0, 1, -1, -1]
 
 
+BACKENDS = ["cpu", pytest.param("triton", marks=pytest.mark.filterwarnings("ignore:.* encountered"))]
+
+
+def scattered(t):
+    """The same values, none of them next to another in memory."""
+    apart = torch.full((*t.shape[:-1], 2 * t.shape[-1]), -7).to(t.dtype)
+    apart[..., ::2] = t
+    return apart[..., ::2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_may_lie_in_memory_in_any_order(backend):
+    if ops.why_not(backend, "cpu"):
+        pytest.skip(ops.why_not(backend, "cpu"))
+    x = {name: t.float() for name, t in scan_inputs(i=3).items()}
+    conv = {"x": x["u"], "weight": torch.randn(3, 4), "bias": x["D"], "initial_state": torch.randn(4, 3, 3)}
+    experts = {"x": torch.randn(5, 4), "gates": torch.rand(5, 2), "weight": torch.randn(3, 6, 4)}
+    indices = torch.tensor([[0, 2], [2, 3], [3, 3], [0, 0], [2, 0]])
+    router = {"x": torch.randn(8, 4), "weight": torch.randn(3, 4), "bias": torch.randn(3) / 4, "valid": torch.ones(8)}
+    router["valid"][2:4] = 0
+    feed = {"x": experts["x"], "gates": experts["gates"], "up": torch.randn(3, 5, 4), "down": torch.randn(3, 2, 5)}
+    for op, inputs in [
+        (ops.selective_scan, x | {"seq_idx": SEQ_IDX}),
+        (ops.causal_conv1d, conv | {"seq_idx": SEQ_IDX}),
+        (ops.expert_linear, experts | {"indices": indices}),
+        (ops.expert_feedforward, feed | {"indices": indices}),
+        (ops.route_with_totals, router | {"top_k": 2, "groups": 2}),
+    ]:
+        lain = {
+            "scattered": {k: scattered(t) if isinstance(t, torch.Tensor) else t for k, t in inputs.items()},
+            "transposed": {k: t.mT.contiguous().mT if getattr(t, "ndim", 0) > 1 else t for k, t in inputs.items()},
+        }
+        with ops.backend("reference"):
+            expected = op(**inputs)
+        for layout, arguments in lain.items():
+            with ops.backend(backend):
+                actual = op(**arguments)
+            for a, e in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (actual, expected)), strict=True):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=lambda m, w=(op, layout): f"{w}: {m}")
+
+
+def test_float64_stays_itself_under_autocast():
+    """As in PyTorch's own products."""
+    x, up, down = torch.randn(5, 4, **f64), torch.randn(3, 6, 4, **f64), torch.randn(3, 2, 6, **f64)
+    indices, targets = torch.tensor([[0], [1], [2], [3], [0]]), torch.arange(5)
+    calls = (
+        lambda: ops.expert_feedforward(x, indices, None, up, down),
+        lambda: ops.expert_linear(x, indices, None, up),
+        lambda: ops.grouped_linear(x, up, torch.tensor([1, 2, 1])),
+        lambda: ops.linear_cross_entropy(x, up.flatten(0, 1), targets),
+    )
+    expected = [call() for call in calls]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close([call() for call in calls], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: ops.selective_scan(x, x, x, x, x), r"u has shape \(4, 4\); expected \(b, l, i\)"),
+        (lambda x: ops.causal_conv1d(x, x), r"x has shape \(4, 4\); expected \(b, l, i\)"),
+        (lambda x: ops.expert_linear(x[None], x.long(), None, x[None]), r"x has shape \(1, 4, 4\); expected \(t, d\)"),
+        (lambda x: ops.expert_feedforward(x, x.long(), None, x, x), r"up has shape \(4, 4\); expected \(e, f, d\)"),
+        (lambda x: ops.linear_cross_entropy(x[None], x, x), r"hidden has shape \(1, 4, 4\); expected \(t, d\)"),
+        (lambda x: ops.route(x, x, x[0], 5), "top_k is 5; of 4 experts a token can choose 1 to 4"),
+        (lambda x: ops.route_with_stats(x, x[0], 5), "top_k is 5; of 4 experts"),
+        (lambda x: ops.route_with_totals(x, x, x[0], 0), "top_k is 0; of 4 experts"),
+    ],
+)
+def test_a_wrong_number_of_dimensions_or_choices_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(4, 4))
+
+
 def test_a_wrong_shape_is_named():
     x = scan_inputs()
     x["B"] = x["B"][:, :-1]

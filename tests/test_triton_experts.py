@@ -281,6 +281,22 @@ def test_linear_cross_entropy_at_the_edges(way):
         assert ops.linear_cross_entropy(**tensors, targets=targets).isnan()
 
 
+def test_tensors_that_begin_anywhere():
+    """Descriptors ask for whole blocks of 16 bytes; a part of another tensor need not begin at one."""
+    _, targets = make_head(tokens=30, d=24, v=64)
+    hidden, weight = (torch.randn(1 + n * 24, device=DEVICE)[1:].view(n, 24).requires_grad_() for n in (30, 64))
+    compare_head({"hidden": hidden, "weight": weight}, targets)
+    one_row = torch.randn(1, 26, device=DEVICE)[:, :24].requires_grad_()
+    compare_head({"hidden": one_row, "weight": weight}, targets[1:2])
+    up, down = (torch.randn(1 + 3 * 8 * 24, device=DEVICE)[1:].view(3, *shape) for shape in ((8, 24), (24, 8)))
+    indices = torch.arange(30, device=DEVICE)[:, None] % 3
+    y, expected = [], []
+    for backend, found in (("triton", y), ("reference", expected)):
+        with ops.backend(backend):
+            found.append(ops.expert_feedforward(hidden, indices, None, up, down))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_linear_cross_entropy_in_chunks(monkeypatch):
     monkeypatch.setattr(triton_cross_entropy, "SCORES_BYTES", 1)
     compare_head(*make_head(tokens=140))

@@ -12,9 +12,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from . import ops
 from .config import ModelConfig
-from .layers import Attention, FeedForward, Mamba, MoE, RoutedMamba, Router, RouterStats, make_norm
+from .layers import Attention, AttentionState, FeedForward, Mamba, MoE, RoutedMamba, Router, RouterStats, make_norm
 from .layers.linear import Linear
 from .layers.moe import Experts, LinearExperts
+from .ops.backends import autocast
 from .state import MixerState, State
 
 
@@ -85,8 +86,8 @@ class MoEMamba(nn.Module):
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (batch, length)")
         if seq_idx is not None and seq_idx.shape != tokens.shape:
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
-        if state is not None and state.mixers and state.batch_size != tokens.shape[0]:
-            raise ValueError(f"state holds {state.batch_size} rows and tokens {tokens.shape[0]}; they must be as many")
+        if state is not None:
+            self._expect_own(state, tokens.shape[0])
         x: Tensor = self.embedding(tokens)
         y: Tensor | None = None
         mixers: list[MixerState] = []
@@ -109,6 +110,18 @@ class MoEMamba(nn.Module):
             mixers += after
             router += stats
         return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
+
+    def _expect_own(self, state: State, rows: int) -> None:
+        letters = [letter for layer in self.layers for letter in layer.letters if letter in "MAR"]  # type: ignore[union-attr]
+        own = "".join("A" if letter == "A" else "M" for letter in letters)
+        given = "".join("A" if isinstance(mixer, AttentionState) else "M" for mixer in state.mixers)
+        if given != own:
+            raise ValueError(
+                f"state is of the mixers {given!r} (A attention, M Mamba), and this model's are {own!r}; "
+                "a state continues the model that it came from"
+            )
+        if own and state.batch_size != rows:
+            raise ValueError(f"state holds {state.batch_size} rows and tokens {rows}; they must be as many")
 
     def compile_layers(self, **options: Any) -> None:
         """`torch.compile` each residual sub-layer, in place: names in `state_dict` stay as they are.
@@ -158,9 +171,7 @@ class Residual(nn.Module):
         """x (b, l, d) and what is still to be added to it -> the same; `states` begins with those of its mixers."""
         x = x if y is None else x + y
         y = None
-        h = self.norm(x)
-        if torch.is_autocast_enabled(x.device.type):  # the norm's float32 would otherwise be read by every branch
-            h = h.to(torch.get_autocast_dtype(x.device.type))
+        h = autocast(self.norm(x))  # the norm's float32 would otherwise be read by every branch
         after: list[MixerState] = []
         stats: list[RouterStats] = []
         for letter, layer in zip(self.letters, self.branches, strict=True):

@@ -1,10 +1,11 @@
 """Continue prompts: one prefill, then one token at a time, in constant time and memory each."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model import MoEMamba
 from ..state import State
@@ -61,16 +62,37 @@ def generate(
         the new tokens: a list for one prompt, a list of lists for a batch. With temperature 0 a row's result does not
         depend on the others.
     Raises:
-        ValueError: an empty prompt, or a value out of range.
+        ValueError: an empty prompt, a token that the model does not know, or a value out of range.
     """
-    rows = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
-    single = not rows or isinstance(rows[0], int)
-    results: list[list[int]] = [[] for _ in range(1 if single else len(rows))]
-    for tokens in stream(model, [rows] if single else rows, max_new_tokens, Sampling(**sampling), stop=stop, seed=seed):
-        for result, token in zip(results, tokens, strict=True):
-            if token is not None:
-                result.append(token)
+    rows = [_plain(row) for row in _plain(prompts)]
+    single = isinstance(rows[0], int) if rows else getattr(prompts, "ndim", 1) == 1
+    batch = [rows] if single else rows
+    results: list[list[int]] = [[] for _ in batch]
+    with _evaluating(list(model.modules())):
+        for tokens in stream(model, batch, max_new_tokens, Sampling(**sampling), stop=stop, seed=seed):
+            for result, token in zip(results, tokens, strict=True):
+                if token is not None:
+                    result.append(token)
     return results[0] if single else results
+
+
+def _plain(values: Any) -> Any:
+    """Of a tensor or an array its values as Python's."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+@contextmanager
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Evaluation without gradients; afterwards each module's mode is what it was."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def stream(
@@ -83,40 +105,60 @@ def stream(
     seed: int | None = None,
 ) -> Iterator[list[int | None]]:
     """As `generate` for a batch, yielding each step's token for every row; None for rows that have stopped."""
+    last = model.config.vocab_size - 1
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} has no tokens; begin with at least one, such as the end-of-text token")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token <= last:
+                raise ValueError(f"prompt {index} has the token {token}; this model's tokens are 0 to {last}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    modules = list(model.modules())
+    with closing(_steps(model, prompts, max_new_tokens, sampling, stop, seed)) as steps:
+        while True:
+            with _evaluating(modules):  # not while the caller has its turn, who may train or stream from it as well
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+
+def _steps(
+    model: MoEMamba,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Collection[int],
+    seed: int | None,
+) -> Generator[list[int | None]]:
+    """`stream`, in a model that is in evaluation mode."""
+    if not prompts or max_new_tokens == 0:
+        return
     device = model.embedding.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            hidden, state = _prefill(model, prompts, device)
-            if max_new_tokens >= WORTHWHILE and capturable(model):
-                yield from _captured(model, hidden, state, max_new_tokens, sampling, stop, generator)
-                return
-            live = list(range(len(prompts)))
-            for _ in range(max_new_tokens):
-                chosen = sample(model.head(hidden[:, -1]), sampling, generator)
-                step: list[int | None] = [None] * len(prompts)
-                going = []
-                for place, (row, token) in enumerate(zip(live, chosen.tolist(), strict=True)):
-                    if token not in stop:
-                        step[row] = token
-                        going.append(place)
-                if not going:
-                    return
-                yield step
-                if len(going) < len(live):
-                    live = [live[place] for place in going]
-                    keep = torch.tensor(going, device=device)
-                    chosen, state = chosen[keep], state.select(keep)
-                hidden, state, _ = model.backbone(chosen[:, None], state)
-    finally:
-        model.train(was_training)
+    hidden, state = _prefill(model, prompts, device)
+    if max_new_tokens >= WORTHWHILE and capturable(model):
+        yield from _captured(model, hidden, state, max_new_tokens, sampling, stop, generator)
+        return
+    live, chosen = list(range(len(prompts))), hidden.new_empty(0)
+    for count in range(max_new_tokens):
+        if count:
+            hidden, state, _ = model.backbone(chosen[:, None], state)
+        chosen = sample(model.head(hidden[:, -1]), sampling, generator)
+        step: list[int | None] = [None] * len(prompts)
+        going = []
+        for place, (row, token) in enumerate(zip(live, chosen.tolist(), strict=True)):
+            if token not in stop:
+                step[row] = token
+                going.append(place)
+        if not going:
+            return
+        yield step
+        if len(going) < len(live):
+            live = [live[place] for place in going]
+            keep = torch.tensor(going, device=device)
+            chosen, state = chosen[keep], state.select(keep)
 
 
 def _captured(

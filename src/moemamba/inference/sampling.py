@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .config import Sampling
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """Choose one token a row.
@@ -17,10 +19,13 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.float() / sampling.temperature
+    # Relative to the largest, and at a temperature that float32 holds, nothing becomes infinite that was not.
+    temperature = min(max(sampling.temperature, TINY), 1 / TINY)
+    scaled = logits.float()
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / temperature
     if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
-        least = scaled.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        most, places = scaled.topk(sampling.top_k, dim=-1)  # k of them, of equals too
+        scaled = torch.full_like(scaled, -torch.inf).scatter(1, places, most)
     if sampling.top_p is not None:
         ordered, order = scaled.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.backends import sizes
 from ..ops.packing import boundaries, positions
 from .linear import Linear
 
@@ -32,6 +33,8 @@ class Attention(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, rope_base: float = 10_000.0):
         super().__init__()
+        if d_model % (2 * n_heads):
+            raise ValueError(f"n_heads is {n_heads}, but d_model = {d_model} must split into heads of even width")
         self.n_heads, self.rope_base = n_heads, rope_base
         self.qkv_proj = Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = Linear(d_model, d_model, bias=False)
@@ -40,7 +43,7 @@ class Attention(nn.Module):
         self, x: Tensor, state: AttentionState | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d), and the state that continues it; zero output at padding."""
-        batch, length, _ = x.shape
+        batch, length, _ = sizes("x", x, "b, l, d")
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (b, h, l, d/h)
         time = torch.arange(length, device=x.device)
         first = time.new_zeros(batch) if state is None else F.pad(state.positions, (1, 0), value=-1).amax(1) + 1

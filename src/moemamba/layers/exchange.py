@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..ops.backends import autocast
+
 
 def visit_experts(
     x: Tensor,
@@ -30,8 +32,7 @@ def visit_experts(
     Returns:
         (t, o) in the dtype of the products; zero for a token whose every choice was dropped.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # as the products would, but before the journey
+    x = autocast(x)  # as the products would, but before the journey
     own = n_experts // group.size()
     order = indices.flatten().argsort(stable=True)
     experts = torch.arange(n_experts, device=x.device)

@@ -1,8 +1,8 @@
 """The dense feed-forward layer."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.reference import ACTIVATIONS
 from .linear import Linear
 
 
@@ -21,22 +21,13 @@ class FeedForward(nn.Module):
         self, d_model: int, d_ff: int, activation: str = "swiglu", bias: bool = False, d_out: int | None = None
     ):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
         self.activation = activation
         self.up_proj = Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
         self.down_proj = Linear(d_ff, d_out or d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        h = self.up_proj(x)
-        match self.activation:
-            case "swiglu":
-                gate, up = h.chunk(2, dim=-1)
-                h = F.silu(gate) * up
-            case "gelu":
-                h = F.gelu(h, approximate="tanh")
-            case "silu":
-                h = F.silu(h)
-            case _:
-                h = F.relu(h)
-        y: Tensor = self.down_proj(h)
+        y: Tensor = self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
         return y

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.backends import sizes
 from .exchange import held, visit_experts
 from .feedforward import FeedForward
 
@@ -82,6 +83,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Routing:
         """x (b, l, d), seq_idx (b, l) whose negative entries are not routed -> Routing."""
+        batch, length, _ = sizes("x", x, "b, l, d")
         if (
             not self.training
             and seq_idx is None
@@ -90,7 +92,6 @@ class Router(nn.Module):
         ):
             with torch.autocast("cpu", enabled=False):
                 return self._route_all(x)
-        batch, length, _ = x.shape
         groups, across = (self.groups, self.across) if self.training else (1, None)
         if batch % groups:
             raise ValueError(f"a batch of {batch} rows cannot be cut into {groups} routing groups; give a multiple")

@@ -11,11 +11,10 @@ top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D a
 
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from . import reference
-from .backends import BACKENDS, available, choose, expect, force, implementation, why_not
+from .backends import BACKENDS, autocast, available, choose, dense, expect, force, implementation, sizes, why_not
 from .routing import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
 
 __all__ = [
@@ -95,8 +94,8 @@ def selective_scan(
         y: (b, l, i) in u's dtype.
         final_state: (b, i, n) float32 state after the last position (of the row's last sequence).
     """
-    batch, length, width = u.shape
-    n = A.shape[1]
+    batch, length, width = sizes("u", u, "b, l, i")
+    n = sizes("A", A, "i, n")[1]
     expect("dt", dt, (batch, length, width))
     expect("A", A, (width, n))
     expect("B", B, (batch, length, n))
@@ -106,6 +105,7 @@ def selective_scan(
     expect("dt_bias", dt_bias, (width,))
     expect("initial_state", initial_state, (batch, width, n))
     expect("seq_idx", seq_idx, (batch, length))
+    D, dt_bias, seq_idx = dense(D), dense(dt_bias), dense(seq_idx)
     return implementation("selective_scan", u)(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
 
 
@@ -133,12 +133,13 @@ def causal_conv1d(
     """
     if activation not in ("silu", None):
         raise ValueError(f'activation is {activation!r}; causal_conv1d knows "silu" and None')
-    batch, length, width = x.shape
+    batch, length, width = sizes("x", x, "b, l, i")
     expect("weight", weight, (width, weight.shape[-1]))
     expect("bias", bias, (width,))
     expect("initial_state", initial_state, (batch, width, weight.shape[1] - 1))
     expect("seq_idx", seq_idx, (batch, length))
-    return implementation("causal_conv1d", x)(x, weight, bias, activation, initial_state, seq_idx)
+    args = (x, weight, dense(bias), activation, initial_state, dense(seq_idx))
+    return implementation("causal_conv1d", x)(*args)
 
 
 def mamba_step(
@@ -227,9 +228,10 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Returns:
         (t, f) in x's dtype; zero in the rows that belong to no expert.
     """
-    expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
+    _, d = sizes("x", x, "t, d")
+    expect("weight", weight, (*weight.shape[:2], d))
     expect("counts", counts, (weight.shape[0],))
-    x = _autocast(x)
+    x = autocast(x)
     return implementation("grouped_linear", x)(x, weight, counts)
 
 
@@ -244,11 +246,12 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
     Returns:
         (t, o) in x's dtype; zero for a token whose every choice was dropped.
     """
-    expect("weight", weight, (weight.shape[0], weight.shape[1], x.shape[1]))
-    expect("indices", indices, (x.shape[0], indices.shape[-1]))
+    tokens, d = sizes("x", x, "t, d")
+    expect("weight", weight, (*weight.shape[:2], d))
+    expect("indices", indices, (tokens, indices.shape[-1]))
     expect("gates", gates, tuple(indices.shape))
-    x = _autocast(x)
-    return implementation("expert_linear", x)(x, indices, gates, weight)
+    x = autocast(x)
+    return implementation("expert_linear", x)(x, dense(indices), dense(gates), weight)
 
 
 def expert_feedforward(
@@ -268,13 +271,14 @@ def expert_feedforward(
     """
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; known are {', '.join(reference.ACTIVATIONS)}")
-    hidden = up.shape[1] // 2 if activation == "swiglu" else up.shape[1]
-    expect("up", up, (up.shape[0], up.shape[1], x.shape[1]))
-    expect("down", down, (up.shape[0], down.shape[1], hidden))
-    expect("indices", indices, (x.shape[0], indices.shape[-1]))
+    tokens, d = sizes("x", x, "t, d")
+    n_experts, rows, _ = sizes("up", up, "e, f, d")
+    expect("up", up, (n_experts, rows, d))
+    expect("down", down, (n_experts, down.shape[1], rows // 2 if activation == "swiglu" else rows))
+    expect("indices", indices, (tokens, indices.shape[-1]))
     expect("gates", gates, tuple(indices.shape))
-    x = _autocast(x)
-    return implementation("expert_feedforward", x)(x, indices, gates, up, down, activation)
+    x = autocast(x)
+    return implementation("expert_feedforward", x)(x, dense(indices), dense(gates), up, down, activation)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -322,9 +326,10 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction is {reduction!r}; linear_cross_entropy knows "mean" and "sum"')
-    expect("weight", weight, (weight.shape[0], hidden.shape[1]))
-    expect("targets", targets, (hidden.shape[0],))
-    hidden = _autocast(hidden)
+    tokens, d = sizes("hidden", hidden, "t, d")
+    expect("weight", weight, (weight.shape[0], d))
+    expect("targets", targets, (tokens,))
+    hidden = autocast(hidden)
     return implementation("linear_cross_entropy", hidden)(hidden, weight, targets, ignore_index, reduction)
 
 
@@ -352,9 +357,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """
     expect("weight", weight, (x.shape[-1],))
     return implementation("rms_norm", x)(x, weight, eps)  # type: ignore[no-any-return]
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Under `torch.autocast` the products run in its dtype, as those of `torch.nn.functional.linear` do."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -4,13 +4,12 @@ The gradients are computed with the loss, so the head costs its three products a
 and the backward pass only scales them.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cpu_kernel import LOG2E, address, exp2, floats, kernel, run, traced, wants_grad
+from .scaled_gradients import keep_gradients, scale_gradients
 
 LOGITS = 1 << 20  # that exist at once, about: 4 MB
 
@@ -38,7 +37,10 @@ def _softmax(first: int, last: int, v: int, logits: int, counts: int, log_sum: i
             x[c] = exp2(LOG2E * (x[c] - top))
             total += x[c]
         sums[row] = top + np.log(total)
-        if gradient:
+        if gradient and scale[row] == _ZERO:  # whatever there is, be it not a number
+            for c in range(v):
+                x[c] = _ZERO
+        elif gradient:
             share = scale[row] / total
             for c in range(v):
                 x[c] *= share
@@ -63,7 +65,7 @@ def _run_forward(
         chosen, log_sum = logits.gather(1, place)[:, 0], torch.empty_like(counts)
         places = (address(logits), address(counts), address(log_sum), gradients)
         run(_softmax, h.shape[0], logits.numel(), v, *places)
-        total += ((log_sum - chosen) * counts).sum()
+        total += (log_sum - chosen).where(kept, 0).sum()
         if gradients:
             difference = logits.scatter_add_(1, place, -counts[:, None]).to(hidden.dtype)
             torch.mm(difference, matrix, out=dhidden[part])
@@ -88,16 +90,4 @@ def _(
     return _outputs(hidden, weight, gradients)
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[1].dtype
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _scale_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    dhidden, dweight = ctx.saved_tensors
-    return (dhidden * grad).to(dhidden.dtype), (dweight * grad).to(ctx.dtype), None, None, None
-
-
-_forward.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_forward.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .backends import expect, implementation
+from .backends import dense, expect, implementation, sizes
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
@@ -14,7 +14,7 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (t, e) float32; float64 of float64.
     """
-    expect("weight", weight, (weight.shape[0], x.shape[1]))
+    expect("weight", weight, (weight.shape[0], sizes("x", x, "t, d")[1]))
     return implementation("linear_float32", x)(x, weight)
 
 
@@ -29,9 +29,10 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     Returns:
         indices (t, k) int64, gates (t, k) float32; float64 of float64.
     """
-    expect("weight", weight, (weight.shape[0], x.shape[1]))
+    expect("weight", weight, (weight.shape[0], sizes("x", x, "t, d")[1]))
     expect("bias", bias, (weight.shape[0],))
-    return implementation("route", x)(x, weight, bias, top_k)  # type: ignore[no-any-return]
+    _expect_choices(top_k, weight.shape[0])
+    return implementation("route", x)(x, weight, dense(bias), top_k)  # type: ignore[no-any-return]
 
 
 def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -45,7 +46,9 @@ def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
         indices (t, k) int64, the likeliest first; gates (t, k), their probabilities; balance_loss (), z_loss (),
         load (e,) choices that fell on each expert, entropy ().
     """
-    expect("bias", bias, (logits.shape[1],))
+    n_experts = sizes("logits", logits, "t, e")[1]
+    expect("bias", bias, (n_experts,))
+    _expect_choices(top_k, n_experts)
     return implementation("route_with_stats", logits)(logits, bias, top_k)  # type: ignore[no-any-return]
 
 
@@ -71,12 +74,13 @@ def route_with_totals(
         z: (g,) sum of the squared log-sum-exp of the logits.
         entropy: (g,) sum of the probabilities' entropy in nats; without gradient.
     """
-    expect("weight", weight, (weight.shape[0], x.shape[1]))
+    expect("weight", weight, (weight.shape[0], sizes("x", x, "t, d")[1]))
     expect("bias", bias, (weight.shape[0],))
     expect("valid", valid, (x.shape[0],))
+    _expect_choices(top_k, weight.shape[0])
     if x.shape[0] % groups:
         raise ValueError(f"{x.shape[0]} tokens cannot be cut into {groups} equal groups")
-    return implementation("route_with_totals", x)(x, weight, bias, top_k, valid, groups)  # type: ignore[no-any-return]
+    return implementation("route_with_totals", x)(x, weight, dense(bias), top_k, dense(valid), groups)  # type: ignore[no-any-return]
 
 
 def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
@@ -88,3 +92,8 @@ def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
         (t,) int64.
     """
     return implementation("places_in_queues", queues)(queues, n_queues)  # type: ignore[no-any-return]
+
+
+def _expect_choices(top_k: int, n_experts: int) -> None:
+    if not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k is {top_k}; of {n_experts} experts a token can choose 1 to {n_experts}")

@@ -7,14 +7,13 @@ only after the product; the division is made where it is cheap, in the (t, d) te
 leave the registers, as in attention.
 """
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from . import triton_cross_entropy_kernels as kernels
-from .triton_experts_products import Tiles, blocks, multiprocessors
+from .scaled_gradients import keep_gradients, scale_gradients
+from .triton_experts_products import Tiles, aligned, blocks, multiprocessors
 from .triton_experts_products import wide as whole_blocks
 
 RECOMPUTED = 128  # d_model up to which logits are computed anew
@@ -186,7 +185,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 def _widen(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """x in this shape and dtype, with zeros to the right of it and below."""
     if x.shape == shape and x.dtype == dtype:
-        return x.contiguous()
+        return aligned(x)
     wide = x.new_empty(shape, dtype=dtype)
     wide[: x.shape[0], : x.shape[1]] = x
     wide[x.shape[0] :] = 0
@@ -194,16 +193,4 @@ def _widen(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return wide
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype = inputs[1].dtype
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _scale_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    dhidden, dweight = ctx.saved_tensors
-    return (dhidden * grad).to(dhidden.dtype), (dweight * grad).to(ctx.dtype), None, None, None
-
-
-_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)

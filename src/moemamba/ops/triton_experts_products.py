@@ -151,7 +151,14 @@ def wide(width: int, x: Tensor) -> int:
 def widen(weight: Tensor, dims: int) -> Tensor:
     """Zeros behind the last `dims` widths, up to `wide`."""
     missing = [amount for size in weight.shape[: -dims - 1 : -1] for amount in (0, wide(size, weight) - size)]
-    return (F.pad(weight, missing) if any(missing) else weight).contiguous()
+    return aligned(F.pad(weight, missing) if any(missing) else weight)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same as tensor descriptors accept it: contiguous, from a whole block of 16 bytes on."""
+    x = x.contiguous()
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))  # of one row it may be anything
+    return x.clone(memory_format=torch.contiguous_format) if any(step % 16 for step in steps) else x
 
 
 def blocks(tensor: Tensor, *shape: int) -> TensorDescriptor:
