@@ -131,14 +131,29 @@ def test_help_and_mistakes_need_no_torch(arguments):
         (["eval", "nowhere"], "moemamba: there is no model at nowhere"),
         (["generate", "nowhere", "--prompt", "x"], "moemamba: there is no model at nowhere"),
         (["train", "--data", "nowhere.txt", "--run", "unused"], "moemamba: "),
+        (["info", "."], "moemamba: . has no config.json"),
+        (["train", "broken.json"], "moemamba: broken.json is not JSON ("),
+        (["train", "list.json"], "moemamba: list.json is not a configuration"),
     ],
 )
 def test_mistakes_get_one_sentence(call, arguments, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    Path("list.json").write_text("[]")
     status, _, errors = call(*arguments)
     assert status == 2
     assert errors.startswith(sentence)
     assert errors.count("\n") == 1
+
+
+def test_memory_that_runs_out_is_said_in_a_sentence(call, run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
+
+    monkeypatch.setattr("moemamba.training.evaluate.evaluate", full)
+    status, _, errors = call("eval", run)
+    assert status == 1 and errors.count("\n") == 1
+    assert errors.startswith("moemamba: memory ran out (CUDA out of memory. Tried to allocate 20.00 GiB.)")
 
 
 def test_debug_shows_where(call, monkeypatch):

@@ -1,7 +1,6 @@
 """`moemamba train`: a preset first if wanted, then options that change it."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from ..config import from_dict
+from ..config import read_config
 from ..training.config import TrainConfig
 from ..training.stop import Interrupted
 from .info import find_config
@@ -50,7 +49,7 @@ def read(arguments: Sequence[str]) -> Train:
 def begun(run: Path) -> TrainConfig | None:
     """How the run in a directory was begun; None if there is none."""
     file = run / "train.json"
-    return from_dict(TrainConfig, json.loads(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else None
+    return read_config(TrainConfig, file) if file.is_file() else None
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from .saving import Saver, take
 from .schedule import learning_rate
 from .step import Step, captures
 from .stop import Interrupted, Stop
-from .tensorboard import TensorBoard
+from .tensorboard import TensorBoard, require_tensorboard
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def _train(
     report = report if processes.first else Report(silent=True)
     run = Run(config.run)
     run.writes = processes.first
+    if config.tensorboard:
+        require_tensorboard()
     captures(config, processes)  # raises before any work
     resume = (run.exists if resume == "auto" else resume) or (restarted() and run.exists)
     config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
