@@ -146,6 +146,24 @@ def test_mistakes_get_one_sentence(call, arguments, sentence, tmp_path, monkeypa
     assert errors.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "--tokens", "0"], "tokens is 0; it must be greater than 0"),
+        (["eval", "--context", "0"], "context is 0; it must be greater than 0"),
+        (["eval", "--batch-size", "0"], "batch_size is 0; it must be greater than 0"),
+        (["info", "--context", "-5"], "context is -5; it must be greater than 0"),
+        (["generate", "--prompt", "x", "--temperature", "1e-300"], "temperature is 1e-300; it must be 0 "),
+        (["generate", "--prompt", "x", "--seed", str(1 << 64)], "it must be 0 or more and less than 2^64"),
+        (["generate", "--prompt", "x\udcff"], "the prompt is not UTF-8 text"),
+    ],
+)
+def test_numbers_out_of_range_and_text_that_is_none(call, run, arguments, said):
+    status, output, errors = call(arguments[0], run, *arguments[1:])
+    assert (status, output) == (2, "")
+    assert said in errors
+
+
 def test_memory_that_runs_out_is_said_in_a_sentence(call, run, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")

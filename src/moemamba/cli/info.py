@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..config import LETTERS, ModelConfig, parse_pattern, read_config
+from ..config import LETTERS, ModelConfig, parse_pattern, read_config, validate
 from ..counting import count_parameters, flops_per_token, state_bytes
 from ..presets import PRESETS, preset
 from .terminal import parse, show
@@ -20,6 +20,9 @@ class Info:
     """a preset, a run directory or a config.json"""
     context: int = 1024
     """tokens in a sequence"""
+
+    def __post_init__(self) -> None:
+        validate(self, positive=("context",))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -63,5 +64,5 @@ def main(arguments: Sequence[str]) -> None:
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            stopped(Path(asked.config.run), f"moemamba train --run {asked.config.run} --resume")
+            stopped(Path(asked.config.run), f"moemamba train --run {shlex.quote(asked.config.run)} --resume")
         raise

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def _tell_of_lost_runs(out: Path, configs: Sequence[TrainConfig], silent: bool) 
     if lost and not there:
         raise ValueError(
             f"{file} has finished runs, but none of their directories is left, so all would be trained again; "
-            f"`moemamba report {out}` shows what it holds; to train again, choose another --out or remove it"
+            f"`moemamba report {shlex.quote(str(out))}` shows what it holds; to train again, choose "
+            "another --out or remove it"
         )
     wanted = {str(Path(config.run).relative_to(out)) for config in configs}
     if again := [name for name in lost if name in wanted]:

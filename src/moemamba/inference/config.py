@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+LEAST = 1e-6  # temperature by which float32 logits can be divided
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,8 +23,10 @@ class Sampling:
     """only tokens at least this fraction as likely as the most likely one"""
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (most likely token) or more")
+        if not (self.temperature == 0 or self.temperature >= LEAST):
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be 0 (most likely token), or {LEAST:g} or more"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be 1 or more")
         for name in ("top_p", "min_p"):

@@ -88,6 +88,8 @@ def stream(
             raise ValueError(f"prompt {index} has no tokens; begin with at least one, such as the end-of-text token")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}; it must be 0 or more and less than 2^64")
     device = model.embedding.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     was_training = model.training

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -156,7 +157,7 @@ def _train(
                 processes.wait()
                 raise Interrupted(
                     f"stopped by {signal.Signals(signalled).name}; step {step:,} is saved in {run.path}. "
-                    f"Go on with: moemamba train --run {run.path} --resume",
+                    f"Go on with: moemamba train --run {shlex.quote(str(run.path))} --resume",
                     signalled,
                 )
             meter.restart()
