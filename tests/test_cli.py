@@ -131,14 +131,46 @@ def test_help_and_mistakes_need_no_torch(arguments):
         (["eval", "nowhere"], "moemamba: there is no model at nowhere"),
         (["generate", "nowhere", "--prompt", "x"], "moemamba: there is no model at nowhere"),
         (["train", "--data", "nowhere.txt", "--run", "unused"], "moemamba: "),
+        (["info", "."], "moemamba: . has no config.json"),
+        (["train", "broken.json"], "moemamba: broken.json is not JSON ("),
+        (["train", "list.json"], "moemamba: list.json is not a configuration"),
     ],
 )
 def test_mistakes_get_one_sentence(call, arguments, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    Path("list.json").write_text("[]")
     status, _, errors = call(*arguments)
     assert status == 2
     assert errors.startswith(sentence)
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "--tokens", "0"], "tokens is 0; it must be greater than 0"),
+        (["eval", "--context", "0"], "context is 0; it must be greater than 0"),
+        (["eval", "--batch-size", "0"], "batch_size is 0; it must be greater than 0"),
+        (["info", "--context", "-5"], "context is -5; it must be greater than 0"),
+        (["generate", "--prompt", "x", "--seed", str(1 << 64)], "it must be 0 or more and less than 2^64"),
+        (["generate", "--prompt", "x\udcff"], "the prompt is not UTF-8 text"),
+    ],
+)
+def test_numbers_out_of_range_and_text_that_is_none(call, run, arguments, said):
+    status, output, errors = call(arguments[0], run, *arguments[1:])
+    assert (status, output) == (2, "")
+    assert said in errors
+
+
+def test_memory_that_runs_out_is_said_in_a_sentence(call, run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
+
+    monkeypatch.setattr("moemamba.training.evaluate.evaluate", full)
+    status, _, errors = call("eval", run)
+    assert status == 1 and errors.count("\n") == 1
+    assert errors.startswith("moemamba: memory ran out (CUDA out of memory. Tried to allocate 20.00 GiB.)")
 
 
 def test_debug_shows_where(call, monkeypatch):

@@ -407,3 +407,7 @@ def test_results_outlive_their_runs(base, compared, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"none of their directories is left.*choose another --out or remove it"):
         compare([CONTENDERS[0], CONTENDERS[2]], base, 1, tmp_path, silent=True)
     assert (tmp_path / "results.json").read_bytes() == before
+    for damaged in (b"{", b'{"runs": [{"name": "mamba"}]}'):
+        (tmp_path / "results.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"results.json is damaged or of another version"):
+            compare([CONTENDERS[0], CONTENDERS[2]], base, 1, tmp_path, silent=True)

@@ -111,6 +111,7 @@ def test_patterns():
         (lambda: ModelConfig(d_model=2.5), "d_model is 2.5; expected int"),
         (lambda: ModelConfig(norm="batch"), "norm is 'batch'; expected one of 'rmsnorm', 'layernorm'"),
         (lambda: ModelConfig("A", d_model=100, attention=AttentionConfig(3)), "n_heads is 3"),
+        (lambda: preset("mamba-tiny", expand=0.001), "expand is 0.001, of which d_model = 128 leaves no channel"),
         (lambda: ExpertsConfig(4, top_k=5), "top_k is 5, more than n_experts = 4"),
         (lambda: ExpertsConfig(z_weight=-1.0), "z_weight is -1.0; it must be 0 or more"),
         (lambda: RoutedMambaConfig(()), "name one or more of conv, gate, out"),

@@ -327,6 +327,7 @@ def test_tensorboard_that_is_not_there(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install 'moemamba\[tensorboard\]'"):
         train(dataclasses.replace(config, tensorboard=True), report=SILENT)
+    assert not Path(config.run).exists()  # nothing stands in the way of another try
 
 
 def test_a_signal_that_comes_by_two_ways_is_one(monkeypatch):

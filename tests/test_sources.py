@@ -41,6 +41,23 @@ def test_parquet_without_text_says_what_there_is(tmp_path):
         list(Documents(tmp_path / "a.parquet"))
 
 
+def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path):
+    write_parquet(tmp_path / "numbers.parquet", text=[1, 2])
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    (tmp_path / "plain.jsonl.gz").write_bytes(b'{"text": "x"}')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-9])
+    (tmp_path / "other.jsonl").write_text('{"body": "x"}')
+    for name, said in {
+        "numbers.parquet": 'has a column "text" of int64',
+        "torn.parquet": "is not a parquet file",
+        "plain.jsonl.gz": "is not a complete gzip file",
+        "cut.jsonl.gz": "is not a complete gzip file",
+        "other.jsonl": "line 1: .* it has body",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name}.* ?{said}"):
+            list(Documents(tmp_path / name))
+
+
 def hub(monkeypatch, examples):
     """In the place of `datasets`; returns what it was asked for."""
     asked = []

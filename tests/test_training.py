@@ -325,7 +325,10 @@ def test_a_run_is_never_overwritten(config):
     before = sorted(Path(config.run).rglob("*"))
     with pytest.raises(FileExistsError, match="already holds a run; resume it"):
         train(config, report=SILENT)
-    assert sorted(Path(config.run).rglob("*")) == before
+    (Path(config.run) / "train.json").unlink()  # a new run's first checkpoints would go before the old ones
+    with pytest.raises(FileExistsError, match=r"holds checkpoints, but not the train\.json"):
+        train(config, report=SILENT)
+    assert set(before) - set(Path(config.run).rglob("*")) == {Path(config.run) / "train.json"}
 
 
 def test_nothing_to_resume(config):
@@ -394,6 +397,9 @@ def test_too_little_to_hold_out(config, tmp_path):
     (tmp_path / "v.txt").write_text("short")
     with pytest.raises(ValueError, match=r"the held-out text of .* has 6 tokens, but one window needs 33"):
         train(dataclasses.replace(config, validation=str(tmp_path / "v.txt")), report=SILENT)
+    (tmp_path / "line.txt").write_text("word " * 1000)
+    with pytest.raises(ValueError, match=r"has 0 tokens.*held-out text of its own \(--validation\)"):
+        train(dataclasses.replace(config, data=str(tmp_path / "line.txt")), report=SILENT)
 
 
 @pytest.mark.parametrize(
@@ -405,6 +411,7 @@ def test_too_little_to_hold_out(config, tmp_path):
         ({"accumulate": 3}, "accumulate is 3, which does not divide batch_size = 16"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of"),
         ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"data_seed": 1 << 64}, "it must be less than 2"),
         ({"learning_rte": 1.0}, "unknown key 'learning_rte'"),
         ({"model": {"d_model": -8}}, "d_model is -8"),
     ],

@@ -72,7 +72,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+        raise ValueError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0].split('. ')[0]}); try cpu"
+        ) from error
     return device
 
 

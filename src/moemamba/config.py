@@ -1,10 +1,12 @@
 """What a model is: frozen dataclasses that check themselves, to JSON and back. No torch here."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
@@ -147,6 +149,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         validate(self, positive=("n_blocks", "d_model", "vocab_size"))
         parse_pattern(self.pattern)
+        if self.d_inner < 1:
+            raise ValueError(
+                f"expand is {self.mamba.expand}, of which d_model = {self.d_model} leaves no channel; "
+                f"choose {1 / self.d_model:g} or more"
+            )
         if "A" in self.pattern and (self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2):
             raise ValueError(
                 f"n_heads is {self.n_heads}, but d_model = {self.d_model} must split into heads of even width; "
@@ -257,6 +264,22 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     if unknown:
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
     return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def read_config(kind: type[Config], file: Path) -> Config:
+    """A configuration dataclass from a JSON file.
+
+    Raises:
+        ValueError: what is wrong, with the file's name.
+        OSError: it cannot be read.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); restore it from a copy") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a configuration: it must be a JSON object with fields of {kind.__name__}")
+    return from_dict(kind, values, str(file))
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -49,6 +49,15 @@ def main() -> None:
             raise
         print(f"moemamba: {_sentence(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, ArithmeticError) else 2)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _out_of_memory(error):
+            raise
+        print(
+            f"moemamba: memory ran out ({str(error).splitlines()[0]}); a smaller model, --batch-size or --context "
+            "takes less, and so do --accumulate and --recompute in training; what was saved is not lost",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -81,3 +90,9 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python, of PyTorch (on a GPU or not), or of a process that was killed is about memory."""
+    words = ("out of memory", "can't allocate memory", "memory may have run out")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)

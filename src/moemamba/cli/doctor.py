@@ -10,6 +10,8 @@ from .. import __version__
 from .info import size
 from .terminal import parse, show
 
+OPTIMISED = ("cuda", "triton", "cpu")  # backends besides the reference, the first that can run is chosen
+
 
 @dataclass(frozen=True)
 class Doctor:
@@ -20,7 +22,9 @@ def main(arguments: Sequence[str]) -> None:
     parse(Doctor, arguments, "doctor")
     show(versions())
     print()
-    show(backends(), ("op", "device", "backend", "why not the others"))
+    show(backends(), ("op", "device", "backend", "has kernels too"))
+    print()
+    show(reasons(), ("device", "backend", "whether it can run"))
 
 
 def versions() -> list[tuple[str, ...]]:
@@ -54,15 +58,27 @@ def backends() -> list[tuple[str, ...]]:
     from .. import ops
     from ..ops.backends import KERNELS
 
-    def reason(op: str, backend: str, device: str) -> str:
-        if op not in KERNELS[backend]:
-            return f"{backend}: has no kernel for it"
-        return ops.why_not(backend, device) or f"{backend}: runs where ops.backend({backend!r}) asks for it"
-
     rows: list[tuple[str, ...]] = []
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    for device in _devices():
         for op in sorted({op for kernels in KERNELS.values() for op in kernels}):
             used = ops.choose(op, torch.empty(0, device=device))
-            others = [name for name in ("cuda", "triton", "cpu") if name != used]
-            rows.append((op, device, used, "; ".join(reason(op, name, device) for name in others)))
+            others = [name for name in OPTIMISED if name != used and op in KERNELS[name]]
+            rows.append((op, device, used, ", ".join(others)))
     return rows
+
+
+def reasons() -> list[tuple[str, ...]]:
+    """For each kind of device, why a backend does not run there, or when it does."""
+    from .. import ops
+
+    return [
+        (device, name, ops.why_not(name, device) or "yes, where it has a kernel")
+        for device in _devices()
+        for name in OPTIMISED
+    ]
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

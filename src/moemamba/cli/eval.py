@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from ..config import validate
 from ..training.config import TrainConfig
 from .terminal import parse, show
 from .train import begun
@@ -26,6 +27,9 @@ class Eval:
     """predict about that many at most; all if None"""
     device: str = "auto"
     """auto is a GPU where there is one, else the CPU"""
+
+    def __post_init__(self) -> None:
+        validate(self, positive=("context", "batch_size", "tokens"))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -33,16 +33,19 @@ def main(arguments: Sequence[str]) -> None:
     prompt = asked.prompt
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read()
+    prompt = prompt or ""
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes out of place
+        raise ValueError("the prompt is not UTF-8 text; convert it, for instance with iconv -t utf-8")
     from ..checkpoint import load
     from ..inference import stream
     from ..tokenizer import StreamDecoder
 
     model, tokenizer = load(asked.run, asked.device)
-    ids = tokenizer.encode(prompt or "") or [tokenizer.end_of_text]
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     text = StreamDecoder(tokenizer)
     tokens = stream(model, [ids], asked.max_new_tokens, asked.sampling, stop={tokenizer.end_of_text}, seed=asked.seed)
     begun = list(islice(tokens, 2))  # before anything is printed, since they may have to compile kernels, and say so
-    print(prompt or "", end="", flush=True)
+    print(prompt, end="", flush=True)
     for (token,) in chain(begun, tokens):
         assert token is not None  # of a single row the stream ends with it
         print(text.push(token), end="", flush=True)

@@ -1,13 +1,12 @@
 """`moemamba info`: what a model is and costs, from its configuration alone."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..config import LETTERS, ModelConfig, from_dict, parse_pattern
+from ..config import LETTERS, ModelConfig, parse_pattern, read_config, validate
 from ..counting import count_parameters, flops_per_token, state_bytes
 from ..presets import PRESETS, preset
 from .terminal import parse, show
@@ -21,6 +20,9 @@ class Info:
     """a preset, a run directory or a config.json"""
     context: int = 1024
     """tokens in a sequence"""
+
+    def __post_init__(self) -> None:
+        validate(self, positive=("context",))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,9 +42,11 @@ def find_config(source: str) -> ModelConfig:
     """
     path = Path(source)
     file = path / "config.json" if path.is_dir() else path
+    if source not in PRESETS and path.is_dir() and not file.is_file():
+        raise ValueError(f"{source} has no config.json; name a run directory, a checkpoint, a config.json or a preset")
     if source in PRESETS or not file.is_file():
         return preset(source)
-    return from_dict(ModelConfig, json.loads(file.read_text(encoding="utf-8")), str(file))
+    return read_config(ModelConfig, file)
 
 
 def layers(config: ModelConfig) -> list[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """`moemamba prepare`: text tokenised into a folder, for runs to come."""
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str]) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder (--out), or remove it")
     if is_prepared(asked.data):
-        raise ValueError(f"{asked.data} is prepared already; train on it with: moemamba train --data {asked.data}")
+        raise ValueError(
+            f"{asked.data} is prepared already; train on it with: moemamba train --data {shlex.quote(asked.data)}"
+        )
     documents = Documents(asked.data)
     tokenizer = find_tokenizer(TrainConfig(data=asked.data, tokenizer=asked.tokenizer))
     began = time.monotonic()
@@ -52,4 +55,4 @@ def main(arguments: Sequence[str]) -> None:
     if corpus.skipped:
         print(f"{corpus.skipped:,} files skipped, which are not UTF-8 text")
     speed = sum(t.bytes for _, t in parts) / 1e6 / seconds
-    print(f"{speed:,.1f} MB/s. Train on it with: moemamba train --data {out}")
+    print(f"{speed:,.1f} MB/s. Train on it with: moemamba train --data {shlex.quote(asked.out)}")

@@ -1,8 +1,8 @@
 """`moemamba train`: a preset first if wanted, then options that change it."""
 
 import argparse
-import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from ..config import from_dict
+from ..config import read_config
 from ..training.config import TrainConfig
 from ..training.stop import Interrupted
 from .info import find_config
@@ -50,7 +50,7 @@ def read(arguments: Sequence[str]) -> Train:
 def begun(run: Path) -> TrainConfig | None:
     """How the run in a directory was begun; None if there is none."""
     file = run / "train.json"
-    return from_dict(TrainConfig, json.loads(file.read_text(encoding="utf-8")), str(file)) if file.is_file() else None
+    return read_config(TrainConfig, file) if file.is_file() else None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,5 +64,5 @@ def main(arguments: Sequence[str]) -> None:
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            stopped(Path(asked.config.run), f"moemamba train --run {asked.config.run} --resume")
+            stopped(Path(asked.config.run), f"moemamba train --run {shlex.quote(asked.config.run)} --resume")
         raise

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import ModelConfig, from_dict
+from ..config import ModelConfig, read_config
 from ..training.config import TrainConfig
 from ..training.progress import Report
 from .contender import Contender
@@ -94,7 +95,7 @@ def _write(
     models = {contender.name: contender.model for contender in contenders}
     for contender, config in zip((contender for contender, _ in plan), configs, strict=True):
         if (Path(config.run) / "config.json").exists():
-            models[contender.name] = _model(Path(config.run))
+            models[contender.name] = read_config(ModelConfig, Path(config.run) / "config.json")  # the vocabulary's size
     rows = summarise(runs, models, base.context)
     recipes = {contender.name: contender.recipe for contender in contenders}
     comparison = Comparison(rows, runs, _settings(base), recipes, _environment(jobs), command, paper)
@@ -132,7 +133,7 @@ def _begun(config: TrainConfig) -> bool:
     file = Path(config.run) / "train.json"
     if not file.exists():
         return False
-    before = from_dict(TrainConfig, json.loads(file.read_text(encoding="utf-8")), str(file))
+    before = read_config(TrainConfig, file)
     vocab_size = before.model.vocab_size  # the tokenizer's, whatever was asked for
     wanted = dataclasses.replace(config, model=config.model.replace(vocab_size=vocab_size))
     for name in (field.name for field in dataclasses.fields(TrainConfig)):
@@ -150,30 +151,33 @@ def _tell_of_lost_runs(out: Path, configs: Sequence[TrainConfig], silent: bool) 
     """Say which runs of `results.json` begin anew because their directories are gone.
 
     Raises:
-        ValueError: all of them are, as where only the results were kept: those are not to be lost.
+        ValueError: all of them are, as where only the results were kept: those are not to be lost. Or the file is no
+            comparison's.
     """
     file = out / "results.json"
     if not file.exists():
         return
-    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-    done = {f"{run['model']}/seed-{run['seed']}" for run in runs if run.get("state") == "finished"}
+    try:
+        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        done = {f"{run['model']}/seed-{run['seed']}" for run in runs if run["state"] == "finished"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged or of another version ({error}); move it away, and what the runs beside it hold is "
+            "written anew, or choose another --out"
+        ) from error
     there = {name for name in done if (out / name).is_dir()}
     lost = sorted(done - there)
     if lost and not there:
         raise ValueError(
             f"{file} has finished runs, but none of their directories is left, so all would be trained again; "
-            f"`moemamba report {out}` shows what it holds; to train again, choose another --out or remove it"
+            f"`moemamba report {shlex.quote(str(out))}` shows what it holds; to train again, choose "
+            "another --out or remove it"
         )
     wanted = {str(Path(config.run).relative_to(out)) for config in configs}
     if again := [name for name in lost if name in wanted]:
         Report(silent=silent).note(
             f"{file} has results of {', '.join(again)}, whose directories are gone: trained again"
         )
-
-
-def _model(run: Path) -> ModelConfig:
-    """The configuration that was trained, with the tokenizer's vocabulary."""
-    return from_dict(ModelConfig, json.loads((run / "config.json").read_text(encoding="utf-8")), str(run))
 
 
 def _settings(base: TrainConfig) -> dict[str, Any]:

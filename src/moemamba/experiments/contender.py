@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig, from_dict, to_dict
+from ..config import ModelConfig, from_dict, read_config, to_dict
 from ..presets import preset
 from ..training.config import TrainConfig
 
@@ -53,10 +53,7 @@ def parse_contender(text: str) -> Contender:
     """
     source, *changes = re.split(r",(?![^\[]*\])", text)  # commas within a list belong to it
     name, named, source = source.rpartition("=")
-    if source.endswith(".json"):
-        model = from_dict(ModelConfig, json.loads(Path(source).read_text(encoding="utf-8")), source)
-    else:
-        model = preset(source)
+    model = read_config(ModelConfig, Path(source)) if source.endswith(".json") else preset(source)
     recipe: dict[str, Any] = {}
     for change in changes:
         key, equals, value = change.partition("=")

@@ -176,14 +176,16 @@ class Comparison:
         )
 
     def write(self, path: Path) -> None:
-        """As JSON, a line for each model and run."""
+        """As JSON, a line for each model and run; an older file is replaced when this one is complete."""
         lines = []
         for key, value in self.to_dict().items():
             text = json.dumps(value, separators=(",", ":"))
             if key in ("models", "runs"):
                 text = "[\n" + ",\n".join(json.dumps(each, separators=(",", ":")) for each in value) + "\n]"
             lines.append(f"{json.dumps(key)}: {text}")
-        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        beside = path.with_name(f".{path.name}")
+        beside.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        beside.replace(path)
 
 
 def read_results(path: Path) -> Comparison:

@@ -114,6 +114,8 @@ def stream(
                 raise ValueError(f"prompt {index} has the token {token}; this model's tokens are 0 to {last}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}; it must be 0 or more and less than 2^64")
     modules = list(model.modules())
     with closing(_steps(model, prompts, max_new_tokens, sampling, stop, seed)) as steps:
         while True:

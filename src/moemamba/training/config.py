@@ -123,6 +123,9 @@ class TrainConfig:
             positive=(*counts, *more, "learning_rate", "clip"),
             not_negative=("warmup", "cooldown", "final_lr", "weight_decay", "beta1", "beta2", "seed", "data_seed"),
         )
+        for name in ("seed", "data_seed"):
+            if getattr(self, name) >= 1 << 63:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be less than 2^63")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}; "

@@ -98,7 +98,8 @@ def open_corpora(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> C
     else:
         held = open_held_out(config, tokenizer, report)
     for text in held:
-        require_window(f"the held-out text of {text.name}", text.tokens, config.context)
+        other = ", or held-out text of its own (--validation)" if config.validation is None else ""
+        require_window(f"the held-out text of {text.name}", text.tokens, config.context, other)
     return Corpora(tuple(parts), tuple(shares), held)
 
 

@@ -246,12 +246,12 @@ def sequential(
         yield _batch(tokens, chosen[first : first + batch_size] * context, context, reset_state)
 
 
-def require_window(what: str, tokens: Tokens, context: int) -> None:
-    """Raise ValueError unless there is one window and the token that follows it."""
+def require_window(what: str, tokens: Tokens, context: int, more: str = "") -> None:
+    """Raise ValueError unless there is one window and the token that follows it; `more` ends its advice."""
     if len(tokens.ids) <= context:
         raise ValueError(
-            f"{what} has {len(tokens.ids)} tokens, but one window needs {context + 1}; "
-            "give more text or a smaller context"
+            f"{what} has {len(tokens.ids):,} tokens, but one window needs {context + 1:,}; "
+            f"give more text or a smaller context{more}"
         )
 
 

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Set
+import zlib
+from collections.abc import Iterable, Iterator, Set
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _text(file: Path, size: int) -> Iterator[str]:
 
 def _json_lines(file: Path) -> Iterator[str]:
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_whole(file, stream), start=1):
             if not line.strip():
                 continue
             try:
@@ -160,12 +161,30 @@ def _json_lines(file: Path) -> Iterator[str]:
                 if not isinstance(text, str):
                     raise TypeError
             except (ValueError, KeyError, TypeError) as error:
-                why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else "it is not that"
-                raise ValueError(
-                    f'{file}, line {number}: every line must be a JSON object with a string "text"; {why}'
-                ) from None
+                wanted = 'every line must be a JSON object with a string "text"'
+                raise ValueError(f"{file}, line {number}: {wanted}; {_fault(line, error)}") from None
             if text:
                 yield text
+
+
+def _whole(file: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file that may be compressed; raises ValueError where it is damaged."""
+    try:
+        yield from lines
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is not a complete gzip file ({error}); write it again, or decompress it") from None
+
+
+def _fault(line: bytes, error: Exception) -> str:
+    """What is wrong with a line of JSON lines."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, ValueError):
+        return f"it is not JSON ({error})"
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        return f"it is a {type(values).__name__}"
+    return 'its "text" is not a string' if "text" in values else f"it has {', '.join(values) or 'nothing'}"
 
 
 def _parquet(file: Path) -> Iterator[str]:
@@ -173,9 +192,16 @@ def _parquet(file: Path) -> Iterator[str]:
         parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         raise ValueError(f"{file} needs the package pyarrow: pip install 'moemamba[data]'") from None
-    with parquet.ParquetFile(file) as table:
+    try:
+        table = parquet.ParquetFile(file)
+    except ValueError as error:  # of which pyarrow's own errors are a kind
+        raise ValueError(f"{file} is not a parquet file ({error}); write it again, or rename it") from None
+    with table:
         if "text" not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise ValueError(f'{file} has no column "text"; it has {names}')
         for batch in table.iter_batches(256, columns=["text"]):
-            yield from filter(None, batch.column(0).to_pylist())
+            texts = list(filter(None, batch.column(0).to_pylist()))
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f'{file} has a column "text" of {batch.schema.types[0]}; it must hold strings')
+            yield from texts

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from .saving import Saver, take
 from .schedule import learning_rate
 from .step import Step, captures
 from .stop import Interrupted, Stop
-from .tensorboard import TensorBoard
+from .tensorboard import TensorBoard, require_tensorboard
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def _train(
     report = report if processes.first else Report(silent=True)
     run = Run(config.run)
     run.writes = processes.first
+    if config.tensorboard:
+        require_tensorboard()
     captures(config, processes)  # raises before any work
     resume = (run.exists if resume == "auto" else resume) or (restarted() and run.exists)
     config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
@@ -154,7 +157,7 @@ def _train(
                 processes.wait()
                 raise Interrupted(
                     f"stopped by {signal.Signals(signalled).name}; step {step:,} is saved in {run.path}. "
-                    f"Go on with: moemamba train --run {run.path} --resume",
+                    f"Go on with: moemamba train --run {shlex.quote(str(run.path))} --resume",
                     signalled,
                 )
             meter.restart()

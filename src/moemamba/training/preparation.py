@@ -209,6 +209,8 @@ def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[_Encoded]:
 
 def _cut(file: Path, tokenizer: Tokenizer) -> Iterator[_Encoded]:
     """The documents of a file of uint16 tokens."""
+    if (size := file.stat().st_size) % 2:
+        raise ValueError(f"{file} has {size:,} bytes, an odd number; a .bin file holds uint16 tokens, two bytes each")
     ids = _map(file, "<u2")
     start = 0
     for first in range(0, len(ids), BLOCK):

@@ -23,7 +23,7 @@ from ..checkpoint import (
     write_json,
     write_model,
 )
-from ..config import from_dict, to_dict
+from ..config import read_config, to_dict
 from ..model import MoEMamba
 from ..tokenizer import Tokenizer, load_tokenizer
 from .config import TrainConfig
@@ -86,13 +86,18 @@ class Run:
         """Check, before any work, that the run can be written here.
 
         Raises:
-            FileExistsError: it holds a run that is not to be resumed.
+            FileExistsError: it holds a run that is not to be resumed, or checkpoints of which nothing else is left.
             FileNotFoundError: it holds no run to resume.
             OSError: it cannot be written.
         """
         if self.exists and not resume:
             raise FileExistsError(
                 f"{self.path} already holds a run; resume it (--resume), or choose another run directory"
+            )
+        if not self.exists and checkpoints(self.path):  # newer ones than a new run's first, which would be removed
+            raise FileExistsError(
+                f"{self.path} holds checkpoints, but not the train.json of their run; restore it, or choose another "
+                "run directory"
             )
         if resume and not self.exists:
             raise FileNotFoundError(f"{self.path} holds no run to resume; start one without --resume")
@@ -114,11 +119,15 @@ class Run:
 
     def config(self) -> TrainConfig:
         """How the run was begun."""
-        file = self.path / "train.json"
-        return from_dict(TrainConfig, read_json(file), str(file))
+        return read_config(TrainConfig, self.path / "train.json")
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.path)
+        """The run's own; raises CheckpointError."""
+        try:
+            return load_tokenizer(self.path)
+        except (OSError, ValueError) as error:
+            file = self.path / "tokenizer.json"
+            raise CheckpointError(f"{file} is missing or damaged; copy it from one of the run's checkpoints") from error
 
     def check_unchanged(self, config: TrainConfig) -> None:
         """Raises ValueError if a field differs that would change the course of the run."""

@@ -10,18 +10,10 @@ class TensorBoard:
     Args:
         folder: of the event files; `tensorboard --logdir` shows those of all runs below a folder.
         step: what was written about later steps is void: the run was resumed from there.
-    Raises:
-        ValueError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, step: int = 0):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                f"tensorboard cannot be used ({error}); pip install 'moemamba[tensorboard]', or leave --tensorboard out"
-            ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._writer: Any = require_tensorboard()(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl: every number of it, those of routers under their layer's name."""
@@ -39,3 +31,14 @@ class TensorBoard:
     def close(self) -> None:
         """Write the rest and close the file."""
         self._writer.close()
+
+
+def require_tensorboard() -> Any:
+    """PyTorch's SummaryWriter; raises ValueError if tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"tensorboard cannot be used ({error}); pip install 'moemamba[tensorboard]', or leave --tensorboard out"
+        ) from error
+    return SummaryWriter
