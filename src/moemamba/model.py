@@ -15,7 +15,7 @@ from .config import ModelConfig
 from .layers import Attention, AttentionState, FeedForward, Mamba, MoE, RoutedMamba, Router, RouterStats, make_norm
 from .layers.linear import Linear
 from .layers.moe import Experts, LinearExperts
-from .ops.backends import autocast
+from .ops.arguments import autocast
 from .state import MixerState, State
 
 

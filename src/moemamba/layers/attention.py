@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.backends import sizes
+from ..ops.arguments import sizes
 from ..ops.packing import boundaries, positions
 from .linear import Linear
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..ops.backends import autocast
+from ..ops.arguments import autocast
 
 
 def visit_experts(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.backends import sizes
+from ..ops.arguments import sizes
 from .exchange import held, visit_experts
 from .feedforward import FeedForward
 

@@ -14,7 +14,8 @@ from types import TracebackType
 from torch import Tensor
 
 from . import reference
-from .backends import BACKENDS, autocast, available, choose, dense, expect, force, implementation, sizes, why_not
+from .arguments import autocast, dense, expect, sizes
+from .backends import BACKENDS, available, choose, force, implementation, why_not
 from .routing import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
 
 __all__ = [

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from .backends import dense, expect, implementation, sizes
+from .arguments import dense, expect, sizes
+from .backends import implementation
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,30 @@
+"""What every op sees to before a backend takes over: shapes, dtype, order in memory."""
+
+import torch
+from torch import Tensor
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Under `torch.autocast` x in its dtype, as `torch.nn.functional.linear` would take it: float64 stays."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The same with its entries next to each other in memory, as kernels read vectors, marks and gates."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def sizes(name: str, tensor: Tensor, letters: str) -> torch.Size:
+    """The shape of an argument, one size for each of these letters ("b, l, i"); a ValueError if it has not as many."""
+    if tensor.ndim != letters.count(",") + 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({letters})")
+    return tensor.shape
+
+
+def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless an argument, where it is given, has this shape."""
+    if tensor is not None and tensor.shape != shape:  # a torch.Size is a tuple; to copy it takes a microsecond
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} from the other arguments")
