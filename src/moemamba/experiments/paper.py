@@ -1,15 +1,18 @@
 """A table of the paper run again: learning rates tuned for every model alike, then the comparison, then its claims."""
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..counting import count_parameters
 from ..training.config import TrainConfig
 from .compare import compare
+from .contender import Contender
 from .reproduction import Reproduction, Tuning
 from .results import Comparison, count
 from .tables import Scale, Table
-from .tuning import apply, tune
+from .tuning import apply, named, tune
 
 
 def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
@@ -53,7 +56,8 @@ def plan(table: Table, scale: Scale) -> list[str]:
         if len(rates := entry.rates(scale)) > 1:
             grids.setdefault(rates, []).append(entry.name)
     tried = sum(len(rates) * len(names) for rates, names in grids.items())
-    runs = len(table.entries) * scale.seeds
+    whole = short == steps  # then a tuning run is the comparison's too
+    runs = len(table.entries) * scale.seeds - whole * sum(map(len, grids.values()))
     lines = [
         f"{table.title}: {runs} runs, {len(models)} models with {scale.seeds} seed{'s' if scale.seeds > 1 else ''}, of "
         f"{count(steps * tokens)} tokens ({steps:,} steps of {scale.batch_size} × {scale.context}) each",
@@ -64,6 +68,7 @@ def plan(table: Table, scale: Scale) -> list[str]:
         lines.append(
             f"before that {tried} runs of {count(short * tokens)} tokens ({short:,} steps) to choose learning rates: "
             f"{'; '.join(grid)}; more where a best rate lies at the edge"
+            + ("; the best of each is its run with seed 0" if whole else "")
         )
     lines.append(
         f"in all {count((runs * steps + tried * short) * tokens)} tokens; the same command goes on where it was stopped"
@@ -85,7 +90,8 @@ def reproduce(
 
     Args:
         base: data and device; budget and recipe come from table and scale.
-        out: of everything; runs of the tuning lie in `out/tuning`. What was stopped goes on there.
+        out: of everything; runs of the tuning lie in `out/tuning`. What was stopped goes on there. If tuning runs are
+            as long as the comparison's, the best of each model is its run with seed 0.
     Raises:
         what `compare` raises.
     """
@@ -95,10 +101,14 @@ def reproduce(
     tunings: dict[str, Tuning] = {}
     if rates:
         steps = min(scale.tuning_steps, base.steps)
-        short = replace(base, steps=steps, eval_every=steps, save_every=steps, log_every=10)
+        short = base
+        if steps < base.steps:
+            short = replace(base, steps=steps, eval_every=steps, save_every=steps, log_every=10)
         unsure = [contender for contender in contenders if contender.name in rates]
         tunings = tune(unsure, rates, short, out / "tuning", jobs=jobs, command=command, silent=silent)
         contenders = apply(contenders, tunings)
+        if short is base:
+            _take([contender for contender in contenders if contender.name in tunings], out)
     paper = Reproduction(
         table.title,
         {entry.name: entry.printed for entry in table.entries if entry.printed is not None},
@@ -108,3 +118,15 @@ def reproduce(
         tunings,
     )
     return compare(contenders, base, scale.seeds, out, jobs=jobs, command=command, paper=paper, silent=silent)
+
+
+def _take(tuned: Sequence[Contender], out: Path) -> None:
+    """Copy the tuning's run of each contender to where the comparison looks for its run with seed 0."""
+    for contender in tuned:
+        source = out / "tuning" / named(contender.name, contender.recipe["learning_rate"]) / "seed-0"
+        place = out / contender.name / "seed-0"
+        if not place.exists():
+            beside = place.with_name(".seed-0")  # a copy that is cut off must not look like a run
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(source, beside)
+            beside.rename(place)

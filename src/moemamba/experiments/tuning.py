@@ -43,10 +43,10 @@ def tune(
             for contender in contenders
             if place < len(tried[contender.name])
         ]
-        models = [Contender(_named(c.name, rate), c.model, {**c.recipe, "learning_rate": rate}) for c, rate in runs]
+        models = [Contender(named(c.name, rate), c.model, {**c.recipe, "learning_rate": rate}) for c, rate in runs]
         rows = compare(models, base, 1, out, jobs=jobs, command=command, silent=silent).rows
         loss = {row.name: row.loss.mean if row.loss.values else math.inf for row in rows}
-        found = {name: Tuning({rate: loss[_named(name, rate)] for rate in own}) for name, own in tried.items()}
+        found = {name: Tuning({rate: loss[named(name, rate)] for rate in own}) for name, own in tried.items()}
         values = {name: tuning.to_dict() for name, tuning in found.items()}
         (out / "learning-rates.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         more = {name: rate for name, tuning in found.items() if (rate := tuning.beyond) is not None}
@@ -67,5 +67,6 @@ def apply(contenders: Sequence[Contender], found: Mapping[str, Tuning]) -> list[
     ]
 
 
-def _named(name: str, rate: float) -> str:
+def named(name: str, rate: float) -> str:
+    """What the tuning calls a model at one of its rates."""
     return f"{name}-lr{rate:g}"
