@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from moemamba.cli import run
 from moemamba.counting import count_parameters
 from moemamba.experiments.claims import verdict
-from moemamba.experiments.results import Spread
+from moemamba.experiments.results import Spread, read_results
 from moemamba.experiments.tables import FRACTIONS, SCALES, TABLES, Claim
 
 
@@ -120,6 +121,34 @@ def test_a_table_runs_from_the_command_line(
         assert ("0.06" in found["losses"]) == (found["chosen"] >= 0.03)  # widened where the best was the highest
     assert set(rates) == {"mamba", "mamba-mlp"}
     _pages_are_made_again(out, tmp_path)
+
+
+def test_the_best_tuning_run_of_full_length_is_the_run_with_seed_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = dataclasses.replace(SCALES["laptop"], d_model=16, n_blocks=1, batch_size=2, context=16, tuning_steps=None)
+    monkeypatch.setitem(SCALES, "laptop", tiny)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {k}: {k * k}\n" for k in range(3000)))
+    out = tmp_path / "out"
+    command = ["paper", "mlp", "--data", str(text), "--steps", "2", "--seeds", "2", "--eval-tokens", "64"]
+    command += ["--out", str(out), "--learning-rates", "0.001", "1e-5", "1e-7"]
+    run(command)
+    shown = capsys.readouterr().out
+    assert "4 runs, 2 models with 2 seeds" in shown
+    assert "the best of each is its run with seed 0" in shown
+    assert "in all 512 tokens" in shown  # 6 runs to tune and 2 with another seed, of 2 x 2 x 16 tokens
+    rates = json.loads((out / "tuning" / "learning-rates.json").read_text())
+    for name, found in rates.items():
+        tuned = out / "tuning" / f"{name}-lr{found['chosen']:g}" / "seed-0"
+        assert (out / name / "seed-0" / "metrics.jsonl").read_bytes() == (tuned / "metrics.jsonl").read_bytes()
+        assert json.loads((out / name / "seed-1" / "train.json").read_text())["learning_rate"] == found["chosen"]
+        (row,) = (row for row in read_results(out).rows if row.name == name)
+        assert row.loss.values[0] == pytest.approx(found["losses"][f"{found['chosen']:g}"])
+        shutil.rmtree(out / name / "seed-0")
+    run(command)  # again from the tuning's runs
+    assert capsys.readouterr().out.count("step 2 of 2") == 0
+    assert len(read_results(out).runs) == 4
 
 
 def _pages_are_made_again(out: Path, place: Path) -> None:

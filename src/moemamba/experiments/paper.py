@@ -42,10 +42,15 @@ def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
     )
 
 
+def tuning_steps(scale: Scale, steps: int) -> int:
+    """Steps of a run that tries a learning rate, where the comparison's have `steps`."""
+    return min(scale.tuning_steps or steps, steps)
+
+
 def plan(table: Table, scale: Scale) -> list[str]:
     """What `reproduce` is going to run, in a few lines."""
     steps, tokens = scale.steps or table.steps, scale.batch_size * scale.context
-    short = min(scale.tuning_steps, steps)
+    short = tuning_steps(scale, steps)
     models = [
         f"{entry.name} ({count(parameters.total)}, {count(parameters.active)} active)"
         for entry in table.entries
@@ -57,7 +62,7 @@ def plan(table: Table, scale: Scale) -> list[str]:
             grids.setdefault(rates, []).append(entry.name)
     tried = sum(len(rates) * len(names) for rates, names in grids.items())
     whole = short == steps  # then a tuning run is the comparison's too
-    runs = len(table.entries) * scale.seeds - whole * sum(map(len, grids.values()))
+    runs = len(table.entries) * scale.seeds
     lines = [
         f"{table.title}: {runs} runs, {len(models)} models with {scale.seeds} seed{'s' if scale.seeds > 1 else ''}, of "
         f"{count(steps * tokens)} tokens ({steps:,} steps of {scale.batch_size} × {scale.context}) each",
@@ -70,6 +75,8 @@ def plan(table: Table, scale: Scale) -> list[str]:
             f"{'; '.join(grid)}; more where a best rate lies at the edge"
             + ("; the best of each is its run with seed 0" if whole else "")
         )
+    if whole:
+        runs -= sum(map(len, grids.values()))
     lines.append(
         f"in all {count((runs * steps + tried * short) * tokens)} tokens; the same command goes on where it was stopped"
     )
@@ -100,7 +107,7 @@ def reproduce(
     rates = {entry.name: own for entry in table.entries if len(own := entry.rates(scale)) > 1}
     tunings: dict[str, Tuning] = {}
     if rates:
-        steps = min(scale.tuning_steps, base.steps)
+        steps = tuning_steps(scale, base.steps)
         short = base
         if steps < base.steps:
             short = replace(base, steps=steps, eval_every=steps, save_every=steps, log_every=10)
@@ -114,7 +121,7 @@ def reproduce(
         {entry.name: entry.printed for entry in table.entries if entry.printed is not None},
         {entry.name: entry.faster for entry in table.entries if entry.faster is not None},
         table.claims,
-        min(scale.tuning_steps, base.steps),
+        tuning_steps(scale, base.steps),
         tunings,
     )
     return compare(contenders, base, scale.seeds, out, jobs=jobs, command=command, paper=paper, silent=silent)
