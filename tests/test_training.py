@@ -331,6 +331,31 @@ def test_a_run_is_never_overwritten(config):
     assert set(before) - set(Path(config.run).rglob("*")) == {Path(config.run) / "train.json"}
 
 
+def test_two_processes_never_train_in_one_directory(config):
+    pytest.importorskip("fcntl")
+    train(config, stop=1, report=SILENT)
+    leftover = Path(config.run) / "checkpoints" / ".00000002"
+    script = (
+        "import sys; from moemamba.training.run import Run; Run(sys.argv[1])._take_lock(); print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, config.run], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        leftover.mkdir()  # what the other one is writing
+        with pytest.raises(OSError, match="another process trains in"):
+            train(config, resume=True, report=SILENT)
+        assert leftover.exists()
+        other.kill()
+    train(config, resume=True, stop=2, report=SILENT)
+    assert not leftover.exists()
+
+
+def test_a_run_needs_a_directory(config):
+    with pytest.raises(ValueError, match="run names no directory"):
+        train(dataclasses.replace(config, run=""), report=SILENT)
+
+
 def test_nothing_to_resume(config):
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         train(config, resume=True, report=SILENT)

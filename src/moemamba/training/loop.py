@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -70,17 +70,23 @@ def train(
         ValueError: data or configuration that cannot work, or a resumed run whose configuration or data differ.
         Diverged: the loss, its gradient or an evaluation is not finite, or the gradient spiked, as `config` has it.
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the step was finished and saved. A second signal ends at once.
-        OSError: the run directory holds a run already, or cannot be written.
+        OSError: the run directory holds a run already, another process trains in it, or it cannot be written.
     """
-    with join(config.device) as processes:
-        return _train(config, resume, stop, report or Report(), processes)
+    if not config.run:
+        raise ValueError("run names no directory; say where the run shall lie: --run runs/mine")
+    with join(config.device) as processes, closing(Run(config.run)) as run:
+        return _train(run, config, resume, stop, report or Report(), processes)
 
 
 def _train(
-    config: TrainConfig, resume: bool | Literal["auto"], stop: int | None, report: Report, processes: Processes
+    run: Run,
+    config: TrainConfig,
+    resume: bool | Literal["auto"],
+    stop: int | None,
+    report: Report,
+    processes: Processes,
 ) -> TrainResult:
     report = report if processes.first else Report(silent=True)
-    run = Run(config.run)
     run.writes = processes.first
     if config.tensorboard:
         require_tensorboard()

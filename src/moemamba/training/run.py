@@ -76,6 +76,7 @@ class Run:
         """False in all processes of a run but the first"""
         self.board: TensorBoard | None = None
         """gets every line of metrics.jsonl too"""
+        self._lock: int | None = None
 
     @property
     def exists(self) -> bool:
@@ -83,12 +84,12 @@ class Run:
         return (self.path / "train.json").exists()
 
     def claim(self, resume: bool) -> None:
-        """Check, before any work, that the run can be written here.
+        """Check, before any work, that the run can be written here; until `close` no other process can claim it.
 
         Raises:
             FileExistsError: it holds a run that is not to be resumed, or checkpoints of which nothing else is left.
             FileNotFoundError: it holds no run to resume.
-            OSError: it cannot be written.
+            OSError: it cannot be written, or another process trains in it.
         """
         if self.exists and not resume:
             raise FileExistsError(
@@ -108,8 +109,32 @@ class Run:
             raise OSError(
                 f"cannot write to the run directory {self.path}: {error.strerror}; choose another (--run)"
             ) from error
+        self._take_lock()
         for leftover in (self.path / "checkpoints").glob(".*"):
             shutil.rmtree(leftover)  # of a process that was killed while it saved
+
+    def _take_lock(self) -> None:
+        """The system's own lock on the directory, which leaves no file and ends with the process, however that ends."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise OSError(
+                f"another process trains in {self.path}; wait until it ends, or choose another run directory (--run)"
+            ) from None
+        except OSError:  # a file system without locks
+            self.close()
+
+    def close(self) -> None:
+        """Let other processes claim the run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def begin(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         """Write what describes the run; train.json comes last, so that with it the rest is there."""
