@@ -19,7 +19,8 @@ from moemamba.experiments.history import History, crossing, read_history, smooth
 from moemamba.experiments.markdown import markdown
 from moemamba.experiments.record import Run, thinned
 from moemamba.experiments.report import report
-from moemamba.experiments.results import Spread, cells, count, read_results, signed, summarise, times
+from moemamba.experiments.results import Comparison, Spread, cells, count, read_results, signed, summarise, times
+from moemamba.experiments.section import Grid, section
 
 MAMBA = ModelConfig("M", 1, 16)
 MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16, capacity_factor=1.0))
@@ -118,6 +119,20 @@ def test_differences_are_paired_by_seed():
     header_to_cell = cells([base, better], 30)[1]
     assert header_to_cell[4] == "−0.1500 (−0.2000 … −0.1000)"
     assert header_to_cell[5:9] == ("20", "1.50× (1.50 … 1.50)", "1.9500", "1.50× (1.50 … 1.50)")
+
+
+def test_what_dropping_would_add_stands_beside_the_loss():
+    base, limited = fake_run("base", 0, 4.0, 2.0), fake_run("limited", 0, 3.0, 1.9)
+    for line in limited.evaluation:
+        line["drop_gap"] = 0.01 * line["step"] / 20
+    settings = {"steps": 20, "batch_size": 1, "context": 32, "learning_rate": 0.1, "data": "text", "tokenizer": "bytes"}
+    for runs, cells_of_gaps in (([base, limited], ["–", "+0.0100"]), ([base], None)):
+        models = {run.model: MOE for run in runs}
+        found = Comparison(summarise(runs, models, 32), runs, settings, {}, {}, None)
+        table = next(block for block in section(found).parts[0][1] if isinstance(block, Grid))
+        assert ("drop gap" in table.header) == (cells_of_gaps is not None) == ("drop gap" in markdown([found]))
+        if cells_of_gaps:
+            assert [row[table.header.index("drop gap")] for row in table.rows] == cells_of_gaps
 
 
 def test_a_model_that_never_gets_there():

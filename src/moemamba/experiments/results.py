@@ -66,6 +66,8 @@ class Row:
     bits_per_byte: Spread
     accuracy: Spread
     """share of held-out tokens predicted right"""
+    drop_gap: Spread
+    """what the capacity limits of training would add to the loss; empty without any"""
     difference: Spread
     """loss minus the baseline's with the same seed, so on the same batches in the same order"""
     steps_to_baseline: tuple[float | None, ...]
@@ -101,6 +103,7 @@ class Row:
             "loss": self.loss.to_dict(),
             "bits_per_byte": self.bits_per_byte.to_dict(),
             "accuracy": self.accuracy.to_dict(),
+            "drop_gap": self.drop_gap.to_dict(),
             "difference": self.difference.to_dict(),
             "verdict": self.verdict,
             "steps_to_baseline": list(self.steps_to_baseline),
@@ -227,6 +230,7 @@ def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, R
         loss=Spread(tuple(run.curve[-1][1] for run in runs)),
         bits_per_byte=Spread(tuple(run.evaluation[-1]["bits_per_byte"] for run in runs)),
         accuracy=Spread(tuple(run.evaluation[-1]["accuracy"] for run in runs)),
+        drop_gap=Spread(tuple(gap for run in runs if (gap := run.evaluation[-1].get("drop_gap")) is not None)),
         difference=Spread(tuple(round(ours.curve[-1][1] - theirs.curve[-1][1], 6) for ours, theirs in pairs)),
         steps_to_baseline=steps,
         speed_up=ratios,

@@ -29,9 +29,11 @@ class Section:
 
 def section(found: Comparison) -> Section:
     """What is said about a comparison."""
-    paper = " The paper's numbers are smoothed training losses on C4." if found.paper else ""
+    more = " The paper's numbers are smoothed training losses on C4." if found.paper else ""
+    if any(row.drop_gap.values for row in found.rows):
+        more += " A drop gap is what the capacity limits of training would add to the loss."
     parts: list[tuple[str, Sequence[str | Grid]]] = [
-        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + paper]),
+        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + more]),
         ("Steps to equal loss", [_steps(found), STEPS_NOTES]),
     ]
     title = " · ".join(row.name for row in found.rows)
@@ -87,16 +89,24 @@ STEPS_NOTES = (
 
 
 def _results(found: Comparison) -> Grid:
-    """The loss of each model, beside the paper's if there is one."""
+    """The loss of each model, beside the paper's if there is one, and what dropping would add if anything drops."""
     own = ("parameters", "active", "held-out loss", "vs baseline")
     more = ("accuracy", "bits/byte", "tokens/s")
     rows, baseline, paper = _cells(found), found.rows[0].name, found.paper
+    gaps = {row.name: f"{row.drop_gap.mean:+.4f}".replace("-", "−") for row in found.rows if row.drop_gap.values}
     return Grid(
-        ("model", *own, *(("paper", "paper's difference") if paper else ()), *more, "learning rate"),
+        (
+            *("model", *own),
+            *(("paper", "paper's difference") if paper else ()),
+            *(("drop gap",) if gaps else ()),
+            *more,
+            "learning rate",
+        ),
         [
             (
                 *(row[key] for key in ("model", *own)),
                 *(_printed(paper, name, baseline) if paper else ()),
+                *((gaps.get(name, "–"),) if gaps else ()),
                 *(row[key] for key in more),
                 f"{found.setting(name, 'learning_rate'):g}",
             )
