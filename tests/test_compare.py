@@ -116,7 +116,7 @@ def test_differences_are_paired_by_seed():
     assert better.verdict == "lower with each of 2 seeds"
     assert base.difference.values == (0, 0)
     assert base.verdict == "no clear difference"
-    header_to_cell = cells([base, better], 30)[1]
+    header_to_cell = cells([base, better])[1]
     assert header_to_cell[4] == "−0.1500 (−0.2000 … −0.1000)"
     assert header_to_cell[5:9] == ("20", "1.50× (1.50 … 1.50)", "1.9500", "1.50× (1.50 … 1.50)")
 
@@ -140,7 +140,7 @@ def test_a_model_that_never_gets_there():
     _, worse = summarise(runs, {"base": MAMBA, "worse": MOE}, context=32)
     assert worse.steps_to_baseline == (None,)
     assert worse.speed_up is None
-    assert cells([worse], 20)[0][5:7] == ("> 20", "–")
+    assert cells([worse])[0][5:7] == ("> 20", "–")
     assert worse.verdict == "one seed, so the spread is unknown"
 
 
@@ -203,7 +203,7 @@ def test_contender_from_a_file(tmp_path):
         (["a=mamba-tiny", "b=mamba-tiny,mamba.d_stat=3"], r"model.mamba has the unknown key 'd_stat'"),
         (["a=mamba-tiny", "b=mamba-tiny,mambo.d_state=3"], "model has the unknown key 'mambo'"),
         (["a=mamba-tiny", "b=mamba-tiny,d_state"], "write FIELD=VALUE"),
-        (["a=mamba-tiny", "b=mamba-tiny,steps=3"], "the same for all models"),
+        (["a=mamba-tiny", "b=mamba-tiny,batch_size=3"], "the same for all models"),
         (["a=mamba-tiny", "../b=mamba-tiny"], "cannot name a model's folder"),
     ],
 )
@@ -362,7 +362,25 @@ def test_report_stands_alone(compared):
     assert titles.count("Load of the experts of layers.1.branches.0") == 2  # one a seed
     assert "moemamba compare &lt;these&gt;" in page
     assert "no clear difference" in page
-    assert page.count("the capacity limits of training would add") == 2
+    assert page.count("the capacity limits of training would add") == 3  # below the table, and one a seed
+
+
+def test_a_model_with_a_schedule_of_its_own(base, compared, tmp_path):
+    """Its learning rate falls within its own steps, on the batches that the others begin with."""
+    short = Contender("short", MAMBA, {"steps": 6})
+    found = compare([Contender("mamba", MAMBA, {}), short], base, 1, tmp_path, silent=True)
+    mamba, short = found.rows
+    assert (mamba.steps, short.steps) == (12, 6)
+    history = read_history(tmp_path / "short" / "seed-0")
+    assert [line["step"] for line in history.evaluation] == [4, 6]
+    assert history.train[-1]["learning_rate"] < read_history(tmp_path / "mamba" / "seed-0").train[2]["learning_rate"]
+    assert [line["step"] for line in history.train] == [2, 4, 6]
+    assert history.train[0]["loss"] == read_history(tmp_path / "mamba" / "seed-0").train[0]["loss"]
+    assert cells(found.rows)[1][5] in ("> 6", f"{short.steps_to_baseline[0] or 0:,.0f}")
+    assert "But short ran for 6 steps, 384 tokens, with a schedule of that length." in markdown([found])
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "results.json", tmp_path / "alone")
+    assert markdown([read_results(tmp_path / "alone")]) == markdown([found])
 
 
 def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):
@@ -394,7 +412,7 @@ def test_a_run_that_diverges_is_in_the_table(base, jobs, tmp_path):
         mamba, other = compare([CONTENDERS[0], wild], base, 1, tmp_path, jobs=jobs, silent=True).rows
         assert mamba.seeds == (0,)
         assert (other.seeds, other.missing, other.verdict) == ((), "1 of 1 diverged", "1 of 1 diverged")
-        assert cells([mamba, other], 12)[1][3:9] == ("1 of 1 diverged", "–", "–", "–", "–", "–")
+        assert cells([mamba, other])[1][3:9] == ("1 of 1 diverged", "–", "–", "–", "–", "–")
         assert len(read_history(tmp_path / "wild" / "seed-0").failure) == 1
     assert "wild: 1 of 1 diverged" in (tmp_path / "report.html").read_text()
 

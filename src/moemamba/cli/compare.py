@@ -30,7 +30,8 @@ class Compare:
 
     models: Positional[tuple[str, ...]]
     """two or more, the baseline first: PRESET, NAME=PRESET or NAME=config.json, each with changes behind commas if
-    wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002"""
+    wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002; one with steps of its own has a schedule of that
+    length"""
     seeds: int = 2
     jobs: int = 1
     """runs trained at once, each with its share of the cores, spread over the GPUs"""
@@ -53,5 +54,5 @@ def main(arguments: Sequence[str]) -> None:
         stopped(out, command)
         raise
     print()
-    show(cells(found.rows, asked.budget.steps), HEADER)
+    show(cells(found.rows), HEADER)
     print(f"\n{loss_notes(asked.seeds)} {STEPS_NOTES}\n\nreport: {out / 'report.html'}")

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         stopped(out, command)
         raise
     print()
-    show(cells(found.rows, found.settings["steps"]), HEADER)
+    show(cells(found.rows), HEADER)
     print(f"\n{loss_notes(scale.seeds)} {STEPS_NOTES}\n")
     show([(says(claim), verdict(claim, found.rows)) for claim in table.claims], ("claim", "here"))
     print(f"\nreport: {out / 'results.md'}, {out / 'report.html'}")

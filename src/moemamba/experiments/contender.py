@@ -11,8 +11,10 @@ from ..config import ModelConfig, from_dict, read_config, to_dict
 from ..presets import preset
 from ..training.config import TrainConfig
 
-# What may differ between models in training: their recipe, but never the data, its order or the budget.
+# What may differ between models in training: their recipe, and the steps for which a schedule of their own is to end
+# early; never the data or its order.
 RECIPE = (
+    "steps",
     "optimizer",
     "learning_rate",
     "schedule",

@@ -59,6 +59,8 @@ class Row:
     """whose runs are finished"""
     paired: tuple[int, ...]
     """those of them whose baseline is finished too"""
+    steps: int
+    """of its runs, whose schedules are as long"""
     missing: str
     """what became of the other runs: "1 of 2 diverged"; empty if there are none"""
     loss: Spread
@@ -99,6 +101,7 @@ class Row:
             "flops_per_token": self.flops_per_token,
             "seeds": list(self.seeds),
             "paired": list(self.paired),
+            "steps": self.steps,
             "missing": self.missing,
             "loss": self.loss.to_dict(),
             "bits_per_byte": self.bits_per_byte.to_dict(),
@@ -226,6 +229,7 @@ def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, R
         flops_per_token=flops_per_token(config, context),
         seeds=tuple(run.seed for run in runs),
         paired=tuple(run.seed for run in runs if run.seed in baseline),
+        steps=max((int(run.curve[-1][0]) for run in runs), default=0),
         missing=", ".join(others),
         loss=Spread(tuple(run.curve[-1][1] for run in runs)),
         bits_per_byte=Spread(tuple(run.evaluation[-1]["bits_per_byte"] for run in runs)),
@@ -264,7 +268,7 @@ HEADER = (
 )
 
 
-def cells(rows: list[Row], steps: int) -> list[tuple[str, ...]]:
+def cells(rows: list[Row]) -> list[tuple[str, ...]]:
     """The table's text, one tuple of cells for each row, under `HEADER`."""
     return [
         (
@@ -273,7 +277,7 @@ def cells(rows: list[Row], steps: int) -> list[tuple[str, ...]]:
             count(row.parameters.active),
             _loss(row),
             "baseline" if row is rows[0] else signed(row.difference),
-            _steps(row.steps_to_baseline, steps),
+            _steps(row.steps_to_baseline, row.steps),
             times(row.speed_up),
             _mean(row.training_loss, ".4f"),
             times(row.training_speed_up),

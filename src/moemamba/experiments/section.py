@@ -49,10 +49,15 @@ def budget(found: Comparison) -> str:
     """Data, tokens and seeds in a sentence or two."""
     settings, seeds = found.settings, found.seeds
     steps = settings["steps"]
+    others = {name: recipe["steps"] for name, recipe in found.recipes.items() if recipe.get("steps", steps) != steps}
+    own = (
+        f"But {name} ran for {n:,} steps, {n * found.step_tokens:,} tokens, with a schedule of that length. "
+        for name, n in others.items()
+    )
     return (
         f"Every model saw the same {steps * found.step_tokens:,} tokens in the same order: {steps:,} steps of "
         f"{settings['batch_size']} × {settings['context']} tokens, {seeds} seed{'s' if seeds != 1 else ''}. "
-        f"Data: {settings['data']}; tokenizer: {settings['tokenizer']}."
+        f"{''.join(own)}Data: {settings['data']}; tokenizer: {settings['tokenizer']}."
     )
 
 
@@ -134,7 +139,7 @@ def _steps(found: Comparison) -> Grid:
 
 def _cells(found: Comparison) -> dict[str, dict[str, str]]:
     """By model and column."""
-    rows = [dict(zip(HEADER, row, strict=True)) for row in cells(found.rows, found.settings["steps"])]
+    rows = [dict(zip(HEADER, row, strict=True)) for row in cells(found.rows)]
     return {row["model"]: row for row in rows}
 
 
