@@ -49,7 +49,8 @@ def compare(
     failed, for which the others are carried to their end first.
 
     Args:
-        contenders: the first is the baseline.
+        contenders: the first is the baseline. One with `steps` in its recipe has a schedule of that length, on the
+            batches that the others begin with.
         base: data, budget and recipe of all of them; its `model`, `run`, `seed` and `data_seed` do not matter.
         out: directory of everything.
         jobs: runs at once, each a process with its share of this one's threads, spread over the GPUs; small models
