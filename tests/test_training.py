@@ -336,7 +336,7 @@ def test_two_processes_never_train_in_one_directory(config):
     train(config, stop=1, report=SILENT)
     leftover = Path(config.run) / "checkpoints" / ".00000002"
     script = (
-        "import sys; from moemamba.training.run import Run; Run(sys.argv[1])._take_lock(); print(flush=True); input()"
+        "import sys; from moemamba.training.run import Run; Run(sys.argv[1]).claim(True); print(flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script, config.run], stdin=subprocess.PIPE, stdout=subprocess.PIPE

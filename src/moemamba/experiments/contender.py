@@ -11,8 +11,8 @@ from ..config import ModelConfig, from_dict, read_config, to_dict
 from ..presets import preset
 from ..training.config import TrainConfig
 
-# What may differ between models in training: their recipe, and the steps for which a schedule of their own is to end
-# early; never the data or its order.
+# What may differ between models in training: their recipe, and their steps, which are a schedule of its own on the
+# batches that the others begin with; never the data or its order.
 RECIPE = (
     "steps",
     "optimizer",
