@@ -10,8 +10,9 @@ import torch
 
 import moemamba
 from moemamba import ModelConfig, MoEMamba
-from moemamba.checkpoint import CheckpointError, load, new_directory, save
+from moemamba.checkpoint import CheckpointError, load, save
 from moemamba.config import ExpertsConfig
+from moemamba.host.files import new_directory
 from moemamba.tokenizer import ByteTokenizer
 
 TOKENS = torch.arange(12).view(2, 6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moemamba import TrainConfig, ops, preset, train
-from moemamba.config import ExpertsConfig, ModelConfig, to_dict
+from moemamba.config import ExpertsConfig, ModelConfig
 from moemamba.experiments.chart import shade, ticks
 from moemamba.experiments.compare import compare
 from moemamba.experiments.contender import Contender, parse_contender, parse_contenders
@@ -21,6 +21,7 @@ from moemamba.experiments.record import Run, thinned
 from moemamba.experiments.report import report
 from moemamba.experiments.results import Comparison, Spread, cells, count, read_results, signed, summarise, times
 from moemamba.experiments.section import Grid, section
+from moemamba.reading import to_dict
 
 MAMBA = ModelConfig("M", 1, 16)
 MOE = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16, capacity_factor=1.0))

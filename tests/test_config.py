@@ -15,11 +15,10 @@ from moemamba.config import (
     FeedForwardConfig,
     ModelConfig,
     RoutedMambaConfig,
-    from_dict,
     parse_pattern,
-    to_dict,
 )
 from moemamba.counting import flops_per_token, state_bytes
+from moemamba.reading import from_dict, to_dict
 
 # Non-embedding parameters, total and active, as the paper's tables round them and its authors' code counts them.
 PAPER = {

@@ -11,6 +11,7 @@ import moemamba
 SOURCE = Path(moemamba.__file__).parent
 # docs/design.md: a file may import from its own floor or from those below it.
 FLOORS = [
+    {"host", "reading"},
     {"config", "presets", "counting", "tokenizer"},
     {"ops"},
     {"layers"},

@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy
 
 import moemamba
 from moemamba import ModelConfig, MoEMamba, TrainConfig, evaluate, load, train
-from moemamba.config import AttentionConfig, ExpertsConfig, RoutedMambaConfig, from_dict, to_dict
+from moemamba.config import AttentionConfig, ExpertsConfig, RoutedMambaConfig
+from moemamba.reading import from_dict, to_dict
 from moemamba.training import loop, progress
 from moemamba.training.data import Tokens
 from moemamba.training.evaluate import Evaluation
@@ -256,7 +257,7 @@ def test_watching_changes_nothing(config):
 KILLED = """
 import json, sys
 from moemamba import TrainConfig, train
-from moemamba.config import from_dict
+from moemamba.reading import from_dict
 from moemamba.training.run import Run
 config = from_dict(TrainConfig, json.loads(sys.argv[1]))
 train(config, resume=Run(config.run).exists)

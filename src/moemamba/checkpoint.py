@@ -1,11 +1,8 @@
 """Models on disk: directories that are complete or absent, whatever happens while they are written."""
 
 import errno
-import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 
 import torch
@@ -13,11 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 from torch import Tensor
 
-from .config import ModelConfig, from_dict, to_dict
+from .config import ModelConfig
+from .host import files
+from .host.files import new_directory, write_json
 from .model import MoEMamba
+from .reading import from_dict, to_dict
 from .tokenizer import Tokenizer, load_tokenizer
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class CheckpointError(ValueError):
@@ -93,8 +91,17 @@ def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], t
     """The three files that `load` needs, into an existing directory."""
     write_json(folder / "config.json", to_dict(config))
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write contiguous tensors by name; raises the system's OSError where it cannot."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # the system's error is in its text alone
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(file)) from error
 
 
 def read_weights(folder: Path, model: MoEMamba) -> None:
@@ -121,53 +128,6 @@ def damaged(file: Path, error: Exception) -> CheckpointError:
 def read_json(file: Path) -> dict[str, object]:
     """A JSON object of a checkpoint; raises CheckpointError."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
+        return files.read_json(file)
     except (OSError, ValueError) as error:
         raise damaged(file, error) from error
-    return values
-
-
-def write_json(file: Path, values: dict[str, object]) -> None:
-    """Write an indented JSON object."""
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory that appears at `path` complete or not at all: written beside it, flushed to disk, and renamed.
-
-    Raises:
-        FileExistsError: there is something at `path` already.
-        OSError: the disk is full, or the place cannot be written.
-    """
-    beside = path.parent / f".{path.name}.{os.getpid()}"
-    try:
-        if path.exists():
-            raise FileExistsError(f"{path} exists already; choose another place, or remove it")
-        shutil.rmtree(beside, ignore_errors=True)  # of a killed process that had our number, as in a container
-        beside.mkdir(parents=True)
-        yield beside
-        for file in (*beside.iterdir(), beside):
-            flush(file)
-        beside.rename(path)
-        flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FileExistsError) or (isinstance(error, OSError) and error.errno not in _FULL):
-            raise
-        raise OSError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}; "
-            "free space or choose another place; nothing that was saved before is lost"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

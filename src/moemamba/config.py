@@ -1,13 +1,11 @@
 """What a model is: frozen dataclasses that check themselves, to JSON and back. No torch here."""
 
 import dataclasses
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
+
+from .reading import validate
 
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
 Projection = Literal["conv", "gate", "out"]
@@ -243,77 +241,3 @@ def parse_pattern(pattern: str) -> tuple[str, ...]:
     if group is not None or not layers:
         raise ValueError(f"pattern {pattern!r} {'lacks a closing parenthesis' if layers or group else 'has no layer'}")
     return tuple(layers)
-
-
-Config = TypeVar("Config")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values for JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config") -> Config:
-    """A configuration dataclass from plain values, nested ones included.
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type, named with its place.
-    """
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
-    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
-
-
-def read_config(kind: type[Config], file: Path) -> Config:
-    """A configuration dataclass from a JSON file.
-
-    Raises:
-        ValueError: what is wrong, with the file's name.
-        OSError: it cannot be read.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); restore it from a copy") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a configuration: it must be a JSON object with fields of {kind.__name__}")
-    return from_dict(kind, values, str(file))
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {value!r}; expected the fields of {hint.__name__}")
-        return from_dict(hint, value, where)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [kind for kind in args if kind is not type(None)]
-        if value is None and len(kinds) < len(args):
-            return None
-        several = isinstance(value, list | tuple)
-        return _convert(next((k for k in kinds if several == (typing.get_origin(k) is tuple)), kinds[0]), value, where)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value))
-    if origin is Literal and value in args:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
-        return value
-    expected = f"one of {', '.join(map(repr, args))}" if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{where} is {value!r}; expected {expected}")
-
-
-def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
-    """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        _convert(hint, getattr(config, name), name)
-    for name in positive + not_negative:
-        value = getattr(config, name)
-        if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
-            bound = "greater than 0" if name in positive else "0 or more"
-            raise ValueError(f"{name} is {value}; it must be {bound}")

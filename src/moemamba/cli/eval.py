@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..config import validate
+from ..reading import validate
 from ..training.config import TrainConfig
 from .terminal import parse, show
 from .train import begun

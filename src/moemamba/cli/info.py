@@ -6,9 +6,10 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from ..config import LETTERS, ModelConfig, parse_pattern, read_config, validate
+from ..config import LETTERS, ModelConfig, parse_pattern
 from ..counting import count_parameters, flops_per_token, state_bytes
 from ..presets import PRESETS, preset
+from ..reading import read_config, validate
 from .terminal import parse, show
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from ..config import read_config
+from ..reading import read_config
 from ..training.config import TrainConfig
 from ..training.stop import Interrupted
 from .info import find_config

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import ModelConfig, read_config
+from ..config import ModelConfig
+from ..reading import read_config
 from ..training.config import TrainConfig
 from ..training.progress import Report
 from .contender import Contender

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig, from_dict, read_config, to_dict
+from ..config import ModelConfig
 from ..presets import preset
+from ..reading import from_dict, read_config, to_dict
 from ..training.config import TrainConfig
 
 # What may differ between models in training: their recipe, and their steps, which are a schedule of its own on the

@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from ..config import to_dict
+from ..reading import to_dict
 from .figures import curves, legend, routing, sweeps
 from .maps import maps
 from .results import Comparison

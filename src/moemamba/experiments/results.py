@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ..config import ModelConfig, from_dict, to_dict
+from ..config import ModelConfig
 from ..counting import ParameterCount, count_parameters, flops_per_token
+from ..reading import from_dict, to_dict
 from .history import Curve, crossing
 from .record import Run
 from .reproduction import Reproduction

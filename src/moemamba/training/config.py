@@ -5,8 +5,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import ModelConfig, validate
+from ..config import ModelConfig
 from ..presets import preset
+from ..reading import validate
 
 
 @dataclass(frozen=True)

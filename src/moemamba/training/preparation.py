@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import new_directory, read_json, write_json
+from ..checkpoint import read_json
+from ..host.files import new_directory, write_json
 from ..tokenizer import Tokenizer
 from .data import Tokens
 from .documents import Documents, held_out

@@ -12,19 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from ..checkpoint import (
-    CheckpointError,
-    checkpoints,
-    damaged,
-    new_directory,
-    read_json,
-    write_json,
-    write_model,
-)
-from ..config import read_config, to_dict
+from ..checkpoint import CheckpointError, checkpoints, damaged, read_json, write_model
+from ..host.files import new_directory, write_json
 from ..model import MoEMamba
+from ..reading import read_config, to_dict
 from ..tokenizer import Tokenizer, load_tokenizer
 from .config import TrainConfig
 from .evaluate import Evaluation
@@ -182,7 +174,7 @@ class Run:
         folder = self.path / "checkpoints" / f"{snapshot.position['step']:08d}"
         with new_directory(folder) as beside:
             write_model(beside, snapshot.config, snapshot.model, tokenizer)
-            save_file(snapshot.training, beside / "training.safetensors")
+            write_tensors(beside / "training.safetensors", snapshot.training)
             write_json(beside / "training.json", snapshot.position)
         found = checkpoints(self.path)
         best = min(found, key=_evaluated_loss)

@@ -1,0 +1,94 @@
+"""Dataclasses from plain values, checked field by field; to plain values and back. No torch here."""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .host.files import read_json
+
+LARGEST = 1e300  # of a number that a field can hold; infinity and what is not a number are none
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config") -> Config:
+    """A configuration dataclass from plain values, nested ones included.
+
+    Raises:
+        ValueError: an unknown key, a value of the wrong type or one that cannot work, named with its place.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
+    fields = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return kind(**fields)
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(f"{where} is incomplete: {str(error).partition(') ')[2] or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def read_config(kind: type[Config], file: Path) -> Config:
+    """A configuration dataclass from a JSON file.
+
+    Raises:
+        ValueError: what is wrong, with the file's name.
+        OSError: it is missing or cannot be read.
+    """
+    return from_dict(kind, read_json(file), str(file))
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {_shown(value)}; expected the fields of {hint.__name__}")
+        return from_dict(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [kind for kind in args if kind is not type(None)]
+        if value is None and len(kinds) < len(args):
+            return None
+        several = isinstance(value, list | tuple)
+        return _convert(next((k for k in kinds if several == (typing.get_origin(k) is tuple)), kinds[0]), value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value))
+    if origin is Literal and value in args:
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) < LARGEST:
+            raise ValueError(f"{where} is {value}; expected a finite number")
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and not abs(value) < 1 << 63:
+        raise ValueError(f"{where} is {value}; expected a number below 2^63")
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    expected = f"one of {', '.join(map(repr, args))}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise ValueError(f"{where} is {_shown(value)}; expected {expected}")
+
+
+def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+    """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        _convert(hint, getattr(config, name), name)
+    for name in positive + not_negative:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
+            bound = "greater than 0" if name in positive else "0 or more"
+            raise ValueError(f"{name} is {value}; it must be {bound}")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
