@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError, checkpoints, damaged, read_json, write_model
+from ..checkpoint import CheckpointError, checkpoints, damaged, read_json, write_model, write_tensors
 from ..host.files import new_directory, write_json
 from ..model import MoEMamba
 from ..reading import read_config, to_dict
