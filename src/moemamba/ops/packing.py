@@ -8,6 +8,14 @@ The first sequence of a row continues the state that is passed in, so it does no
 import torch
 from torch import Tensor
 
+PLAIN, BEGIN, PADDING = 0, 1, 2  # marks of a position: BEGIN, the state is reset before it; PADDING, nothing happens
+
+
+def position_marks(seq_idx: Tensor) -> Tensor:
+    """(b, l) int8: PLAIN, BEGIN or PADDING, what each position is to a recurrence."""
+    valid, starts = boundaries(seq_idx)
+    return torch.where(valid, starts * BEGIN, PADDING).to(torch.int8)
+
 
 def boundaries(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     """Where positions count, and where state is reset.

@@ -17,9 +17,11 @@ chunk after chunk. The same goes for the adjoint state in the backward pass, the
 import triton
 import triton.language as tl
 
-PLAIN = tl.constexpr(0)
-BEGIN = tl.constexpr(1)
-PADDING = tl.constexpr(2)
+from . import packing
+
+PLAIN = tl.constexpr(packing.PLAIN)
+BEGIN = tl.constexpr(packing.BEGIN)
+PADDING = tl.constexpr(packing.PADDING)
 GROUP = tl.constexpr(16)  # channels whose states lie side by side in saved states
 WIDEST = tl.constexpr(64)  # channels that saved states are padded to a multiple of: the widest tile
 LOG2E = tl.constexpr(1.4426950408889634)
