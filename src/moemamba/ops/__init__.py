@@ -3,7 +3,11 @@
 Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch, `reference.py`), "cpu"
 (compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: on NVIDIA GPUs the scan and the
 convolution's gradients). All compute the same function with the same gradients. The fastest that can run is chosen from
-the tensors; `backend("reference")` overrides the choice.
+the tensors; `backend("reference")` overrides the choice. The kernels know the backward pass alone: under torch.func, and
+where an argument carries a forward-mode derivative, the choice is the reference, which is right there too.
+
+What is not of a sequence, padding or another sequence of its row, never reaches it, forward or backward, be it infinite
+or not a number.
 
 Letters, here and everywhere: b batch, l length, t tokens (b times l), d d_model, i d_inner, n d_state, k d_conv or
 top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D are only the state-space model's.
@@ -14,14 +18,17 @@ from types import TracebackType
 from torch import Tensor
 
 from . import reference
+from .attention import attention
 from .arguments import autocast, dense, expect, sizes
 from .backends import BACKENDS, available, bound, choose, compute, force, transformed, why_not
 from .routing import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
 
 __all__ = [
     "BACKENDS",
+    "attention",
     "available",
     "backend",
+    "bound",
     "causal_conv1d",
     "choose",
     "expert_feedforward",
@@ -40,12 +47,16 @@ __all__ = [
     "route_with_stats",
     "route_with_totals",
     "selective_scan",
+    "transformed",
     "why_not",
 ]
 
 
 class backend:
     """Override the choice of backend: `with ops.backend("reference"): ...`, or a plain call, which lasts.
+
+    In the context that asks (`contextvars`): other threads choose for themselves. What `torch.compile` has compiled
+    keeps the choice of the context that compiled it.
 
     Raises:
         ValueError: the name is none of "reference", "cpu", "triton", "cuda".

@@ -75,6 +75,16 @@ def _is_dual(argument: Any) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
+def batched(tensor: Tensor) -> bool:
+    """Whether vmap is at work on a tensor, so that its values cannot decide what is computed."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def choose(op: str, *arguments: Any) -> str:
     """The backend for `op` on arguments like these, of which the first is a tensor.
 

@@ -35,6 +35,11 @@ def boundaries(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     return valid, starts
 
 
+def without_padding(x: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """x (b, l, d) with zeros at padding, whatever was there: what is computed of it then stays finite."""
+    return x if seq_idx is None else x.masked_fill((seq_idx < 0)[..., None], 0)
+
+
 def positions(seq_idx: Tensor, first: Tensor | None = None) -> Tensor:
     """Position of every token within its own sequence, padding not counted.
 
