@@ -200,23 +200,60 @@ class ModelConfig:
         return self.attention.n_heads or max(1, self.d_model // 64)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; a field of one part may be named directly, as in `replace(n_experts=32)`.
+        """A copy with some fields changed.
+
+        A field of a part is named directly, as in `replace(n_experts=32)`: it changes in every part that the letters of
+        the pattern use and that has such a field, for `R` also in the experts inside the block.
 
         Raises:
-            ValueError: no field, or more than one part, has that name.
+            ValueError: there is no such field, no letter of the pattern uses it, or the values cannot work.
         """
         own = {f.name for f in dataclasses.fields(self)}
         result = dataclasses.replace(self, **{name: value for name, value in changes.items() if name in own})
-        for name, value in changes.items():
-            if name in own:
-                continue
-            owners = [p for p in ("mamba", "experts", "attention", "feedforward") if hasattr(getattr(self, p), name)]
-            if len(owners) != 1:
-                among = f"it is in {' and in '.join(owners)}: replace that part" if owners else "see ModelConfig"
-                raise ValueError(f"{name} does not name one field of the configuration; {among}")
-            part = dataclasses.replace(getattr(result, owners[0]), **{name: value})
-            result = dataclasses.replace(result, **{owners[0]: part})
-        return result
+        inner = {name: value for name, value in changes.items() if name not in own}
+        used: set[str] = set()
+        parts = {
+            part: _changed(getattr(result, part), inner, used)
+            for part, letters in PARTS.items()
+            if set(letters) & set(result.pattern)
+        }
+        if "R" in result.pattern:
+            parts["routed"] = _changed_routed(result.routed, inner, used)
+        for name in inner.keys() - used:
+            raise ValueError(f"{name} {self._why_unused(name, result.pattern)}")
+        return dataclasses.replace(result, **parts)
+
+    def _why_unused(self, name: str, pattern: str) -> str:
+        parts = (*(getattr(self, part) for part in PARTS), self.routed, self.routed.experts)
+        if not any(name in _names(part) for part in parts):
+            return "is no field of the configuration; see ModelConfig"
+        independent = name in TWO_LAYER and "R" in pattern
+        hint = '; with routing = "independent" R would' if independent else "; choose a pattern that does"
+        return f"would change nothing: no letter of the pattern {pattern!r} uses it{hint}"
+
+
+PARTS = {"mamba": "MR", "experts": "E", "attention": "A", "feedforward": "F"}  # and the letters that use them
+TWO_LAYER = ("d_expert", "activation", "n_shared_experts")  # of experts that are no single matrix
+
+
+def _names(part: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(part)}
+
+
+def _changed(part: Any, changes: dict[str, Any], used: set[str]) -> Any:
+    """A part with those of the changes that are its fields, which are then noted as used."""
+    own = {name: value for name, value in changes.items() if name in _names(part)}
+    used.update(own)
+    return dataclasses.replace(part, **own) if own else part
+
+
+def _changed_routed(part: RoutedMambaConfig, changes: dict[str, Any], used: set[str]) -> RoutedMambaConfig:
+    """The same for `R`, whose experts have fewer fields where they are linear."""
+    own = {name: value for name, value in changes.items() if name in _names(part)}
+    linear = own.get("routing", part.routing) == "shared"
+    inside = {name: value for name, value in changes.items() if not (linear and name in TWO_LAYER)}
+    used.update(own)
+    return dataclasses.replace(part, **own, experts=_changed(part.experts, inside, used))
 
 
 def parse_pattern(pattern: str) -> tuple[str, ...]:

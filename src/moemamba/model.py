@@ -13,9 +13,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from . import ops
 from .config import ModelConfig
 from .layers import Attention, AttentionState, FeedForward, Mamba, MoE, RoutedMamba, Router, RouterStats, make_norm
-from .layers.linear import Linear
+from .layers.linear import Linear, residual_weights
 from .layers.moe import Experts, LinearExperts
 from .ops.arguments import autocast
+from .ops.packing import without_padding
 from .state import MixerState, State
 
 
@@ -88,15 +89,15 @@ class MoEMamba(nn.Module):
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
         if state is not None:
             self._expect_own(state, tokens.shape[0])
-        x: Tensor = self.embedding(tokens)
+        x: Tensor = without_padding(self.embedding(tokens), seq_idx)  # and so it stays through all layers
         y: Tensor | None = None
         mixers: list[MixerState] = []
         router: list[RouterStats] = []
         for layer in self.layers:
             before = None if state is None else state.mixers[len(mixers) :]
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled() and not ops.transformed(x):  # torch.func cannot
                 x, y, after, stats = checkpoint(
-                    layer,
+                    ops.bound(layer),
                     x if y is None else x + y,  # one tensor to keep, not two
                     None,
                     before,
@@ -164,6 +165,8 @@ class Residual(nn.Module):
         self.letters = letters
         self.norm = make_norm(config.norm, config.d_model)
         self.branches = nn.ModuleList(make_layer(config, letter) for letter in letters)
+        for layer in self.branches:
+            layer.padding_is_zero = True  # type: ignore[assignment]  # the model sees to it
 
     def forward(
         self, x: Tensor, y: Tensor | None, states: tuple[MixerState, ...] | None, seq_idx: Tensor | None
@@ -269,9 +272,10 @@ def initialise(model: MoEMamba, fill: Callable[[Tensor, Tensor], None] = overwri
     for weight in (model.embedding.weight, model.head.weight):
         fill(weight, nn.init.normal_(torch.empty(weight.shape), std=0.02))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("out_proj.weight", "down_proj.weight", "down_proj")):
-                parameter.div_(math.sqrt(len(model.layers)))
+        for layer in model.layers:
+            for branch in layer.branches:  # type: ignore[union-attr]
+                for weight in residual_weights(branch):
+                    weight.div_(math.sqrt(len(model.layers)))
 
 
 def draw(model: MoEMamba, fill: Callable[[Tensor, Tensor], None]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers import AttentionState, Mamba, MoE, Router
 from ..layers.norm import RMSNorm
-from ..layers.untouched import untouched
+from ..layers.plain import plain, why_not_plain
 from ..model import Head, MoEMamba, Residual
 from ..state import MixerState, State
 
@@ -100,8 +100,8 @@ class Decoder:
         if not self.greedy:
             self.logits = model.head(hidden)
             return
-        plain = untouched(model.head, Head) and model.head.weight.dtype == hidden.dtype
-        fast = plain and not torch.is_autocast_enabled(hidden.device.type)
+        same = plain(model.head, Head) and model.head.weight.dtype == hidden.dtype
+        fast = same and not torch.is_autocast_enabled(hidden.device.type)
         self.put(ops.linear_argmax(hidden, model.head.weight) if fast else model.head(hidden).argmax(-1))
 
     def put(self, chosen: Tensor) -> None:
@@ -113,14 +113,14 @@ class Decoder:
     def _through(self, layer: Residual, x: Tensor, mixers: tuple[MixerState, ...]) -> Tensor:
         """One sub-layer; its states are overwritten."""
         mixer: Any = layer.branches[0]
-        if layer.letters == "M" and isinstance(mixer, Mamba) and untouched(layer, Residual):
+        if layer.letters == "M" and isinstance(mixer, Mamba) and plain(layer, Residual):
             weights, norm = mixer.weights_of_step(x), _norm(layer.norm, x)
             if weights is not None and norm is not None:
                 weight, bias, eps = norm
                 tensors = (*mixers[0], *weights, weight, bias)
                 return ops.mamba_step(x, *tensors, eps=eps, in_place=True)[0]  # type: ignore[arg-type]
-        plain = layer.letters == "E" and untouched(layer, Residual) and untouched(mixer, MoE)
-        if plain and untouched(mixer.router, Router) and not torch.is_autocast_enabled(x.device.type):
+        served = layer.letters == "E" and plain(layer, Residual) and plain(mixer, MoE)
+        if served and plain(mixer.router, Router) and not torch.is_autocast_enabled(x.device.type):
             return x + mixer.serve(layer.norm(x))
         y: Tensor
         x, y, after, _ = layer(x, None, mixers, None)
@@ -169,9 +169,9 @@ def _buffers(mixer: MixerState, room: int) -> MixerState:
 
 def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
     """Weight, bias and epsilon of a norm that `ops.mamba_step` knows."""
-    if untouched(norm, RMSNorm):
+    if plain(norm, RMSNorm):
         weight, bias, eps = norm.weight, None, norm.eps
-    elif untouched(norm, nn.LayerNorm):
+    elif plain(norm, nn.LayerNorm):
         weight, bias, eps = norm.weight, norm.bias, norm.eps
         if bias is None:
             return None
@@ -214,7 +214,7 @@ def _key(model: MoEMamba, state: State, greedy: bool) -> tuple[object, ...]:
     )
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     kinds = tuple(
-        (id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
+        (id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks), why_not_plain(m, type(m)))
         for m in model.modules()
     )
     device = model.embedding.weight.device.type

@@ -1,13 +1,15 @@
 """Causal self-attention with rotary positions."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops.arguments import sizes
-from ..ops.packing import boundaries, positions
+from ..ops.packing import boundaries, positions, without_padding
 from .linear import Linear
 
 
@@ -36,22 +38,32 @@ class Attention(nn.Module):
         if d_model % (2 * n_heads):
             raise ValueError(f"n_heads is {n_heads}, but d_model = {d_model} must split into heads of even width")
         self.n_heads, self.rope_base = n_heads, rope_base
+        self.padding_is_zero = False  # True where whoever calls the layer sees to it
         self.qkv_proj = Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = Linear(d_model, d_model, bias=False)
+
+    def residual_weights(self) -> list[Tensor]:
+        """The weights whose products are the layer's output."""
+        return [self.out_proj.weight]
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d), and the state that continues it; zero output at padding."""
         batch, length, _ = sizes("x", x, "b, l, d")
+        if not self.padding_is_zero:
+            x = without_padding(x, seq_idx)
+        lost = _not_finite(x, seq_idx)
+        if lost is not None:
+            x = x.masked_fill(lost[..., None], 0)
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (b, h, l, d/h)
         time = torch.arange(length, device=x.device)
         first = time.new_zeros(batch) if state is None else F.pad(state.positions, (1, 0), value=-1).amax(1) + 1
         place = first[:, None] + time if seq_idx is None else positions(seq_idx, first)  # (b, l)
         q, k = self._rotate(q, place), self._rotate(k, place)
 
-        if state is None and seq_idx is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if state is None and seq_idx is None and lost is None:
+            y = ops.attention(q, k, v)
             return self._merge(y), AttentionState(k, v, place)
 
         valid, starts = boundaries(torch.zeros_like(place) if seq_idx is None else seq_idx)
@@ -62,15 +74,27 @@ class Attention(nn.Module):
         visible = visible | (time[:, None] == time)  # padding sees itself, so that its softmax is defined
         current = valid & (segment == segment[:, -1:]) if length else valid
         kept = place.masked_fill(~current, -1)
+        if lost is None and state is not None and seq_idx is not None and bool(_marked(state.keys).any()):
+            lost = torch.zeros_like(valid)  # there are none here, but in the state
+        keys, values = remembered = (k, v) if lost is None else tuple(_mark(t, lost) for t in (k, v))
         if state is not None:
             seen = (state.positions >= 0)[:, None] & (segment == 0)[:, :, None]  # (b, query, s)
             visible = torch.cat([seen, visible], dim=2)
-            k, v = torch.cat([state.keys.to(k.dtype), k], dim=2), torch.cat([state.values.to(v.dtype), v], dim=2)
+            earlier = (state.keys.to(k.dtype), state.values.to(v.dtype))
+            k, v = (torch.cat(pair, dim=2) for pair in zip(earlier, (k, v), strict=True))
+            keys, values = k, v
+            if lost is not None:
+                keys, values = (torch.cat(pair, dim=2) for pair in zip(earlier, remembered, strict=True))
+                lost = torch.cat([_marked(earlier[0]), lost], dim=1)
+                k, v = (t.masked_fill(lost[:, None, :, None], 0) for t in (k, v))
             continued = (segment[:, -1:] == 0) if length else torch.ones_like(state.positions[:, :1], dtype=torch.bool)
             kept = torch.cat([state.positions.masked_fill(~continued, -1), kept], dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
+        y = ops.attention(q, k, v, visible)
+        if lost is not None:
+            y = y.masked_fill((visible & lost[:, None]).any(-1)[:, None, :, None], math.nan)
+            keys, values = (t.masked_fill((kept < 0)[:, None, :, None], 0) for t in (keys, values))
         y = y.masked_fill(~valid[:, None, :, None], 0)
-        return self._merge(y), AttentionState(k, v, kept)
+        return self._merge(y), AttentionState(keys, values, kept)
 
     def _rotate(self, x: Tensor, place: Tensor) -> Tensor:
         """Rotary embedding (arXiv 2104.09864) of x (b, h, l, d/h) at positions (b, l), in float32."""
@@ -84,3 +108,34 @@ class Attention(nn.Module):
     def _merge(self, y: Tensor) -> Tensor:
         merged: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
         return merged
+
+
+# A product with a weight of zero does not make vanish what is not a number. So a position that holds such counts as zero
+# in the products, and only the queries that see it get NaN.
+
+
+def _not_finite(x: Tensor, seq_idx: Tensor | None) -> Tensor | None:
+    """(b, l): the positions of x (b, l, d) that hold what is not finite; None where there are none.
+
+    Without `seq_idx` a row is one sequence, whose later positions alone could hold such: that is looked for only where
+    looking costs next to nothing, on the CPU.
+    """
+    x = x.detach()
+    looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.transformed(x)
+    if x.numel() == 0 or (seq_idx is None and not looks):
+        return None
+    if looks:
+        low, high = x.aminmax()
+        if low > -math.inf and high < math.inf:  # both are NaN where there is one
+            return None
+    return ~x.isfinite().all(-1)
+
+
+def _mark(x: Tensor, lost: Tensor) -> Tensor:
+    """Keys or values as they are remembered: NaN where lost, which later queries of the sequence will see."""
+    return x.masked_fill(lost[:, None, :, None], math.nan)
+
+
+def _marked(keys: Tensor) -> Tensor:
+    """(b, s): the entries that `_mark` marked as lost."""
+    return keys[:, 0, :, 0].isnan()

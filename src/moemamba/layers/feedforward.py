@@ -27,6 +27,10 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
         self.down_proj = Linear(d_ff, d_out or d_model, bias=bias)
 
+    def residual_weights(self) -> list[Tensor]:
+        """The weights whose products are the layer's output."""
+        return [self.down_proj.weight]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         y: Tensor = self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .untouched import weights_alone
+from .plain import weights_alone
 
 
 class Linear(nn.Linear):
@@ -13,6 +13,16 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., f)."""
         return ops.linear(input, self.weight, self.bias)
+
+
+def residual_weights(layer: nn.Module) -> list[Tensor]:
+    """The weights whose products are a layer's output: what a model writes into its residual stream.
+
+    A layer that knows says so itself, as `residual_weights()`; of a linear one it is the matrix.
+    """
+    if isinstance(layer, nn.Linear):
+        return [layer.weight]
+    return layer.residual_weights()  # type: ignore[no-any-return, operator]
 
 
 def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .linear import Linear, before_bias, beside, in_halves
-from .untouched import untouched, weights_alone
+from ..ops.packing import without_padding
+from .linear import Linear, before_bias, beside, in_halves, residual_weights
+from .plain import plain, weights_alone
 
 
 class MambaState(NamedTuple):
@@ -39,6 +40,7 @@ class CausalConv1d(nn.Module):
 class SelectiveSSM(nn.Module):
     """The heart of a Mamba layer: convolution, input-dependent dt, B and C, and the scan; no projections in or out."""
 
+    padding_is_zero = False  # True where whoever calls the layer sees to it, as the model does once for all layers
     DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes (section 3.6)
 
     def __init__(self, d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | None):
@@ -57,6 +59,10 @@ class SelectiveSSM(nn.Module):
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+
+    def residual_weights(self) -> list[Tensor]:
+        """The weights whose products are the layer's output."""
+        return residual_weights(self.out_proj)
 
     def scan(self, u: Tensor, z: Tensor, state: MambaState | None, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """u, gate z (b, l, i) -> y (b, l, i), state."""
@@ -99,6 +105,8 @@ class Mamba(SelectiveSSM):
             if weights is not None:
                 y, *after = ops.mamba_step(x, *state, *weights)
                 return y, MambaState(*after)
+        if not self.padding_is_zero:
+            x = without_padding(x, seq_idx)
         u, z = in_halves(self.in_proj, x)
         y, state = self.scan(u, z, state, seq_idx)
         return self.out_proj(y), state
@@ -108,7 +116,7 @@ class Mamba(SelectiveSSM):
 
         That is where they are what they were built as, no gradient is wanted, and there are kernels for it.
         """
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not untouched(self, Mamba):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not plain(self, Mamba):
             return None
         weights = self._step_weights()
         return weights if weights and ops.fuses_mamba_step(x, *weights) else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.arguments import sizes
+from ..ops.packing import without_padding
 from .exchange import held, visit_experts
 from .feedforward import FeedForward
 
@@ -87,7 +88,7 @@ class Router(nn.Module):
         if (
             not self.training
             and seq_idx is None
-            and ops.choose("route_with_stats", x) == "cpu"
+            and ops.choose("route_with_stats", x, self.weight) == "cpu"
             and not torch.is_grad_enabled()
         ):
             with torch.autocast("cpu", enabled=False):
@@ -145,7 +146,7 @@ class Router(nn.Module):
         indices, gates, balance_loss, z_loss, load, entropy = ops.route_with_stats(
             logits, self.balance_bias, self.top_k
         )
-        stats = RouterStats(balance_loss, z_loss, load, dropped=torch.zeros(()), entropy=entropy)
+        stats = RouterStats(balance_loss, z_loss, load, dropped=entropy.new_zeros(()), entropy=entropy)
         return Routing(indices, gates, stats)
 
     @torch.no_grad()
@@ -240,6 +241,10 @@ class LinearExperts(nn.Module):
             return self._compute(x, routing.indices, gates)
         return visit_experts(x, routing.indices, gates, self.n_experts, self.group, self._compute)
 
+    def residual_weights(self) -> list[Tensor]:
+        """The weights whose products are the layer's output."""
+        return [self.weight]
+
     def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
         return ops.expert_linear(x, indices, gates, held(self.weight))
 
@@ -257,6 +262,8 @@ class MoE(nn.Module):
         n_shared_experts: experts that every token visits besides, computed as one dense layer.
         d_out: width of the output; d_model if None.
     """
+
+    padding_is_zero = False  # True where whoever calls the layer sees to it
 
     def __init__(
         self,
@@ -278,8 +285,14 @@ class MoE(nn.Module):
         shared = n_shared_experts * d_expert
         self.shared = FeedForward(d_model, shared, activation, d_out=d_out) if shared else None
 
+    def residual_weights(self) -> list[Tensor]:
+        """The weights whose products are the layer's output."""
+        return [self.experts.down_proj, *([] if self.shared is None else self.shared.residual_weights())]
+
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d_out), zero where dropped or padding, and what the router did."""
+        if not self.padding_is_zero:
+            x = without_padding(x, seq_idx)
         routing: Routing = self.router(x, seq_idx)
         y: Tensor = self.experts(x.flatten(0, 1), routing).unflatten(0, x.shape[:2])
         if self.shared is not None:

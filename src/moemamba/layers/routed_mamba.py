@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .linear import Linear
 from .mamba import MambaState, SelectiveSSM
+from ..ops.packing import without_padding
 from .moe import LinearExperts, MoE, Router, RouterStats
 
 
@@ -46,7 +47,7 @@ class RoutedMamba(SelectiveSSM):
                 return Linear(wide_in, wide_out, bias=False)
             if shared_routing:
                 return LinearExperts(wide_in, n_experts, wide_out)
-            return MoE(
+            mixture = MoE(
                 wide_in,
                 n_experts,
                 d_expert,
@@ -56,6 +57,8 @@ class RoutedMamba(SelectiveSSM):
                 n_shared_experts=n_shared_experts,
                 d_out=wide_out,
             )
+            mixture.padding_is_zero = True  # of x by `forward`, of y by the scan
+            return mixture
 
         self.conv_proj = projection("conv", d_model, self.d_inner)
         self.gate_proj = projection("gate", d_model, self.d_inner)
@@ -65,6 +68,8 @@ class RoutedMamba(SelectiveSSM):
         self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, MambaState, tuple[RouterStats, ...]]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d), the state that continues it, and what each router did."""
+        if not self.padding_is_zero:
+            x = without_padding(x, seq_idx)
         stats: list[RouterStats] = []
         routing = None
         if self.router is not None:

@@ -3,7 +3,11 @@
 Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch, `reference.py`), "cpu"
 (compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: on NVIDIA GPUs the scan and the
 convolution's gradients). All compute the same function with the same gradients. The fastest that can run is chosen from
-the tensors; `backend("reference")` overrides the choice.
+the tensors; `backend("reference")` overrides the choice. The kernels know the backward pass alone: under torch.func, and
+where an argument carries a forward-mode derivative, the choice is the reference, which is right there too.
+
+What is not of a sequence, padding or another sequence of its row, never reaches it, forward or backward, be it infinite
+or not a number.
 
 Letters, here and everywhere: b batch, l length, t tokens (b times l), d d_model, i d_inner, n d_state, k d_conv or
 top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D are only the state-space model's.
@@ -14,14 +18,17 @@ from types import TracebackType
 from torch import Tensor
 
 from . import reference
+from .attention import attention
 from .arguments import autocast, dense, expect, sizes
-from .backends import BACKENDS, available, choose, force, implementation, why_not
+from .backends import BACKENDS, available, bound, choose, compute, force, transformed, why_not
 from .routing import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
 
 __all__ = [
     "BACKENDS",
+    "attention",
     "available",
     "backend",
+    "bound",
     "causal_conv1d",
     "choose",
     "expert_feedforward",
@@ -40,12 +47,16 @@ __all__ = [
     "route_with_stats",
     "route_with_totals",
     "selective_scan",
+    "transformed",
     "why_not",
 ]
 
 
 class backend:
     """Override the choice of backend: `with ops.backend("reference"): ...`, or a plain call, which lasts.
+
+    In the context that asks (`contextvars`): other threads choose for themselves. What `torch.compile` has compiled
+    keeps the choice of the context that compiled it.
 
     Raises:
         ValueError: the name is none of "reference", "cpu", "triton", "cuda".
@@ -107,7 +118,7 @@ def selective_scan(
     expect("initial_state", initial_state, (batch, width, n))
     expect("seq_idx", seq_idx, (batch, length))
     D, dt_bias, seq_idx = dense(D), dense(dt_bias), dense(seq_idx)
-    return implementation("selective_scan", u)(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
+    return compute("selective_scan", u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
 
 
 def causal_conv1d(
@@ -140,7 +151,7 @@ def causal_conv1d(
     expect("initial_state", initial_state, (batch, width, weight.shape[1] - 1))
     expect("seq_idx", seq_idx, (batch, length))
     args = (x, weight, dense(bias), activation, initial_state, dense(seq_idx))
-    return implementation("causal_conv1d", x)(*args)
+    return compute("causal_conv1d", *args)
 
 
 def mamba_step(
@@ -202,7 +213,7 @@ def mamba_step(
         raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
     weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
     norm = (norm_weight, norm_bias, eps, in_place)
-    return implementation("mamba_step", x)(x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
+    return compute("mamba_step", x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
 
 
 def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:
@@ -233,7 +244,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     expect("weight", weight, (*weight.shape[:2], d))
     expect("counts", counts, (weight.shape[0],))
     x = autocast(x)
-    return implementation("grouped_linear", x)(x, weight, counts)
+    return compute("grouped_linear", x, weight, counts)
 
 
 def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
@@ -252,7 +263,7 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
     expect("indices", indices, (tokens, indices.shape[-1]))
     expect("gates", gates, tuple(indices.shape))
     x = autocast(x)
-    return implementation("expert_linear", x)(x, dense(indices), dense(gates), weight)
+    return compute("expert_linear", x, dense(indices), dense(gates), weight)
 
 
 def expert_feedforward(
@@ -279,7 +290,7 @@ def expert_feedforward(
     expect("indices", indices, (tokens, indices.shape[-1]))
     expect("gates", gates, tuple(indices.shape))
     x = autocast(x)
-    return implementation("expert_feedforward", x)(x, dense(indices), dense(gates), up, down, activation)
+    return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -294,7 +305,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     expect("weight", weight, (weight.shape[0], x.shape[-1]))
     expect("bias", bias, (weight.shape[0],))
-    return implementation("linear", x)(x, weight, bias)  # type: ignore[no-any-return]
+    return compute("linear", x, weight, bias)  # type: ignore[no-any-return]
 
 
 def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,7 +320,7 @@ def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         (..., d), and (..., f).
     """
     expect("weight", weight, (weight.shape[0], x.shape[-1]))
-    return implementation("linear_beside", x)(x, weight)  # type: ignore[no-any-return]
+    return compute("linear_beside", x, weight)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(
@@ -331,7 +342,7 @@ def linear_cross_entropy(
     expect("weight", weight, (weight.shape[0], d))
     expect("targets", targets, (tokens,))
     hidden = autocast(hidden)
-    return implementation("linear_cross_entropy", hidden)(hidden, weight, targets, ignore_index, reduction)
+    return compute("linear_cross_entropy", hidden, weight, targets, ignore_index, reduction)
 
 
 def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
@@ -344,7 +355,7 @@ def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
         (b,) int64.
     """
     expect("weight", weight, (weight.shape[0], x.shape[1]))
-    return implementation("linear_argmax", x)(x, weight)  # type: ignore[no-any-return]
+    return compute("linear_argmax", x, weight)  # type: ignore[no-any-return]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -357,4 +368,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         (..., d) in x's dtype, or the weight's where that is wider.
     """
     expect("weight", weight, (x.shape[-1],))
-    return implementation("rms_norm", x)(x, weight, eps)  # type: ignore[no-any-return]
+    return compute("rms_norm", x, weight, eps)  # type: ignore[no-any-return]

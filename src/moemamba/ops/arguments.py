@@ -17,6 +17,17 @@ def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The same with rows whose entries lie next to each other, as kernels read streams; another is copied."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def gradients_like(*inputs: Tensor | None) -> list[Tensor]:
+    """Room for the gradient of each input, contiguous; empty where there is no such input."""
+    like = next(t for t in inputs if t is not None)
+    return [like.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
+
+
 def sizes(name: str, tensor: Tensor, letters: str) -> torch.Size:
     """The shape of an argument, one size for each of these letters ("b, l, i"); a ValueError if it has not as many."""
     if tensor.ndim != letters.count(",") + 1:

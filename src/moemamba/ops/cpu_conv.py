@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from .cpu_kernel import (
-    PADDING,
-    START,
     TILE,
     Rows,
     address,
@@ -23,7 +21,7 @@ from .cpu_kernel import (
     inner,
     kernel,
     load_columns,
-    marks,
+    new,
     plain,
     read,
     readable,
@@ -35,6 +33,7 @@ from .cpu_kernel import (
     traced,
     write,
 )
+from .packing import BEGIN, PADDING, position_marks
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _CHUNK = 32  # positions that are fetched together, to hide the memory behind each other
@@ -54,7 +53,7 @@ def causal_conv1d(
     history = None if initial_state is None else cast(initial_state, dtype)
     x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
     op = _forward if traced(x, weight, bias, history) else _run_forward
-    y, final_state = op(x, weight, bias, history, activation == "silu", marks(seq_idx))
+    y, final_state = op(x, weight, bias, history, activation == "silu", None if seq_idx is None else position_marks(seq_idx))
     return cast(y, dtype), cast(final_state, dtype)
 
 
@@ -109,7 +108,7 @@ def _conv(
                 if marks and mark[b, start + j] == PADDING:
                     out[j] = _ZERO  # and silu(0) = 0
                     continue
-                if marks and mark[b, start + j] == START:
+                if marks and mark[b, start + j] == BEGIN:
                     top = k - 1
                     window[:top] = _ZERO
                 for c in range(TILE):
@@ -187,7 +186,7 @@ def _conv_backward(
                 if marks and mark[b, start + j] == PADDING:
                     write(nothing, dx, b, start + j, channel, count)
                     continue
-                if marks and mark[b, start + j] == START:
+                if marks and mark[b, start + j] == BEGIN:
                     _flush(dwindow, place[:top], dx, dhistory, b, channel, count)
                     top = k - 1
                     window[:top] = _ZERO
@@ -236,18 +235,19 @@ def _run_forward(
         batch * -(-width // TILE),
         x.numel() * k,
         (*x.shape, k),
-        rows(x),
-        rows(y),
-        address(weight),
-        address(bias),
+        rows(x, *x.shape),
+        rows(y, *x.shape),
+        address(weight, width, k),
+        address(bias, width),
         silu,
-        *[address(t) for t in (history, final_state, marks)],
+        *[address(t, batch, width, k - 1) for t in (history, final_state)],
+        address(marks, *x.shape[:2], dtype=torch.int8),
     )
     return y, final_state
 
 
 def _outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], weight.shape[1] - 1, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1), dtype=torch.float32)
 
 
 _forward = torch.library.custom_op("moemamba::cpu_causal_conv1d", _run_forward, mutates_args=())
@@ -271,23 +271,25 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of x, weight, bias and history; those of absent arguments mean nothing."""
     (batch, _, width), k = x.shape, weight.shape[1]
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dweight, dbias, dhistory = (torch.empty(batch, width, *columns) for columns in ((k,), (), (k - 1,)))
+    dx = new(*x.shape, dtype=x.dtype)
+    dweight, dbias, dhistory = (new(batch, width, *columns) for columns in ((k,), (), (k - 1,)))
     run(
         _conv_backward,
         batch * -(-width // TILE),
         x.numel() * k,
         (*x.shape, k),
-        rows(x),
-        address(weight),
-        address(bias),
+        rows(x, *x.shape),
+        address(weight, width, k),
+        address(bias, width),
         silu,
-        address(history),
-        address(marks),
-        rows(dy),
-        address(dfinal_state),
-        rows(dx),
-        *[address(t) for t in (dweight, dbias, dhistory)],
+        address(history, batch, width, k - 1),
+        address(marks, *x.shape[:2], dtype=torch.int8),
+        rows(dy, *x.shape),
+        address(dfinal_state, batch, width, k - 1),
+        rows(dx, *x.shape),
+        address(dweight, batch, width, k),
+        address(dbias, batch, width),
+        address(dhistory, batch, width, k - 1),
     )
     return [dx, summed(dweight), summed(dbias), dhistory]
 

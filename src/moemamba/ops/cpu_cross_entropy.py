@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_kernel import LOG2E, address, exp2, floats, kernel, run, traced, wants_grad
+from .cpu_kernel import LOG2E, address, exp2, floats, kernel, new, run, traced, wants_grad
 from .scaled_gradients import keep_gradients, scale_gradients
 
 LOGITS = 1 << 20  # that exist at once, about: 4 MB
@@ -60,11 +60,13 @@ def _run_forward(
     size = max(1, LOGITS // max(1, v))
     for part in (slice(start, start + size) for start in range(0, hidden.shape[0], size)):
         h, kept = hidden[part], targets[part] != ignore_index
+        if not kept.all():  # what does not count has no part in the products, be it not a number
+            h = h.where(kept[:, None], 0)
         logits, counts = (h @ matrix.t()).float(), kept.float()
         place = targets[part].where(kept, 0)[:, None]
-        chosen, log_sum = logits.gather(1, place)[:, 0], torch.empty_like(counts)
-        places = (address(logits), address(counts), address(log_sum), gradients)
-        run(_softmax, h.shape[0], logits.numel(), v, *places)
+        chosen, log_sum, rows = logits.gather(1, place)[:, 0], new(len(h)), len(h)
+        places = (address(logits, rows, v), address(counts, rows), address(log_sum, rows), gradients)
+        run(_softmax, rows, logits.numel(), v, *places)
         total += (log_sum - chosen).where(kept, 0).sum()
         if gradients:
             difference = logits.scatter_add_(1, place, -counts[:, None]).to(hidden.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_kernel import traced
+from .cpu_kernel import new, traced
 from .cpu_linear import linear
 from .reference import ACTIVATIONS, dispatch
 
@@ -52,9 +52,9 @@ def expert_feedforward(
 def _one_by_one(x: Tensor, indices: Tensor, gates: Tensor | None, shape: torch.Size, expert: Expert) -> Tensor:
     """Without gradients: every choice by itself, with weights of `shape` (e, o, ·)."""
     n_experts, width, _ = shape
-    y = torch.zeros(x.shape[0], width)
-    weights = torch.ones(indices.shape) if gates is None else gates
-    for token, (chosen, shares) in enumerate(zip(indices.tolist(), weights.tolist(), strict=True)):
+    y = new(x.shape[0], width).zero_()
+    shares_of = [[1.0] * indices.shape[1]] * len(x) if gates is None else gates.tolist()
+    for token, (chosen, shares) in enumerate(zip(indices.tolist(), shares_of, strict=True)):
         for e, share in zip(chosen, shares, strict=True):
             if e < n_experts:
                 y[token].add_(expert(x[token], e), alpha=share)

@@ -24,8 +24,7 @@ from numba import carray, types  # type: ignore[attr-defined]  # carray is publi
 from numba.core import event
 from numba.extending import intrinsic
 from torch import Tensor
-
-from .packing import boundaries
+from torch.autograd import forward_ad
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes tens
@@ -125,16 +124,78 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def rows(tensor: Tensor | None) -> Rows:
+# Kernels see nothing but addresses: the functions from here to `located` are the only ones that make tensors for them
+# and hand them over, whatever torch's default dtype and device are.
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for a kernel to write to."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def address(tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+    """Where a contiguous tensor of this shape lies, for `floats`; an absent one has address 0.
+
+    Raises:
+        RuntimeError: it is not what the kernel reads.
+    """
+    if tensor is None:
+        return 0
+    if not (tensor.shape == shape and tensor.dtype is dtype and tensor.is_contiguous() and _is_here(tensor)):
+        raise _mistaken(tensor, f"contiguous {dtype} of shape {shape}")
+    return tensor.data_ptr()
+
+
+def rows(tensor: Tensor | None, *shape: int) -> Rows:
     """A (b, l, channels) tensor for `read` and `write`: address, strides of b and l, size of an element (bytes).
 
     The channels must be contiguous (see `readable`); an absent tensor has address 0.
+
+    Raises:
+        RuntimeError: it is not what the kernel reads.
     """
     if tensor is None:
         return 0, 0, 0, 0
+    batch, time, channels = tensor.stride()
+    if not (tensor.shape == shape and tensor.dtype in _STREAMED and channels == 1 and _is_here(tensor)):
+        raise _mistaken(tensor, f"rows of float32 or bfloat16 of shape {shape}")
     size = tensor.element_size()
-    batch, time, _ = tensor.stride()
     return tensor.data_ptr(), batch * size, time * size, size
+
+
+def located(*tensors: Tensor | None) -> list[int] | None:
+    """Where tensors lie whose shapes are known, for `floats`; None if one is not contiguous float32 here.
+
+    This is for the ops of generation, whose checks have to be short; what they cannot read goes another way.
+    """
+    places = []
+    for tensor in tensors:
+        if tensor is None:
+            places.append(0)
+        elif tensor.dtype is torch.float32 and tensor.is_contiguous() and _is_here(tensor):
+            places.append(tensor.data_ptr())
+        else:
+            return None
+    return None if torch.is_autocast_enabled("cpu") else places
+
+
+_STREAMED = (torch.float32, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether a tensor is in this memory and is all there is to it: no subclass, no forward-mode derivative."""
+    if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        return False
+    return forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None
+
+
+def _mistaken(tensor: Tensor, expected: str) -> RuntimeError:
+    dual = " with a forward-mode derivative" if type(tensor) in _PLAIN and tensor.is_cpu and not _is_here(tensor) else ""
+    return RuntimeError(
+        f"a kernel for the CPU reads {expected}, and was given a {type(tensor).__name__}{dual} of {tensor.dtype} and "
+        f'shape {tuple(tensor.shape)} on {tensor.device}; use ops.backend("reference")'
+    )
 
 
 def readable(tensor: MaybeTensor) -> MaybeTensor:
@@ -158,21 +219,6 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-PADDING, START = 0, 2  # marks of a position; 1 is any other token
-
-
-def marks(seq_idx: Tensor | None) -> Tensor | None:
-    """(b, l) uint8: what each position is to a recurrence."""
-    if seq_idx is None:
-        return None
-    valid, starts = boundaries(seq_idx)
-    return valid.to(torch.uint8) + starts.to(torch.uint8)
-
-
 def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -185,21 +231,10 @@ def traced(*tensors: Tensor | None) -> bool:
     return wants_grad(*tensors) or torch.compiler.is_compiling() or type(tensors[0]) is not Tensor
 
 
-def streams(*tensors: Tensor | None) -> bool:
-    """Whether a kernel can read all of these as they lie: contiguous float32 here, and no kind of tensor of its own."""
-    return all(
-        t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu and t.is_contiguous())
-        for t in tensors
-    ) and not torch.is_autocast_enabled("cpu")
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 def summed(parts: Tensor) -> Tensor:
     """The sum of a contiguous float32 tensor over its first dimension, in order, whatever the number of threads."""
-    total = parts.new_empty(parts.shape[1:])
-    _sum(0, 1, parts.shape[0], total.numel(), address(parts), address(total))
+    total = new(*parts.shape[1:])
+    _sum(0, 1, parts.shape[0], total.numel(), address(parts, *parts.shape), address(total, *total.shape))
     return total
 
 
@@ -241,7 +276,7 @@ def floats(address: int, shape: Any) -> Any:
 
 @inner
 def bytes_at(address: int, shape: Any) -> Any:
-    """A contiguous uint8 array at an address."""
+    """A contiguous uint8 array at an address (of int8, where no number is negative)."""
     return carray(_byte_pointer(address), shape)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu_kernel import address, floats, kernel, run, streams, summing, traced
+from .cpu_kernel import floats, kernel, located, new, run, summing, traced
 
 FEW = 3  # rows up to which streaming the weights is faster
 SMALL = 1 << 16  # weights below which it makes no difference, and PyTorch's call is the shorter
@@ -21,11 +21,14 @@ _ZERO = np.float32(0)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `moemamba.ops.linear`."""
     few = x.numel() <= FEW * x.shape[-1] and weight.numel() >= SMALL
-    if not few or traced(x, weight, bias) or not streams(x, weight, bias):
+    if not few or traced(x, weight, bias):
         return F.linear(x, weight, bias)
     width_out, width_in = weight.shape
-    y = x.new_empty(*x.shape[:-1], width_out)
-    rows, places = x.numel() // width_in, (address(x), address(weight), address(bias), address(y))
+    y = new(*x.shape[:-1], width_out)
+    places = located(x, weight, bias, y)
+    if places is None:
+        return F.linear(x, weight, bias)
+    rows = x.numel() // width_in
     run(_linear, width_out, rows * weight.numel() // MULTIPLICATIONS, rows, width_in, width_out, *places)
     return y
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cpu_kernel import address, floats, kernel, plain, run, summed, traced
+from .cpu_kernel import address, floats, kernel, new, plain, run, summed, traced
 
 ROWS = 32  # rows of a task: the gradient of the weight is summed within it first
 
@@ -70,8 +70,8 @@ def _run_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     """y, and the scale of each row."""
     width = x.shape[-1]
     count = x.numel() // width
-    y, scale = torch.empty_like(x), x.new_empty(count)
-    places = (address(x), address(weight), address(y), address(scale))
+    y, scale = new(*x.shape), new(count)
+    places = (address(x, *x.shape), address(weight, width), address(y, *x.shape), address(scale, count))
     run(_norm, -(-count // ROWS), x.numel(), count, width, eps, *places)
     return y, scale
 
@@ -89,8 +89,9 @@ def _backward(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> list[Tens
     """Gradients of x and weight."""
     count, width = scale.shape[0], x.shape[-1]
     blocks = -(-count // ROWS)
-    dx, dweight = torch.empty_like(x), x.new_empty(blocks, width)
-    places = [address(t) for t in (x, weight, scale, dy, dx, dweight)]
+    dx, dweight = new(*x.shape), new(blocks, width)
+    inputs = (address(x, *x.shape), address(weight, width), address(scale, count), address(dy, *x.shape))
+    places = (*inputs, address(dx, *x.shape), address(dweight, blocks, width))
     run(_norm_backward, blocks, x.numel(), count, width, *places)
     return [dx, summed(dweight)]
 

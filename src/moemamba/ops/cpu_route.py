@@ -4,23 +4,22 @@ For a single token the many small operations that this takes the place of cost m
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from . import reference
-from .cpu_kernel import LOG2E, address, exp2, floats, kernel, streams, traced
+from .cpu_kernel import LOG2E, exp2, floats, kernel, located, new, traced
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `moemamba.ops.route_with_stats`."""
-    if traced(logits, bias) or not streams(logits, bias):
-        return reference.route_with_stats(logits, bias, top_k)
     tokens, n_experts = logits.shape
-    chosen, gates = torch.empty(2, tokens, top_k).unbind()
-    sums, load = torch.empty(3), torch.empty(n_experts)
-    places = (address(t) for t in (logits, bias, chosen, gates, sums, load))
+    chosen, gates = new(2, tokens, top_k).unbind()
+    sums, load = new(3), new(n_experts)
+    places = None if traced(logits, bias) else located(logits, bias, chosen, gates, sums, load)
+    if places is None:
+        return reference.route_with_stats(logits, bias, top_k)
     _route(0, tokens, n_experts, top_k, *places)
     balance_loss, z_loss, entropy = sums.unbind()
     return chosen.long(), gates, balance_loss, z_loss, load, entropy

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu_kernel import address, cast, marks, plain, readable, rows, run, summed, traced, wants_grad
+from .cpu_kernel import address, cast, new, plain, readable, rows, run, summed, traced, wants_grad
 from .cpu_scan_kernels import CHUNK, kernels, lanes
+from .packing import position_marks
 
 
 def selective_scan(
@@ -31,8 +32,9 @@ def selective_scan(
     u, dt, B, C, z = readable(u), readable(dt), readable(B), readable(C), readable(z)
     A, D, dt_bias, initial_state = plain(A), plain(D), plain(dt_bias), plain(initial_state)
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    marks = None if seq_idx is None else position_marks(seq_idx)
     op = _forward if traced(*tensors) else _run_forward
-    y, final_state, _ = op(*tensors, dt_softplus, marks(seq_idx), wants_grad(*tensors))
+    y, final_state, _ = op(*tensors, dt_softplus, marks, wants_grad(*tensors))
     return cast(y, dtype), final_state
 
 
@@ -56,15 +58,17 @@ def _run_forward(
     """y, the final state, and the states that the backward pass starts from (empty unless `keep`)."""
     y, final_state, kept = _outputs(u, A, keep)
     tile = lanes(u.shape[2])
-    shape, tiles = (*u.shape, A.shape[1]), -(-u.shape[2] // tile)
-    streams = (rows(u), rows(dt), rows(B), rows(C), rows(z), rows(y))
-    parameters = (address(A), address(D), address(dt_bias), dt_softplus)
-    states = (address(initial_state), address(final_state))
-    tasks, work = u.shape[0] * tiles, u.numel() * A.shape[1]
-    if u.shape[1] == 1 and marks is None and not keep:
+    (batch, length, width), n = u.shape, A.shape[1]
+    shape, tiles = (*u.shape, n), -(-width // tile)
+    B_rows, C_rows = rows(B, batch, length, n), rows(C, batch, length, n)
+    streams = (rows(u, *u.shape), rows(dt, *u.shape), B_rows, C_rows, rows(z, *u.shape), rows(y, *u.shape))
+    parameters = (address(A, width, n), address(D, width), address(dt_bias, width), dt_softplus)
+    states = (address(initial_state, batch, width, n), address(final_state, batch, width, n))
+    tasks, work = batch * tiles, u.numel() * n
+    if length == 1 and marks is None and not keep:
         run(kernels(tile).step, tasks, work, shape, *streams, *parameters, *states)
     else:
-        rest = (address(marks), address(kept) if keep else 0)
+        rest = (address(marks, batch, length, dtype=torch.int8), address(kept, *kept.shape) if keep else 0)
         run(kernels(tile).scan, tasks, work, shape, *streams, *parameters, *states, *rest)
     return y, final_state, kept
 
@@ -75,7 +79,7 @@ def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     kept = (batch, -(-width // tile), -(-length // CHUNK), A.shape[1], tile) if keep else (0,)
     return (
         u.new_empty(u.shape),
-        u.new_empty(batch, width, A.shape[1], dtype=torch.float32),
+        u.new_empty((batch, width, A.shape[1]), dtype=torch.float32),
         u.new_empty(kept, dtype=torch.float32),
     )
 
@@ -106,10 +110,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state; those of absent arguments mean nothing."""
     (batch, length, width), n, tiles = u.shape, A.shape[1], kept.shape[1]
-    new = torch.empty
-    du, ddt, dz = new(u.shape, dtype=u.dtype), new(u.shape, dtype=dt.dtype), None
-    if z is not None:
-        dz = new(u.shape, dtype=z.dtype)
+    du, ddt = new(*u.shape, dtype=u.dtype), new(*u.shape, dtype=dt.dtype)
+    dz = None if z is None else new(*u.shape, dtype=z.dtype)
     dA, dstate = new(batch, width, n), new(batch, width, n)
     dB, dC = new(tiles, batch, length, n), new(tiles, batch, length, n)
     dD, dbias = new(batch, width), new(batch, width)
@@ -118,15 +120,21 @@ def _backward(
         batch * tiles,
         u.numel() * n,
         (batch, length, width, n),
-        *[rows(t) for t in (u, dt, B, C, z)],
-        *[address(t) for t in (A, D, dt_bias)],
+        *[rows(t, *u.shape) for t in (u, dt)],
+        *[rows(t, batch, length, n) for t in (B, C)],
+        rows(z, *u.shape),
+        address(A, width, n),
+        *[address(t, width) for t in (D, dt_bias)],
         dt_softplus,
-        address(marks),
-        address(kept),
-        rows(dy),
-        address(dfinal_state),
-        *[rows(t) for t in (du, ddt, dz)],
-        *[address(t) for t in (dA, dB, dC, dD, dbias, dstate)],
+        address(marks, batch, length, dtype=torch.int8),
+        address(kept, *kept.shape),
+        rows(dy, *u.shape),
+        address(dfinal_state, batch, width, n),
+        *[rows(t, *u.shape) for t in (du, ddt, dz)],
+        address(dA, batch, width, n),
+        *[address(t, tiles, batch, length, n) for t in (dB, dC)],
+        *[address(t, batch, width) for t in (dD, dbias)],
+        address(dstate, batch, width, n),
     )
     sums = [summed(dA), summed(dB).to(B.dtype), summed(dC).to(C.dtype), summed(dD)]
     return [du, ddt, *sums, du.new_empty(0) if dz is None else dz, summed(dbias), dstate]

@@ -14,8 +14,6 @@ import numpy as np
 from .cpu_kernel import (
     LN2,
     LOG2E,
-    PADDING,
-    START,
     TILE,
     Rows,
     bytes_at,
@@ -30,6 +28,7 @@ from .cpu_kernel import (
     store_columns,
     write,
 )
+from .packing import BEGIN, PADDING
 
 CHUNK = 32  # positions between two states that the forward pass keeps
 
@@ -119,7 +118,7 @@ def kernels(lanes: int) -> Kernels:
                 for j in range(size):
                     if marks and mark[b, start + j] == PADDING:
                         continue
-                    if marks and mark[b, start + j] == START:
+                    if marks and mark[b, start + j] == BEGIN:
                         h[:] = _ZERO
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
@@ -239,6 +238,7 @@ def kernels(lanes: int) -> Kernels:
         vectors = np.empty((4, 1, lanes), np.float32)
         skip, bias, dskip, dbias = vectors[0], vectors[1], vectors[2], vectors[3]
         drive = np.empty(lanes, np.float32)
+        nothing = np.zeros((n, lanes), np.float32)  # the state before a sequence
         for task in range(first, last):
             b, tile = task // tiles, task % tiles
             channel, count = tile * lanes, min(lanes, width - tile * lanes)
@@ -265,14 +265,16 @@ def kernels(lanes: int) -> Kernels:
                     if marks and mark[b, start + j] == PADDING:
                         h[j + 1] = h[j]
                         continue
-                    keep = _ZERO if marks and mark[b, start + j] == START else _ONE
+                    begins = marks and mark[b, start + j] == BEGIN
+                    keep = _ZERO if begins else _ONE
+                    before = nothing if begins else h[j]
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
                         out[j, c] = skip[0, c] * x[j, c]
                     for s in range(n):
                         for c in range(lanes):
                             a[j, s, c] = keep * exp2(step[j, c] * decay[s, c])
-                            h[j + 1, s, c] = a[j, s, c] * h[j, s, c] + drive[c] * Bt[j, s]
+                            h[j + 1, s, c] = a[j, s, c] * before[s, c] + drive[c] * Bt[j, s]
                             out[j, c] += Ct[j, s] * h[j + 1, s, c]
                 read(g[:size], dy, b, start, channel, count)
                 if z[0]:
@@ -296,6 +298,8 @@ def kernels(lanes: int) -> Kernels:
                         continue
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
+                    begins = marks and mark[b, start + j] == BEGIN
+                    before = nothing if begins else h[j]
                     for s in range(n):
                         dBt = dCt = _ZERO
                         for c in range(lanes):
@@ -305,11 +309,13 @@ def kernels(lanes: int) -> Kernels:
                             dx[j, c] += dhc * Bt[j, s]
                             dhc *= a[j, s, c]
                             dh[s, c] = dhc
-                            through = dhc * h[j, s, c]
+                            through = dhc * before[s, c]
                             ddecay[s, c] += through * step[j, c]
                             dstep[j, c] += through * decay[s, c]
                         dB_parts[tile, b, start + j, s] = dBt
                         dC_parts[tile, b, start + j, s] = dCt
+                    if begins:  # nothing goes back to what came before, be it not a number
+                        dh[:] = _ZERO
                     for c in range(lanes):
                         dskip[0, c] += g[j, c] * x[j, c]
                         dstep[j, c] = (LN2 * dstep[j, c] + dx[j, c] * x[j, c]) * slope[j, c]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cpu_kernel import LOG2E, address, exp2, floats, kernel, plain, sigmoid, softplus, streams, summing, traced
+from .cpu_kernel import LOG2E, exp2, floats, kernel, located, new, plain, sigmoid, softplus, summing, traced
 from .cpu_linear import FEW, product
 
 LANES = 16  # states that are taken at once: as many as a vector register holds, and as many as most models have
@@ -46,14 +46,16 @@ def mamba_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `moemamba.ops.mamba_step`; with a norm or in place it is the reference's."""
     weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
-    if norm_weight is not None or in_place or traced(x, *weights) or not streams(x, *weights):
+    (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    before, places = (plain(conv_state), plain(ssm_state)), None
+    if norm_weight is None and not in_place and not traced(x, *weights):
+        after = (new(*x.shape), new(*before[0].shape), new(*before[1].shape))
+        places = located(x, *before, *weights, *after)
+    if places is None:
         return reference.mamba_step(
             x, conv_state, ssm_state, *weights, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, in_place=in_place
         )
-    before = (plain(conv_state), plain(ssm_state))
-    (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
-    after = (torch.empty_like(x), torch.empty_like(before[0]), torch.empty_like(before[1]))
-    _step(0, batch, d, width, n, k, r, *[address(t) for t in (x, *before, *weights, *after)])
+    _step(0, batch, d, width, n, k, r, *places)
     return after
 
 

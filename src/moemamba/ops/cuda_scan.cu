@@ -269,6 +269,7 @@ template <Pass PASS> __device__ inline void walk(const Scan& s) {
             if (MARKED && mark == BEGIN && PASS != ADJOINT)
 #pragma unroll
                 for (int n = 0; n < N; n++) h[0][n] = h[1][n] = 0;
+            if (!MARKED || mark != PADDING)  // padding changes no state, whatever is there
 #pragma unroll
             for (int n = 0; n < N; n += 4) {
                 const float4 B4 = *(const float4*)&weights[k][PASS == ADJOINT ? N + n : n];
@@ -341,7 +342,7 @@ template <bool BACK> __device__ inline void carried(const Scan& s) {
         for (int k = 0; k < AHEAD; k++) {
             const wide_int part = BACK ? s.parts - 1 - begin - k : begin + k;
             if (begin + k < s.parts) entry[part * size] = state;
-            state = (decay[k] == INFINITE ? 0 : ex2(decay[k] * A)) * state + added[k];
+            state = (decay[k] == INFINITE ? 0 : ex2(decay[k] * A) * state) + added[k];
         }
     }
 }

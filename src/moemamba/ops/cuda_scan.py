@@ -1,6 +1,6 @@
 """The selective scan on an NVIDIA GPU: how the kernels of `cuda_scan.cu` are launched; a custom op with its gradient.
 
-They hold for up to 16 states a channel and tensors of one dtype; the Triton kernels hold for every other scan.
+They hold for up to 16 states a channel and tensors of one dtype; `backends.py` knows who takes every other scan.
 """
 
 import functools
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import dense_rows, gradients_like
 from .cuda_runtime import Module
-from .triton_scan import _empty_gradients, _rows, position_marks
-from .triton_scan import selective_scan as general_scan
+from .packing import position_marks
 
 STATES, STEPS = 16, 8
 WALKERS = 128  # threads of a block that walks along time, two channels each
@@ -45,7 +45,7 @@ def selective_scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `moemamba.ops.selective_scan`."""
-    reason = _why_not(u, dt, A, B, C, z)
+    reason = why_not(u, dt, A, B, C, z)
     if reason:
         raise RuntimeError(reason)
     marks = None if seq_idx is None else position_marks(seq_idx)
@@ -57,22 +57,8 @@ def selective_scan(
     return y, final_state
 
 
-def scan_or_triton(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    """The same where nobody asked for a backend: what these kernels do not cover, the Triton kernels do."""
-    scan = general_scan if _why_not(u, dt, A, B, C, z) else selective_scan
-    return scan(u, dt, A, B, C, D, z, *rest)
-
-
-def _why_not(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> str | None:
+def why_not(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> str | None:
+    """Why these kernels cannot take such tensors: one sentence with the remedy, or None if they can."""
     if A.shape[1] > STATES:
         return f'the cuda backend scans up to {STATES} states, and A has {A.shape[1]}; use ops.backend("triton")'
     if u.dtype not in TYPES or any(t is not None and t.dtype != u.dtype for t in (dt, B, C, z)):
@@ -196,8 +182,8 @@ def _forward(
     if u.numel() == 0:
         return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state), starts
     launch = _Launcher(
-        marks, dt_softplus, u=_rows(u), dt=_rows(dt), A=_float(A), B=_rows(B), C=_rows(C), D=_float(D),
-        z=None if z is None else _rows(z), bias=_float(dt_bias), initial=_float(initial_state), y=y, final=final_state,
+        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C), D=_float(D),
+        z=None if z is None else dense_rows(z), bias=_float(dt_bias), initial=_float(initial_state), y=y, final=final_state,
         starts=starts if save else None,
     )  # fmt: skip
     threads = WALKERS if length > 1 else 32
@@ -229,7 +215,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order; empty where there is no such input."""
     batch, length, width = u.shape
-    grads = _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    grads = gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
     if u.numel() == 0:
         for gradient in grads:
             gradient.zero_()
@@ -238,8 +224,8 @@ def _backward(
         return grads
     dA, dD, dbias, dinitial = floats = [grads[k].float() for k in (2, 5, 7, 8)]
     launch = _Launcher(
-        marks, dt_softplus, u=_rows(u), dt=_rows(dt), A=_float(A), B=_rows(B), C=_rows(C), D=_float(D),
-        z=None if z is None else _rows(z), bias=_float(dt_bias), dy=dy.contiguous(), dfinal=_float(dfinal),
+        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C), D=_float(D),
+        z=None if z is None else dense_rows(z), bias=_float(dt_bias), dy=dy.contiguous(), dfinal=_float(dfinal),
         starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA, dB=grads[3], dC=grads[4],
         dD=dD, dbias=dbias,
     )  # fmt: skip
@@ -301,7 +287,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus, save):  
 
 @_scan_backward.register_fake
 def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial_state, marks, starts, dt_softplus):  # type: ignore[no-untyped-def]
-    return _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    return gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -28,7 +28,14 @@ __device__ inline void forget() {
 // Sums over the channels of four neighbouring lanes v[0] to v[7] of the first or second of two positions: in lane l, with k = l % 4,
 // `sum` gets those of position k / 2 and states 4 (k % 2) + {0, 2, 1, 3}, in lane 4 r + k of lanes 4 r to 4 r + 3.
 // Products of float inputs are exact to float: each addend goes in two parts, since tf32 keeps 11 bits of one.
-__device__ inline void gather(float (&sum)[4], const float (&v)[OWN], int position, int r) {
+// Where there are marks a position's sums are selected: the other position may be of another sequence, and zero times what is not
+// a number is none.
+__device__ inline void gather(float (&total)[4], const float (&v)[OWN], int position, int r) {
+#if MARKED
+    float sum[4] = {};
+#else
+    float(&sum)[4] = total;
+#endif
 #pragma unroll
     for (int q = 0; q < 2; q++) {
         const int column = 4 * position + 2 * q;
@@ -37,6 +44,11 @@ __device__ inline void gather(float (&sum)[4], const float (&v)[OWN], int positi
         if (TYPE == 0)
             product(sum, x[0] - leading(x[0]), x[1] - leading(x[1]), x[2] - leading(x[2]), x[3] - leading(x[3]), left, right);
     }
+#if MARKED
+    if (threadIdx.x % 4 / 2 == position)
+#pragma unroll
+        for (int i = 0; i < 4; i++) total[i] = sum[i];
+#endif
 }
 
 // The sum of what `gather` left, over the warp's channels: of state 4 (k % 2) + r % 4 of the half r / 4.
@@ -105,7 +117,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
         const int rows = exists && n < s.states ? s.length - chunk * CHUNK - warp : 0, stride = is_C ? s.C_t : s.B_t;
         const Element* from = moved(weight, chunk * CHUNK + warp, stride);
 #pragma unroll
-        for (int i = 0; i < CHUNK / WARPS; i++, from = moved(from, WARPS, stride)) weighed[i] = i * WARPS < rows ? *from : Element();
+        for (int i = 0; i < CHUNK / WARPS; i++, from = moved(from, WARPS, stride)) {
+            weighed[i] = i * WARPS < rows ? *from : Element();
+            if (MARKED && i * WARPS < rows && s.marks[row * s.length + chunk * CHUNK + warp + i * WARPS] == PADDING) weighed[i] = Element();
+        }
     };
 
     int chunk = min(chunks, first + s.span) - 1;
@@ -147,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
                 read(B, &block.weights[group * GROUP + i][OWN * half]);
                 const bool reset = MARKED && block.marks[group * GROUP + i] == BEGIN;
 #pragma unroll
-                for (int j = 0; j < OWN; j++) h[j] = (reset ? 0 : ex2(element.x * A[j])) * h[j] + element.y * B[j];
+                for (int j = 0; j < OWN; j++) h[j] = (reset ? 0 : ex2(element.x * A[j]) * h[j]) + element.y * B[j];
             }
         }
 
@@ -189,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
 #pragma unroll
                 for (int j = 0; j < OWN; j++) {
                     decay[i][j] = reset ? 0 : ex2(element.x * A[j]);
-                    decayed[i][j] = decay[i][j] * h[j];
+                    decayed[i][j] = reset ? 0 : decay[i][j] * h[j];
                     h[j] = decayed[i][j] + element.y * B[j];
                     out += h[j] * C[j];
                     terms[j] = element.z * h[j];
@@ -206,6 +221,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
                 float B[OWN], C[OWN], terms[OWN], ddrive = 0, dstep = 0;
                 read(B, &block.weights[group * GROUP + i][OWN * half]);
                 read(C, &block.weights[group * GROUP + i][OWN * half + N]);
+                const bool reset = MARKED && block.marks[group * GROUP + i] == BEGIN;
 #pragma unroll
                 for (int j = 0; j < OWN; j++) {
                     g[j] += element.z * C[j];
@@ -214,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
                     const float dexponent = g[j] * decayed[i][j];
                     dstep += dexponent * A[j];
                     dA[j] += dexponent * element.x;
-                    g[j] *= decay[i][j];
+                    g[j] = reset ? 0 : g[j] * decay[i][j];
                 }
                 results[i][1][half][own] = ddrive, results[i][2][half][own] = dstep;
                 if (i % 2) sum[0] = sum[1] = sum[2] = sum[3] = 0;
@@ -236,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 3) backward(const Scan 
                 float2 du = make_float2(skip.x * dout.x + step.x * driven.x, skip.y * dout.y + step.y * driven.y);
                 float2 ddt = make_float2(exponent.x * LN2 + x.x * driven.x, exponent.y * LN2 + x.y * driven.y);
                 if (SOFTPLUS) ddt.x *= sigmoid(before.x + bias.x), ddt.y *= sigmoid(before.y + bias.y);
-                if (dead) ddt = make_float2(0, 0);
+                if (dead) du = ddt = make_float2(0, 0);
                 dD.x += dout.x * x.x, dD.y += dout.y * x.y, dbias.x += ddt.x, dbias.y += ddt.y;
                 const int some = time < s.length ? channels : 0;
                 const wide_int where = (row * s.length + time) * s.width + pair;

@@ -8,6 +8,14 @@ The first sequence of a row continues the state that is passed in, so it does no
 import torch
 from torch import Tensor
 
+PLAIN, BEGIN, PADDING = 0, 1, 2  # marks of a position: BEGIN, the state is reset before it; PADDING, nothing happens
+
+
+def position_marks(seq_idx: Tensor) -> Tensor:
+    """(b, l) int8: PLAIN, BEGIN or PADDING, what each position is to a recurrence."""
+    valid, starts = boundaries(seq_idx)
+    return torch.where(valid, starts * BEGIN, PADDING).to(torch.int8)
+
 
 def boundaries(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     """Where positions count, and where state is reset.
@@ -25,6 +33,11 @@ def boundaries(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
     previous_id = seq_idx.gather(1, previous.clamp(min=0))
     starts = valid & (previous >= 0) & (seq_idx != previous_id)
     return valid, starts
+
+
+def without_padding(x: Tensor, seq_idx: Tensor | None) -> Tensor:
+    """x (b, l, d) with zeros at padding, whatever was there: what is computed of it then stays finite."""
+    return x if seq_idx is None else x.masked_fill((seq_idx < 0)[..., None], 0)
 
 
 def positions(seq_idx: Tensor, first: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .backends import batched, transformed
 from .packing import boundaries, taps
 
 SCAN_CHUNK = 32  # positions whose (b, chunk, i, n) tensors exist at once
@@ -39,7 +40,10 @@ def selective_scan(
         state = torch.zeros(batch, width, A.shape[1], dtype=dtype, device=u.device)
     else:
         state = initial_state.to(dtype)
-    valid, starts = boundaries(seq_idx) if seq_idx is not None else (None, None)
+    valid, starts = None, None
+    if seq_idx is not None:
+        valid, starts = boundaries(seq_idx)
+        u, dt, B, C, z = (None if t is None else t.masked_fill(~valid[..., None], 0) for t in (u, dt, B, C, z))
     outputs = []
     for chunk in (slice(start, start + SCAN_CHUNK) for start in range(0, length, SCAN_CHUNK)):
         inputs = [None if t is None else t[:, chunk] for t in (u, dt, B, C, z, valid, starts)]
@@ -74,10 +78,10 @@ def _scan_chunk(
         step = step.masked_fill(~valid[..., None], 0)
     decay = torch.exp(step[..., None] * A.to(dtype))  # (b, c, i, n)
     drive = (step * x)[..., None] * B.to(dtype)[:, :, None, :]  # (b, c, i, n)
-    if starts is not None:
-        decay = decay.masked_fill(starts[..., None, None], 0)
     states = []
-    for a, bx in zip(decay.unbind(1), drive.unbind(1), strict=True):
+    for t, (a, bx) in enumerate(zip(decay.unbind(1), drive.unbind(1), strict=True)):
+        if starts is not None:  # filled, not multiplied by zero: what came before may be infinite
+            state = state.masked_fill(starts[:, t, None, None], 0)
         state = torch.addcmul(bx, a, state)
         states.append(state)
     y = torch.einsum("bcin,bcn->bci", torch.stack(states, dim=1), C.to(dtype))
@@ -181,9 +185,21 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """See `moemamba.ops.grouped_linear`."""
+    if batched(counts):
+        return _grouped_by_masks(x, weight, counts)
     groups = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
     products = [group @ w.to(x.dtype).T for group, w in zip(groups, weight, strict=False)]
     return torch.cat([*products, x.new_zeros(groups[-1].shape[0], weight.shape[1])])
+
+
+def _grouped_by_masks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear` where the counts are no numbers, as under vmap: every matrix meets every row."""
+    ends, place = counts.cumsum(0), torch.arange(x.shape[0], device=x.device)
+    y = x.new_zeros(x.shape[0], weight.shape[1])
+    for e, matrix in enumerate(weight):
+        other = ((place < ends[e] - counts[e]) | (place >= ends[e]))[:, None]
+        y = y + (x.masked_fill(other, 0) @ matrix.to(x.dtype).T).masked_fill(other, 0)
+    return y
 
 
 def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
@@ -206,6 +222,8 @@ def dispatch(
     x: Tensor, indices: Tensor, gates: Tensor | None, n_experts: int, experts: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Sort the (token, choice) pairs by expert, apply the experts, and sum what each token's choices return."""
+    if batched(indices):
+        return _dispatch_to_all(x, indices, gates, n_experts, experts)
     top_k = indices.shape[1]
     flat = indices.flatten()
     order = flat.argsort(stable=True)  # pairs that no expert takes (index n_experts) come last
@@ -213,8 +231,31 @@ def dispatch(
     token = order // top_k
     y = experts(x.index_select(0, token), counts).to(torch.promote_types(x.dtype, torch.float32))
     if gates is not None:
-        y = y * gates.flatten().index_select(0, order)[:, None]
+        shares = gates.flatten().masked_fill(flat == n_experts, 0)  # a dropped choice's may be not a number
+        y = y * shares.index_select(0, order)[:, None]
     return y.new_zeros(x.shape[0], y.shape[1]).index_add(0, token, y).to(x.dtype)
+
+
+def _dispatch_to_all(
+    x: Tensor, indices: Tensor, gates: Tensor | None, n_experts: int, experts: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`dispatch` where how many rows an expert gets is no number, as under vmap: each expert computes every token."""
+    dtype, rows = torch.promote_types(x.dtype, torch.float32), x.shape[0]
+    y: Tensor | None = None
+    for e in range(n_experts):
+        chosen = indices == e
+        share = chosen.to(dtype) if gates is None else gates.masked_fill(~chosen, 0).to(dtype)
+        taken = chosen.any(1)[:, None]
+        own = experts(x.masked_fill(~taken, 0), _all_of(e, n_experts, rows, x.device)).to(dtype)
+        part = (own * share.sum(1)[:, None]).masked_fill(~taken, 0)
+        y = part if y is None else y + part
+    assert y is not None
+    return y.to(x.dtype)
+
+
+def _all_of(e: int, n_experts: int, rows: int, device: torch.device) -> Tensor:
+    """Counts (e,) that give all rows to one expert."""
+    return torch.tensor([rows * (e == other) for other in range(n_experts)], device=device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -264,6 +305,8 @@ def route_with_totals(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `moemamba.ops.route_with_totals`."""
     n_experts = weight.shape[0]
+    if valid is not None:  # filled, since a product with zero does not make what is not a number vanish
+        x = x.masked_fill((valid == 0)[:, None], 0)
     logits = linear_float32(x, weight)
     probabilities, log_z = logits.softmax(dim=-1), logits.logsumexp(dim=-1)
     scores = probabilities + bias
@@ -300,6 +343,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     """See `moemamba.ops.linear_cross_entropy`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=dtype, device=hidden.device)
+    hidden = hidden.masked_fill((targets == ignore_index)[:, None], 0)  # be it not a number
     for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
         total = total + _recomputed(_summed_loss, h, weight, t, ignore_index, dtype)
     if reduction == "mean":
@@ -313,7 +357,10 @@ def _summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: 
 
 
 def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function`; if gradients are wanted, keep its inputs alone and compute it again in the backward pass."""
-    if not torch.is_grad_enabled():
+    """Call `function`; if gradients are wanted, keep its inputs alone and compute it again in the backward pass.
+
+    Not under torch.func or in forward mode, which cannot: memory then grows with the length.
+    """
+    if not torch.is_grad_enabled() or transformed(*args):
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

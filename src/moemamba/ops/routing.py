@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .arguments import dense, expect, sizes
-from .backends import implementation
+from .backends import compute
 
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
         (t, e) float32; float64 of float64.
     """
     expect("weight", weight, (weight.shape[0], sizes("x", x, "t, d")[1]))
-    return implementation("linear_float32", x)(x, weight)
+    return compute("linear_float32", x, weight)
 
 
 def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     expect("weight", weight, (weight.shape[0], sizes("x", x, "t, d")[1]))
     expect("bias", bias, (weight.shape[0],))
     _expect_choices(top_k, weight.shape[0])
-    return implementation("route", x)(x, weight, dense(bias), top_k)  # type: ignore[no-any-return]
+    return compute("route", x, weight, dense(bias), top_k)  # type: ignore[no-any-return]
 
 
 def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
     n_experts = sizes("logits", logits, "t, e")[1]
     expect("bias", bias, (n_experts,))
     _expect_choices(top_k, n_experts)
-    return implementation("route_with_stats", logits)(logits, bias, top_k)  # type: ignore[no-any-return]
+    return compute("route_with_stats", logits, bias, top_k)  # type: ignore[no-any-return]
 
 
 def route_with_totals(
@@ -81,7 +81,7 @@ def route_with_totals(
     _expect_choices(top_k, weight.shape[0])
     if x.shape[0] % groups:
         raise ValueError(f"{x.shape[0]} tokens cannot be cut into {groups} equal groups")
-    return implementation("route_with_totals", x)(x, weight, dense(bias), top_k, dense(valid), groups)  # type: ignore[no-any-return]
+    return compute("route_with_totals", x, weight, dense(bias), top_k, dense(valid), groups)  # type: ignore[no-any-return]
 
 
 def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
@@ -92,7 +92,7 @@ def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
     Returns:
         (t,) int64.
     """
-    return implementation("places_in_queues", queues)(queues, n_queues)  # type: ignore[no-any-return]
+    return compute("places_in_queues", queues, n_queues)  # type: ignore[no-any-return]
 
 
 def _expect_choices(top_k: int, n_experts: int) -> None:

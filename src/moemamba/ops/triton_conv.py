@@ -5,10 +5,9 @@ import triton
 from torch import Tensor
 
 from . import cuda_conv
-from .packing import boundaries, taps
+from .packing import boundaries, position_marks, taps
 from .triton_conv_kernels import backward_kernel, forward_kernel, sum_kernel
 from .triton_conv_packed import packed_backward_kernel, packed_forward_kernel
-from .triton_scan import position_marks
 
 # How kernels are launched: S runs of T positions by I channels a program, K positions' loads at a time.
 FORWARD = {"S": 4, "T": 32, "K": 16, "I": 128, "num_warps": 4}

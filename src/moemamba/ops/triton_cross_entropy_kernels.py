@@ -36,7 +36,8 @@ def _powers(product, scores, reference, row, column, v):
     LOG2_E: tl.constexpr = 1.4426950408889634
     columns = column + tl.arange(0, product.shape[1])
     powers = tl.exp2(product * LOG2_E - reference[:, None])
-    powers = tl.where((columns < v)[None, :], powers, 0.0)
+    counts = reference < float("inf")  # what does not count is zero, be it not a number
+    powers = tl.where((columns < v)[None, :] & counts[:, None], powers, 0.0)
     if scores is not None:
         scores.store([row, column], powers.to(scores.dtype))
     return tl.sum(powers, 1)
@@ -112,7 +113,7 @@ def finish(
         total = tl.zeros((ROWS,), tl.float32)
         for start in range(0, v, COLUMNS):
             x = _logits(hidden, weight, row, rows, start + columns, v, depth, ROWS, COLUMNS, DEPTH)
-            powers = tl.exp2(x - given[:, None])
+            powers = tl.where(counts[:, None], tl.exp2(x - given[:, None]), 0.0)
             total += tl.sum(powers, 1)
             if scores is not None:
                 mask = inside[:, None] & (start + columns < v)[None, :]
@@ -129,7 +130,7 @@ def finish(
             inner = k + tl.arange(0, DEPTH)
             place = row[:, None] * depth + inner[None, :]
             mask = inside[:, None] & (inner < depth)[None, :]
-            h = tl.load(hidden + place, mask=mask) * scale[:, None]
+            h = tl.where(counts[:, None], tl.load(hidden + place, mask=mask) * scale[:, None], 0.0)
             tl.store(scaled + place, h.to(scaled.dtype.element_ty), mask=mask)
 
 

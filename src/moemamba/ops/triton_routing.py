@@ -183,9 +183,10 @@ def _choose(
             tl.store(indices + place * K + k, tl.where(count > 0, best, n_experts).to(tl.int64), mask=rows < end)
             tl.store(gates + place * K + k, tl.where(count > 0, gate, 0.0), mask=rows < end)
             scores = tl.where(chosen, float("-inf"), scores)
-        probabilities += p * count[:, None, None]
-        squares += log_z * log_z * count
-        entropy += (log_z - _over(p * x, False)) * count
+        # Selected, not multiplied by zero: padding may hold what is not a number.
+        probabilities += tl.where(count[:, None, None] > 0, p, 0.0)
+        squares += tl.where(count > 0, log_z * log_z, 0.0)
+        entropy += tl.where(count > 0, log_z - _over(p * x, False), 0.0)
     part = parts + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (2 * n_experts + 2)
     place = tl.arange(0, PARTS)[:, None] * E + tl.arange(0, E)[None, :]
     tl.store(part + place, tl.sum(probabilities, 0), mask=place < n_experts)
@@ -207,11 +208,11 @@ def _choose_backward(
     _, p, log_z = _softmax(logits, place, real, expert, n_experts)
     dp = tl.zeros((ROWS, PARTS, E), tl.float32)
     dlog_z = tl.zeros((ROWS,), tl.float32)
+    count = (rows < size).to(tl.float32)
+    if valid is not None:
+        count = tl.load(valid + place, mask=rows < size, other=0.0).to(tl.float32)
     if dtotals is not None:
         total = dtotals + tl.program_id(1).to(tl.int64) * (2 * n_experts + 2)
-        count = (rows < size).to(tl.float32)
-        if valid is not None:
-            count = tl.load(valid + place, mask=rows < size, other=0.0).to(tl.float32)
         everywhere = total + expert + 0 * rows[:, None, None]  # a whole tile, or all would take this load's layout
         dp += tl.load(everywhere, mask=real, other=0.0) * count[:, None, None]
         dlog_z += 2 * log_z * count * tl.load(total + n_experts)
@@ -221,4 +222,5 @@ def _choose_backward(
             dgate = tl.load(dgates + place * K + k, mask=rows < size, other=0.0)
             dp += tl.where(expert == chosen[:, None, None], dgate[:, None, None], 0.0)
     dx = p * (dp - _over(p * dp, False)[:, None, None] + dlog_z[:, None, None])
+    dx = tl.where(count[:, None, None] > 0, dx, 0.0)
     tl.store(dlogits + place[:, None, None] * n_experts + expert, dx.to(dlogits.dtype.element_ty), mask=real)

@@ -11,9 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from .packing import boundaries
+from .arguments import dense_rows, gradients_like
+from .packing import position_marks
 from .triton_scan_backward import backward_kernel, summarise_backward_kernel
-from .triton_scan_kernels import BEGIN, GROUP, PADDING, WIDEST, carry_kernel, forward_kernel, summarise_forward_kernel
+from .triton_scan_kernels import GROUP, WIDEST, carry_kernel, forward_kernel, summarise_forward_kernel
 
 # Without a hidden stride a state tile is laid out along d_state, as it is in memory: right for reading one, once.
 step_kernel = triton.jit(forward_kernel.fn)
@@ -84,12 +85,6 @@ def selective_scan(
     return y, final_state
 
 
-def position_marks(seq_idx: Tensor) -> Tensor:
-    """(b, l) int8: PLAIN, BEGIN or PADDING."""
-    valid, starts = boundaries(seq_idx)
-    return torch.where(valid, starts * BEGIN.value, PADDING.value).to(torch.int8)
-
-
 def _forward(
     u: Tensor,
     dt: Tensor,
@@ -107,12 +102,12 @@ def _forward(
     """y (b, l, i), final_state (b, i, n), and if `save` the state at the beginning of every chunk."""
     (batch, length, width), n_state = u.shape, A.shape[1]
     how = plan(batch, length, width, n_state)
-    u, dt, A = _rows(u), _rows(dt), A.float().contiguous()
-    z = None if z is None else _rows(z)
+    u, dt, A = dense_rows(u), dense_rows(dt), A.float().contiguous()
+    z = None if z is None else dense_rows(z)
     initial_state = None if initial_state is None else initial_state.contiguous()
     if length > 1:  # read by every tile of channels: converted once, not each time
         B, C = B.float(), C.float()
-    B, C = _rows(B), _rows(C)
+    B, C = dense_rows(B), dense_rows(C)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     final_state = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
     starts = _saved_states(u, how, n_state, save or how.chunked)
@@ -158,11 +153,11 @@ def _backward(
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order; empty where there is no such input."""
     (batch, length, width), n_state = u.shape, A.shape[1]
     how = plan(batch, length, width, n_state)
-    grads = _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    grads = gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
     dinitial = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
-    dy, u, dt, natural = dy.contiguous(), _rows(u), _rows(dt), A.float().contiguous()
-    z = None if z is None else _rows(z)
-    B, C = _rows(B.float()), _rows(C.float())
+    dy, u, dt, natural = dy.contiguous(), dense_rows(u), dense_rows(dt), A.float().contiguous()
+    z = None if z is None else dense_rows(z)
+    B, C = dense_rows(B.float()), dense_rows(C.float())
     dfinal = None if dfinal is None else dfinal.contiguous()
     strides = (*dt.stride()[:2], *C.stride()[:2], *_strides(z))
     sizes = (length, width, n_state, how.chunk, 1)
@@ -222,11 +217,6 @@ def _carry(
     )  # fmt: skip
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Kernels read any tensor whose rows are dense; another is copied."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if x is None else x.stride()[:2]
 
@@ -237,11 +227,6 @@ def _saved_states(u: Tensor, how: Plan, n_state: int, needed: bool) -> Tensor:
     blocks = triton.cdiv(width, WIDEST.value) * (WIDEST.value // GROUP.value)
     chunks = triton.cdiv(length, how.chunk) if needed else 0
     return torch.empty((batch, chunks, blocks, how.states, GROUP.value), dtype=torch.float32, device=u.device)
-
-
-def _empty_gradients(*inputs: Tensor | None) -> list[Tensor]:
-    like = next(t for t in inputs if t is not None)
-    return [like.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
 
 
 _scan = torch.library.custom_op("moemamba::selective_scan", _forward, mutates_args=())
@@ -259,7 +244,7 @@ def _(u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus, save):  
 
 @_scan_backward.register_fake
 def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial_state, marks, starts, dt_softplus):  # type: ignore[no-untyped-def]
-    return _empty_gradients(u, dt, A, B, C, D, z, dt_bias, initial_state)
+    return gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -22,7 +22,9 @@ from .triton_scan_kernels import (
     _sigmoid,
     _state_tile,
     _step,
+    _through,
     _vector,
+    _weights,
     _wide,
 )
 
@@ -67,8 +69,9 @@ def summarise_backward_kernel(
             if z is not None:
                 gate = zs[k].to(tl.float32)
                 dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
-            g = _decay(step, a2, mark[k], marks is not None) * (g + dout[:, None] * Cs[k].to(tl.float32)[None, :])
-            total += tl.where(mark[k] == BEGIN, float("inf"), step)
+            g += dout[:, None] * _weights(Cs[k], mark[k], marks is not None)
+            g = _through(_decay(step, a2) * g, mark[k], marks is not None)
+            total = tl.where(mark[k] == BEGIN, float("inf"), total + step)
             next_dts = (_row(dt, dt_t, before + k, stop, offsets, inside),) + next_dts
             next_dys = (_row(dy, width, before + k, stop, offsets, inside),) + next_dys
             next_Cs = (_row(C, C_t, before + k, stop, n, n < n_state),) + next_Cs
@@ -162,8 +165,8 @@ def backward_kernel(
             next_every_B = _rows(B, B_t, t + K, stop, every_n, every_n < n_state, K)
             for k in tl.static_range(K):
                 step = _step(dts[k], step_bias, mark[k], SOFTPLUS)
-                decay = _decay(step, every_a2, mark[k], marks is not None)
-                h = decay * h + (step * _input(us[k], mark[k]))[:, None] * every_B[k].to(tl.float32)[None, :]
+                drive = (step * _input(us[k], mark[k]))[:, None] * _weights(every_B[k], mark[k], marks is not None)
+                h = _through(_decay(step, every_a2) * h, mark[k], marks is not None) + drive
             us, dts, every_B = next_us, next_dts, next_every_B
         t = c * chunk + (groups - 1) * K
         us, dts = _rows(u, u_t, t, stop, offsets, inside, K), _rows(dt, dt_t, t, stop, offsets, inside, K)
@@ -200,25 +203,30 @@ def backward_kernel(
                 state = beginnings[j]
                 hs, decays, sums = (state,), (), ()
                 for k in tl.static_range(K):
-                    decays = decays + (_decay(steps[k], a2[j], mark[k], marks is not None),)
-                    state = decays[k] * state + (steps[k] * xs[k])[:, None] * Bs[k].to(tl.float32)[None, :]
+                    decays = decays + (_decay(steps[k], a2[j]),)
+                    drive = (steps[k] * xs[k])[:, None] * _weights(Bs[k], mark[k], marks is not None)
+                    state = _through(decays[k] * state, mark[k], marks is not None) + drive
                     hs = hs + (state,)
                     sums = sums + (tl.sum(state * Cs[k].to(tl.float32)[None, :], axis=1),)
                 outs = _plus(outs, sums, K)
                 adjoint, da_j, ddrive, dstep = g[j], da[j], (), ()
                 dBCs = tl.zeros((4 * M, T), tl.float32)
                 for k in tl.static_range(K - 1, -1, -1):
-                    adjoint += douts[k][:, None] * Cs[k].to(tl.float32)[None, :]
+                    adjoint += douts[k][:, None] * _weights(Cs[k], mark[k], marks is not None)
                     terms = tl.join((steps[k] * xs[k])[:, None] * adjoint, douts[k][:, None] * hs[k + 1])
                     if k % 2 == 1:
                         later = terms
                     else:
                         pick = tl.broadcast_to((tl.arange(0, T) == k // 2)[None, :], (I, T)).to(tl.float32)
                         terms = tl.trans(tl.reshape(tl.join(terms, later), (I, 4 * M)))
-                        dBCs = tl.dot(terms, pick, dBCs, input_precision=PRECISION)
-                    ddrive = (tl.sum(adjoint * Bs[k].to(tl.float32)[None, :], axis=1),) + ddrive
-                    adjoint *= decays[k]
-                    dexponent = adjoint * hs[k]
+                        if marks is None:
+                            dBCs = tl.dot(terms, pick, dBCs, input_precision=PRECISION)
+                        else:  # positions of other sequences have columns of their own, which no product with zero is
+                            picked = tl.dot(terms, pick, input_precision=PRECISION)
+                            dBCs = tl.where((tl.arange(0, T) == k // 2)[None, :], picked, dBCs)
+                    ddrive = (tl.sum(adjoint * _weights(Bs[k], mark[k], marks is not None), axis=1),) + ddrive
+                    adjoint = _through(adjoint * decays[k], mark[k], marks is not None)
+                    dexponent = _through(adjoint * hs[k], mark[k], marks is not None)
                     dstep = (tl.sum(dexponent * a2[j], axis=1),) + dstep
                     da_j += dexponent * steps[k][:, None]
                 ddrives, dsteps = _plus(ddrives, ddrive, K), _plus(dsteps, dstep, K)

@@ -17,9 +17,11 @@ chunk after chunk. The same goes for the adjoint state in the backward pass, the
 import triton
 import triton.language as tl
 
-PLAIN = tl.constexpr(0)
-BEGIN = tl.constexpr(1)
-PADDING = tl.constexpr(2)
+from . import packing
+
+PLAIN = tl.constexpr(packing.PLAIN)
+BEGIN = tl.constexpr(packing.BEGIN)
+PADDING = tl.constexpr(packing.PADDING)
 GROUP = tl.constexpr(16)  # channels whose states lie side by side in saved states
 WIDEST = tl.constexpr(64)  # channels that saved states are padded to a multiple of: the widest tile
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -103,17 +105,31 @@ def _step(dt, bias, mark, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def _weights(row, mark, PACKED: tl.constexpr):
+    """B or C of a position; zero at padding, be they not a number there."""
+    row = row.to(tl.float32)
+    if PACKED:
+        row = tl.where(mark == PADDING, 0.0, row)
+    return row[None, :]
+
+
+@triton.jit
 def _input(u, mark):
     return tl.where(mark == PADDING, 0.0, u.to(tl.float32))
 
 
 @triton.jit
-def _decay(step, a2, mark, PACKED: tl.constexpr):
+def _decay(step, a2):
     """exp(dt A), with a2 = A log2(e)."""
-    decay = tl.exp2(step[:, None] * a2)
+    return tl.exp2(step[:, None] * a2)
+
+
+@triton.jit
+def _through(x, mark, PACKED: tl.constexpr):
+    """What passes between a position and the one before it: nothing, be it not a number, where a sequence begins."""
     if PACKED:
-        decay = tl.where(mark == BEGIN, 0.0, decay)
-    return decay
+        x = tl.where(mark == BEGIN, 0.0, x)
+    return x
 
 
 @triton.jit
@@ -194,10 +210,8 @@ def forward_kernel(
             next_us, next_dts, next_Bs, next_Cs, next_zs = (), (), (), (), ()
             for k in tl.static_range(K):
                 step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
-                h = (
-                    _decay(step, a2, mark[k], marks is not None) * h
-                    + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
-                )
+                drive = (step * x)[:, None] * _weights(Bs[k], mark[k], marks is not None)
+                h = _through(_decay(step, a2) * h, mark[k], marks is not None) + drive
                 out = tl.sum(h * Cs[k].to(tl.float32)[None, :], axis=1) + skip * x
                 if z is not None:
                     gate = zs[k].to(tl.float32)
@@ -245,8 +259,9 @@ def summarise_forward_kernel(
         next_us, next_dts, next_Bs = (), (), ()
         for k in tl.static_range(K):
             step, x = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(us[k], mark[k])
-            h = _decay(step, a2, mark[k], marks is not None) * h + (step * x)[:, None] * Bs[k].to(tl.float32)[None, :]
-            total += tl.where(mark[k] == BEGIN, float("inf"), step)
+            drive = (step * x)[:, None] * _weights(Bs[k], mark[k], marks is not None)
+            h = _through(_decay(step, a2) * h, mark[k], marks is not None) + drive
+            total = tl.where(mark[k] == BEGIN, float("inf"), total + step)
             next_us = next_us + (_row(u, u_t, t + K + k, stop, offsets, inside),)
             next_dts = next_dts + (_row(dt, dt_t, t + K + k, stop, offsets, inside),)
             next_Bs = next_Bs + (_row(B, B_t, t + K + k, stop, n, n < n_state),)
@@ -286,6 +301,5 @@ def carry_kernel(
         for k in tl.static_range(K):
             c = _wide(chunks - 1 - start - k if REVERSED else start + k)
             tl.store(sums + c * size + cell, carry, mask=(cell < size) & (start + k < chunks))
-            decay = tl.where(steps[k] == float("inf"), 0.0, tl.exp2(steps[k] * a2))
-            carry = decay * carry + added[k]
+            carry = tl.where(steps[k] == float("inf"), 0.0, tl.exp2(steps[k] * a2) * carry) + added[k]
     tl.store(last + batch * width * n_state + natural, carry, mask=inside)

@@ -1,0 +1,70 @@
+"""Whether a module still is what it was built as, so that its arithmetic may be done elsewhere.
+
+Elsewhere means: by an op that reads the module's parameters, or those of several, without calling it. Whoever asks gets
+a reason, in words. A direct call asks each time, so asking is cheap.
+"""
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _modules
+
+_HOOKS = {
+    "_forward_hooks": "a forward hook",
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+}
+_GLOBAL_HOOKS = {
+    "_global_forward_hooks": "a forward hook on all modules",
+    "_global_forward_pre_hooks": "a forward pre-hook on all modules",
+    "_global_backward_hooks": "a backward hook on all modules",
+    "_global_backward_pre_hooks": "a backward pre-hook on all modules",
+}
+_TENSORS = (nn.Parameter, Tensor)  # a Tensor is in the place of one under `torch.func.functional_call`
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why calling a module may do more than its class does: replaced, wrapped, hooked, with weights of another kind.
+
+    Of its children nothing is said: whoever reads their weights asks for them too.
+
+    Returns:
+        the reason, "has a forward hook"; None if the module is plain.
+    """
+    if type(module) is not kind:
+        return f"is a {type(module).__name__}, not a {kind.__name__}"
+    state = module.__dict__
+    if "forward" in state:
+        return "has a forward of its own"
+    for name, what in _HOOKS.items():
+        if state[name]:
+            return f"has {what}"
+    for name, what in _GLOBAL_HOOKS.items():
+        if getattr(_modules, name):
+            return f"has {what}"
+    for name, parameter in state["_parameters"].items():
+        if parameter is not None and type(parameter) not in _TENSORS:
+            return f"has a {type(parameter).__name__} as its {name}"
+    return None
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module still is no more than what its class does."""
+    return why_not_plain(module, kind) is None
+
+
+def reasons(model: nn.Module) -> list[str]:
+    """Which modules of a model are no longer what its classes built, and why: "layers.0.norm has a forward hook"."""
+    found = []
+    for name, module in model.named_modules():
+        reason = why_not_plain(module, type(module))
+        if reason:
+            found.append(f"{name or 'the model'} {reason}")
+    return found
+
+
+def weights_alone(layer: nn.Module, kind: type[nn.Module], count: int) -> tuple[Tensor, ...]:
+    """The `count` parameters of a plain layer; nothing if it is not, or has another number of them."""
+    if not plain(layer, kind):
+        return ()
+    given = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    return tuple(given) if len(given) == count else ()
