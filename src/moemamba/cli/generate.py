@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("the prompt is not UTF-8 text; convert it, for instance with iconv -t utf-8")
     from ..checkpoint import load
     from ..inference import stream
-    from ..tokenizer import StreamDecoder
+    from ..text import StreamDecoder
 
     model, tokenizer = load(asked.run, asked.device)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]

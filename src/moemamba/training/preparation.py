@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import read_json
 from ..host.files import new_directory, write_json
-from ..tokenizer import Tokenizer
+from ..text import Tokenizer
 from .data import Tokens
 from .documents import Documents, held_out
 
