@@ -216,7 +216,7 @@ def test_token_file(tmp_path):
     assert texts_of(corpus.train) == ["one π", "two", "three"] and corpus.train.bytes == 14
     assert texts_of(prepare(str(tmp_path / "v.bin"), BYTES, tmp_path / "cache", 0).train) == ["one π", "two", "thr"]
     (tmp_path / "odd.bin").write_bytes(b"\0\0\0")
-    with pytest.raises(ValueError, match=r"odd\.bin has 3 bytes, an odd number"):
+    with pytest.raises(ValueError, match=r"odd\.bin ends inside a token; it must hold uint16 tokens, 2 bytes each"):
         prepare(str(tmp_path / "odd.bin"), BYTES, tmp_path / "cache")
     (ids + 1).astype("<u2").tofile(tmp_path / "t.bin")
     with pytest.raises(ValueError, match=r"t\.bin holds the token 257, but the tokenizer has 257"):

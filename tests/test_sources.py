@@ -32,7 +32,7 @@ def test_parquet_and_compressed_lines_in_a_folder(tmp_path):
     (tmp_path / "c.txt").write_text("plain")
     documents = Documents(tmp_path)
     assert list(documents) == [*texts, "zipped", "plain"]
-    assert documents.skipped == []
+    assert not documents.skipped
 
 
 def test_parquet_without_text_says_what_there_is(tmp_path):

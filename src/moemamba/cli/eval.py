@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from ..host.files import expanded
 from ..reading import validate
 from ..training.config import TrainConfig
 from .terminal import parse, show
 from .train import begun
+
+if TYPE_CHECKING:
+    from ..text import Tokenizer
+    from ..training.data import HeldOut
 
 
 @dataclass(frozen=True)
@@ -35,15 +40,18 @@ class Eval:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
     from ..checkpoint import load
-    from ..training.corpora import open_held_out
     from ..training.evaluate import evaluate
-    from ..training.progress import Report
 
     model, tokenizer = load(asked.run, asked.device)
-    path = Path(asked.run)
+    path = expanded(asked.run)
     run = begun(path) or begun(path.parent.parent) or TrainConfig()  # a run, a checkpoint of one, or a model alone
-    config = replace(run, run=str(path), validation=asked.data or run.validation, context=asked.context or run.context)
-    texts = open_held_out(config, tokenizer, Report(silent=True))
+    config = replace(
+        run,
+        run=str(path),
+        validation=run.validation if asked.data is None else asked.data,
+        context=asked.context or run.context,
+    )
+    texts = _texts(asked, config, tokenizer)
     found = evaluate(
         model,
         texts,
@@ -62,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
         ("loss", f"{found.loss:.4f}", "nats a token"),
         *((f"  {name}", f"{loss:.4f}", "") for name, loss in (found.apart or {}).items()),
         ("perplexity", f"{found.perplexity:.3f}", ""),
-        ("bits per byte", f"{found.bits_per_byte:.4f}", "comparable between tokenizers"),
+        ("bits per byte", *_bits_per_byte(found.bits_per_byte, max(text.tokens.lost for text in texts))),
         ("accuracy", f"{found.accuracy:.2%}", "of the tokens were the model's likeliest"),
     ]
     if found.drop_gap is not None:
@@ -70,3 +78,27 @@ def main(arguments: Sequence[str]) -> None:
             ("drop gap", f"{found.drop_gap:+.4f}", "what the capacity limits of training would add to the loss")
         )
     show(rows)
+
+
+def _texts(asked: Eval, config: TrainConfig, tokenizer: "Tokenizer") -> tuple["HeldOut", ...]:
+    """What is predicted."""
+    from ..training.corpora import open_held_out
+    from ..training.progress import Report
+
+    try:
+        return open_held_out(config, tokenizer, Report(silent=True))
+    except FileNotFoundError as error:
+        if asked.data is not None:
+            raise
+        raise FileNotFoundError(
+            f"{error}; the run in {asked.run} was trained on it: name a text with --data"
+        ) from error
+
+
+def _bits_per_byte(value: float, lost: float) -> tuple[str, str]:
+    """The figure, and how far it can be trusted."""
+    if value != value:
+        return "-", f"none: the tokens do not spell {lost:.2%} of the text"
+    if lost:
+        return f"{value:.4f}", f"of a text of which the tokens do not spell {lost:.2%}"
+    return f"{value:.4f}", "comparable between tokenizers"

@@ -4,10 +4,10 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tyro.conf import Positional
 
+from ..host.files import expanded
 from ..training.config import TrainConfig
 from .terminal import parse, show
 
@@ -17,7 +17,7 @@ class Prepare:
     """Tokenise a text into a folder that `moemamba train --data FOLDER` opens at once."""
 
     data: Positional[str]
-    """as of `moemamba train`: a file, a folder, a dataset of the hub, a .bin file"""
+    """as of `moemamba train`: a file, a folder, a dataset of the hub, a file of tokens"""
     out: str = "tokens"
     """the folder, which must not exist yet; it appears when it is complete"""
     tokenizer: str = "bytes"
@@ -31,12 +31,13 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Prepare, arguments, "prepare DATA")
     if not 0 <= asked.held_out < 1:
         raise ValueError(f"held_out is {asked.held_out}; it must be 0 or more and less than 1")
-    from ..training.corpora import find_tokenizer, tokenising
+    from ..training.corpora import find_tokenizer, remarks, tokenising
     from ..training.documents import Documents
-    from ..training.preparation import is_prepared, write_tokens
+    from ..training.preparation import write_tokens
+    from ..training.prepared import is_prepared
     from ..training.progress import Report
 
-    out = Path(asked.out)
+    out = expanded(asked.out)
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder (--out), or remove it")
     if is_prepared(asked.data):
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     parts = [("training", corpus.train), ("held out", corpus.validation)]
     rows = [(name, f"{len(t.ends):,}", f"{len(t.ids):,}", f"{t.bytes / 1e6:,.1f}") for name, t in parts]
     show(rows, (asked.data, "documents", "tokens", "MB"))
-    if corpus.skipped:
-        print(f"{corpus.skipped:,} files skipped, which are not UTF-8 text")
+    for note in remarks(corpus):
+        print(note)
     speed = sum(t.bytes for _, t in parts) / 1e6 / seconds
     print(f"{speed:,.1f} MB/s. Train on it with: moemamba train --data {shlex.quote(asked.out)}")

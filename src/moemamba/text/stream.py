@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .foreign import refusal
-from .tokenizer import Tokenizer
+from .text import Tokenizer
 
 
 class StreamDecoder:

@@ -1,13 +1,17 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
 import math
+import os
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from ..config import ModelConfig
+from ..host.files import expanded
 from ..presets import preset
 from ..reading import validate
+
+HUB = "hf:"  # how the name of a dataset of the Hugging Face hub begins
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ class TrainConfig:
     """compute activations again in the backward pass, to save memory"""
 
     def __post_init__(self) -> None:
+        for name in ("data", "validation", "tokenizer", "run"):  # a Path is as good as its text
+            object.__setattr__(self, name, as_text(getattr(self, name)))
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
         more = ("save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
         validate(
@@ -145,6 +151,8 @@ class TrainConfig:
                 "document to the next; leave one of them out"
             )
         weighted(self.data)
+        if self.validation is not None and not self.validation.strip():
+            raise ValueError('validation is "", which names no text; name one, or leave it out')
         shares = {"warmup": 1.0, "cooldown": 1.0, "final_lr": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}
         for name, most in shares.items():
             if getattr(self, name) > most:
@@ -165,6 +173,8 @@ def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, floa
     """
     found: list[tuple[str | None, float | None]] = []
     for text in (data,) if data is None or isinstance(data, str) else data:
+        if text is not None and not text.strip():
+            raise ValueError(f"data is {text!r}, which names no text; name one, or . for the current folder")
         number, colon, source = (text or "").partition(":")
         if not (colon and re.match(r"[-+]?\.?\d", number)):
             found.append((text, None))
@@ -173,7 +183,7 @@ def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, floa
             weight = float(number)
         except ValueError:
             weight = math.nan
-        if not (0 < weight < math.inf and source):
+        if not (0 < weight < math.inf and source.strip()):
             raise ValueError(
                 f"data is {text!r}, whose weight is {number}; write a number above 0, a colon and a text, as in "
                 f"0.7:books/ (or ./{text} if that is a file's name)"
@@ -185,3 +195,26 @@ def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, floa
     if 0 < len(without) < len(found):
         raise ValueError(f"data gives no weight to {without[0]}, but to others; give every text one, or none at all")
     return tuple(found)
+
+
+def as_text(value: Any) -> Any:
+    """Paths as text, in a tuple or list too; everything else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(as_text(item) for item in value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The same run from any folder: paths of data are absolute, and `~` is the home folder."""
+    data = config.data
+    if data is not None:
+        data = _absolute(data) if isinstance(data, str) else tuple(map(_absolute, data))
+    return replace(config, data=data, validation=config.validation and _absolute(config.validation, weights=False))
+
+
+def _absolute(text: str, weights: bool = True) -> str:
+    """What a text stands for in the current folder, its weight in front; a dataset of the hub is the same anywhere."""
+    source = weighted(text)[0][0] or text if weights else text
+    if source.startswith(HUB):
+        return text
+    return text.removesuffix(source) + os.path.abspath(expanded(source))

@@ -11,7 +11,9 @@ from ..text import Tokenizer, load_tokenizer, train_bpe
 from .config import TrainConfig, weighted
 from .data import HeldOut, Mixture, Rows, Tokens, make_rows, require_window
 from .documents import Documents, held_out
-from .preparation import HELD_OUT, Corpus, Show, cache_directory, digest, is_prepared, prepare
+from .evaluate import LOST
+from .preparation import HELD_OUT, Show, cache_directory, prepare
+from .prepared import Corpus, digest, is_prepared
 from .progress import Report
 
 BPE_TEXT = 1 << 26  # characters that a tokenizer is trained on at most
@@ -47,8 +49,9 @@ class Corpora:
             report.note(f"{'data':10}{here}{_describe(part.name, part.train)}, read {times:,.3g} times")
         for held in self.validation:
             report.note(f"{'held out':10}{_describe(held.name, held.tokens)}")
-        if skipped := sum(part.skipped for part in self.parts):
-            report.note(f"{'':10}{skipped:,} files skipped, which are not UTF-8 text")
+        for part in self.parts:
+            for note in remarks(part):
+                report.note(f"{'':10}{note}")
 
 
 def find_tokenizer(config: TrainConfig) -> Tokenizer:
@@ -138,6 +141,17 @@ def tokenising(report: Report) -> Iterator[Show]:
         yield show
     finally:
         report.end()
+
+
+def remarks(corpus: Corpus) -> list[str]:
+    """What a reader should know of a corpus: what was left out or changed, and what its tokens lose."""
+    found = list(corpus.notes)
+    if corpus.skipped and not found:  # prepared by an older version
+        found.append(f"{corpus.skipped:,} files left out, which are not UTF-8 text")
+    if corpus.lost:
+        much = "; bits per byte mean nothing and are left out" if corpus.lost > LOST else ""
+        found.append(f"the tokens do not spell {corpus.lost:.2%} of the text of {corpus.name}{much}")
+    return found
 
 
 def _describe(name: str, tokens: Tokens) -> str:

@@ -1,75 +1,97 @@
-"""Where text comes from: files, folders, JSON lines, parquet, a hub, Python's own library; as a stream of documents."""
+"""Where text comes from: files, folders, a hub, Python's own library; as a stream of documents."""
 
-import codecs
-import gzip
 import hashlib
-import json
 import os
-import re
+import stat
 import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator, Set
-from importlib import import_module
+from collections.abc import Iterator, Set
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .hub import PREFIX, HubTexts
+from ..host.files import FileError, expanded
+from .config import HUB
+from .encoding import encoding_of, text_bytes
+from .hub import HubTexts
+from .kinds import TOKENS, Kind, named_kind
+from .packing import packed_name, packing_of, unpacked
+from .records import Records
 
 STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
 # Not the library's own text, or test data; absent from some distributions, so that leaving it out keeps them alike.
-STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-JSON_LINES = {".jsonl", ".ndjson"}
-PACKED = {".gz", ".parquet"}
-DOCUMENT_MARK = re.compile(r"^<\|endoftext\|>\s*?(?:\n|\Z)", re.MULTILINE)
+STDLIB_WITHOUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 FEW_FILES = 100
 LARGEST_PART = 16 << 20  # bytes; bounds memory
-BLOCK = 1 << 20
+SMALLEST_CUT, LARGEST_CUT = 1 << 10, 64 << 10
 
 
 class Documents:
     """The documents of a source, always in the same order, read as a stream.
 
-    A file is a document, but where there are fewer than 100 files of plain text they are cut at line ends into parts of
-    about a hundredth of the whole (1 to 64 KiB), so that there is something to hold out. A line `<|endoftext|>` ends
-    a document too. In JSON lines (also .jsonl.gz) every line is a document, its "text" field; in parquet, which needs
-    pyarrow, every row. Empty documents do not count.
+    What a file holds is told by its name, upper or lower case, else by its content, alike for a file alone, in a folder
+    and packed (`kinds.NAMES`, `packing.PACKINGS`). In JSON lines every line is a document, its "text" field; so is
+    every object of a JSON array or of a file of objects, and every row of parquet, which needs pyarrow. Any other text
+    is a document, but where there are fewer than 100 files it is cut at line ends into parts of about a hundredth of
+    the whole (1 to 64 KiB), so that there is something to hold out; where no line ends, at a space. A line
+    `<|endoftext|>` ends a document too. Text is UTF-8, UTF-16 or UTF-32; a byte order mark is no part of it. Null and empty documents
+    do not count, half a character becomes U+FFFD.
 
     Args:
-        source: a text file, JSON lines, parquet, a folder of such files, or a dataset as `HubTexts` names it; Python's
-            standard library if None.
+        source: a file, a folder, or a dataset as `HubTexts` names it; Python's standard library if None.
     Attributes:
         files: what is read, in order.
         bytes: their size.
         text_bytes: the size of the text, 0 if it is not known beforehand.
-        is_tokens: it is a .bin file, of tokens and not of text.
-        skipped: files of the folder that are not UTF-8 text, known once the stream has passed them.
+        is_tokens: it holds tokens and not text: a file of them, or a folder of nothing else.
+        skipped: files and folders that were left out, and why; complete once the stream has passed them.
+        mended: places of texts that held half a character: how many, and the first.
     Raises:
         FileNotFoundError: there is nothing at `source`.
-        ValueError: while reading, naming file and place: text that is not UTF-8, a line that is not a document.
+        FileError: while reading, naming file and place: what is no text, or a line that is not a document.
+        OSError: a file cannot be read.
     """
 
     def __init__(self, source: str | Path | None):
-        self.skipped: list[Path] = []
+        if source is not None and not str(source).strip():
+            raise ValueError('the data is named "", which is nothing; name a file or a folder, "." for the current one')
+        self.skipped: dict[Path, str] = {}
+        self.mended: list[tuple[Path, int, str]] = []
+        self._unread: dict[Path, str] = {}
         self._folder = True
-        self.is_tokens = False
-        self._hub = HubTexts(str(source)) if str(source).startswith(PREFIX) else None
-        if self._hub is not None:
-            self.name, self.files = str(source), []
-        elif source is None:
-            self.name, root = "Python's standard library", Path(sysconfig.get_path("stdlib"))
-            self.files = [file for file in _files(root, STDLIB_WITHOUT) if file.suffix in STDLIB_SUFFIXES]
-        elif (root := Path(source)).is_dir():
-            self.name, self.files = str(source), _files(root)
-        elif root.is_file():
-            self.name, self.files, self._folder = str(source), [root], False
-            self.is_tokens = root.suffix == ".bin"
-        else:
-            raise FileNotFoundError(f"there is no data at {source}; give a text file, a .jsonl file or a folder")
+        self._hub = HubTexts(str(source)) if str(source).startswith(HUB) else None
+        self.name = "Python's standard library" if source is None else str(source)
+        self.files = [] if self._hub else self._find(source)
         self.bytes = sum(file.stat().st_size for file in self.files)
-        packed = self.is_tokens or any(file.suffix in PACKED for file in self.files)
-        self.text_bytes = 0 if packed else self.bytes
-        few = len(self.files) < FEW_FILES
-        self._part = min(max(self.bytes // 100, 1 << 10), 64 << 10) if few else LARGEST_PART
+        self.is_tokens = bool(self.files) and all(named_kind(file) in TOKENS for file in self.files)
+        plain = not self.is_tokens and all(
+            named_kind(file) is not Kind.PARQUET and not packed_name(file) for file in self.files
+        )
+        self.text_bytes = self.bytes if plain else 0
+
+    def _find(self, source: str | Path | None) -> list[Path]:
+        if source is None:
+            files = _walk(Path(sysconfig.get_path("stdlib")), self._unread, STDLIB_WITHOUT, links=False)
+            return [file for file in files if file.suffix in STDLIB_SUFFIXES]
+        root = expanded(source)
+        if root.is_dir():
+            return _walk(root, self._unread)
+        if not root.is_file():
+            if root.exists():
+                raise FileError(f"{source} is neither a file nor a folder; name one of these")
+            raise FileNotFoundError(f"there is no data at {source}; name {kinds_in_words()}, or a folder of such files")
+        self._folder = False
+        return [root]
+
+    @cached_property
+    def _part(self) -> int:
+        """About how many bytes plain text is cut into. A text has the same parts however it is packed and encoded."""
+        if len(self.files) >= FEW_FILES:
+            return LARGEST_PART
+        size = 0
+        for file in self.files:
+            size += _text_size(file, 100 * LARGEST_CUT - size)
+        return min(max(size // 100, SMALLEST_CUT), LARGEST_CUT)
 
     def fingerprint(self) -> list[Any]:
         """Changes whenever a file does: paths, sizes and times of change."""
@@ -79,129 +101,107 @@ class Documents:
         return [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
 
     def __iter__(self) -> Iterator[str]:
-        self.skipped.clear()
         if self._hub is not None:
             yield from self._hub
+        for records in self.opened():
+            yield from records
+            if records.mended:
+                self.mended.append((records.file, records.mended, records.first_mended))
+
+    def opened(self) -> Iterator[Records]:
+        """Each file that can be read; of a folder the others are left out, and a single one is an error."""
+        self.skipped = dict(self._unread)
+        self.mended.clear()
         for file in self.files:
-            if file.suffix == ".parquet":
-                yield from _parquet(file)
-            elif file.suffixes[-2:] in ([".jsonl", ".gz"], [".json", ".gz"]):
-                yield from _json_lines(file)
-            elif self._folder and not _is_text(file):
-                self.skipped.append(file)
-            elif file.suffix in JSON_LINES or (file.suffix == ".json" and not self._folder):
-                yield from _json_lines(file)
-            else:
-                yield from _text(file, self._part)
+            try:
+                records = Records(file, self._part)
+                if records.kind in TOKENS and not self.is_tokens:
+                    raise FileError(f"{file} holds tokens among texts; name it alone, or in a folder of tokens")
+            except FileError as error:
+                if not self._folder:
+                    raise
+                self.skipped[file] = str(error).removeprefix(f"{file} ").partition(";")[0]
+                continue
+            yield records
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of how it was read, in sentences."""
+        found = [f"{file} {reason}" for file, reason in islice(self.skipped.items(), 5)]
+        if len(self.skipped) > 5:
+            found.append(f"and {len(self.skipped) - 5:,} more")
+        left_out = [f"{len(self.skipped):,} left out: {'; '.join(found)}"] if found else []
+        halves = [
+            f"{file}: {count:,} documents held half a character, now U+FFFD, the first in {place}"
+            for file, count, place in self.mended[:5]
+        ]
+        return (*left_out, *halves)
+
+
+def kinds_in_words() -> str:
+    """What a file of data can be, for messages."""
+    return "a text file, JSON lines (.jsonl), JSON, parquet, tokens (.u16.bin, .u32.bin)"
 
 
 def held_out(document: bytes, share: float) -> bool:
     """Whether a document belongs to the validation data: by its content, so that copies go together, for ever."""
-    digest = hashlib.blake2b(document, digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
+    return hash_of(document) < share * 2**64
 
 
-def _files(root: Path, without: Set[str] = frozenset()) -> list[Path]:
-    """All files below, sorted by path; hidden ones, caches of Python and folders named in `without` left out."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [
-            name for name in folders if not (name.startswith(".") or name == "__pycache__" or name in without)
-        ]
-        found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
-    return [Path(file) for file in sorted(found) if os.path.isfile(file)]
+def hash_of(document: bytes) -> int:
+    """64 bits of a document's content."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "little")
 
 
-def _is_text(file: Path) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with file.open("rb") as stream:
-        try:
-            while block := stream.read(BLOCK):
-                if b"\0" in block:
-                    return False
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
+def _text_size(file: Path, most: int) -> int:
+    """The size of a file's text as UTF-8, as far as that is text; at most `most`."""
+    try:
+        packed = packing_of(file)
+        with unpacked(file) as stream:
+            encoding = encoding_of(stream.read(most if packed else 1 << 12))
+        if packed or encoding != ("utf-8", 0):
+            return text_bytes(file, most)
+    except FileError:  # which is said when the file is read
+        pass
+    return min(file.stat().st_size, most)
 
 
-def _text(file: Path, size: int) -> Iterator[str]:
-    """A file's text in documents: cut at marks and, where there is none for `size` bytes, at a line end."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    rest = ""
-    with file.open("rb") as stream:
-        while True:
-            block = stream.read(size) + stream.readline(BLOCK)  # bounded: a file may be one endless line
-            waiting = len(decoder.getstate()[0])
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file} is not UTF-8 text: byte {position - waiting + error.start} ({error.reason}); "
-                    "convert it, for instance with iconv -t utf-8"
-                ) from None
-            position += len(block)
-            *whole, rest = DOCUMENT_MARK.split(rest + text)
-            if not whole:
-                whole, rest = [rest], ""
-            yield from filter(None, whole)
-            if not block:
-                return
+def _walk(root: Path, unread: dict[Path, str], without: Set[str] = frozenset(), links: bool = True) -> list[Path]:
+    """All files below, sorted by path; hidden ones, caches of Python and folders named in `without` left out.
 
+    Folders that are links are walked too (unless not `links`), after all others, and every folder once: links can go
+    round in circles. What cannot be read is put into `unread`.
+    """
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [str(root)]
 
-def _json_lines(file: Path) -> Iterator[str]:
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-        for number, line in enumerate(_whole(file, stream), start=1):
-            if not line.strip():
+    def missed(error: OSError) -> None:
+        unread[Path(error.filename)] = f"cannot be read ({error.strerror})"
+
+    while waiting:
+        for folder, folders, names in os.walk(waiting.pop(0), onerror=missed):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                unread[Path(folder)] = "is a link to a folder that is read already"
+                folders.clear()
                 continue
-            try:
-                text = json.loads(line.decode())["text"]
-                if not isinstance(text, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError) as error:
-                wanted = 'every line must be a JSON object with a string "text"'
-                raise ValueError(f"{file}, line {number}: {wanted}; {_fault(line, error)}") from None
-            if text:
-                yield text
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = [n for n in folders if not (n.startswith(".") or n == "__pycache__" or n in without)]
+            if links:
+                waiting += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+            found += [path for name in names if _is_file(path := os.path.join(folder, name), unread)]
+        waiting.sort()
+    return [Path(file) for file in sorted(found)]
 
 
-def _whole(file: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a file that may be compressed; raises ValueError where it is damaged."""
+def _is_file(path: str, unread: dict[Path, str]) -> bool:
+    """Whether a file of a folder is to be read; what should be and cannot is put into `unread`."""
+    if os.path.basename(path).startswith("."):
+        return False
     try:
-        yield from lines
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is not a complete gzip file ({error}); write it again, or decompress it") from None
-
-
-def _fault(line: bytes, error: Exception) -> str:
-    """What is wrong with a line of JSON lines."""
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8"
-    if isinstance(error, ValueError):
-        return f"it is not JSON ({error})"
-    values = json.loads(line)
-    if not isinstance(values, dict):
-        return f"it is a {type(values).__name__}"
-    return 'its "text" is not a string' if "text" in values else f"it has {', '.join(values) or 'nothing'}"
-
-
-def _parquet(file: Path) -> Iterator[str]:
-    try:
-        parquet: Any = import_module("pyarrow.parquet")
-    except ImportError:
-        raise ValueError(f"{file} needs the package pyarrow: pip install 'moemamba[data]'") from None
-    try:
-        table = parquet.ParquetFile(file)
-    except ValueError as error:  # of which pyarrow's own errors are a kind
-        raise ValueError(f"{file} is not a parquet file ({error}); write it again, or rename it") from None
-    with table:
-        if "text" not in table.schema_arrow.names:
-            names = ", ".join(table.schema_arrow.names)
-            raise ValueError(f'{file} has no column "text"; it has {names}')
-        for batch in table.iter_batches(256, columns=["text"]):
-            texts = list(filter(None, batch.column(0).to_pylist()))
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f'{file} has a column "text" of {batch.schema.types[0]}; it must hold strings')
-            yield from texts
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return True
+        unread[Path(path)] = "is not a regular file"
+    except OSError as error:
+        unread[Path(path)] = f"cannot be read ({error.strerror})"
+    return False

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import Router
 from ..model import MoEMamba
-from .data import Batch, HeldOut, Tokens, sequential
+from .data import Batch, HeldOut, Tokens, predicted_bytes, sequential
 from .processes import Processes
 
 LOGITS = 2**27  # held at once while predictions are counted
+LOST = 0.01  # share of a text that its tokens may lose and still have bits per byte
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,23 @@ class Evaluation:
 
     loss: float
     """cross-entropy in nats a token"""
-    perplexity: float
-    """exp(loss)"""
-    bits_per_byte: float
-    """of the UTF-8 text, comparable between tokenizers"""
-    tokens: int
+    perplexity: float = field(metadata={"finite": False})
+    """exp(loss), infinite from a loss of 700 on"""
+    bits_per_byte: float = field(default=math.nan, metadata={"finite": False})
+    """of the UTF-8 text whose tokens were predicted, comparable between tokenizers; nan where the tokens do not spell
+    more than a hundredth of it (`LOST`)"""
+    tokens: int = 0
     """that were predicted"""
-    accuracy: float = math.nan
+    accuracy: float = field(default=math.nan, metadata={"finite": False})
     """share of the tokens that the model held likeliest; nan in checkpoints of versions that did not count them"""
-    drop_gap: float | None = None
+    drop_gap: float | None = field(default=None, metadata={"finite": False})
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
     apart: dict[str, float] | None = None
     """of several texts, the loss of each"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON, which has no nan: a figure that is not known is left out."""
+        return {name: value for name, value in asdict(self).items() if value == value}
 
 
 def evaluate(
@@ -49,9 +56,10 @@ def evaluate(
     group: int | None = None,
     processes: Processes | None = None,
 ) -> Evaluation:
-    """Predict every token of a text, in its own order, in windows that begin from an empty state.
+    """Predict the tokens of a text, in its own order, in windows that begin from an empty state.
 
-    No token is dropped for want of capacity, so the result does not depend on batch_size.
+    Every token is predicted but the first, which nothing comes before; the last window may be shorter. No token is
+    dropped for want of capacity, so the result does not depend on batch_size.
 
     Args:
         data: see `preparation.prepare`; of several texts, each has its share of `most` and of every mean.
@@ -64,7 +72,7 @@ def evaluate(
         group: windows that are routed together for the drop gap, which depends on it; batch_size if None.
         processes: that share the work, each with the same model; every one returns the whole result.
     Raises:
-        ValueError: the text does not fill one window.
+        ValueError: the text does not fill one window, or has tokens that the model does not.
     """
     processes = processes or Processes(next(model.parameters()).device)
     rows = min(batch_size, max(1, LOGITS // (context * model.config.vocab_size)))
@@ -75,18 +83,20 @@ def evaluate(
     for name, share, text in texts:
         own = None if most is None else round(most * share)
 
-        def batches(rows: int, text: Tokens = text, own: int | None = own) -> Iterator[Batch]:
-            return _dealt(sequential(text, rows, context, own, reset_state), processes)
+        def batches(rows: int, name: str = name, text: Tokens = text, own: int | None = own) -> Iterator[Batch]:
+            found = _within(sequential(text, rows, context, own, reset_state), model.config.vocab_size, name)
+            return _dealt(found, processes)
 
         apart[name], right, count = _means(model, False, batches(rows), dtype, processes)
         loss, accuracy, tokens = loss + share * apart[name], accuracy + share * right, tokens + count
-        token_bytes += share * max(1, text.bytes) / len(text.ids)
+        token_bytes += share * predicted_bytes(text, context, own) / count
         if drop_gap:
             limited += share * _means(model, True, batches(group or batch_size), dtype, processes)[0]
+    spelled = token_bytes > 0 and not any(text.lost > LOST for _, _, text in texts)
     return Evaluation(
         loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        bits_per_byte=loss / token_bytes / math.log(2),
+        bits_per_byte=loss / token_bytes / math.log(2) if spelled else math.nan,
         tokens=tokens,
         accuracy=accuracy,
         drop_gap=limited - loss if drop_gap else None,
@@ -129,6 +139,18 @@ def _sums(model: MoEMamba, batch: Batch, capacity: bool) -> Tensor:
     targets = batch.targets.flatten()  # -100, which is no token, neither counts nor is ever right
     loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum().double(), counted.sum().double()])
+
+
+def _within(batches: Iterable[Batch], vocab_size: int, name: str) -> Iterator[Batch]:
+    """The batches; raises ValueError at a token that the model does not have."""
+    for batch in batches:
+        largest = max(int(batch.tokens.max()), int(batch.targets.max()))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{name or 'the text'} holds the token {largest}, but the model has {vocab_size}; tokenise it with the "
+                "model's own tokenizer"
+            )
+        yield batch
 
 
 def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:

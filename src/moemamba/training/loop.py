@@ -19,7 +19,7 @@ from ..counting import count_parameters
 from ..model import MoEMamba
 from ..text import Tokenizer
 from .alarms import Alarms, sentences
-from .config import TrainConfig
+from .config import TrainConfig, absolute
 from .corpora import Corpora, find_tokenizer, open_corpora
 from .data import Batches
 from .evaluate import Evaluation, evaluate
@@ -72,6 +72,7 @@ def train(
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the step was finished and saved. A second signal ends at once.
         OSError: the run directory holds a run already, another process trains in it, or it cannot be written.
     """
+    config = absolute(config)
     if not config.run:
         raise ValueError("run names no directory; say where the run shall lie: --run runs/mine")
     with join(config.device) as processes, closing(Run(config.run)) as run:
@@ -150,8 +151,10 @@ def _train(
                 position.evaluation, position.evaluated = found, step
                 tokens = step * config.batch_size * config.context
                 training = {"step": step, "tokens": tokens, "seconds": round(meter.seconds, 3)}
-                run.log("evaluation", **asdict(found) | training)  # tokens are those trained on, as in every line
-                quality = f"held-out loss {found.loss:.4f}, {found.bits_per_byte:.3f} bits per byte"
+                run.log("evaluation", **found.to_dict() | training)  # tokens are those trained on, as in every line
+                spelled = found.bits_per_byte == found.bits_per_byte  # else nan
+                bits = f", {found.bits_per_byte:.3f} bits per byte" if spelled else ""
+                quality = f"held-out loss {found.loss:.4f}{bits}"
                 report.note(f"step {step:,}: {quality}{_apart(found)}")
             if saves:
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()

@@ -1,10 +1,8 @@
 """Text to token files on disk, once: from then on they are opened from a cache."""
 
 import hashlib
-import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,38 +11,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import read_json
-from ..host.files import new_directory, write_json
+from ..host.files import cache_folder, expanded, new_directory, replace, writable, write_json
+from ..reading import to_dict
 from ..text import Tokenizer
-from .data import Tokens
-from .documents import Documents, held_out
+from .documents import Documents, hash_of
+from .prepared import Corpus, Index, Part, digest, is_prepared, open_prepared
+from .tokenfiles import documents_of
 
-FORMAT = 2  # of the files below; a change hides caches of older versions
+FORMAT = 3  # of the files below, and of what is read as text; a change hides caches of older versions
 HELD_OUT = 0.05  # share of the documents that becomes validation data unless told otherwise
 GROUP = (1 << 18) * (os.cpu_count() or 1)  # characters of text that are tokenised together
-BLOCK = 1 << 20  # tokens of a .bin file read, and turned into text, at once
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Training and validation tokens of one source."""
-
-    name: str
-    train: Tokens
-    validation: Tokens
-    """empty if nothing was held out"""
-    content: str
-    """hash of the training tokens"""
-    skipped: int
-    """files that were not UTF-8 text"""
-
+MEASURED = 16  # the share of the text on which it is measured what tokens lose is one of so many
+FEW = 20  # documents, of which the hash cannot be expected to hold out the share asked for
 
 Show = Callable[[int, int], None]
 """told the bytes of text read so far, and how many there are, 0 if that is not known"""
 
 
 def prepare(
-    source: str | None,
+    source: str | Path | None,
     tokenizer: Tokenizer,
     cache: Path,
     held_out: float = HELD_OUT,
@@ -53,31 +38,34 @@ def prepare(
     """Tokenise a source once, and open it from the cache from then on.
 
     Args:
-        source: what `Documents` reads, a .bin file of little-endian uint16 tokens in which the tokenizer's end-of-text
-            token ends documents, or a folder that `write_tokens` has written, which is opened as it is.
+        source: what `Documents` reads; files of tokens, in which the tokenizer's end-of-text token ends documents
+            (`tokenfiles`); or a folder that `write_tokens` has written, which is opened as it is.
         cache: folder of all prepared sources; each lies below it by a fingerprint of source and tokenizer.
         held_out: share of the documents that becomes validation data.
     Raises:
         FileNotFoundError, ValueError: see `Documents`; a source without text; tokens that the tokenizer does not have.
         OSError: the cache cannot be written.
     """
-    if is_prepared(source):
-        return _open(Path(str(source)), tokenizer)
+    if source is not None and is_prepared(source):
+        return open_prepared(expanded(source), tokenizer, cache)
     documents = Documents(source)
     folder = cache / digest([FORMAT, held_out, tokenizer.to_json(), documents.fingerprint()])
     if not folder.exists():
         try:
-            write_tokens(folder, documents, tokenizer, held_out, show)
+            return write_tokens(folder, documents, tokenizer, held_out, show)
         except OSError:
             if not folder.exists():  # else another process was faster
                 raise
-    return _open(folder, tokenizer)
+    return open_prepared(folder, tokenizer, cache)
 
 
 def write_tokens(
     folder: Path, documents: Documents, tokenizer: Tokenizer, held_out: float, show: Show = lambda done, total: None
 ) -> Corpus:
     """Tokenise into a new folder, which appears when it is complete; memory does not grow with the text.
+
+    Documents are held out by a hash of their content, so that copies go together. Where that leaves one side without
+    any, the document with the smallest hash is held out, and no other.
 
     Raises:
         FileExistsError: there is something at `folder` already.
@@ -86,28 +74,18 @@ def write_tokens(
     found = documents.fingerprint()
     with new_directory(folder) as beside:
         _write(beside, documents, tokenizer, held_out, show)
-        (beside / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        replace(beside / "tokenizer.json", tokenizer.to_json())
         if documents.fingerprint() != found:
             raise ValueError(f"{documents.name} changed while it was read; start again when it is complete")
     for leftover in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed, or slower
         shutil.rmtree(leftover, ignore_errors=True)
-    return _open(folder, tokenizer)
-
-
-def is_prepared(source: str | None) -> bool:
-    """Whether a source is a folder that `write_tokens` has written."""
-    return source is not None and all((Path(source) / name).is_file() for name in ("index.json", "train.ends"))
+    return open_prepared(folder, tokenizer)
 
 
 def cache_directory(fallback: Path) -> Path:
-    """Where prepared sources are kept: ~/.cache/moemamba (below XDG_CACHE_HOME if set), or `fallback` if unwritable."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemamba"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cache).close()
-    except OSError:
-        return fallback
-    return cache
+    """Where prepared sources are kept: the package's cache folder, or `fallback` if that cannot be written."""
+    cache = cache_folder()
+    return cache if cache is not None and writable(cache) else fallback
 
 
 class _Encoded(NamedTuple):
@@ -143,92 +121,100 @@ class _Writer:
         with self.ids, self.ends:  # both are closed, even if closing one fails
             pass
 
-    def index(self) -> dict[str, Any]:
+    def part(self, spelled: float) -> Part:
         """What index.json says about the file."""
-        return {
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "dtype": self.dtype.str,
-            "content": self.hash.hexdigest(),
-        }
+        dtype: Any = self.dtype.str
+        return Part(self.tokens, self.documents, self.bytes, dtype, self.hash.hexdigest(), spelled)
+
+
+@dataclass
+class _Measured:
+    """What a tokenizer makes of text, on a part of it."""
+
+    tokenizer: Tokenizer
+    bytes: int = 0
+    lost: int = 0
+    spelled: int = 0
+
+    def look(self, texts: list[str], ids: list[NDArray[Any]]) -> None:
+        left, count = sum(map(len, texts)) // MEASURED, 0
+        while left >= 0 and count < len(texts):
+            left -= len(texts[count])
+            count += 1
+        texts, ids = texts[:count], ids[:count]
+        self.bytes += sum(len(text.encode()) for text in texts)
+        self.lost += self.tokenizer.lost(texts, ids)
+        self.spelled += sum(len(text.encode()) for text in self.tokenizer.decode_batch(ids))
+
+    def share(self) -> float:
+        """Of the bytes that are lost."""
+        return self.lost / max(1, self.bytes)
+
+    def ratio(self) -> float:
+        """Bytes that tokens spell, for each byte of the text."""
+        return self.spelled / self.bytes if self.spelled else 1.0
 
 
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, share: float, show: Show) -> None:
+    bound: float = share * 2**64
+    low, high, index = _write_split(folder, documents, tokenizer, bound, show)
+    if share and not (index.train.tokens and index.validation.tokens):
+        bound = low + 1 if low < high else 0
+        _, _, index = _write_split(folder, documents, tokenizer, bound, lambda done, total: None)
+    write_json(folder / "index.json", to_dict(index) | {"notes": [*documents.notes(), *_warnings(index, share)]})
+
+
+def _write_split(
+    folder: Path, documents: Documents, tokenizer: Tokenizer, bound: float, show: Show
+) -> tuple[int, int, Index]:
+    """Write both sides: documents whose hash is below `bound` are held out. The smallest and the largest hash."""
+    low, high = 1 << 64, -1
     done = shown = 0
+    measured = _Measured(tokenizer)
     with _Writer(folder, "train", tokenizer) as train, _Writer(folder, "validation", tokenizer) as validation:
-        for document in _encoded(documents, tokenizer):
-            (validation if share and held_out(document.text, share) else train).add(document)
+        for document in _encoded(documents, tokenizer, measured):
+            number = hash_of(document.text)
+            low, high = min(low, number), max(high, number)
+            (validation if number < bound else train).add(document)
             done += len(document.text)
             if done - shown >= 1 << 20:
                 shown = done
                 show(done, documents.text_bytes)
     if not done:
-        raise ValueError(f"there is no text in {documents.name}; give a file or folder with UTF-8 text")
-    index = {
-        "name": documents.name,
-        "tokenizer": digest(tokenizer.to_json()),
-        "skipped": len(documents.skipped),
-        "train": train.index(),
-        "validation": validation.index(),
-    }
-    write_json(folder / "index.json", index)
+        left_out = "; ".join(documents.notes())
+        raise ValueError(f"there is no text in {documents.name}; give text{f' ({left_out})' if left_out else ''}")
+    ratio, name = measured.ratio(), digest(tokenizer.to_json())
+    sides = train.part(ratio), validation.part(ratio)
+    return low, high, Index(documents.name, name, len(documents.skipped), *sides, measured.share())
 
 
-def _open(folder: Path, tokenizer: Tokenizer) -> Corpus:
-    index: dict[str, Any] = read_json(folder / "index.json")
-    if index["tokenizer"] != digest(tokenizer.to_json()):
-        raise ValueError(f"{folder} was prepared with another tokenizer; give that one, or prepare the text again")
-    tokens = []
-    for name in ("train", "validation"):
-        part = index[name]
-        ids, ends = _map(folder / f"{name}.bin", part["dtype"]), _map(folder / f"{name}.ends", "<i8")
-        if (len(ids), len(ends)) != (part["tokens"], part["documents"]):
-            raise ValueError(f"the prepared tokens in {folder} are incomplete; remove that folder and start again")
-        tokens.append(Tokens(ids, ends, part["bytes"]))
-    return Corpus(index["name"], tokens[0], tokens[1], index["train"]["content"], index["skipped"])
+def _warnings(index: Index, share: float) -> list[str]:
+    """What is odd about the shares of training and held-out text."""
+    if not share:
+        return []
+    documents, held = index.train.documents + index.validation.documents, index.validation.documents
+    if not held:
+        return [
+            "nothing is held out, since all documents are alike, or there is but one; name held-out text (--validation)"
+        ]
+    if documents > FEW and not share / 4 < held / documents < 4 * share:
+        return [
+            f"{held:,} of {documents:,} documents are held out, since many are alike; better name held-out text "
+            "(--validation)"
+        ]
+    return []
 
 
-def _map(file: Path, dtype: str) -> NDArray[Any]:
-    """A file as an array; an empty file cannot be mapped."""
-    return np.memmap(file, dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
-
-
-def digest(value: Any) -> str:
-    """A short hash of plain values."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
-
-
-def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[_Encoded]:
+def _encoded(documents: Documents, tokenizer: Tokenizer, measured: _Measured) -> Iterator[_Encoded]:
     if documents.is_tokens:
-        yield from _cut(documents.files[0], tokenizer)
+        for ids, text in documents_of(documents, tokenizer):
+            yield _Encoded(ids, text.encode())
         return
     for texts in _groups(documents):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        encoded = tokenizer.encode_batch(texts)
+        measured.look(texts, encoded)
+        for text, ids in zip(texts, encoded, strict=True):
             yield _Encoded(ids, text.encode())
-
-
-def _cut(file: Path, tokenizer: Tokenizer) -> Iterator[_Encoded]:
-    """The documents of a file of uint16 tokens."""
-    if (size := file.stat().st_size) % 2:
-        raise ValueError(f"{file} has {size:,} bytes, an odd number; a .bin file holds uint16 tokens, two bytes each")
-    ids = _map(file, "<u2")
-    start = 0
-    for first in range(0, len(ids), BLOCK):
-        block = ids[first : first + BLOCK]
-        if (largest := int(block.max())) >= tokenizer.vocab_size:
-            raise ValueError(
-                f"{file} holds the token {largest}, but the tokenizer has {tokenizer.vocab_size}; "
-                "name the tokenizer that wrote the file"
-            )
-        ends = (first + np.flatnonzero(block == tokenizer.end_of_text)).tolist()
-        documents = []
-        for end in (*ends, len(ids)) if first + BLOCK >= len(ids) else ends:
-            if end > start:
-                documents.append(ids[start:end])
-            start = end + 1
-        for document, text in zip(documents, tokenizer.decode_batch(documents), strict=True):
-            yield _Encoded(document, text.encode())
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
