@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,15 @@ class Evaluation:
 
     loss: float
     """cross-entropy in nats a token"""
-    perplexity: float
-    """exp(loss)"""
+    perplexity: float = field(metadata={"finite": False})
+    """exp(loss), infinite from a loss of 700 on"""
     bits_per_byte: float
     """of the UTF-8 text, comparable between tokenizers"""
     tokens: int
     """that were predicted"""
-    accuracy: float = math.nan
+    accuracy: float = field(default=math.nan, metadata={"finite": False})
     """share of the tokens that the model held likeliest; nan in checkpoints of versions that did not count them"""
-    drop_gap: float | None = None
+    drop_gap: float | None = field(default=None, metadata={"finite": False})
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
     apart: dict[str, float] | None = None
     """of several texts, the loss of each"""
