@@ -57,6 +57,8 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
         OSError: the system cannot read it.
     """
     place, folder = find_device(device), find_model(expanded(path))
+    if place.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; try cpu")
     config = from_dict(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
     require_memory(config, device_memory(place))
     stored = open_weights(folder)
@@ -109,8 +111,6 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device {name!r} cannot be used ({str(error).splitlines()[0].split('. ')[0]}); try cpu"

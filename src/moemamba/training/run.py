@@ -24,6 +24,7 @@ from ..checkpoint import (
 )
 from ..host.files import (
     FileError,
+    WriteError,
     check_regular,
     expanded,
     new_directory,
@@ -124,9 +125,13 @@ class Run:
             )
         if resume and not self.exists:
             raise FileNotFoundError(f"{self.path} holds no run to resume; start one without --resume")
-        with writing(self.path):
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
-        if (owner := self.lock.take()) is not None:
+            owner = self.lock.take()
+        except OSError as error:
+            why = error.reason if isinstance(error, WriteError) else error.strerror
+            raise OSError(f"cannot write to the run directory {self.path}: {why}; choose another (--run)") from error
+        if owner is not None:
             raise OSError(
                 f"another process trains in {self.path}{owner and f' ({owner})'}; wait until it ends, or choose "
                 "another run directory (--run)"
