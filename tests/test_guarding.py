@@ -16,9 +16,10 @@ import torch
 
 from moemamba import MoEMamba, TrainConfig, load, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
+from moemamba.reading import from_dict, to_dict
 from moemamba.training import muon, stop
 from moemamba.training import step as stepping
-from moemamba.training.alarms import DEAD_AFTER, Alarms, sentences
+from moemamba.training.alarms import DEAD_AFTER, Alarms, Raised, sentences
 from moemamba.training.guard import Diverged, Fatal, Guard, Skips, apply
 from moemamba.training.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
 from moemamba.training.optim import make_optimizer
@@ -256,7 +257,7 @@ def test_alarms_are_raised_once_and_again_after_they_ended():
     (raised,) = alarms.look(layer(full), 10)
     assert raised["alarm"] == "collapsed" and raised["expert"] == 0
     assert alarms.look(layer(full), 10) == []
-    resumed = Alarms([1], json.loads(json.dumps(alarms.state())))
+    resumed = Alarms([1], from_dict(Raised, json.loads(json.dumps(to_dict(alarms.state())))))
     assert resumed.look(layer(full), 10) == []
     assert resumed.look(layer(even), 10) == []
     assert [alarm["alarm"] for alarm in resumed.look(layer(full, 0.001), 10)] == ["collapsed", "certain"]

@@ -13,7 +13,7 @@ SOURCE = Path(moemamba.__file__).parent
 FLOORS = [
     {"host", "reading"},
     {"config", "presets", "counting", "text"},
-    {"ops"},
+    {"ops", "tensors"},
     {"layers"},
     {"state", "model"},
     {"checkpoint"},

@@ -437,7 +437,7 @@ def test_too_little_to_hold_out(config, tmp_path):
         ({"accumulate": 3}, "accumulate is 3, which does not divide batch_size = 16"),
         ({"dtype": "float16"}, "dtype is 'float16'; expected one of"),
         ({"beta1": 1.0}, "beta1 is 1.0"),
-        ({"data_seed": 1 << 64}, "it must be less than 2"),
+        ({"data_seed": 1 << 64}, "expected a number below 2"),
         ({"learning_rte": 1.0}, "unknown key 'learning_rte'"),
         ({"model": {"d_model": -8}}, "d_model is -8"),
     ],

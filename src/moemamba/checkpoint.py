@@ -1,36 +1,48 @@
 """Models on disk: directories that are complete or absent, whatever happens while they are written."""
 
-import errno
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
 from torch import Tensor
 
-from .config import ModelConfig
-from .host import files
-from .host.files import new_directory, write_json
+from .config import ModelConfig, parse_pattern
+from .counting import require_memory
+from .host import files, memory
+from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .model import MoEMamba
 from .reading import from_dict, to_dict
+from .tensors import TensorFile, differences, not_finite, write_tensors
 from .text import Tokenizer, load_tokenizer
+
+TOKENIZER_LIMIT = 200_000_000
+"""bytes of a tokenizer.json"""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete or damaged; the message says which file, and what to do."""
+    """A checkpoint cannot be used; the message says which file, and what to do."""
 
 
-def save(path: str | Path, model: MoEMamba, tokenizer: Tokenizer) -> None:
+class Damaged(CheckpointError):
+    """A file of a checkpoint is missing, or its header, its checksum or its values are not what was written."""
+
+
+def save(path: str | Path, model: torch.nn.Module, tokenizer: Tokenizer) -> None:
     """Write config.json, model.safetensors and tokenizer.json into a new directory.
 
+    Args:
+        model: a MoEMamba, which `torch.compile` or DataParallel may have wrapped.
     Raises:
+        ValueError: what would be written could not be loaded again.
         FileExistsError: there is something at `path` already.
         OSError: it cannot be written; what was there before is untouched.
     """
-    with new_directory(Path(path)) as folder:
-        write_model(folder, model.config, model_tensors(model), tokenizer)
+    inner = unwrapped(model)
+    tensors = saveable(inner)
+    _require_vocabulary(inner.config, tokenizer, "the tokenizer")
+    with new_directory(expanded(path)) as folder:
+        write_model(folder, inner.config, tensors, tokenizer)
 
 
 def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
@@ -40,22 +52,52 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
         path: a directory that `save` has written, or a run directory, whose newest checkpoint is meant.
         device: see `find_device`.
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        ValueError: this machine has no such device.
+        CheckpointError: there is none, it is damaged, or its files do not belong together.
+        ValueError: this machine has no such device, or too little memory.
+        OSError: the system cannot read it.
     """
-    place, folder = find_device(device), Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no model at {path}; name a directory that train or save has written")
-    if not (folder / "model.safetensors").exists() and (found := checkpoints(folder)):
-        folder = found[-1]
+    place, folder = find_device(device), find_model(expanded(path))
+    if place.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; try cpu")
     config = from_dict(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
-    model = MoEMamba(config)
-    read_weights(folder, model)
-    try:
-        tokenizer = load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise damaged(folder / "tokenizer.json", error) from error
-    return model.to(place).eval(), tokenizer
+    require_memory(config, device_memory(place))
+    stored = open_weights(folder)
+    model = outline(config, stored)
+    check_tensors(stored, model_tensors(model))
+    verify(stored)
+    model.to_empty(device=place)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    with torch.no_grad():
+        for name, tensor in model_tensors(model).items():
+            tensor.copy_(stored[name][...])
+    if strange := not_finite(model_tensors(model)):
+        raise CheckpointError(
+            f"{stored.file} holds numbers that are not finite ({strange}), with which nothing can be computed; "
+            f"{_instead(stored.file)}"
+        )
+    return model.eval(), _read_tokenizer(folder, config)
+
+
+def find_model(path: Path) -> Path:
+    """The directory of a model: `path` itself, or the newest checkpoint of the run there.
+
+    Raises:
+        CheckpointError: there is none; the message says what there is.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no model at {path}; name a directory that train or save has written")
+    if (path / "model.safetensors").exists():
+        return path
+    if found := checkpoints(path):
+        return found[-1]
+    if runs := sorted(path.glob("*/seed-*/train.json")):
+        raise CheckpointError(f"{path} holds a comparison; name one of its runs, such as {runs[0].parent}")
+    if (path / "train.json").exists():
+        raise CheckpointError(f"the run in {path} has no checkpoint yet; go on with it until it saves one (--resume)")
+    if (path / "config.json").exists() or (path / "tokenizer.json").exists():
+        raise damaged(path / "model.safetensors", "")
+    raise CheckpointError(f"{path} holds no model; name a run, a checkpoint, or a directory that save has written")
 
 
 def find_device(name: str) -> torch.device:
@@ -76,10 +118,18 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that a device has for this process at most; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory.limit() if device.type == "cpu" else None
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoint directories of a run, oldest first."""
     folder = run / "checkpoints"
-    return sorted(path for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"[0-9]{8,}", path.name)] if folder.is_dir() else []
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name))
 
 
 def model_tensors(model: MoEMamba) -> dict[str, Tensor]:
@@ -87,47 +137,139 @@ def model_tensors(model: MoEMamba) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
+def unwrapped(model: torch.nn.Module) -> MoEMamba:
+    """The model inside what `torch.compile`, DataParallel and DistributedDataParallel make of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inner = model
+    while not isinstance(inner, MoEMamba):
+        held = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(held, torch.nn.Module):
+            raise ValueError(f"{type(model).__name__} is no MoEMamba model; save the model that it was made from")
+        inner = held
+    return inner
+
+
+def saveable(model: MoEMamba) -> dict[str, Tensor]:
+    """The tensors of a model as its configuration names them, which `load` will find.
+
+    Raises:
+        ValueError: they are not those of its configuration, or not finite.
+    """
+    found = {
+        name.replace("_orig_mod.", ""): tensor.detach()
+        for kind in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, tensor in kind
+    }
+    with torch.device("meta"):
+        expected = model_tensors(MoEMamba(model.config))
+    if model.config.tie_embeddings and found.get("head.weight") is not None:
+        if model.head.weight is not model.embedding.weight:
+            raise ValueError(
+                "the head has weights of its own, but the configuration says tie_embeddings; set it to False"
+            )
+        del found["head.weight"]
+    if wrong := differences(found, expected):
+        raise ValueError(f"the model is not what its configuration says: {wrong}; it could not be loaded again")
+    if other := [name for name, tensor in found.items() if tensor.is_meta or hasattr(tensor, "full_tensor")]:
+        raise ValueError(f"{other[0]} is not whole on this device; save the model with its weights in one process")
+    if strange := not_finite(found):
+        raise ValueError(f"the model has weights that are not finite ({strange}); it could not be used again")
+    return {name: found[name] for name in expected}
+
+
 def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """The three files that `load` needs, into an existing directory."""
     write_json(folder / "config.json", to_dict(config))
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    write_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in tensors.items()})
+    files.replace(folder / "tokenizer.json", tokenizer.to_json())
+    write_tensors(folder / "model.safetensors", tensors)
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write contiguous tensors by name; raises the system's OSError where it cannot."""
+def open_weights(folder: Path, name: str = "model.safetensors") -> TensorFile:
+    """The header of a file of tensors; raises Damaged if that is not one."""
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # the system's error is in its text alone
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(file)) from error
+        return TensorFile(folder / name)
+    except (FileError, FileNotFoundError) as error:
+        raise damaged(folder / name, error) from error
 
 
-def read_weights(folder: Path, model: MoEMamba) -> None:
-    """Load model.safetensors into a model, on the device where the model is.
+def verify(stored: TensorFile) -> None:
+    """Compare a file with its checksums; raises Damaged if it has others."""
+    try:
+        stored.verify()
+    except FileError as error:
+        raise damaged(stored.file, error) from error
+
+
+def outline(config: ModelConfig, stored: TensorFile) -> MoEMamba:
+    """The model of a configuration on the meta device, which takes no memory.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds another model.
+        CheckpointError: it has more layers than the file has tensors, so that nobody need build it.
     """
-    file = folder / "model.safetensors"
-    try:
-        load_model(model, file)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise damaged(file, error) from error
+    layers = len(parse_pattern(config.pattern)) * config.n_blocks
+    if layers > len(stored):
+        verify(stored)
+        raise CheckpointError(
+            f"{stored.file} holds {len(stored):,} tensors, too few for the {layers:,} layers of the model that "
+            "config.json describes; put the two files there that belong together"
+        )
+    with torch.device("meta"):
+        return MoEMamba(config)
 
 
-def damaged(file: Path, error: Exception) -> CheckpointError:
+def check_tensors(stored: TensorFile, expected: Mapping[str, Tensor], what: str = "model") -> None:
+    """Compare names, shapes and dtypes with what is due, before anything is read; see `differences`.
+
+    Raises:
+        Damaged: they differ, and so do the checksums.
+        CheckpointError: they differ, since this is another model.
+    """
+    if wrong := differences(stored, expected):
+        verify(stored)
+        raise CheckpointError(
+            f"{stored.file} is of another {what} than the configuration describes: {wrong}; "
+            "put the files there that belong together"
+        )
+
+
+def damaged(file: Path, error: Exception | str) -> Damaged:
     """The error that says what is wrong with a checkpoint's file, and which checkpoint to use instead."""
-    others = [str(path) for path in checkpoints(file.parent.parent.parent) if path != file.parent]
-    instead = f"use {others[-1]} instead" if others else "restore it from a copy"
-    what = "is missing" if not file.exists() else f"is damaged or incomplete ({str(error).splitlines()[0]})"
-    return CheckpointError(f"{file} {what}; {instead}")
+    said = (str(error).splitlines() or [type(error).__name__])[0].removeprefix(f"{file} ").removeprefix(f"{file}: ")
+    what = "is missing" if not file.exists() else f"is damaged or incomplete ({said})"
+    return Damaged(f"{file} {what}; {_instead(file)}")
 
 
-def read_json(file: Path) -> dict[str, object]:
-    """A JSON object of a checkpoint; raises CheckpointError."""
+def read_json(file: Path, most: int = files.JSON_LIMIT) -> dict[str, object]:
+    """A JSON object of a checkpoint; raises Damaged, or the system's OSError."""
     try:
-        return files.read_json(file)
-    except (OSError, ValueError) as error:
+        return files.read_json(file, most)
+    except (FileNotFoundError, FileError) as error:
         raise damaged(file, error) from error
+
+
+def _instead(file: Path) -> str:
+    others = [str(path) for path in checkpoints(file.parent.parent.parent) if path != file.parent]
+    return f"use {others[-1]} instead" if others else "restore it from a copy"
+
+
+def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    try:
+        if file.exists():
+            check_regular(file, TOKENIZER_LIMIT)
+        tokenizer = load_tokenizer(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise damaged(file, error) from error
+    _require_vocabulary(config, tokenizer, str(file))
+    return tokenizer
+
+
+def _require_vocabulary(config: ModelConfig, tokenizer: Tokenizer, name: str) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{name} has {tokenizer.vocab_size:,} tokens, more than the vocabulary of {config.vocab_size:,} of the "
+            "model; they do not belong together"
+        )

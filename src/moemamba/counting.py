@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .config import ExpertsConfig, ModelConfig
+from .config import ExpertsConfig, ModelConfig, parse_pattern
 
 
 class ParameterCount(NamedTuple):
@@ -18,11 +18,11 @@ class ParameterCount(NamedTuple):
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Total, active and embedding parameters of a model that need not fit anywhere."""
     final_norm = _norm(config) if config.final_norm else 0
-    layers = [_layer(config, letters) for letters in config.layers]
+    block = [_layer(config, letters) for letters in parse_pattern(config.pattern)]
     tables = 1 if config.tie_embeddings else 2
     return ParameterCount(
-        total=sum(total for total, _ in layers) + final_norm,
-        active=sum(active for _, active in layers) + final_norm,
+        total=config.n_blocks * sum(total for total, _ in block) + final_norm,
+        active=config.n_blocks * sum(active for _, active in block) + final_norm,
         embedding=tables * config.vocab_size * config.d_model,
     )
 
@@ -34,18 +34,80 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     drive, update and output) and, for attention, the two products with `context / 2` keys and values on average.
     """
     matrices = count_parameters(config).active + config.vocab_size * config.d_model
-    mamba = sum(letter in "MR" for letters in config.layers for letter in letters)
-    attention = sum(letter == "A" for letters in config.layers for letter in letters)
+    mamba, attention = _times(config, "MR"), _times(config, "A")
     scan = 9 * config.d_inner * config.mamba.d_state
     return 2 * matrices + mamba * scan + attention * 2 * context * config.d_model
 
 
 def state_bytes(config: ModelConfig, context: int, element: int = 4) -> int:
     """Size of one sequence's `State` after `context` tokens; scan states are float32, the rest `element` bytes each."""
-    mamba = sum(letter in "MR" for letters in config.layers for letter in letters)
-    attention = sum(letter == "A" for letters in config.layers for letter in letters)
+    mamba, attention = _times(config, "MR"), _times(config, "A")
     per_mamba = config.d_inner * (4 * config.mamba.d_state + element * (config.mamba.d_conv - 1))
     return mamba * per_mamba + attention * context * (2 * config.d_model * element + 8)
+
+
+class Memory(NamedTuple):
+    """Bytes that a model takes in float32, without activations."""
+
+    weights: int
+    gradients: int
+    """while training"""
+    optimizer: int
+    """AdamW's two moments, while training"""
+
+
+def memory(config: ModelConfig, moments: int = 2) -> Memory:
+    """What a model takes at least, whatever the batch: the one count that `moemamba info` shows and refusals go by.
+
+    Args:
+        moments: that the optimiser keeps of a weight: two with AdamW, one at least with Muon.
+    """
+    count = count_parameters(config)
+    weights = 4 * (count.total + count.embedding)
+    return Memory(weights, weights, moments * weights)
+
+
+def require_memory(
+    config: ModelConfig, has: int | None, moments: int | None = None, share: float = 1.0, vocabulary: bool = True
+) -> None:
+    """Refuse a model that cannot fit, before any work.
+
+    Args:
+        has: bytes of the machine or the GPU; None if unknown.
+        moments: see `memory`; None for a model that is not trained.
+        share: how many times the model lies there: less than once where processes on other machines hold the rest.
+        vocabulary: embedding and head count too; not while a tokenizer may still settle their size.
+    Raises:
+        ValueError: with the figure that `moemamba info` shows.
+    """
+    needs = memory(config, moments or 0)
+    total = needs.weights if moments is None else sum(needs)
+    settled = total if vocabulary else total - total // needs.weights * 4 * count_parameters(config).embedding
+    if has is None or settled <= has / share:
+        return
+    parts = f"weights {size(needs.weights)}"
+    if moments is not None:
+        parts += f", gradients {size(needs.gradients)}, optimiser {size(needs.optimizer)}"
+    there = "" if share == 1 else f" {share:.3g} times"
+    raise ValueError(
+        f"the model needs {size(total)} of memory ({parts}){there}, but there are {size(has)}; "
+        "choose a smaller model, or a machine with more memory"
+    )
+
+
+def size(number: float) -> str:
+    """Bytes for people: 1536 -> "1.5 KiB"."""
+    number = min(number, 1e300)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.1f} TiB" if number < 1e6 else f"{number:.1e} TiB"
+
+
+def _times(config: ModelConfig, letters: str) -> int:
+    """How many layers of the model have one of these letters."""
+    return config.n_blocks * sum(letter in letters for letter in config.pattern)
 
 
 def _norm(config: ModelConfig) -> int:

@@ -28,12 +28,16 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
-    fields = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    loose = {field.name for field in dataclasses.fields(kind) if field.metadata.get("finite") is False}  # type: ignore[arg-type]
+    fields = {
+        name: value if name in loose and isinstance(value, float) else _convert(hints[name], value, f"{where}.{name}")
+        for name, value in values.items()
+    }
     try:
         return kind(**fields)
     except TypeError as error:  # a field without a default is missing
         raise ValueError(f"{where} is incomplete: {str(error).partition(') ')[2] or error}") from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -63,7 +67,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(next((k for k in kinds if several == (typing.get_origin(k) is tuple)), kinds[0]), value, where)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value))
-    if origin is Literal and value in args:
+    if origin is list and isinstance(value, list):
+        return [_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {_convert(args[0], k, where): _convert(args[1], item, f"{where}.{k}") for k, item in value.items()}
+    if hint is Any or (origin is Literal and value in args):
         return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if not abs(value) < LARGEST:

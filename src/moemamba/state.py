@@ -4,15 +4,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .host.files import FileError, expanded, parse_json
 from .layers import AttentionState, MambaState
+from .tensors import Stored, TensorFile, not_finite, write_tensors
 
 MixerState = MambaState | AttentionState
 KINDS: dict[str, type[MambaState] | type[AttentionState]] = {"mamba": MambaState, "attention": AttentionState}
@@ -51,20 +50,16 @@ class State:
         return self._map(Tensor.detach)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, beside and renamed, so that a reader never sees half of it."""
+        """Write one safetensors file, with checksums, beside and renamed, so that a reader never sees half of it.
+
+        Raises:
+            OSError: it cannot be written; what was there before is untouched.
+        """
         tensors = {
-            f"{index}.{name}": getattr(mixer, name).detach().contiguous()
-            for index, mixer in enumerate(self.mixers)
-            for name in mixer._fields
+            f"{index}.{name}": getattr(mixer, name) for index, mixer in enumerate(self.mixers) for name in mixer._fields
         }
         kinds = ["attention" if isinstance(mixer, AttentionState) else "mamba" for mixer in self.mixers]
-        target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            save_file(tensors, beside, metadata={"mixers": json.dumps(kinds)})
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_tensors(expanded(path), tensors, {"mixers": json.dumps(kinds)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
@@ -73,19 +68,56 @@ class State:
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is no saved state, or is damaged.
+            OSError: the system cannot read it.
         """
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                kinds = json.loads((file.metadata() or {})["mixers"])
-                mixers = tuple(
-                    KINDS[kind](*(file.get_tensor(f"{index}.{name}") for name in KINDS[kind]._fields))
-                    for index, kind in enumerate(kinds)
-                )
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(
+            stored = TensorFile(expanded(path))
+            kinds = _kinds(stored)
+            stored.verify()
+            names = [[f"{index}.{name}" for name in KINDS[kind]._fields] for index, kind in enumerate(kinds)]
+            tensors = {name: stored[name][...] for own in names for name in own}
+            if strange := not_finite(tensors):
+                raise FileError(f"{strange} is not finite")
+        except FileError as error:
+            raise FileError(
                 f"{path} holds no complete saved state ({error}); write it again with State.save"
             ) from error
-        return cls(mixers)
+        parts = ([tensors[name].to(device) for name in own] for own in names)
+        return cls(tuple(KINDS[kind](*part) for kind, part in zip(kinds, parts, strict=True)))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(tuple(type(mixer)(*map(function, mixer)) for mixer in self.mixers))
+
+
+def _kinds(stored: TensorFile) -> list[str]:
+    """The mixers of a saved state, whose tensors are of shapes and dtypes that belong together.
+
+    Raises:
+        FileError: it is none, or they are not.
+    """
+    kinds = parse_json(stored.metadata.get("mixers", "null"), "its list of mixers")
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
+        raise FileError("it does not say which mixers it is of")
+    fields = {f"{index}.{name}" for index, kind in enumerate(kinds) for name in KINDS[kind]._fields}
+    if fields != stored.keys():
+        raise FileError(f"{min(fields ^ stored.keys())[:80]!r} is missing, or should not be there")
+    rows = {tensor.shape[:1] for tensor in stored.values()}
+    fit = len(rows) < 2
+    for index, kind in enumerate(kinds):
+        own = [stored[f"{index}.{name}"] for name in KINDS[kind]._fields]
+        fit = fit and (_fit_mamba if kind == "mamba" else _fit_attention)(*own)
+    if not fit:
+        raise FileError("its tensors have shapes or dtypes that do not belong together")
+    return kinds
+
+
+def _fit_mamba(conv: Stored, ssm: Stored) -> bool:
+    """conv (b, i, k-1) and ssm (b, i, n)."""
+    shapes = len(conv.shape) == len(ssm.shape) == 3 and conv.shape[:2] == ssm.shape[:2]
+    return shapes and conv.dtype.is_floating_point and ssm.dtype.is_floating_point
+
+
+def _fit_attention(keys: Stored, values: Stored, positions: Stored) -> bool:
+    """keys and values (b, h, s, d), positions (b, s) int64."""
+    shapes = len(keys.shape) == 4 and keys.shape == values.shape and positions.shape == (keys.shape[0], keys.shape[2])
+    return shapes and keys.dtype == values.dtype and keys.dtype.is_floating_point and positions.dtype == torch.int64

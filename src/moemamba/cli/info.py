@@ -7,7 +7,8 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ..config import LETTERS, ModelConfig, parse_pattern
-from ..counting import count_parameters, flops_per_token, state_bytes
+from ..counting import count_parameters, flops_per_token, memory, state_bytes
+from ..counting import size as size
 from ..presets import PRESETS, preset
 from ..reading import read_config, validate
 from .terminal import parse, show
@@ -63,26 +64,17 @@ def layers(config: ModelConfig) -> list[tuple[str, ...]]:
 def costs(config: ModelConfig, context: int) -> list[tuple[str, ...]]:
     """Parameters, operations and memory of the whole model, each with its value and what it means."""
     count = count_parameters(config)
-    weights = count.total + count.embedding
+    needs = memory(config)
     return [
         ("parameters", f"{count.total:,}", "without embedding and head"),
         ("active", f"{count.active:,}", "of them, those that one token passes through"),
         ("embedding, head", f"{count.embedding:,}", f"for a vocabulary of {config.vocab_size:,}"),
         ("forward pass", f"{flops_per_token(config, context) / 1e6:,.1f} MFLOP", f"a token, at context {context:,}"),
-        ("weights", size(4 * weights), f"float32; {size(2 * weights)} in bfloat16"),
-        ("gradients", size(4 * weights), "float32, while training"),
-        ("optimiser", size(8 * weights), "float32, AdamW's two moments, while training"),
+        ("weights", size(needs.weights), f"float32; {size(needs.weights // 2)} in bfloat16"),
+        ("gradients", size(needs.gradients), "float32, while training"),
+        ("optimiser", size(needs.optimizer), "float32, AdamW's two moments, while training"),
         ("state", size(state_bytes(config, context)), f"of one sequence after {context:,} tokens"),
     ]
-
-
-def size(number: float) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:,.1f} TiB"
 
 
 def _describe(config: ModelConfig, letter: str) -> str:

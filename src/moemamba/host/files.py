@@ -13,9 +13,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space or choose another place"),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "too many files are open: close some, or raise the limit (ulimit -n)"
+    ),
+    errno.ENOENT: "its folder is gone: put it back if it was moved, or choose another place",
+}
+"""of what would help where a file cannot be written"""
 JSON_LIMIT = 1 << 20
 """bytes of a JSON file that describes something: a configuration, an index, a position"""
 
@@ -24,7 +31,17 @@ class FileError(ValueError):
     """What a file holds is not what it must be; the message names the file and what would help."""
 
 
-def expanded(path: str | Path) -> Path:
+class WriteError(OSError):
+    """A file cannot be written; the message says which, why, and what would help."""
+
+    reason = ""
+    """the system's words alone"""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
     """A path in which a leading `~` is the home folder; stays as it is where there is no home folder."""
     try:
         return Path(path).expanduser()
@@ -102,7 +119,14 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def replace(file: Path, content: str | bytes) -> None:
-    """Put a file in place of what was there, at once or not at all: written beside it, flushed to disk, renamed.
+    """Put a file in place of what was there, at once or not at all; raises what `replacing` raises."""
+    with replacing(file) as stream:
+        stream.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes come in place of what was there: written beside it, flushed to disk, renamed.
 
     Raises:
         OSError: it cannot be written, named with what would help; what was there before is untouched.
@@ -111,7 +135,7 @@ def replace(file: Path, content: str | bytes) -> None:
     with writing(file):
         try:
             with beside.open("wb") as stream:
-                stream.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             beside.replace(file)
@@ -124,14 +148,16 @@ def writing(path: Path) -> Iterator[None]:
     """Says of an OSError raised inside which file could not be written, and of a full disk what would help."""
     try:
         yield
-    except FileExistsError:
+    except (FileExistsError, FileError):
         raise
     except OSError as error:
-        advice = "free space or choose another place" if error.errno in FULL else "choose another place"
-        raise OSError(
-            error.errno,
-            f"cannot write {path}: {error.strerror or error}; {advice}; nothing that was saved before is lost",
-        ) from error
+        advice = ADVICE.get(error.errno or 0, "choose another place")
+        reason = error.reason if isinstance(error, WriteError) else error.strerror or str(error)
+        failed = WriteError(
+            error.errno, f"cannot write {path}: {reason}; {advice}; nothing that was saved before is lost"
+        )
+        failed.reason = reason
+        raise failed from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from .loading import load_tokenizer, train_bpe
 from .stream import StreamDecoder, UntilText
-from .text import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer
+from .tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer
 
 __all__ = [
     "END_OF_TEXT",

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from ..host.files import check_regular, expanded, parse_json, read_json, read_text
 from .foreign import LARGEST_VOCABULARY, check_ids, refusal
-from .text import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer, byte_level
+from .tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer, byte_level
 
 FILE_LIMIT = 200 << 20
 """bytes of a tokenizer.json; the largest published ones have about 30 MB"""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .foreign import refusal
-from .text import Tokenizer
+from .tokenizer import Tokenizer
 
 
 class StreamDecoder:

@@ -1,6 +1,7 @@
 """Routers that went wrong, said aloud once: collapse onto an expert, certainty, and experts that died."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 DEAD_AFTER = 100  # steps without a token, or with fewer than one in 200,000
@@ -8,6 +9,16 @@ TAKES_ALL = 0.9  # of the tokens, by one expert
 CERTAIN = 0.01  # entropy, as a share of the greatest possible
 
 Alarm = dict[str, Any]
+
+
+@dataclass
+class Raised:
+    """What of the alarms is saved with a checkpoint."""
+
+    raised: dict[str, int] = field(default_factory=dict)
+    """conditions that last, and of dead experts how many there were"""
+    idle: dict[str, list[int]] = field(default_factory=dict)
+    """of each router, how many steps every expert has had no token"""
 
 
 class Alarms:
@@ -21,14 +32,14 @@ class Alarms:
         state: what `state` was when the checkpoint was saved that the run goes on from.
     """
 
-    def __init__(self, top_k: Sequence[int], state: dict[str, Any] | None = None):
+    def __init__(self, top_k: Sequence[int], state: Raised | None = None):
+        state = state or Raised()
         self._top_k = top_k
-        self._raised: dict[str, int] = dict((state or {}).get("raised", {}))
-        self._idle: dict[str, list[int]] = dict((state or {}).get("idle", {}))
+        self._raised, self._idle = dict(state.raised), dict(state.idle)
 
-    def state(self) -> dict[str, Any]:
-        """To save, JSON."""
-        return {"raised": self._raised, "idle": self._idle}
+    def state(self) -> Raised:
+        """To save."""
+        return Raised(self._raised, self._idle)
 
     def look(self, layers: Iterable[dict[str, Any]], steps: int) -> list[Alarm]:
         """New alarms: {"layer", "alarm", ...}; `layers` is that of a router line which covers so many steps."""
@@ -48,7 +59,8 @@ class Alarms:
         entropy = layer["entropy"] / layer["max_entropy"] if layer["max_entropy"] else 1.0
         if self._begins(f"{name} certain", entropy <= CERTAIN, entropy > 2 * CERTAIN):
             alarms.append({"layer": name, "alarm": "certain", "entropy": layer["entropy"]})
-        idle = self._idle.get(name, [0] * len(load))
+        idle = self._idle.get(name, [])
+        idle = idle if len(idle) == len(load) else [0] * len(load)
         idle = self._idle[name] = [0 if share else before + steps for share, before in zip(load, idle, strict=True)]
         dead = [expert for expert, since in enumerate(idle) if since >= DEAD_AFTER]
         key = f"{name} dead"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reading import validate
 from .config import TrainConfig
 from .parallel import divide_gradients
 
@@ -42,6 +43,11 @@ class Skips:
     """the last ones"""
     norms: list[float] = field(default_factory=list)
     """of the last gradients that were applied, oldest first; kept only to find spikes"""
+
+    def __post_init__(self) -> None:
+        validate(self, not_negative=("in_all", "in_a_row"))
+        if len(self.norms) > WINDOW:
+            raise ValueError(f"norms are {len(self.norms)}, more than {WINDOW}")
 
 
 class Guard:

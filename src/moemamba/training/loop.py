@@ -26,7 +26,7 @@ from .evaluate import Evaluation, evaluate
 from .guard import Diverged, Failed, Fatal, Guard
 from .metrics import Meter
 from .optim import make_optimizer
-from .parallel import build, check, routing_groups
+from .parallel import build, check, require_fit, routing_groups
 from .peak import peak_flops
 from .processes import Processes, join
 from .progress import Report
@@ -92,9 +92,13 @@ def _train(
     if config.tensorboard:
         require_tensorboard()
     captures(config, processes)  # raises before any work
-    resume = (run.exists if resume == "auto" else resume) or (restarted() and run.exists)
+    require_fit(config, processes)
+    resume = _resumes(run, resume, processes)
     config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
+    if processes.first and not run.lock.holds:
+        report.warn(f"{run.path} cannot be locked on this file system; see that no other process trains in it")
     corpora = processes.first_of_machine_first(lambda: open_corpora(config, tokenizer, report))
+    processes.alike(corpora.content, "training tokens")
     parts = config.accumulate
     rows = corpora.rows(config)
     whole = Batches(rows, config.batch_size)
@@ -103,7 +107,7 @@ def _train(
     model = build(config, processes, dtype)
     optimizer = make_optimizer(model, config)
     if resume:
-        position = run.restore(model, optimizer, corpora.content, report.note, processes)
+        position = run.restore(model, optimizer, corpora.content, report.note, processes, config.steps)
     else:
         position = Position(content=corpora.content)
         processes.once(lambda: run.begin(config, tokenizer))
@@ -183,6 +187,12 @@ def prepare_text(config: TrainConfig, report: Report) -> None:
 def restarted() -> bool:
     """Whether torchrun (`--max-restarts`) has started this process again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _resumes(run: Run, asked: bool | Literal["auto"], processes: Processes) -> bool:
+    """Whether to go on with the run, as the first process sees it: another machine may see its directory late."""
+    again = processes.any(restarted())
+    return processes.once(lambda: (run.exists if asked == "auto" else asked) or (again and run.exists))
 
 
 def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[TrainConfig, Tokenizer]:

@@ -8,6 +8,7 @@ Gradients are summed, never averaged: each process's loss is its share of the gl
 """
 
 import math
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +22,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import counting
+from ..checkpoint import device_memory
 from ..layers import Router
 from ..layers.moe import Experts, LinearExperts
 from ..model import MoEMamba, draw
@@ -96,26 +99,42 @@ def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEM
     return model
 
 
+def require_fit(config: TrainConfig, processes: Processes) -> None:
+    """Refuse a model that cannot be trained here whatever its tokenizer, by counting alone; see `require_memory`.
+
+    Raises:
+        ValueError: weights, gradients and the optimiser's state are more than there is.
+    """
+    parallel = _expert_parallel(config, processes.size)
+    share = 1 / (processes.size if config.shard == "parameters" else parallel)  # at least
+    has = device_memory(processes.device)
+    moments = 1 if config.optimizer == "muon" else 2
+    counting.require_memory(config.model, has, moments, share * _neighbours(processes.device), vocabulary=False)
+
+
 def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -> None:
-    """Refuse what cannot be trained, before any work.
+    """Refuse what cannot be trained, before its memory is asked for.
 
     Args:
         model: as it will be shared out; it may be on the meta device.
     Raises:
-        ValueError: weights, gradients and the optimiser's state alone are more than a GPU holds.
+        ValueError: weights, gradients and the optimiser's state alone are more than the device, or the machine, holds.
     """
-    if device.type != "cuda":
-        return
-    has = torch.cuda.get_device_properties(device).total_memory
-    needs = 0
+    has, needs = device_memory(device), 0
     for name, parameter in model.named_parameters():
         muon = config.optimizer == "muon" and takes_muon(name, parameter)
         needs += local(parameter).numel() * 4 * (3 if muon else 4)  # float32: weight, gradient, one or two averages
-    if needs > has:
+    if has is not None and (each := needs * _neighbours(device)) > has:
+        where = "each GPU" if device.type == "cuda" else "this machine"
         raise ValueError(
-            f"weights, gradients and the optimiser's state take {needs / 1e9:,.0f} GB on each GPU, which has "
-            f"{has / 1e9:,.0f}; share them out over more processes with --shard parameters or --expert-parallel N"
+            f"weights, gradients and the optimiser's state take {counting.size(each)} on {where}, which has "
+            f"{counting.size(has)}; share them out over more processes with --shard parameters or --expert-parallel N"
         )
+
+
+def _neighbours(device: torch.device) -> int:
+    """Processes that share the memory of a device: on the CPU all of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
 
 
 def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: torch.dtype) -> None:

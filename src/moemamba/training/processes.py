@@ -1,6 +1,7 @@
 """The processes that train together: which one this is, and what they tell each other."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -73,6 +74,17 @@ class Processes:
         """Whether it holds in any process."""
         (count,) = self.sum([torch.tensor(float(fact), device=self.device)])
         return bool(count)
+
+    def alike(self, value: Any, what: str) -> None:
+        """Raises ValueError in all processes if they do not have the same value; `what` is in the plural."""
+        if self.size == 1:
+            return
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, (value, socket.gethostname()))
+        if odd := sorted({host for each, host in said if each != said[0][0]}):
+            raise ValueError(
+                f"the {what} on {', '.join(odd)} are not those on {said[0][1]}; give every machine the same"
+            )
 
     def wait(self) -> None:
         """Until all are here."""

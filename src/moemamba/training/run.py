@@ -3,32 +3,60 @@
 import json
 import math
 import os
+import re
 import shutil
-import tempfile
+import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError, checkpoints, damaged, read_json, write_model, write_tensors
-from ..host.files import new_directory, write_json
+from ..checkpoint import (
+    TOKENIZER_LIMIT,
+    CheckpointError,
+    Damaged,
+    checkpoints,
+    damaged,
+    read_json,
+    write_model,
+)
+from ..host.files import (
+    FileError,
+    WriteError,
+    check_regular,
+    expanded,
+    new_directory,
+    replace,
+    replacing,
+    write_json,
+    writing,
+)
+from ..host.lock import Lock
 from ..model import MoEMamba
-from ..reading import read_config, to_dict
+from ..reading import from_dict, read_config, to_dict, validate
+from ..tensors import write_tensors
 from ..text import Tokenizer, load_tokenizer
+from .alarms import Raised
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .guard import Skips
 from .processes import Processes
-from .saving import Snapshot, read_parts
+from .saving import TRAINING, Snapshot, examine, read_parts
 from .tensorboard import TensorBoard
 
 # What may differ between a run and its resumption: nothing that enters the weights, but for what helps a failed run on.
 FREE = {"data", "validation", "tokenizer", "run", "device", "log_every", "eval_every", "eval_tokens", "save_every"}
 FREE |= {"keep", "recompute", "compile", "cuda_graph", "tensorboard", "on_failure", "max_skips", "spike_factor"}
 FREE |= {"shard", "expert_parallel", "accumulate"}
+
+POSITION_LIMIT = 1 << 26
+"""bytes of a training.json, which counts the steps that each of thousands of experts had no token"""
+LINE_LIMIT = 1 << 26
+"""bytes of a line of metrics.jsonl"""
+LEFTOVER = r"\.\d{8}(\.\d+)?"
+"""how what is being written or removed is called: what a killed process leaves"""
 
 
 @dataclass
@@ -49,8 +77,11 @@ class Position:
     """its step"""
     skips: Skips = field(default_factory=Skips)
     """of the updates that were withheld"""
-    alarms: dict[str, Any] = field(default_factory=dict)
+    alarms: Raised = field(default_factory=Raised)
     """about the routers; see `Alarms.state`"""
+
+    def __post_init__(self) -> None:
+        validate(self, not_negative=("step", "seconds", "evaluated"))
 
 
 class Run:
@@ -62,13 +93,13 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = expanded(path)
         self.metrics = self.path / "metrics.jsonl"
         self.writes = True
         """False in all processes of a run but the first"""
         self.board: TensorBoard | None = None
         """gets every line of metrics.jsonl too"""
-        self._lock: int | None = None
+        self.lock = Lock(self.path / ".lock")
 
     @property
     def exists(self) -> bool:
@@ -96,37 +127,29 @@ class Run:
             raise FileNotFoundError(f"{self.path} holds no run to resume; start one without --resume")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.path).close()
+            owner = self.lock.take()
         except OSError as error:
+            why = error.reason if isinstance(error, WriteError) else error.strerror
+            raise OSError(f"cannot write to the run directory {self.path}: {why}; choose another (--run)") from error
+        if owner is not None:
             raise OSError(
-                f"cannot write to the run directory {self.path}: {error.strerror}; choose another (--run)"
-            ) from error
-        self._take_lock()
-        for leftover in (self.path / "checkpoints").glob(".*"):
-            shutil.rmtree(leftover)  # of a process that was killed while it saved
+                f"another process trains in {self.path}{owner and f' ({owner})'}; wait until it ends, or choose "
+                "another run directory (--run)"
+            )
+        self._remove_leftovers()
 
-    def _take_lock(self) -> None:
-        """The system's own lock on the directory, which leaves no file and ends with the process, however that ends."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
+    def _remove_leftovers(self) -> None:
+        """What a process left that was killed while it saved; nothing else, and never through a link."""
+        folder = self.path / "checkpoints"
+        if folder.is_symlink() or not folder.is_dir():
             return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise OSError(
-                f"another process trains in {self.path}; wait until it ends, or choose another run directory (--run)"
-            ) from None
-        except OSError:  # a file system without locks
-            self.close()
+        for entry in list(os.scandir(folder)):
+            if re.fullmatch(LEFTOVER, entry.name, re.ASCII) and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)  # what stays does no harm
 
     def close(self) -> None:
         """Let other processes claim the run."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self.lock.release()
 
     def begin(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         """Write what describes the run; train.json comes last, so that with it the rest is there."""
@@ -140,10 +163,11 @@ class Run:
 
     def tokenizer(self) -> Tokenizer:
         """The run's own; raises CheckpointError."""
+        file = self.path / "tokenizer.json"
         try:
+            check_regular(file, TOKENIZER_LIMIT)
             return load_tokenizer(self.path)
-        except (OSError, ValueError) as error:
-            file = self.path / "tokenizer.json"
+        except (FileNotFoundError, ValueError) as error:
             raise CheckpointError(f"{file} is missing or damaged; copy it from one of the run's checkpoints") from error
 
     def check_unchanged(self, config: TrainConfig) -> None:
@@ -161,11 +185,8 @@ class Run:
         """Append a line to metrics.jsonl."""
         if not self.writes:
             return
-        try:
-            with self.metrics.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"kind": kind, **values}) + "\n")
-        except OSError as error:
-            raise OSError(f"cannot write {self.metrics}: {error.strerror}; free space, then resume the run") from error
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"kind": kind, **values}) + "\n")
         if self.board:
             self.board.write(kind, values)
 
@@ -174,13 +195,21 @@ class Run:
         folder = self.path / "checkpoints" / f"{snapshot.position['step']:08d}"
         with new_directory(folder) as beside:
             write_model(beside, snapshot.config, snapshot.model, tokenizer)
-            write_tensors(beside / "training.safetensors", snapshot.training)
+            write_tensors(beside / TRAINING, snapshot.training)
             write_json(beside / "training.json", snapshot.position)
+        self._prune(keep)
+
+    def _prune(self, keep: int) -> None:
+        """Remove old checkpoints; nothing where `checkpoints` is a link, since others may keep theirs there."""
         found = checkpoints(self.path)
-        best = min(found, key=_evaluated_loss)
+        if (self.path / "checkpoints").is_symlink():
+            return
+        losses = {folder: _evaluated_loss(folder) for folder in found}
+        best = min(found, key=losses.__getitem__)
         for old in found[:-keep]:
-            if old != best or _evaluated_loss(old) == math.inf:
-                gone = old.rename(old.with_name(f".{old.name}"))  # at once, so that nobody sees half of it
+            if (old != best or losses[old] == math.inf) and not old.is_symlink():
+                gone = old.with_name(f".{old.name}")
+                old.rename(gone)  # at once, so that nobody sees half of it
                 shutil.rmtree(gone)
 
     def restore(
@@ -190,92 +219,129 @@ class Run:
         content: str,
         notify: Callable[[str], None],
         processes: Processes,
+        steps: int | None = None,
     ) -> Position:
         """Load the newest checkpoint that is intact, and forget all that came after it. All processes call this.
+
+        Only the first process says what is damaged: a file that another cannot read is no worse for it.
 
         Args:
             model, optimizer: sharded in any way; each process reads its own part of the files.
             content: hash of the training tokens, which must be that of the run.
             notify: told about checkpoints that are damaged, which are moved aside.
+            steps: of the run; no checkpoint is from after them.
         Returns:
             where the run stands; the beginning if nothing was saved yet.
         Raises:
-            CheckpointError: there are checkpoints, but none is intact.
+            CheckpointError: there are checkpoints, but none is intact, or they are of another model.
             ValueError: the training data has changed.
+            OSError: this machine cannot read a checkpoint, which may be intact.
         """
-        position = Position(content=content)
-        found = processes.once(lambda: checkpoints(self.path))
-        for folder in reversed(found):
-            failed = None
-            try:
-                position = _read(folder, model, optimizer)
-            except CheckpointError as error:
-                failed = error
-            if not processes.any(failed is not None):
-                break
-            failed = failed or CheckpointError(f"{folder} could not be read by another process")
-            if folder == found[0]:
-                processes.once(partial(_raise, failed))
-            notify(str(failed))
-            processes.once(partial(_put_aside, folder))
+        folder, position = processes.once(lambda: self._newest(model, optimizer, notify))
+        if folder is None:
+            position.content = content
         if position.content != content:
             raise ValueError(
                 f"the training data of {self.path} has changed since the run began; resume with the same data"
             )
+        if steps is not None and position.step > steps:
+            raise ValueError(
+                f"{self.path} is at step {position.step:,}, but the run is to have {steps:,}; resume with its own steps"
+            )
+        if folder is not None:
+            self._read(folder, model, optimizer, processes)
         processes.once(lambda: self._forget_after(position.step))
         return position
+
+    def _newest(
+        self, model: MoEMamba, optimizer: torch.optim.Optimizer, notify: Callable[[str], None]
+    ) -> tuple[Path | None, Position]:
+        """The newest checkpoint that is intact, and its position; newer ones are moved aside."""
+        found = checkpoints(self.path)
+        for folder in reversed(found):
+            try:
+                position = read_position(folder)
+                examine(folder, model, optimizer)
+                return folder, position
+            except Damaged as error:
+                if folder == found[0]:
+                    raise
+                notify(f"{error}; it is now called {_put_aside(folder).name}")
+        return None, Position()
+
+    def _read(self, folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+        """Every process's part; where one cannot, all stop, and nothing is moved aside."""
+        failed: Exception | None = None
+        try:
+            read_parts(folder, model, optimizer)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            failed = error
+        if processes.any(failed is not None):
+            raise failed or OSError(
+                f"{folder} is intact here ({socket.gethostname()}), but another process could not read it; "
+                "the run directory must be the same for all machines"
+            )
 
     def _forget_after(self, step: int) -> None:
         """Drop the lines of metrics.jsonl that the resumed run will write again, and one that is cut short."""
         if self.metrics.exists():
-            self._replace("metrics.jsonl", "".join(_lines_until(self.metrics, step)))
+            check_regular(self.metrics)
+            with replacing(self.metrics) as stream:
+                stream.writelines(_lines_until(self.metrics, step))
 
     def _replace(self, name: str, text: str) -> None:
-        beside = self.path / f".{name}"
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(self.path / name)
+        replace(self.path / name, text)
 
 
-def _read(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> Position:
-    values: dict[str, Any] = read_json(folder / "training.json")
-    read_parts(folder, model, optimizer)
+def read_position(folder: Path) -> Position:
+    """Where a run stood when a checkpoint was saved.
+
+    Raises:
+        Damaged: training.json is missing, or does not say it.
+        CheckpointError: it says more than this version knows.
+        OSError: the system cannot read it.
+    """
+    file = folder / "training.json"
+    values = read_json(file, POSITION_LIMIT)
+    if unknown := sorted(values.keys() - {each.name for each in fields(Position)}):
+        raise CheckpointError(f"{file} has the unknown key {unknown[0]!r}; resume with the version that wrote it")
     try:
-        evaluation, skips = values.pop("evaluation"), Skips(**values.pop("skips", {}))
-        return Position(**values, evaluation=evaluation and Evaluation(**evaluation), skips=skips)
-    except (KeyError, TypeError) as error:
-        raise damaged(folder / "training.json", error) from error
+        position = from_dict(Position, values, "position")
+        if not {"step", "seconds", "content"} <= values.keys() or position.step != int(folder.name):
+            raise FileError(f"its step is {position.step:,}, not that of its folder")
+    except ValueError as error:
+        raise damaged(file, error) from error
+    return position
 
 
-def _put_aside(folder: Path) -> None:
-    aside = folder.with_name(f"damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-
-
-def _raise(error: Exception) -> None:
-    raise error
+def _put_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint; what was set aside before stays."""
+    names = (f"damaged-{folder.name}{f'.{number}' if number else ''}" for number in range(1 << 16))
+    aside = next(place for name in names if not os.path.lexists(place := folder.with_name(name)))
+    return folder.rename(aside)
 
 
 def _evaluated_loss(checkpoint: Path) -> float:
-    """Validation loss of a checkpoint; infinite if it was not evaluated."""
+    """Validation loss of a checkpoint; infinite if it was not evaluated, or does not say it."""
     try:
-        values: dict[str, Any] = read_json(checkpoint / "training.json")
-    except CheckpointError:
+        position = read_position(checkpoint)
+    except (OSError, ValueError):
         return math.inf
-    return values["evaluation"]["loss"] if values["evaluated"] == values["step"] else math.inf
+    found = position.evaluation
+    return found.loss if found is not None and position.evaluated == position.step else math.inf
 
 
-def _lines_until(file: Path, step: int) -> Iterator[str]:
-    """The lines of a metrics file up to a step, without one that was cut short."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
+def _lines_until(file: Path, step: int) -> Iterator[bytes]:
+    """The lines of a metrics file up to a step, without one that is cut short or is no event."""
+    with file.open("rb") as stream:
+        while line := stream.readline(LINE_LIMIT):
+            try:
+                values = json.loads(line)
+                here = values["step"] if isinstance(values, dict) else None
+            except (ValueError, KeyError, RecursionError):
+                continue
+            if type(here) is int and here <= step and line.endswith(b"\n"):
                 yield line
-        except ValueError:
-            continue
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

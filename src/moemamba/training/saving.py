@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..checkpoint import damaged, model_tensors, read_weights
+from ..checkpoint import check_tensors, damaged, model_tensors, open_weights, verify
 from ..config import ModelConfig
 from ..model import MoEMamba
+from ..tensors import Stored
 from .optim import load_optimizer_tensors, optimizer_tensors
 from .parallel import fill, whole
 from .processes import Processes
+
+TRAINING = "training.safetensors"
+_CPU, _CUDA = "random.cpu", "random.cuda"
 
 
 @dataclass(frozen=True)
@@ -82,57 +85,73 @@ class Saver:
             self._error = error
 
 
+def examine(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> None:
+    """Read a checkpoint's tensors once and say whether `read_parts` can use them, while nothing has been changed.
+
+    Raises:
+        Damaged: a file is missing, or is not what was written.
+        CheckpointError: the files are of another model or optimiser.
+        OSError: the system cannot read them.
+    """
+    weights, training = open_weights(folder), open_weights(folder, TRAINING)
+    check_tensors(weights, model_tensors(model))
+    expected = _expected(model, optimizer)
+    if _CUDA in training:  # of a GPU, whose driver says how long it is
+        expected[_CUDA] = torch.empty(training[_CUDA].shape, dtype=torch.uint8, device="meta")
+    check_tensors(training, expected, "model or optimiser")
+    for stored in (weights, training):
+        verify(stored)
+    try:
+        torch.Generator().set_state(training[_CPU][...])
+    except RuntimeError as error:
+        raise damaged(training.file, error) from error
+
+
 def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint's tensors, of sharded ones this process's part, and the state of the random generators.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or is that of another model.
+        CheckpointError: a file is missing or damaged, or is that of another model; see `examine`, which looks first.
+        OSError: the system cannot read them.
     """
+    weights, training = open_weights(folder), open_weights(folder, TRAINING)
+    for name, tensor in model_tensors(model).items():
+        fill(tensor, weights[name])
     parameters = dict(model.named_parameters())
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        _read_weights(folder / "model.safetensors", model)
-    else:
-        read_weights(folder, model)
-    file = folder / "training.safetensors"
-    try:
-        with safe_open(file, "pt") as stored:
-            tensors = {name: _part(stored, name, parameters) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-        _set_random_state(tensors)
-        load_optimizer_tensors(model, optimizer, tensors)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise damaged(file, error) from error
+    tensors = {name: _part(stored, parameters.get(name.partition(".")[2])) for name, stored in training.items()}
+    _set_random_state(tensors)
+    load_optimizer_tensors(model, optimizer, tensors)
 
 
-def _read_weights(file: Path, model: MoEMamba) -> None:
-    try:
-        with safe_open(file, "pt") as stored:
-            for name, tensor in model_tensors(model).items():
-                part = stored.get_slice(name)
-                if part.get_shape() != list(tensor.shape):
-                    raise ValueError(f"{name} has shape {part.get_shape()}, expected {list(tensor.shape)}")
-                fill(tensor, part)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise damaged(file, error) from error
+def _expected(model: MoEMamba, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What training.safetensors must hold, as tensors that take no memory."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {_CPU: torch.empty(torch.get_rng_state().shape, dtype=torch.uint8, device="meta")}
+    for group in optimizer.param_groups:
+        keys = ("momentum_buffer",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
+        for parameter in group["params"]:
+            found[f"step.{names[parameter]}"] = torch.empty((), device="meta")
+            found |= {f"{key}.{names[parameter]}": torch.empty(parameter.shape, device="meta") for key in keys}
+    return found
 
 
-def _part(stored: Any, name: str, parameters: dict[str, Any]) -> Tensor:
+def _part(stored: Stored, parameter: Tensor | None) -> Tensor:
     """A tensor of the optimiser's state: sharded as its parameter is if they have one shape, else whole."""
-    parameter, part = parameters.get(name.partition(".")[2]), stored.get_slice(name)
-    if not isinstance(parameter, DTensor) or part.get_shape() != list(parameter.shape):
-        return stored.get_tensor(name)  # type: ignore[no-any-return]
+    if not isinstance(parameter, DTensor) or stored.shape != tuple(parameter.shape):
+        return stored[...]
     own = torch.zeros_like(parameter, requires_grad=False)
-    fill(own, part)
+    fill(own, stored)
     return own
 
 
 def _random_state() -> dict[str, Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
+    states = {_CPU: torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
+        states[_CUDA] = torch.cuda.get_rng_state()
     return states
 
 
 def _set_random_state(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    if (cuda := tensors.pop("random.cuda", None)) is not None and torch.cuda.is_available():
+    torch.set_rng_state(tensors.pop(_CPU))
+    if (cuda := tensors.pop(_CUDA, None)) is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
