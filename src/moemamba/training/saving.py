@@ -88,11 +88,8 @@ def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) 
     Raises:
         CheckpointError: a file is missing or damaged, or is that of another model.
     """
+    read_model(folder, model)
     parameters = dict(model.named_parameters())
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        _read_weights(folder / "model.safetensors", model)
-    else:
-        read_weights(folder, model)
     file = folder / "training.safetensors"
     try:
         with safe_open(file, "pt") as stored:
@@ -101,6 +98,14 @@ def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) 
         load_optimizer_tensors(model, optimizer, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise damaged(file, error) from error
+
+
+def read_model(folder: Path, model: MoEMamba) -> None:
+    """Load the weights alone, of sharded ones this process's part; raises CheckpointError."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        _read_weights(folder / "model.safetensors", model)
+    else:
+        read_weights(folder, model)
 
 
 def _read_weights(file: Path, model: MoEMamba) -> None:
