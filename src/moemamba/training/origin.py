@@ -259,7 +259,7 @@ def go_on_longer(run: Run, config: TrainConfig, position: Position, begun: Train
     if all(getattr(before, name) == getattr(config, name) for name in ("steps", "cooldown", "final_lr")):
         return None
     rate = learning_rate(config, position.step, position.warmup)
-    line = {"step": position.step, "steps_before": before.steps, "steps": config.steps, "lr": rate}
+    line = {"step": position.step, "steps_before": before.steps, "steps": config.steps, "learning_rate": rate}
     if not run.holds("schedule", **line):  # of a resumption that saved nothing
         run.log("schedule", **line)
     return becomes(before, config, position.step, position.warmup)
