@@ -234,7 +234,7 @@ def test_longer(schedule, config):
     train(at_once, report=SILENT)
     train(dataclasses.replace(at_once, steps=40), resume=True, report=SILENT)
     assert_same_course(config.run, at_once.run)
-    with pytest.raises(ValueError, match=r"steps is 39, but the run in .* has done 40; give as many or more"):
+    with pytest.raises(ValueError, match=r"39.* has done 40|at step 40.* 39"):
         train(dataclasses.replace(config, steps=39), resume=True, report=SILENT)
     assert recorded(config.run)["steps"] == 40
 
@@ -335,7 +335,7 @@ def test_branch_refused(change, said, trunk, config):
 
 def test_a_saved_model_has_no_branches(trunk, config, tmp_path):
     save(tmp_path / "saved", *load(trunk))
-    with pytest.raises(ValueError, match="not in the directory of a run.* take the weights alone with --start"):
+    with pytest.raises(ValueError, match=r"not in the directory of a run.* take the weights alone with --start"):
         train(dataclasses.replace(config, branch=str(tmp_path / "saved")), report=SILENT)
 
 

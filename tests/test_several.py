@@ -1,4 +1,4 @@
-"""Several processes agree: on signals, on what they run, on how long they wait; and they start and branch as one does."""
+"""Several processes agree on signals, on what they run and how long they wait; they start and branch as one does."""
 
 import dataclasses
 import json

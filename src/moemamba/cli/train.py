@@ -1,6 +1,5 @@
 """`moemamba train`: a preset first if wanted, then options that change it."""
 
-import argparse
 import os
 import shlex
 import sys
@@ -40,20 +39,26 @@ def read(arguments: Sequence[str]) -> Train:
     if named:
         source, *arguments = arguments
         default = replace(default, model=find_config(source), run=f"runs/{Path(source).stem}")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--run", "--start", "--branch", "--steps"):
-        first.add_argument(option)
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--auto-resume", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    resumed = begun(Path(known.run or default.run)) if known.resume or known.auto_resume else None
+    start, branch, resumed = _given(arguments, "--start"), _given(arguments, "--branch"), None
+    if {"--resume", "--auto-resume", "--auto_resume"} & set(arguments):
+        resumed = begun(expanded(_given(arguments, "--run") or default.run))
     if resumed:
         default = resumed
-    elif known.branch:
-        default = branched(known.branch, known.steps) or default
-    elif known.start:
-        default = started(default, known.start, named)
+    elif branch:
+        default = branched(branch, _given(arguments, "--steps")) or default
+    elif start:
+        default = started(default, start, named)
     return parse(Train, arguments, "train [PRESET]", Train(default))
+
+
+def _given(arguments: Sequence[str], option: str) -> str | None:
+    """What an option is set to, before the others can be read; the last time counts."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
 
 
 def started(default: TrainConfig, place: str, named: bool) -> TrainConfig:
