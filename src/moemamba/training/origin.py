@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CheckpointError, checkpoints, read_json
+from ..checkpoint import CheckpointError, checkpoints
 from ..config import ModelConfig
+from ..host import files
 from ..host.files import expanded, new_directory
 from ..reading import read_config, to_dict
 from ..tokenizer import Tokenizer, load_tokenizer
 from .config import TrainConfig
 from .corpora import find_tokenizer
 from .parallel import check, routing_groups
-from .run import Position, Run
+from .run import Position, Run, read_position
 from .schedule import becomes, fall, learning_rate, warmup_steps
 
 # What neither weights nor the function that a model computes depend on: fine-tuning may change it.
@@ -192,24 +193,23 @@ def check_branch(config: TrainConfig) -> None:
     folder = Path(str(config.branch))
     origin = left_by(str(config.branch))
     origin.check_unchanged(config, BRANCH)
-    done = read_json(folder / "training.json")
-    step, before = int(str(done["step"])), origin.config()
-    before = replace(before, steps=int(str(done.get("planned") or before.steps)))
+    position, before = read_position(folder), origin.config()
+    before, step = replace(before, steps=position.planned or before.steps), position.step
     if config.steps <= step:
         raise ValueError(f"steps is {config.steps}, but {folder} has done {step:,}; give more")
-    warmup = int(str(done["warmup"])) if done.get("warmup") is not None else warmup_steps(before)
+    warmup = warmup_steps(before) if position.warmup is None else position.warmup
     rates = [learning_rate(each, step, warmup) for each in (before, config)]
     if config.schedule == "wsd" and fall(config, warmup) < step - 1 and not math.isclose(*rates):
         raise ValueError(
             f"cooldown is {config.cooldown:g} of {config.steps:,} steps, which begins before step {step:,}, where the "
             f"run branches: the rate would jump from {rates[0]:.3g} to {rates[1]:.3g}; choose at most "
-            f"{(config.steps - step) / config.steps:.6g}"
+            f"{(config.steps - step) / config.steps:.10g}"
         )
 
 
 def check_data(folder: Path, content: str) -> None:
     """Raises ValueError if a checkpoint's run read other text than that with the hash `content`."""
-    if read_json(folder / "training.json").get("content") != content:
+    if read_position(folder).content != content:
         raise ValueError(f"the training data is not that of branch = {folder}; branch with the same data")
 
 
@@ -227,8 +227,8 @@ def plant(run: Run, folder: Path) -> None:
             f"the run in {run.path} branches from {folder}, which is not there any more; restore it"
         )
     metrics = folder.parent.parent / "metrics.jsonl"
-    if metrics.is_file() and not run.metrics.exists():  # restoring drops the lines that came after the checkpoint
-        shutil.copyfile(metrics, run.metrics)
+    if metrics.is_file():  # restoring drops the lines that came after the checkpoint
+        files.replace(run.metrics, metrics.read_bytes())
     with new_directory(run.path / "checkpoints" / folder.name) as beside:
         for file in folder.iterdir():
             shutil.copyfile(file, beside / file.name)
@@ -255,7 +255,7 @@ def go_on_longer(run: Run, config: TrainConfig, position: Position, begun: Train
         position.warmup = warmup_steps(before)
     position.planned = config.steps
     if config.steps != run.config().steps:
-        run.describe(config)
+        run.describe(replace(run.config(), steps=config.steps))
     if all(getattr(before, name) == getattr(config, name) for name in ("steps", "cooldown", "final_lr")):
         return None
     rate = learning_rate(config, position.step, position.warmup)

@@ -254,8 +254,14 @@ class Run:
 
 
 def _read(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> Position:
-    values: dict[str, Any] = read_json(folder / "training.json")
+    position = read_position(folder)
     read_parts(folder, model, optimizer)
+    return position
+
+
+def read_position(folder: Path) -> Position:
+    """Where a run stood when a checkpoint was saved; raises CheckpointError."""
+    values: dict[str, Any] = read_json(folder / "training.json")
     try:
         evaluation, skips = values.pop("evaluation"), Skips(**values.pop("skips", {}))
         return Position(**values, evaluation=evaluation and Evaluation(**evaluation), skips=skips)
