@@ -369,7 +369,7 @@ def test_unwritable_run_directory(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"learning_rate": 0.1}, {"steps": 20}, {"seed": 1}, {"model": TINY.replace(n_experts=8)}]
+    "change", [{"learning_rate": 0.1}, {"warmup": 0.2}, {"seed": 1}, {"model": TINY.replace(n_experts=8)}]
 )
 def test_resuming_with_another_configuration(config, change):
     train(config, stop=1, report=SILENT)

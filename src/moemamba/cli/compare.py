@@ -22,6 +22,8 @@ class Budget(TrainConfig):
     run: Suppress[str] = ""
     seed: Suppress[int] = 0
     data_seed: Suppress[int] = 0
+    start: Suppress[str | None] = None
+    branch: Suppress[str | None] = None
 
 
 @dataclass(frozen=True)

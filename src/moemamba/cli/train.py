@@ -1,6 +1,5 @@
 """`moemamba train`: a preset first if wanted, then options that change it."""
 
-import argparse
 import os
 import shlex
 import sys
@@ -11,7 +10,9 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from ..host.files import expanded
 from ..reading import read_config
+from ..text import ByteTokenizer, load_tokenizer
 from ..training.config import TrainConfig
 from ..training.stop import Interrupted
 from .info import find_config
@@ -25,26 +26,68 @@ class Train:
     config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
     resume: bool = False
     """continue the run in --run from its newest checkpoint, exactly as if it had never stopped; the run's own options
-    need not be given again"""
+    need not be given again. With more --steps it goes on longer, and says what becomes of the learning rate"""
     auto_resume: bool = False
     """continue the run in --run if it has begun, and begin it otherwise: for schedulers and torchrun, which start the
     same command again"""
 
 
 def read(arguments: Sequence[str]) -> Train:
-    """What is asked for. The preset, or the run to resume, gives the options' defaults."""
+    """What is asked for. The preset, or the run to resume, to branch from or to start from, gives the defaults."""
     default = TrainConfig()
-    if arguments and not arguments[0].startswith("-"):
+    named = bool(arguments) and not arguments[0].startswith("-")
+    if named:
         source, *arguments = arguments
         default = replace(default, model=find_config(source), run=f"runs/{Path(source).stem}")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--run", default=default.run)
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--auto-resume", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    if known.resume or known.auto_resume:
-        default = begun(Path(known.run)) or default
+    start, branch, resumed = _given(arguments, "--start"), _given(arguments, "--branch"), None
+    if {"--resume", "--auto-resume", "--auto_resume"} & set(arguments):
+        resumed = begun(expanded(_given(arguments, "--run") or default.run))
+    if resumed:
+        default = resumed
+    elif branch:
+        default = branched(branch, _given(arguments, "--steps")) or default
+    elif start:
+        default = started(default, start, named)
     return parse(Train, arguments, "train [PRESET]", Train(default))
+
+
+def _given(arguments: Sequence[str], option: str) -> str | None:
+    """What an option is set to, before the others can be read; the last time counts."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
+
+
+def started(default: TrainConfig, place: str, named: bool) -> TrainConfig:
+    """Defaults of a run that starts from weights: their tokenizer and, where no preset is named, their architecture."""
+    folder = newest(place)
+    if not (folder / "tokenizer.json").is_file():
+        return default  # what is wrong is said where the weights are read
+    if not named:
+        default = replace(default, model=find_config(str(folder)))
+    own = load_tokenizer(folder)
+    return default if isinstance(own, ByteTokenizer) else replace(default, tokenizer=str(folder))
+
+
+def branched(place: str, steps: str | None) -> TrainConfig | None:
+    """Defaults of a branch: all that the run that it leaves has; under wsd the rest of the steps is its cool-down."""
+    folder = newest(place)
+    config = begun(folder.parent.parent)
+    if config is None or not folder.name.isdigit():
+        return None  # what is wrong is said where the run begins
+    config = replace(config, start=None, branch=place)
+    every, done = int(steps) if steps and steps.isdigit() else config.steps, int(folder.name)
+    return replace(config, cooldown=(every - done) / every) if every > done else config
+
+
+def newest(place: str) -> Path:
+    """A checkpoint, or the newest one of a run. No torch here, so that options are answered at once."""
+    folder = expanded(place)
+    found = sorted(path for path in (folder / "checkpoints").glob("[0-9]*") if path.name.isdigit())
+    return found[-1] if found else folder
 
 
 def begun(run: Path) -> TrainConfig | None:

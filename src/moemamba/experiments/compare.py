@@ -27,8 +27,9 @@ from .results import Comparison, summarise
 from .runs import Task, carry_out
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
-_OWN = {"model", "run", "seed", "data_seed"}
+_OWN = {"model", "run", "seed", "data_seed", "start", "branch"}
 _FREE = {"run", "device", "compile", "cuda_graph", "recompute", "save_every", "keep", "log_every", "tensorboard"}
+_FREE |= {"timeout"}
 
 
 def compare(

@@ -45,9 +45,15 @@ class TrainConfig:
     """of the order of the data"""
     run: str = "runs/moe-mamba"
     """directory of this run: configuration, metrics, checkpoints"""
+    start: str | None = None
+    """begin with the weights of a run (its newest checkpoint), of a checkpoint or of a saved model, with a new schedule
+    and a fresh optimiser; architecture and tokenizer must be the same"""
+    branch: str | None = None
+    """go on from a checkpoint of another run (or its newest) in a run of its own, with its optimiser and its place in
+    the data; steps, cooldown and final_lr may differ: so a run with wsd is cooled down from any checkpoint"""
 
     steps: int = 1000
-    """optimiser steps in all"""
+    """optimiser steps in all; a run that is resumed with more goes on longer, its schedule stretched to them"""
     batch_size: int = 16
     """sequences in one optimiser step"""
     context: int = 256
@@ -119,6 +125,9 @@ class TrainConfig:
     The graph keeps the memory of a step to itself"""
     recompute: bool = False
     """compute activations again in the backward pass, to save memory"""
+    timeout: float = 10.0
+    """minutes that several processes wait for each other within a step before they take one for lost; while text is
+    tokenised or a checkpoint written they wait for a day"""
 
     def __post_init__(self) -> None:
         for name in ("data", "validation", "tokenizer", "run"):  # a Path is as good as its text
@@ -127,9 +136,13 @@ class TrainConfig:
         more = ("save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
         validate(
             self,
-            positive=(*counts, *more, "learning_rate", "clip"),
+            positive=(*counts, *more, "learning_rate", "clip", "timeout"),
             not_negative=("warmup", "cooldown", "final_lr", "weight_decay", "beta1", "beta2", "seed", "data_seed"),
         )
+        if self.timeout > 1e6:
+            raise ValueError(f"timeout is {self.timeout:g} minutes; choose at most 1000000")
+        if self.start is not None and self.branch is not None:
+            raise ValueError("start takes weights alone, branch all of a checkpoint; leave one of them out")
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 1 << 63:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be less than 2^63")

@@ -1,6 +1,5 @@
 """The training loop: batches, loss, gradients, update; evaluation and checkpoints on the way."""
 
-import dataclasses
 import math
 import os
 import shlex
@@ -17,7 +16,7 @@ import torch
 from .. import ops
 from ..counting import count_parameters
 from ..model import MoEMamba
-from ..text import Tokenizer
+from .agreement import Agreement
 from .alarms import Alarms, sentences
 from .config import TrainConfig, absolute
 from .corpora import Corpora, find_tokenizer, open_corpora
@@ -26,12 +25,13 @@ from .evaluate import Evaluation, evaluate
 from .guard import Diverged, Failed, Fatal, Guard
 from .metrics import Meter
 from .optim import make_optimizer
-from .parallel import build, check, require_fit, routing_groups
+from .origin import begin, claim, go_on_longer, plant
+from .parallel import build, require_fit, routing_groups
 from .peak import peak_flops
-from .processes import Processes, join
+from .processes import Processes, join, sources
 from .progress import Report
 from .run import Position, Run
-from .saving import Saver, take
+from .saving import Saver, read_model, take
 from .schedule import learning_rate
 from .step import Step, captures
 from .stop import Interrupted, Stop
@@ -63,7 +63,8 @@ def train(
 
     Args:
         resume: continue the run in `config.run` from its newest checkpoint, exactly as if it had never stopped;
-            "auto": continue it if it has begun, and begin it otherwise.
+            "auto": continue it if it has begun, and begin it otherwise. With more `config.steps` than before it goes on
+            longer, its schedule stretched to them.
         stop: save and return after this step; a later call resumes.
         report: where progress is shown; standard output if None.
     Raises:
@@ -75,7 +76,7 @@ def train(
     config = absolute(config)
     if not config.run:
         raise ValueError("run names no directory; say where the run shall lie: --run runs/mine")
-    with join(config.device) as processes, closing(Run(config.run)) as run:
+    with join(config.device, config.timeout) as processes, closing(Run(config.run)) as run:
         return _train(run, config, resume, stop, report or Report(), processes)
 
 
@@ -94,7 +95,9 @@ def _train(
     captures(config, processes)  # raises before any work
     require_fit(config, processes)
     resume = _resumes(run, resume, processes)
-    config, tokenizer = processes.once(lambda: _claim(run, config, resume, processes.size))
+    if processes.size > 1:
+        processes.alike((torch.__version__, sources()), "versions of PyTorch or sources of moemamba")
+    begun, config, tokenizer = processes.once(lambda: claim(run, config, resume, processes.size))
     if processes.first and not run.lock.holds:
         report.warn(f"{run.path} cannot be locked on this file system; see that no other process trains in it")
     corpora = processes.first_of_machine_first(lambda: open_corpora(config, tokenizer, report))
@@ -106,12 +109,19 @@ def _train(
     dtype = _dtype(config, processes.device)
     model = build(config, processes, dtype)
     optimizer = make_optimizer(model, config)
-    if resume:
+    if not resume:
+        processes.once(lambda: begin(run, config, tokenizer, corpora.content))
+    if config.branch:
+        processes.once(lambda: plant(run, Path(str(config.branch))))
+    position = Position(content=corpora.content)
+    if resume or config.branch:
         position = run.restore(model, optimizer, corpora.content, report.note, processes, config.steps)
-    else:
-        position = Position(content=corpora.content)
-        processes.once(lambda: run.begin(config, tokenizer))
+    if config.start and not position.step:
+        read_model(Path(config.start), model)
+    position, said = processes.once(lambda: (position, go_on_longer(run, config, position, begun)))
     _introduce(report, config, corpora, processes, dtype, position)
+    if said:
+        report.note(f"{'schedule':10}{said}")
 
     if config.compile:
         torch.compiler.reset()  # of models trained earlier in this process, which count towards a function's limit
@@ -120,20 +130,22 @@ def _train(
     peak = peak_flops(processes.device, dtype)
     meter = Meter(config, model.router_names, position.seconds, peak and peak * processes.size)
     guard = Guard(config, processes.device, position.skips)
-    update = Step(model, optimizer, config, dtype, guard, processes, report.warn)
+    signals = Stop()
+    agreement = Agreement(signals, processes)
+    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
     if config.tensorboard and processes.first:
         run.board = TensorBoard(run.path / "tensorboard", position.step)
     saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)
-    with Stop() as signals, _closing(report, run, saver):
+    with signals, _closing(report, run, saver):
         for step in range(position.step + 1, last + 1):
-            rate = learning_rate(config, step - 1)
+            rate = learning_rate(config, step - 1, position.warmup)
             batch = [batches[(step - 1) * parts + part] for part in range(parts)]
             meter.add(*update(step, batch, rate))
             position.step = step
-            signalled = _agreed(signals, processes, step, config)
+            signalled = agreement.number()
             saves = step == last or step % config.save_every == 0 or signalled > 0
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
@@ -195,21 +207,6 @@ def _resumes(run: Run, asked: bool | Literal["auto"], processes: Processes) -> b
     return processes.once(lambda: (run.exists if asked == "auto" else asked) or (again and run.exists))
 
 
-def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[TrainConfig, Tokenizer]:
-    """Check what can be checked before any work; the configuration with what the run settles, and its tokenizer."""
-    run.claim(resume)
-    if resume and config.routing_groups is None:
-        begun = run.config()
-        config = dataclasses.replace(config, routing_groups=begun.routing_groups or begun.accumulate)
-    check(config, size)
-    tokenizer = run.tokenizer() if resume else find_tokenizer(config)
-    model = config.model.replace(vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(config, model=model, routing_groups=routing_groups(config, size))
-    if resume:
-        run.check_unchanged(config)
-    return config, tokenizer
-
-
 def _evaluate(
     model: MoEMamba, corpora: Corpora, config: TrainConfig, dtype: torch.dtype, processes: Processes
 ) -> Evaluation:
@@ -230,15 +227,6 @@ def _evaluate(
 
 def _apart(found: Evaluation) -> str:
     return "".join(f"; {name} {loss:.4f}" for name, loss in (found.apart or {}).items())
-
-
-def _agreed(signals: Stop, processes: Processes, step: int, config: TrainConfig) -> int:
-    """The signal to stop for, 0 if there is none; several processes ask each other with the log lines only."""
-    if processes.size == 1:
-        return signals.number
-    if step % config.log_every or not processes.any(signals.number > 0):
-        return 0
-    return signals.number or signal.SIGTERM
 
 
 @contextmanager

@@ -146,8 +146,8 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
     size, whole = processes.size, config.shard == "none"
     parallel = _expert_parallel(config, size)
     kind = processes.device.type
-    mesh = _mesh(kind, size, 1, whole)
-    expert_mesh = _mesh(kind, size // parallel, parallel, whole)
+    mesh = processes.limit(_mesh(kind, size, 1, whole))
+    expert_mesh = processes.limit(_mesh(kind, size // parallel, parallel, whole))
     options: dict[str, Any] = {"reshard_after_forward": not whole}
     exact = options | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -207,7 +207,7 @@ def _group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
         mesh = init_device_mesh(
             processes.device.type, (groups, processes.size // groups), mesh_dim_names=("group", "member")
         )
-        across = mesh["member"].get_group()
+        across = processes.limit(mesh)["member"].get_group()
     for module in model.modules():
         if isinstance(module, Router):
             module.groups, module.across = max(1, groups // processes.size), across

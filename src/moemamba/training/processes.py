@@ -1,17 +1,25 @@
 """The processes that train together: which one this is, and what they tell each other."""
 
+import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from ..checkpoint import find_device
+
+PATIENCE = timedelta(days=1)
+"""how long others wait for what one process does alone: to tokenise, to write a checkpoint"""
 
 Result = TypeVar("Result")
 
@@ -25,6 +33,10 @@ class Processes:
     size: int = 1
     distributed: bool = False
     """whether there is a process group, be it of one"""
+    timeout: timedelta = timedelta(minutes=10)
+    """how long they wait for each other within a step"""
+    patient: dist.ProcessGroup | None = None
+    """all of them, over gloo, with `PATIENCE`; the default group if None"""
 
     @property
     def first(self) -> bool:
@@ -46,7 +58,7 @@ class Processes:
                 said = [function(), True]
             except Exception as caught:
                 error = caught
-        dist.broadcast_object_list(said)
+        dist.broadcast_object_list(said, group=self.patient)
         if error is not None:
             raise error
         if not said[1]:
@@ -72,7 +84,10 @@ class Processes:
 
     def any(self, fact: bool) -> bool:
         """Whether it holds in any process."""
-        (count,) = self.sum([torch.tensor(float(fact), device=self.device)])
+        if self.size == 1:
+            return fact
+        count = torch.tensor(float(fact), device="cpu" if self.patient else self.device)
+        dist.all_reduce(count, group=self.patient)
         return bool(count)
 
     def alike(self, value: Any, what: str) -> None:
@@ -80,25 +95,40 @@ class Processes:
         if self.size == 1:
             return
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, (value, socket.gethostname()))
+        dist.all_gather_object(said, (value, socket.gethostname()), group=self.patient)
         if odd := sorted({host for each, host in said if each != said[0][0]}):
             raise ValueError(
                 f"the {what} on {', '.join(odd)} are not those on {said[0][1]}; give every machine the same"
             )
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Until all are here, however long that takes."""
         self.any(False)
+
+    def limit(self, mesh: DeviceMesh) -> DeviceMesh:
+        """Give the groups of a mesh, which have PyTorch's own time limit, that of these processes."""
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(self.timeout, group)
+        return mesh
+
+
+def sources() -> str:
+    """Hash of the package's files, the same where the same code runs."""
+    folder, found = Path(__file__).parent.parent, hashlib.sha256()
+    for file in sorted(path for kind in ("*.py", "*.cu") for path in folder.rglob(kind)):
+        found.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 @contextmanager
-def join(device: str) -> Iterator[Processes]:
+def join(device: str, minutes: float = 10.0) -> Iterator[Processes]:
     """The processes that `torchrun` started, or this one alone.
 
     A GPU each where there are GPUs (NCCL), else the CPU (gloo). A process group that the caller made is used and left.
 
     Args:
         device: see `checkpoint.find_device`; "auto" or "cuda" is the GPU of this process's LOCAL_RANK.
+        minutes: that processes wait for each other within a step before they take one for lost.
     Raises:
         ValueError: this machine has no such device, or fewer GPUs than processes.
     """
@@ -118,15 +148,16 @@ def join(device: str) -> Iterator[Processes]:
             )
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)
-    ours = not dist.is_initialized()
+    ours, timeout = not dist.is_initialized(), timedelta(minutes=minutes)
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     lost = False
     try:
-        yield Processes(place, dist.get_rank(), dist.get_world_size(), True)
+        yield Processes(place, dist.get_rank(), dist.get_world_size(), True, timeout, patient)
     except RuntimeError:  # another process is gone, for which leaving in order would wait
         lost = True
         raise
     finally:
-        if ours and not lost:
-            dist.destroy_process_group()
+        if not lost:
+            dist.destroy_process_group(None if ours else patient)

@@ -49,7 +49,8 @@ from .tensorboard import TensorBoard
 # What may differ between a run and its resumption: nothing that enters the weights, but for what helps a failed run on.
 FREE = {"data", "validation", "tokenizer", "run", "device", "log_every", "eval_every", "eval_tokens", "save_every"}
 FREE |= {"keep", "recompute", "compile", "cuda_graph", "tensorboard", "on_failure", "max_skips", "spike_factor"}
-FREE |= {"shard", "expert_parallel", "accumulate"}
+FREE |= {"shard", "expert_parallel", "accumulate", "timeout"}
+FREE |= {"steps"}  # more of them are a change that `origin.go_on_longer` records
 
 POSITION_LIMIT = 1 << 26
 """bytes of a training.json, which counts the steps that each of thousands of experts had no token"""
@@ -79,6 +80,10 @@ class Position:
     """of the updates that were withheld"""
     alarms: Raised = field(default_factory=Raised)
     """about the routers; see `Alarms.state`"""
+    planned: int = 0
+    """optimiser steps in all when this was saved; 0 in checkpoints of older versions"""
+    warmup: int | None = None
+    """steps of the warm-up, which a run keeps when it goes on longer; None in checkpoints of older versions"""
 
     def __post_init__(self) -> None:
         validate(self, not_negative=("step", "seconds", "evaluated"))
@@ -155,6 +160,10 @@ class Run:
         """Write what describes the run; train.json comes last, so that with it the rest is there."""
         self._replace("tokenizer.json", tokenizer.to_json())
         self._replace("config.json", json.dumps(to_dict(config.model), indent=2) + "\n")
+        self.describe(config)
+
+    def describe(self, config: TrainConfig) -> None:
+        """Write train.json, at once or not at all."""
         self._replace("train.json", json.dumps(to_dict(config), indent=2) + "\n")
 
     def config(self) -> TrainConfig:
@@ -170,16 +179,21 @@ class Run:
         except (FileNotFoundError, ValueError) as error:
             raise CheckpointError(f"{file} is missing or damaged; copy it from one of the run's checkpoints") from error
 
-    def check_unchanged(self, config: TrainConfig) -> None:
-        """Raises ValueError if a field differs that would change the course of the run."""
+    def check_unchanged(self, config: TrainConfig, besides: frozenset[str] = frozenset()) -> None:
+        """Raises ValueError if a field differs that would change the course of the run; those `besides` may."""
         then, now = dict(_flat(to_dict(self.config()))), dict(_flat(to_dict(config)))
         then["routing_groups"] = then["routing_groups"] or then["accumulate"]  # None in runs of older versions
         for name, value in now.items():
-            if name.split(".")[0] not in FREE and then.get(name) != value:
+            if name.split(".")[0] not in FREE | besides and then.get(name) != value:
                 raise ValueError(
                     f"{name} is {value!r}, but the run in {self.path} began with {then.get(name)!r}; "
                     "resume with that value, or begin a new run"
                 )
+
+    def holds(self, kind: str, **values: Any) -> bool:
+        """Whether metrics.jsonl has this line."""
+        line = json.dumps({"kind": kind, **values})
+        return self.metrics.exists() and line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def log(self, kind: str, **values: Any) -> None:
         """Append a line to metrics.jsonl."""

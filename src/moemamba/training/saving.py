@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from ..checkpoint import check_tensors, damaged, model_tensors, open_weights, verify
 from ..config import ModelConfig
 from ..model import MoEMamba
-from ..tensors import Stored
+from ..tensors import Stored, TensorFile
 from .optim import load_optimizer_tensors, optimizer_tensors
 from .parallel import fill, whole
 from .processes import Processes
@@ -115,12 +115,24 @@ def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) 
         OSError: the system cannot read them.
     """
     weights, training = open_weights(folder), open_weights(folder, TRAINING)
-    for name, tensor in model_tensors(model).items():
-        fill(tensor, weights[name])
+    _fill(model, weights)
     parameters = dict(model.named_parameters())
     tensors = {name: _part(stored, parameters.get(name.partition(".")[2])) for name, stored in training.items()}
     _set_random_state(tensors)
     load_optimizer_tensors(model, optimizer, tensors)
+
+
+def read_model(folder: Path, model: MoEMamba) -> None:
+    """Load the weights alone, of sharded ones this process's part; raises what `examine` raises."""
+    weights = open_weights(folder)
+    check_tensors(weights, model_tensors(model))
+    verify(weights)
+    _fill(model, weights)
+
+
+def _fill(model: MoEMamba, weights: TensorFile) -> None:
+    for name, tensor in model_tensors(model).items():
+        fill(tensor, weights[name])
 
 
 def _expected(model: MoEMamba, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

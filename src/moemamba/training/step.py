@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import MoEMamba
+from .agreement import Agreement
 from .config import TrainConfig
 from .data import Batch
 from .evaluate import autocast
@@ -49,6 +50,7 @@ class Step:
         model, optimizer: on the device; a checkpoint, if there is one, is loaded already.
         dtype: of the activations.
         notify: told why, if the step cannot be captured; the run then goes on kernel by kernel.
+        agreement: what several processes tell each other with the sum of a step.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Step:
         guard: Guard,
         processes: Processes,
         notify: Callable[[str], None] = print,
+        agreement: Agreement | None = None,
     ):
         self.model, self.optimizer, self.config, self.dtype = model, optimizer, config, dtype
         self.guard, self.processes, self.notify = guard, processes, notify
+        self.agreement = agreement
         self.forward = summing(model, processes)
         self.captures = captures(config, processes)
         device = processes.device
@@ -119,7 +123,10 @@ class Step:
                 language, auxiliary = losses(output, model.config.routers)
                 (language * shares[number] + auxiliary / parts).backward()
             total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
-        total = processes.sum(list(torch._foreach_div(total, parts)))
+        told = self.agreement.flags() if self.agreement else []
+        total = processes.sum([*torch._foreach_div(total, parts), *told])
+        if self.agreement and told:
+            self.agreement.hear(total.pop())
         norm = gradient_norm(model.parameters(), processes)
         failed = self.guard.check(total[0] + total[1], norm)
         excess = (norm / config.clip).clamp(min=1.0)  # which the update divides the gradient by
