@@ -97,7 +97,7 @@ def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) 
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: _part(stored, name, parameters) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-        _set_random_state(tensors)
+        _forget_random_state(tensors)
         load_optimizer_tensors(model, optimizer, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise damaged(file, error) from error
@@ -132,7 +132,7 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def _set_random_state(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors.pop("random.cpu"))
-    if (cuda := tensors.pop("random.cuda", None)) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+def _forget_random_state(tensors: dict[str, Tensor]) -> None:
+    """Training draws nothing from torch's global generators: they belong to whoever calls it."""
+    tensors.pop("random.cpu")
+    tensors.pop("random.cuda", None)
