@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import ops
@@ -278,12 +279,37 @@ def initialise(model: MoEMamba, fill: Callable[[Tensor, Tensor], None] = overwri
                     weight.div_(math.sqrt(len(model.layers)))
 
 
-def draw(model: MoEMamba, fill: Callable[[Tensor, Tensor], None]) -> None:
+def draw(model: MoEMamba, fill: Callable[[Tensor, Tensor], None], seed: int) -> None:
     """Give a model that was built on the meta device the weights that `MoEMamba(config)` has, a sub-layer at a time.
 
     Args:
         fill: puts values, which are on the CPU, into a parameter or buffer, which may be sharded.
+        seed: the weights are those after `torch.manual_seed(seed)`; torch's global generators stay as they are.
     """
+    with torch.device("cpu"), _Drawing(torch.Generator("cpu").manual_seed(seed)):
+        _draw(model, fill)
+
+
+class _Drawing(TorchFunctionMode):
+    """Draw from this generator, in this thread, what would come from torch's global one."""
+
+    FUNCTIONS = frozenset(
+        (Tensor.normal_, Tensor.uniform_)
+        + (nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.kaiming_uniform_)
+    )
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.FUNCTIONS and kwargs.get("generator") is None:
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
+
+
+def _draw(model: MoEMamba, fill: Callable[[Tensor, Tensor], None]) -> None:
     config = model.config
     makers: list[tuple[nn.Module, Callable[[], nn.Module]]] = [
         (model.embedding, lambda: nn.Embedding(config.vocab_size, config.d_model)),

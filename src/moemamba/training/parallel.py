@@ -92,8 +92,7 @@ def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEM
     model.to_empty(device=processes.device)
     if config.model.tie_embeddings:
         model.head.weight = model.embedding.weight
-    torch.manual_seed(config.seed)
-    draw(model, fill)
+    draw(model, fill, config.seed)
     model.recompute = config.recompute
     _group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
     return model

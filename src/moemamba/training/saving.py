@@ -118,7 +118,7 @@ def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) 
     _fill(model, weights)
     parameters = dict(model.named_parameters())
     tensors = {name: _part(stored, parameters.get(name.partition(".")[2])) for name, stored in training.items()}
-    _set_random_state(tensors)
+    _forget_random_state(tensors)
     load_optimizer_tensors(model, optimizer, tensors)
 
 
@@ -163,7 +163,7 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def _set_random_state(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors.pop(_CPU))
-    if (cuda := tensors.pop(_CUDA, None)) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+def _forget_random_state(tensors: dict[str, Tensor]) -> None:
+    """Training draws nothing from torch's global generators: they belong to whoever calls it."""
+    tensors.pop(_CPU)
+    tensors.pop(_CUDA, None)
