@@ -1,4 +1,4 @@
-"""Generation as others use it: stops of every kind, a seed a row, from a model that is being trained, and what is wrong."""
+"""Generation as others use it: any stop, a seed a row, from a model that is being trained, and what is refused."""
 
 import threading
 

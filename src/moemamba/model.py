@@ -38,8 +38,8 @@ class MoEMamba(nn.Module):
 
     Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
 
-    `torch.export` takes it with its state. Within `ops.backend("reference")` the program consists of PyTorch's own
-    operations, and can be saved and loaded wherever `moemamba.model` is imported; otherwise it is bound to kernels.
+    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, and the backend
+    whose kernels it calls: `moemamba.ops.cpu` for a model that was on the CPU.
 
     Attributes:
         recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
