@@ -121,3 +121,7 @@ def _fit_attention(keys: Stored, values: Stored, positions: Stored) -> bool:
     """keys and values (b, h, s, d), positions (b, s) int64."""
     shapes = len(keys.shape) == 4 and keys.shape == values.shape and positions.shape == (keys.shape[0], keys.shape[2])
     return shapes and keys.dtype == values.dtype and keys.dtype.is_floating_point and positions.dtype == torch.int64
+
+
+# What takes a call apart into tensors (torch.export, torch.func) knows a state as one of them.
+torch.export.register_dataclass(State, serialized_type_name="moemamba.State")
