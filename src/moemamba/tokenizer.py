@@ -38,9 +38,6 @@ class Tokenizer(Protocol):
     def decode_batch(self, documents: Sequence[NDArray[np.integer[Any]]]) -> list[str]:
         """As `decode` for many, in parallel where that helps."""
 
-    def lost(self, texts: Sequence[str], ids: Sequence[NDArray[np.integer[Any]]]) -> int:
-        """Bytes of texts that their ids do not spell."""
-
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json."""
 
@@ -62,9 +59,6 @@ class ByteTokenizer:
 
     def decode_batch(self, documents: Sequence[NDArray[np.integer[Any]]]) -> list[str]:
         return [self.decode(ids.tolist()) for ids in documents]
-
-    def lost(self, texts: Sequence[str], ids: Sequence[NDArray[np.integer[Any]]]) -> int:
-        return 0
 
     def to_json(self) -> str:
         """A byte-level BPE without merges, so that other programs read it too."""
@@ -103,12 +97,6 @@ class TrainedTokenizer:
 
     def decode_batch(self, documents: Sequence[NDArray[np.integer[Any]]]) -> list[str]:
         return self._inner.decode_batch([ids.tolist() for ids in documents], skip_special_tokens=True)
-
-    def lost(self, texts: Sequence[str], ids: Sequence[NDArray[np.integer[Any]]]) -> int:
-        from collections import Counter
-
-        back = map(Counter, self.decode_batch(ids))
-        return sum(len("".join((Counter("".join(t.split())) - b).elements()).encode()) for t, b in zip(texts, back, strict=True))
 
     def to_json(self) -> str:
         return self._inner.to_str(pretty=True)
