@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, evaluate, train
 from moemamba.cli import eval as eval_command
-from moemamba.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from moemamba.text import ByteTokenizer, load_tokenizer, train_bpe
 from moemamba.training.config import absolute
 from moemamba.training.data import Tokens, predicted_bytes, windows
 from moemamba.training.preparation import prepare

@@ -7,7 +7,9 @@ from torch import nn
 from moemamba import ModelConfig, MoEMamba, generate, ops
 from moemamba.config import AttentionConfig
 from moemamba.inference import Sampling, captured, generation
+from moemamba.inference import draws as draws_
 from moemamba.inference.sampling import sample
+from moemamba.inference.stopping import Ending, read_stops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[1, 2, 3], [9], [4, 4, 5, 6, 7, 8, 1]]
@@ -27,12 +29,18 @@ def build(pattern, **changes):
     return model
 
 
+def endings(stop, prompts):
+    stops = read_stops(stop, 29)
+    return [Ending(stops) for _ in prompts]
+
+
 def decoded(model, count=12, sampling=GREEDY, prompts=PROMPTS, stop=(), seed=None):
     """What `stream` yields on a GPU, row by row; without a GPU nothing is captured but all else is the same."""
-    generator = None if seed is None else torch.Generator(DEVICE).manual_seed(seed)
+    seeds = None if seed is None else [(seed, row) for row in range(len(prompts))]
+    draws = None if seeds is None else draws_.Draws(seeds, list(map(len, prompts)), count, 29, DEVICE)
     with torch.inference_mode():
         hidden, state = generation._prefill(model, prompts, model.embedding.weight.device)
-        steps = list(generation._captured(model, hidden, state, count, sampling, stop, generator))
+        steps = list(generation._captured(model, hidden, state, count, sampling, endings(stop, prompts), draws))
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
@@ -71,7 +79,7 @@ def test_state_is_that_of_ordinary_calls(pattern):
     with torch.inference_mode():
         state = model(tokens).state
         with captured.claim(model, state, 4, greedy=True) as decoder:
-            list(decoder.tokens(tokens[:, 0], 4, lambda _: None))
+            list(decoder.tokens(tokens[:, 0], 4, lambda *_: None))
             written = decoder.history[:4].T
         for step in range(3):
             state = model(written[:, step : step + 1], state).state
@@ -135,7 +143,7 @@ def test_two_at_once_do_not_share_buffers():
         runs = []
         for _ in range(2):
             hidden, state = generation._prefill(model, PROMPTS, model.embedding.weight.device)
-            runs.append(generation._captured(model, hidden, state, 12, GREEDY, (), None))
+            runs.append(generation._captured(model, hidden, state, 12, GREEDY, endings((), PROMPTS), None))
         pairs = list(zip(*runs, strict=True))
     assert all(a == b for a, b in pairs) and [list(row) for row in zip(*(a for a, _ in pairs), strict=True)] == expected
 
@@ -180,7 +188,9 @@ def test_logits_are_sampled_as_before():
     with torch.inference_mode():
         output = model(torch.tensor([[3, 4]], device=DEVICE))
         with captured.claim(model, output.state, 4, greedy=False) as decoder:
-            tokens = [row[0] for row in decoder.tokens(output.logits[:, -1].argmax(-1), 4, lambda x: sample(x, GREEDY))]
+            tokens = [
+                row[0] for row in decoder.tokens(output.logits[:, -1].argmax(-1), 4, lambda x, _: sample(x, GREEDY))
+            ]
     assert tokens == ordinary_from([3, 4], model, 4)
 
 

@@ -13,13 +13,13 @@ from moemamba import ModelConfig, MoEMamba
 from moemamba.checkpoint import CheckpointError, load, save
 from moemamba.config import ExpertsConfig
 from moemamba.host.files import new_directory
-from moemamba.tokenizer import ByteTokenizer
+from moemamba.text import ByteTokenizer
 
 TOKENS = torch.arange(12).view(2, 6)
 FULL_DISK = """
 import resource, signal, sys, torch
 from moemamba import ModelConfig, MoEMamba, save
-from moemamba.tokenizer import ByteTokenizer
+from moemamba.text import ByteTokenizer
 model = MoEMamba(ModelConfig("M", 1, 64))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a full disk: every longer file fails
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moemamba import TrainConfig
-from moemamba.tokenizer import ByteTokenizer, train_bpe
+from moemamba.text import ByteTokenizer, train_bpe
 from moemamba.training import preparation
 from moemamba.training.corpora import open_corpora
 from moemamba.training.data import Batches, Tokens, Windows, permute, sequential

@@ -9,6 +9,7 @@ import torch
 from moemamba import ModelConfig, MoEMamba, generate
 from moemamba.config import AttentionConfig
 from moemamba.inference import Sampling, generation, stream
+from moemamba.inference.draws import Draws
 from moemamba.inference.sampling import sample
 
 PROMPTS = [[1, 2, 3], [9], [4, 4, 5, 6, 7, 8, 1]]
@@ -90,6 +91,10 @@ def test_prompts_of_any_kind(model):
     assert generate(model, torch.zeros(0, 3, dtype=torch.int64), 4) == []
 
 
+def draws(rows, vocabulary):
+    return Draws([(0, row) for row in range(rows)], [0] * rows, 1, vocabulary, "cpu").at(0)
+
+
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]))
 
 
@@ -108,8 +113,7 @@ LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.06, 0.04]]))
     ],
 )
 def test_sampling_draws_from_what_is_left(sampling, kept):
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(LOGITS.expand(20_000, -1), sampling, generator).bincount(minlength=5) / 20_000
+    drawn = sample(LOGITS.expand(20_000, -1), sampling, draws(20_000, 5)).bincount(minlength=5) / 20_000
     expected = LOGITS.exp()[0] * (torch.arange(5) < kept)
     torch.testing.assert_close(drawn, expected / expected.sum(), atol=0.015, rtol=0)
 
@@ -132,8 +136,9 @@ def test_top_k_of_equals_is_k():
 
 
 def test_temperature_sharpens_and_flattens():
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(LOGITS.expand(20_000, -1), Sampling(temperature=2.0), generator).bincount(minlength=5) / 20_000
+    drawn = (
+        sample(LOGITS.expand(20_000, -1), Sampling(temperature=2.0), draws(20_000, 5)).bincount(minlength=5) / 20_000
+    )
     torch.testing.assert_close(drawn, (LOGITS[0] / 2).softmax(0), atol=0.015, rtol=0)
 
 

@@ -12,7 +12,7 @@ SOURCE = Path(moemamba.__file__).parent
 # docs/design.md: a file may import from its own floor or from those below it.
 FLOORS = [
     {"host", "reading"},
-    {"config", "presets", "counting", "tokenizer"},
+    {"config", "presets", "counting", "text"},
     {"ops"},
     {"layers"},
     {"state", "model"},

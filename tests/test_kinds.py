@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_data import texts_of
 
 from moemamba.host.files import FileError
-from moemamba.tokenizer import ByteTokenizer
+from moemamba.text import ByteTokenizer
 from moemamba.training.documents import Documents
 from moemamba.training.preparation import prepare
 

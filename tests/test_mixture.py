@@ -8,7 +8,7 @@ import torch
 from test_data import fake_tokens
 
 from moemamba import ModelConfig, TrainConfig, train
-from moemamba.tokenizer import ByteTokenizer
+from moemamba.text import ByteTokenizer
 from moemamba.training.config import weighted
 from moemamba.training.corpora import open_corpora
 from moemamba.training.data import Batches, Mixture, Windows

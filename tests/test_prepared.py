@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import write_folder
 
-from moemamba.tokenizer import ByteTokenizer, train_bpe
+from moemamba.text import ByteTokenizer, train_bpe
 from moemamba.training import prepared
 from moemamba.training.data import Batches, SampledDocuments, Windows
 from moemamba.training.preparation import prepare

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moemamba import TrainConfig, train
-from moemamba.tokenizer import ByteTokenizer
+from moemamba.text import ByteTokenizer
 from moemamba.training.data import Batches, SampledDocuments, Tokens, Windows
 from moemamba.training.documents import Documents
 from moemamba.training.preparation import prepare

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moemamba.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer, train_bpe
+from moemamba.text import ByteTokenizer, StreamDecoder, load_tokenizer, train_bpe
 
 TEXT = "def f(x):\n\treturn x  # π ≈ 3,14 — naïve 🐍👩‍🔬\r\n\0 <|endoftext|> 日本語"
 
@@ -101,6 +101,6 @@ def test_errors_say_what_to_do(tmp_path):
 
 
 def test_needs_no_torch():
-    program = "import sys, moemamba.tokenizer, moemamba.training.config; print('torch' in sys.modules)"
+    program = "import sys, moemamba.text, moemamba.training.config; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -15,7 +15,7 @@ from .host import files
 from .host.files import new_directory, write_json
 from .model import MoEMamba
 from .reading import from_dict, to_dict
-from .tokenizer import Tokenizer, load_tokenizer
+from .text import Tokenizer, load_tokenizer
 
 
 class CheckpointError(ValueError):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import ops
@@ -16,7 +17,7 @@ from .layers import Attention, AttentionState, FeedForward, Mamba, MoE, RoutedMa
 from .layers.linear import Linear
 from .layers.moe import Experts, LinearExperts
 from .ops.arguments import autocast
-from .state import MixerState, State
+from .state import KINDS, MixerState, State
 
 
 class Output(NamedTuple):
@@ -36,6 +37,9 @@ class MoEMamba(nn.Module):
     """A language model of any pattern of `ModelConfig`.
 
     Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
+
+    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, and the backend
+    whose kernels it calls: `moemamba.ops.cpu` for a model that was on the CPU.
 
     Attributes:
         recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
@@ -334,3 +338,7 @@ def _save_choices(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 _keep_choices: Callable[[], Any] = partial(create_selective_checkpoint_contexts, _save_choices)
+
+# torch.export.save writes what a program takes and returns by these names; of its own accord it knows no NamedTuple's.
+for _kind in (Output, RouterStats, *KINDS.values()):
+    _pytree._register_namedtuple(_kind, serialized_type_name=f"moemamba.{_kind.__name__}")

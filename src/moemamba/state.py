@@ -89,3 +89,7 @@ class State:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(tuple(type(mixer)(*map(function, mixer)) for mixer in self.mixers))
+
+
+# What takes a call apart into tensors (torch.export, torch.func) knows a state as one of them.
+torch.export.register_dataclass(State, serialized_type_name="moemamba.State")

@@ -13,7 +13,7 @@ from .terminal import parse, show
 from .train import begun
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
+    from ..text import Tokenizer
     from ..training.data import HeldOut
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from ..inference.config import Sampling
 from .terminal import parse
@@ -24,6 +24,8 @@ class Generate:
     sampling: Annotated[Sampling, arg(name="")] = field(default_factory=Sampling)
     seed: int | None = None
     """makes the text repeatable"""
+    stop: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """a text that ends the answer and is not printed; give the option again for more than one"""
     device: str = "auto"
     """auto is a GPU where there is one, else the CPU"""
 
@@ -36,17 +38,21 @@ def main(arguments: Sequence[str]) -> None:
     prompt = prompt or ""
     if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # bytes out of place
         raise ValueError("the prompt is not UTF-8 text; convert it, for instance with iconv -t utf-8")
+    if "" in asked.stop:
+        raise ValueError("--stop is an empty text, which would end every answer at once; leave it out")
     from ..checkpoint import load
     from ..inference import stream
-    from ..tokenizer import StreamDecoder
+    from ..text import StreamDecoder, UntilText
 
     model, tokenizer = load(asked.run, asked.device)
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-    text = StreamDecoder(tokenizer)
-    tokens = stream(model, [ids], asked.max_new_tokens, asked.sampling, stop={tokenizer.end_of_text}, seed=asked.seed)
+    text, until = StreamDecoder(tokenizer), UntilText(asked.stop)
+    tokens = stream(model, [ids], asked.max_new_tokens, asked.sampling, stop=tokenizer.end_of_text, seed=asked.seed)
     begun = list(islice(tokens, 2))  # before anything is printed, since they may have to compile kernels, and say so
     print(prompt, end="", flush=True)
     for (token,) in chain(begun, tokens):
         assert token is not None  # of a single row the stream ends with it
-        print(text.push(token), end="", flush=True)
-    print(text.finish())
+        print(until.push(text.push(token)), end="", flush=True)
+        if until.found:
+            break
+    print(until.push(text.finish()) + until.finish())

@@ -22,7 +22,9 @@ from ..layers.norm import RMSNorm
 from ..layers.untouched import untouched
 from ..model import Head, MoEMamba, Residual
 from ..state import MixerState, State
+from .evaluation import expect_numbers
 
+CHECK = 32  # steps after which the last is looked at: what is not finite stays so, in the state
 ROOM = 256  # keys and values are kept in buffers of a multiple of this
 
 _idle: WeakKeyDictionary[MoEMamba, "Decoder"] = WeakKeyDictionary()
@@ -46,11 +48,13 @@ class Decoder:
         self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the next entry of keys and values
         self.history = torch.zeros(room, batch, dtype=torch.int64, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the next row of history
+        self.hidden: Tensor | None = None  # (b, d) what the head saw in the last step
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def begin(self, state: State) -> None:
-        """Take over a state, copying it."""
+    def begin(self, model: MoEMamba, state: State) -> None:
+        """Take over a state, copying it, of a model that `key` fits."""
+        self._model = ref(model)
         for buffers, mixer in zip(self.state.mixers, state.mixers, strict=True):
             if isinstance(buffers, AttentionState):
                 assert isinstance(mixer, AttentionState)
@@ -95,7 +99,7 @@ class Decoder:
             mixers = self.state.mixers[done : done + sum(letter in "MAR" for letter in layer.letters)]
             x = self._through(layer, x, mixers)
             done += len(mixers)
-        hidden = model.norm(x)[:, 0]
+        self.hidden = hidden = model.norm(x)[:, 0]
         self.place += 1
         if not self.greedy:
             self.logits = model.head(hidden)
@@ -134,8 +138,14 @@ class Decoder:
                     buffer.copy_(tensor)
         return x + y
 
-    def tokens(self, first: Tensor, count: int, choose: Callable[[Tensor], Tensor]) -> Iterator[list[int]]:
-        """`first` (b,) and what follows, `count` tokens a row. The GPU computes the next token while one is read."""
+    def tokens(self, first: Tensor, count: int, choose: Callable[[Tensor, int], Tensor]) -> Iterator[list[int]]:
+        """`first` (b,) and what follows, `count` tokens a row. The GPU computes the next token while one is read.
+
+        Args:
+            choose: tokens by logits and the number of their step, if not the most likely.
+        Raises:
+            FloatingPointError: the model's output is not finite.
+        """
         here = torch.empty(self.history.shape, dtype=torch.int64, pin_memory=first.is_cuda)
         reader = torch.cuda.Stream() if first.is_cuda else None
         self.put(first)
@@ -152,7 +162,10 @@ class Decoder:
             if row + 1 < count:
                 self.advance()
                 if self.logits is not None:
-                    self.put(choose(self.logits))
+                    self.put(choose(self.logits, row + 1))
+                if (row + 1) % CHECK == 0 or row + 2 == count:
+                    assert self.hidden is not None
+                    expect_numbers(self.hidden, row + 1)
             if ready is not None:
                 ready.synchronize()
             yield here[row].tolist()
@@ -189,21 +202,26 @@ def capturable(model: MoEMamba) -> bool:
 
 
 @contextmanager
-def claim(model: MoEMamba, state: State, count: int, greedy: bool) -> Iterator[Decoder]:
-    """A decoder that begins with this state, with room for `count` more tokens: the model's idle one, or a new one."""
+def claim(model: MoEMamba, state: State, count: int, greedy: bool, owner: MoEMamba | None = None) -> Iterator[Decoder]:
+    """A decoder that begins with this state, with room for `count` more tokens: an idle one, or a new one.
+
+    Args:
+        owner: the model that keeps the decoder until its next use, if `model` is a view of it that soon is gone.
+    """
+    owner = owner or model
     length = max((mixer[0].shape[2] for mixer in state.mixers if isinstance(mixer, AttentionState)), default=0)
     room = -(-(length + count) // ROOM) * ROOM
-    decoder = _idle.pop(model, None)  # nobody else may use it in the meantime
+    decoder = _idle.pop(owner, None)  # nobody else may use it in the meantime
     if decoder is None or decoder.key != _key(model, state, greedy) or decoder.history.shape[0] < room:
         decoder = None  # its memory is free before the next one takes its own
         decoder = Decoder(model, state, room, greedy)
         if model.embedding.weight.is_cuda:
             decoder.capture()
-    decoder.begin(state)
+    decoder.begin(model, state)
     try:
         yield decoder
     finally:
-        _idle[model] = decoder
+        _idle[owner] = decoder
 
 
 def _key(model: MoEMamba, state: State, greedy: bool) -> tuple[object, ...]:
@@ -214,7 +232,7 @@ def _key(model: MoEMamba, state: State, greedy: bool) -> tuple[object, ...]:
     )
     weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
     kinds = tuple(
-        (id(m), type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
+        (id(m._parameters), type(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__)
         for m in model.modules()
     )
     device = model.embedding.weight.device.type

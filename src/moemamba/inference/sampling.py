@@ -8,12 +8,12 @@ from .config import Sampling
 TINY = torch.finfo(torch.float32).tiny
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def sample(logits: Tensor, sampling: Sampling, draws: Tensor | None = None) -> Tensor:
     """Choose one token a row.
 
     Args:
         logits: (b, v).
-        generator: source of randomness on the logits' device; torch's own if None.
+        draws: (b, v) float32, exponential variables of `Draws`; from torch's own generator if None.
     Returns:
         (b,) int64.
     """
@@ -35,4 +35,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         probabilities = scaled.softmax(dim=-1)
         floor = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         scaled = scaled.masked_fill(probabilities < floor, -torch.inf)
-    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
+    # Of exponential variables with these rates the first to come: as torch.multinomial, which also asks whether all is
+    # well, and whose randomness is that of the whole batch.
+    probabilities = scaled.softmax(dim=-1)
+    return (probabilities / (torch.empty_like(scaled).exponential_() if draws is None else draws)).argmax(dim=-1)

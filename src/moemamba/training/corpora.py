@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..host.files import expanded
-from ..tokenizer import Tokenizer, load_tokenizer, train_bpe
+from ..text import Tokenizer, load_tokenizer, train_bpe
 from .config import TrainConfig, weighted
 from .data import HeldOut, Mixture, Rows, Tokens, make_rows, require_window
 from .documents import Documents, held_out

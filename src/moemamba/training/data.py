@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..tokenizer import ByteTokenizer, Tokenizer
+from ..text import ByteTokenizer, Tokenizer
 from .config import TrainConfig
 
 _BITS = np.uint64(20)  # of a share in `Mixture`

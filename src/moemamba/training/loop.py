@@ -17,7 +17,7 @@ import torch
 from .. import ops
 from ..counting import count_parameters
 from ..model import MoEMamba
-from ..tokenizer import Tokenizer
+from ..text import Tokenizer
 from .alarms import Alarms, sentences
 from .config import TrainConfig, absolute
 from .corpora import Corpora, find_tokenizer, open_corpora

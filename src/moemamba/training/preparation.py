@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..host.files import cache_folder, expanded, new_directory, replace, writable, write_json
 from ..reading import to_dict
-from ..tokenizer import Tokenizer
+from ..text import Tokenizer
 from .documents import Documents, hash_of
 from .prepared import Corpus, Index, Part, digest, is_prepared, open_prepared
 from .tokenfiles import documents_of

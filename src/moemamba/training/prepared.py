@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..host.files import FileError, check_regular, expanded, read_json
 from ..reading import from_dict, validate
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..text import Tokenizer, load_tokenizer
 from .data import Tokens
 
 PARTS = ("train", "validation")

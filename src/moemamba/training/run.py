@@ -17,7 +17,7 @@ from ..checkpoint import CheckpointError, checkpoints, damaged, read_json, write
 from ..host.files import new_directory, write_json
 from ..model import MoEMamba
 from ..reading import read_config, to_dict
-from ..tokenizer import Tokenizer, load_tokenizer
+from ..text import Tokenizer, load_tokenizer
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .guard import Skips

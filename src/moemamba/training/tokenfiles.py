@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..host.files import FileError
-from ..tokenizer import Tokenizer
+from ..text import Tokenizer
 from .documents import Documents
 from .kinds import Kind
 from .records import Records

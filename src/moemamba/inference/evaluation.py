@@ -1,0 +1,44 @@
+"""A model as it computes in evaluation mode, whatever mode it is in: flags on a shared module are not touched."""
+
+import math
+from types import MethodType
+
+from torch import Tensor, nn
+
+from ..model import MoEMamba
+
+
+def in_evaluation(model: MoEMamba) -> MoEMamba:
+    """The same model, in evaluation mode: parameters, buffers and hooks are its own, and changes to them are seen.
+
+    What is set on the modules themselves stays theirs: other threads may train the model, or change its mode.
+    """
+    views: dict[int, nn.Module] = {}
+    view = _view(getattr(model, "_orig_mod", model), views)  # under what torch.compile wraps around it
+    assert isinstance(view, MoEMamba)
+    return view
+
+
+def _view(module: nn.Module, views: dict[int, nn.Module]) -> nn.Module:
+    """A module with the same contents, but a mode of its own, and children that are such views too."""
+    if (known := views.get(id(module))) is not None:
+        return known
+    view = views[id(module)] = object.__new__(type(module))
+    own = view.__dict__
+    own.update(module.__dict__)
+    own["training"] = False
+    own["_compiled_call_impl"] = None  # it is bound to the module, and so to its mode
+    forward = own.get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        own["forward"] = MethodType(forward.__func__, view)
+    own["_modules"] = {name: child and _view(child, views) for name, child in module._modules.items()}
+    return view
+
+
+def expect_numbers(output: Tensor, count: int) -> None:
+    """Raises FloatingPointError if the largest of each row (b, v) of an output is not finite, after `count` tokens."""
+    if not math.isfinite(output.amax(-1).sum().item()):
+        raise FloatingPointError(
+            f"the model's output is not finite (infinity, or not a number) after {count} new tokens: its weights are "
+            "damaged, or its training diverged; take another checkpoint"
+        )

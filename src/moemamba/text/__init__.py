@@ -1,0 +1,16 @@
+"""Text to token ids and back, whole or as it comes. No torch here."""
+
+from .loading import load_tokenizer, train_bpe
+from .stream import StreamDecoder, UntilText
+from .tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "ByteTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "TrainedTokenizer",
+    "UntilText",
+    "load_tokenizer",
+    "train_bpe",
+]
