@@ -218,11 +218,12 @@ def as_text(value: Any) -> Any:
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
-    """The same run from any folder: paths of data are absolute, and `~` is the home folder."""
+    """The same run from any folder: paths of data are absolute, and in every path `~` is the home folder."""
     data = config.data
     if data is not None:
         data = _absolute(data) if isinstance(data, str) else tuple(map(_absolute, data))
-    return replace(config, data=data, validation=config.validation and _absolute(config.validation, weights=False))
+    validation = config.validation and _absolute(config.validation, weights=False)
+    return replace(config, data=data, validation=validation, run=config.run and str(expanded(config.run)))
 
 
 def _absolute(text: str, weights: bool = True) -> str:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+from ..host.files import expanded
 from ..text import Tokenizer, load_tokenizer, train_bpe
 from .config import TrainConfig, weighted
 from .data import HeldOut, Mixture, Rows, Tokens, make_rows, require_window
@@ -120,7 +120,7 @@ def open_held_out(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> 
 
 def _open(source: str | None, share: float, config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus:
     with tokenising(report) as show:
-        return prepare(source, tokenizer, cache_directory(Path(config.run) / "tokens"), share, show)
+        return prepare(source, tokenizer, cache_directory(expanded(config.run) / "tokens"), share, show)
 
 
 @contextmanager

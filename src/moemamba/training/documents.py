@@ -34,8 +34,8 @@ class Documents:
     every object of a JSON array or of a file of objects, and every row of parquet, which needs pyarrow. Any other text
     is a document, but where there are fewer than 100 files it is cut at line ends into parts of about a hundredth of
     the whole (1 to 64 KiB), so that there is something to hold out; where no line ends, at a space. A line
-    `<|endoftext|>` ends a document too. Text is UTF-8, UTF-16 or UTF-32; a byte order mark is no part of it. Null and empty documents
-    do not count, half a character becomes U+FFFD.
+    `<|endoftext|>` ends a document too. Text is UTF-8, UTF-16 or UTF-32; a byte order mark is no part of it. Null and
+    empty documents do not count, half a character becomes U+FFFD.
 
     Args:
         source: a file, a folder, or a dataset as `HubTexts` names it; Python's standard library if None.

@@ -31,10 +31,12 @@ def encoding_of(head: bytes) -> tuple[str, int]:
 
 
 def _utf16(head: bytes) -> str | None:
-    """UTF-16 without a mark: zeros in one half of the pairs alone, and in much of it, and no control characters."""
+    """UTF-16 without a mark: zeros in one half of the pairs, hardly in the other, and no control characters."""
     low, high = head[0::2].count(0), head[1::2].count(0)
     name = "utf-16-le" if high > low else "utf-16-be"
-    if min(low, high) or max(low, high) * 8 < len(head) // 2:
+    if len(head) % 2 and len(head) < HEAD:
+        return None
+    if min(low, high) * 4 > max(low, high) or max(low, high) * 8 < len(head) // 2:
         return None
     try:
         text = codecs.getincrementaldecoder(name)().decode(head)

@@ -89,9 +89,16 @@ def _json_kind(file: Path, head: bytes) -> Kind | None:
         raise FileError(
             f'{file} holds JSON lines without a "text"; they have {", ".join(first) or "nothing"}; rename a field'
         )
-    if re.match(r'\[?\s*\{[^{}\[\]]*"text"\s*:', text):
-        return Kind.LINES if text.startswith("{") and len(lines) == 1 and len(head) == HEAD else Kind.VALUES
-    return None
+    begin = text.find("{")
+    if text[:begin].strip(" \t\r\n") not in ("", "["):
+        return None
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text, begin)
+    except (ValueError, RecursionError):  # a document longer than the head, or no JSON
+        first = {"text": None} if len(head) == HEAD and '"text":' in text.replace(" ", "") else {}
+    if "text" not in first:
+        return None
+    return Kind.LINES if text.startswith("{") and len(lines) == 1 else Kind.VALUES
 
 
 def _json(line: str) -> Any:

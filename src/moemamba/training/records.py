@@ -127,9 +127,10 @@ def _parts(stream: IO[bytes], size: int) -> Iterator[bytes]:
 
 
 def _cut(text: bytes, size: int) -> int:
-    """Where to cut a text without line ends: after the first space from `size` on, or between two characters."""
-    if space := re.compile(rb"\r|[ \t]").search(text, size, 2 * size):
-        return space.end()
+    """Where to cut a text without line ends: from `size` on after a carriage return, a space, or any character."""
+    for space in (rb"\r", rb"[ \t]"):
+        if found := re.compile(space).search(text, size, 2 * size):
+            return found.end()
     while size < len(text) and 0x80 <= text[size] < 0xC0:
         size += 1
     return size
@@ -244,10 +245,11 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         parquet: Any = import_module("pyarrow.parquet")
     except ImportError:
         raise FileError(f"{file} needs the package pyarrow: pip install 'moemamba[data]'") from None
-    row = 0
+    row, opened = 0, False
     with seekable(file) as stream:
         try:
             with parquet.ParquetFile(stream) as table:
+                opened = True
                 _check_column(file, table.schema_arrow)
                 for batch in table.iter_batches(256, columns=["text"]):
                     for text in batch.column(0).to_pylist():
@@ -258,7 +260,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         except (ValueError, OSError) as error:  # of which pyarrow's own errors are kinds
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            place = f"is damaged after row {row}" if row else "is not a parquet file"
+            place = f"is damaged after row {row}" if opened else "is not a parquet file"
             raise FileError(f"{file} {place} ({_first_line(error)}); write it again, or rename it") from error
 
 
