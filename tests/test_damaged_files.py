@@ -10,18 +10,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moemamba import MoEMamba, State, load
+from moemamba import ModelConfig, MoEMamba, State, load
+from moemamba.counting import require_memory
+from moemamba.reading import read_config
 from moemamba.training.alarms import Alarms
 from moemamba.training.guard import Guard
 from moemamba.training.metrics import Meter
 from moemamba.training.optim import make_optimizer
 from moemamba.training.parallel import require_fit
 from moemamba.training.processes import Processes
-from moemamba.training.run import Run
+from moemamba.training.run import Run, read_position
+from moemamba.training.saving import examine
 
 FIRST = Path(__file__).parent / "fixtures" / "v0.1"
 CHECKPOINT = FIRST / "run" / "checkpoints" / "00000008"
 CONTENT = "feaf1aa8b1063bec74d36144"
+LAYER = {"name": "layers.1.branches.0", "load": [1.0, 0.0], "entropy": 0.1, "max_entropy": 0.7}
 ONE = Processes(torch.device("cpu"))
 BUDGET = {"deadline": None, "derandomize": True, "database": None}
 BUDGET["suppress_health_check"] = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -103,11 +107,6 @@ def with_header(change: list, text: bytes) -> bytes:
     return len(said).to_bytes(8, "little") + said + rest
 
 
-@pytest.fixture
-def run(tmp_path):
-    return Run(shutil.copytree(FIRST / "run", tmp_path / "run"))
-
-
 def resume(run: Run) -> None:
     """What training does with a run before its first step."""
     config = run.config()
@@ -122,83 +121,101 @@ def resume(run: Run) -> None:
     run.log("note", step=position.step, text="resumed")
 
 
-def mended(run: Run) -> None:
-    """Put back what a mutant has changed."""
-    for folder in (run.path / "checkpoints").glob("damaged-*"):
-        shutil.rmtree(folder)
-    shutil.copytree(FIRST / "run", run.path, dirs_exist_ok=True)
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """One thread, and nothing waits for the disk."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")
-def base():
-    torch.set_num_threads(1)
-    return load(FIRST / "run")[0]
+def folder(tmp_path_factory):
+    return Path(shutil.copytree(CHECKPOINT, tmp_path_factory.mktemp("fuzz") / "00000008"))
 
 
-@settings(max_examples=1500, **BUDGET)
+@pytest.fixture(scope="module")
+def trained():
+    """A model and its optimiser, as the run has them."""
+    config = Run(FIRST / "run").config()
+    model = MoEMamba(config.model)
+    return model, make_optimizer(model, config)
+
+
+@settings(max_examples=2000, **BUDGET)
 @given(changes)
-def test_configurations(tmp_path, change):
+def test_configurations(folder, change):
     """config.json and train.json, which hold whatever an editor leaves there."""
-    folder = tmp_path / "model"
-    if not folder.exists():
-        shutil.copytree(CHECKPOINT, folder)
+    (folder / "config.json").write_bytes(mutant((CHECKPOINT / "config.json").read_bytes(), change))
+    refused(lambda: require_memory(read_config(ModelConfig, folder / "config.json"), 1 << 34))
+    (folder / "train.json").write_bytes(mutant((FIRST / "run" / "train.json").read_bytes(), change))
+    refused(Run(folder).config)
+
+
+@settings(max_examples=100, **BUDGET)
+@given(changes)
+def test_models(tmp_path, change):
+    """As above, up to the model."""
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model", dirs_exist_ok=True))
     (folder / "config.json").write_bytes(mutant((CHECKPOINT / "config.json").read_bytes(), change))
     refused(lambda: load(folder))
-    run = Run(folder)
-    (folder / "train.json").write_bytes(mutant((FIRST / "run" / "train.json").read_bytes(), change))
-    refused(run.config)
 
 
-@settings(max_examples=1500, **BUDGET)
-@given(changes, edits, st.booleans())
-def test_weights(tmp_path, change, edit, whole):
-    folder = tmp_path / "model"
-    if not folder.exists():
-        shutil.copytree(CHECKPOINT, folder)
-    text = (CHECKPOINT / "model.safetensors").read_bytes()
-    text = with_header(change, text) if whole else edited(text, edit, 8 + len(header(text)[0]))
-    (folder / "model.safetensors").write_bytes(text)
-    refused(lambda: load(folder))
+@settings(max_examples=2000, **BUDGET)
+@given(changes, edits, st.booleans(), st.sampled_from(["model.safetensors", "training.safetensors"]))
+def test_tensors(folder, trained, change, edit, whole, name):
+    text = (CHECKPOINT / name).read_bytes()
+    for file in ("model.safetensors", "training.safetensors"):
+        shutil.copyfile(CHECKPOINT / file, folder / file)
+    (folder / name).write_bytes(with_header(change, text) if whole else edited(text, edit, 8 + len(header(text)[0])))
+    refused(lambda: examine(folder, *trained))
 
 
-@settings(max_examples=1000, **BUDGET)
+@settings(max_examples=2000, **BUDGET)
 @given(changes)
-def test_positions(run, change):
-    """training.json: a run goes on from this checkpoint or the one before."""
-    (run.path / "checkpoints" / "00000008" / "training.json").write_bytes(
-        mutant((CHECKPOINT / "training.json").read_bytes(), change)
-    )
-    refused(lambda: resume(run))
-    mended(run)
+def test_positions(folder, trained, change):
+    """training.json, up to what the training loop makes of it."""
+    (folder / "training.json").write_bytes(mutant((CHECKPOINT / "training.json").read_bytes(), change))
+    config = Run(FIRST / "run").config()
+
+    def use():
+        position = read_position(folder)
+        Guard(config, torch.device("cpu"), position.skips).state()
+        Meter(config, trained[0].router_names, position.seconds)
+        Alarms([2], position.alarms).look([LAYER], 1)
+
+    refused(use)
 
 
-@settings(max_examples=500, **BUDGET)
-@given(changes, edits, st.booleans())
-def test_optimizers(run, change, edit, whole):
-    text = (CHECKPOINT / "training.safetensors").read_bytes()
-    text = with_header(change, text) if whole else edited(text, edit)
-    (run.path / "checkpoints" / "00000008" / "training.safetensors").write_bytes(text)
-    refused(lambda: resume(run))
-    mended(run)
-
-
-@settings(max_examples=500, **BUDGET)
+@settings(max_examples=2000, **BUDGET)
 @given(edits, st.lists(values, max_size=3))
-def test_metrics(run, edit, lines):
+def test_metrics(tmp_path, edit, lines):
     """metrics.jsonl never keeps a run from going on."""
-    text = edited(run.metrics.read_bytes(), edit)
+    run = Run(tmp_path)
+    text = edited((FIRST / "run" / "metrics.jsonl").read_bytes(), edit)
     run.metrics.write_bytes(text + "".join(f"{json.dumps(line)}\n" for line in lines).encode() + b'{"step": 3')
-    resume(run)
+    run._forget_after(8)
     for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         assert json.loads(line)["step"] <= 8
-    mended(run)
 
 
-@settings(max_examples=3000, **BUDGET)
+@settings(max_examples=40, **BUDGET)
+@given(changes, edits, st.sampled_from(["training.json", "training.safetensors", "metrics.jsonl", "train.json"]))
+def test_whole_runs(tmp_path, change, edit, name):
+    """A damaged file of a run: it goes on, from the checkpoint before if need be, or says why not."""
+    run = Run(shutil.copytree(FIRST / "run", tmp_path / "run"))
+    file = next(iter(sorted(run.path.rglob(name), reverse=True)))
+    text = file.read_bytes()
+    file.write_bytes(mutant(text, change) if name in ("training.json", "train.json") else edited(text, edit))
+    refused(lambda: resume(run))
+    shutil.rmtree(run.path)
+
+
+@settings(max_examples=2000, **BUDGET)
 @given(changes, edits, st.booleans())
-def test_states(tmp_path, base, change, edit, whole):
+def test_states(tmp_path, change, edit, whole):
     text = (FIRST / "state.safetensors").read_bytes()
-    text = with_header(change, text) if whole else edited(text, edit)
     file = tmp_path / "state.safetensors"
-    file.write_bytes(text)
+    file.write_bytes(with_header(change, text) if whole else edited(text, edit))
     refused(lambda: State.load(file))
