@@ -203,7 +203,7 @@ def test_what_may_start_has_the_same_tensors(one, other, tmp_path_factory):
             origin.check_start(TrainConfig(mine, start=str(folder)), ByteTokenizer())
             assert shapes[0] == shapes[1]
         except ValueError as error:
-            assert mine != theirs and "is another than that of start" in str(error)
+            assert mine != theirs and "is not that of start" in str(error)
 
 
 # Going on longer

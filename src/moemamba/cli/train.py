@@ -54,7 +54,7 @@ def read(arguments: Sequence[str]) -> Train:
 def _given(arguments: Sequence[str], option: str) -> str | None:
     """What an option is set to, before the others can be read; the last time counts."""
     found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip(arguments, (*arguments[1:], None), strict=False):
         name, equals, value = word.partition("=")
         if name == option:
             found = value if equals else following

@@ -119,12 +119,12 @@ def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
         what = ", ".join(f"{name} is {now[name]!r}, not {then.get(name)!r}" for name in differing[:3])
         more = f", and {len(differing) - 3} more differ" if len(differing) > 3 else ""
         raise ValueError(
-            f"the model is another than that of start = {folder}: {what}{more}; train that model, which is the default "
+            f"the model is not that of start = {folder}: {what}{more}; train that model, which is the default "
             "where no preset is named"
         )
     if what := _another(load_tokenizer(folder), tokenizer):
         raise ValueError(
-            f"the tokenizer is another than that of start = {folder}: {what}, so that its tokens mean nothing "
+            f"the tokenizer is not that of start = {folder}: {what}, so that its tokens mean nothing "
             f"to these weights; give tokenizer = {folder}"
         )
 
