@@ -4,9 +4,9 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
+from ..ops.packing import without_padding
 from .linear import Linear
 from .mamba import MambaState, SelectiveSSM
-from ..ops.packing import without_padding
 from .moe import LinearExperts, MoE, Router, RouterStats
 
 

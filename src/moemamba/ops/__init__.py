@@ -18,8 +18,8 @@ from types import TracebackType
 from torch import Tensor
 
 from . import reference
-from .attention import attention
 from .arguments import autocast, dense, expect, sizes
+from .attention import attention
 from .backends import BACKENDS, available, bound, choose, compute, force, transformed, why_not
 from .routing import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
 

@@ -53,7 +53,9 @@ def causal_conv1d(
     history = None if initial_state is None else cast(initial_state, dtype)
     x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
     op = _forward if traced(x, weight, bias, history) else _run_forward
-    y, final_state = op(x, weight, bias, history, activation == "silu", None if seq_idx is None else position_marks(seq_idx))
+    y, final_state = op(
+        x, weight, bias, history, activation == "silu", None if seq_idx is None else position_marks(seq_idx)
+    )
     return cast(y, dtype), cast(final_state, dtype)
 
 

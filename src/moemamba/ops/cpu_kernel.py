@@ -191,7 +191,9 @@ def _is_here(tensor: Tensor) -> bool:
 
 
 def _mistaken(tensor: Tensor, expected: str) -> RuntimeError:
-    dual = " with a forward-mode derivative" if type(tensor) in _PLAIN and tensor.is_cpu and not _is_here(tensor) else ""
+    dual = (
+        " with a forward-mode derivative" if type(tensor) in _PLAIN and tensor.is_cpu and not _is_here(tensor) else ""
+    )
     return RuntimeError(
         f"a kernel for the CPU reads {expected}, and was given a {type(tensor).__name__}{dual} of {tensor.dtype} and "
         f'shape {tuple(tensor.shape)} on {tensor.device}; use ops.backend("reference")'
