@@ -59,7 +59,7 @@ def scan(streams, parameters, ids):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(
     ids=st.sampled_from(list(ROWS.values())),
     where=st.sampled_from(["u", "dt", "B", "C", "z"]),
@@ -93,7 +93,7 @@ def test_scan(backend, ids, where, value, stretch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(ids=st.sampled_from(list(ROWS.values())), value=st.sampled_from(STRANGE), taps=st.integers(1, 4))
 def test_convolution(backend, ids, value, taps):
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def layer_of(name, seed=0):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", MIXERS)
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=8)
 @given(ids=st.sampled_from(list(ROWS.values())), value=st.sampled_from(STRANGE), training=st.booleans())
 def test_layers(name, backend, ids, value, training):
     layer, own = layer_of(name).train(training), torch.tensor(ids) == 5
