@@ -19,6 +19,8 @@ from moemamba.checkpoint import CheckpointError, Damaged, checkpoints
 from moemamba.cli.info import costs
 from moemamba.config import ExpertsConfig
 from moemamba.counting import memory, require_memory, size
+from moemamba.experiments.compare import compare
+from moemamba.experiments.contender import parse_contenders
 from moemamba.host.files import replace
 from moemamba.host.lock import Lock
 from moemamba.host.memory import limit
@@ -243,6 +245,10 @@ def test_what_cannot_fit_is_refused_before_work(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"weights {figures['weights']}, gradients {figures['gradients']}, optimiser"):
         train(config, report=SILENT)
     assert not (tmp_path / "run").exists()
+    contenders = parse_contenders(["mamba-tiny", "moe-mamba-100m"])
+    with pytest.raises(ValueError, match="the model needs"):
+        compare(contenders, dataclasses.replace(config, model=ModelConfig()), 1, tmp_path / "cmp", silent=True)
+    assert not (tmp_path / "cmp").exists()
     require_memory(big, 24 << 30)  # its weights alone would fit
     assert size(sum(memory(big))) in figures["weights"] or sum(memory(big)) == 4 * memory(big).weights
     with pytest.raises(ValueError, match="the model needs"):
