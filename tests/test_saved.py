@@ -28,6 +28,8 @@ from moemamba.presets import preset
 from moemamba.tensors import TensorFile, write_tensors
 from moemamba.tokenizer import ByteTokenizer
 from moemamba.training import saving
+from moemamba.training.optim import make_optimizer
+from moemamba.training.processes import Processes
 from moemamba.training.progress import Report
 from moemamba.training.run import Run, read_position
 
@@ -319,3 +321,29 @@ def test_a_huge_header_is_refused(tmp_path):
     (tmp_path / "x").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     with pytest.raises(ValueError, match="no header"):
         TensorFile(tmp_path / "x")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnotherFails(Processes):
+    """The first of two processes, of which the other cannot read the checkpoint."""
+
+    def any(self, fact: bool) -> bool:
+        return True
+
+
+def test_what_another_machine_cannot_read_is_not_damaged(run):
+    config = run.config()
+    model = MoEMamba(config.model)
+    content = read_position(run.path / "checkpoints" / "00000008").content
+    with pytest.raises(OSError, match=r"00000008 is intact here .* the same for all machines"):
+        run.restore(model, make_optimizer(model, config), content, print, AnotherFails(torch.device("cpu")))
+    assert names(run) == {"00000004", "00000008"}
+
+
+def test_a_step_beyond_the_run_is_refused(run):
+    shorter = dataclasses.replace(run.config(), steps=6)
+    model = MoEMamba(shorter.model)
+    content = read_position(run.path / "checkpoints" / "00000008").content
+    one = Processes(torch.device("cpu"))
+    with pytest.raises(ValueError, match="at step 8, but the run is to have 6"):
+        run.restore(model, make_optimizer(model, shorter), content, print, one, shorter.steps)
