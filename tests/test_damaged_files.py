@@ -2,7 +2,10 @@
 
 import copy
 import json
+import math
+import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,27 +30,25 @@ CHECKPOINT = FIRST / "run" / "checkpoints" / "00000008"
 CONTENT = "feaf1aa8b1063bec74d36144"
 LAYER = {"name": "layers.1.branches.0", "load": [1.0, 0.0], "entropy": 0.1, "max_entropy": 0.7}
 ONE = Processes(torch.device("cpu"))
+SEEDS = st.integers(0, 1 << 32)
 BUDGET = {"deadline": None, "derandomize": True, "database": None}
 BUDGET["suppress_health_check"] = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
-numbers = st.sampled_from([-5, -1, 0, 1, 7, 30.5, 1e9, 1 << 31, 1 << 62, 1 << 64, 1 << 2000, 1e300, 1e-300])
-others = st.sampled_from(
-    [None, True, "", "x", "30", "\ud800", "<u2", [], {}, [[]], [1, "a"], {"step": None}, "~" * 5000]
-)
-strange = st.sampled_from([float("nan"), float("inf"), float("-inf")])
-values = (
-    numbers | others | strange | st.recursive(numbers | others, lambda inner: st.lists(inner, max_size=3), max_leaves=4)
-)
-changes = st.lists(
-    st.tuples(st.integers(0, 1 << 20), st.sampled_from(["put", "put", "put", "drop", "name"]), values),
-    min_size=1,
-    max_size=2,
-)
-edits = st.lists(
-    st.tuples(st.integers(0, 1 << 30), st.sampled_from(["flip", "flip", "put", "cut", "insert"]), st.integers(0, 255)),
-    min_size=1,
-    max_size=3,
-)
+NUMBERS = [-5, -1, 0, 1, 7, 30.5, 1e9, 1 << 31, 1 << 62, 1 << 64, 1 << 2000, 1e300, 1e-300, math.nan, math.inf]
+OTHERS = [None, True, "", "x", "30", "\ud800", "<u2", [], {}, [[]], [1, "a"], {"step": None}, "~" * 5000, [-1, 2.5]]
+HOW = ["put", "put", "put", "drop", "name"], ["flip", "flip", "put", "cut", "insert"]
+
+
+def mutants(seed: int) -> Iterator[tuple[list, list, bool]]:
+    """Twenty-five times: changes of a JSON tree, edits of bytes, and which of the two to make."""
+    draw = random.Random(seed)
+    for _ in range(25):
+        changes = [
+            (draw.getrandbits(20), draw.choice(HOW[0]), draw.choice(NUMBERS + OTHERS))
+            for _ in range(draw.randint(1, 2))
+        ]
+        edits = [(draw.getrandbits(30), draw.choice(HOW[1]), draw.getrandbits(8)) for _ in range(draw.randint(1, 3))]
+        yield changes, edits, draw.random() < 0.5
 
 
 def mutant(text: bytes, change: list) -> bytes:
@@ -143,40 +144,44 @@ def trained():
     return model, make_optimizer(model, config)
 
 
-@settings(max_examples=2000, **BUDGET)
-@given(changes)
-def test_configurations(folder, change):
+@settings(max_examples=80, **BUDGET)
+@given(SEEDS)
+def test_configurations(folder, seed):
     """config.json and train.json, which hold whatever an editor leaves there."""
-    (folder / "config.json").write_bytes(mutant((CHECKPOINT / "config.json").read_bytes(), change))
-    refused(lambda: require_memory(read_config(ModelConfig, folder / "config.json"), 1 << 34))
-    (folder / "train.json").write_bytes(mutant((FIRST / "run" / "train.json").read_bytes(), change))
-    refused(Run(folder).config)
+    for change, _, _ in mutants(seed):
+        (folder / "config.json").write_bytes(mutant((CHECKPOINT / "config.json").read_bytes(), change))
+        refused(lambda: require_memory(read_config(ModelConfig, folder / "config.json"), 1 << 34))
+        (folder / "train.json").write_bytes(mutant((FIRST / "run" / "train.json").read_bytes(), change))
+        refused(Run(folder).config)
 
 
-@settings(max_examples=100, **BUDGET)
-@given(changes)
-def test_models(tmp_path, change):
+@settings(max_examples=4, **BUDGET)
+@given(SEEDS)
+def test_models(tmp_path, seed):
     """As above, up to the model."""
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model", dirs_exist_ok=True))
-    (folder / "config.json").write_bytes(mutant((CHECKPOINT / "config.json").read_bytes(), change))
-    refused(lambda: load(folder))
+    for change, _, _ in mutants(seed):
+        (folder / "config.json").write_bytes(mutant((CHECKPOINT / "config.json").read_bytes(), change))
+        refused(lambda: load(folder))
 
 
-@settings(max_examples=2000, **BUDGET)
-@given(changes, edits, st.booleans(), st.sampled_from(["model.safetensors", "training.safetensors"]))
-def test_tensors(folder, trained, change, edit, whole, name):
-    text = (CHECKPOINT / name).read_bytes()
-    for file in ("model.safetensors", "training.safetensors"):
-        shutil.copyfile(CHECKPOINT / file, folder / file)
-    (folder / name).write_bytes(with_header(change, text) if whole else edited(text, edit, 8 + len(header(text)[0])))
-    refused(lambda: examine(folder, *trained))
+@settings(max_examples=80, **BUDGET)
+@given(SEEDS)
+def test_tensors(folder, trained, seed):
+    for number, (change, edit, whole) in enumerate(mutants(seed)):
+        name, other = ("model.safetensors", "training.safetensors")[:: 1 if number % 2 else -1]
+        text = (CHECKPOINT / name).read_bytes()
+        shutil.copyfile(CHECKPOINT / other, folder / other)
+        (folder / name).write_bytes(
+            with_header(change, text) if whole else edited(text, edit, 8 + len(header(text)[0]))
+        )
+        refused(lambda: examine(folder, *trained))
 
 
-@settings(max_examples=2000, **BUDGET)
-@given(changes)
-def test_positions(folder, trained, change):
+@settings(max_examples=80, **BUDGET)
+@given(SEEDS)
+def test_positions(folder, trained, seed):
     """training.json, up to what the training loop makes of it."""
-    (folder / "training.json").write_bytes(mutant((CHECKPOINT / "training.json").read_bytes(), change))
     config = Run(FIRST / "run").config()
 
     def use():
@@ -185,37 +190,43 @@ def test_positions(folder, trained, change):
         Meter(config, trained[0].router_names, position.seconds)
         Alarms([2], position.alarms).look([LAYER], 1)
 
-    refused(use)
+    for change, _, _ in mutants(seed):
+        (folder / "training.json").write_bytes(mutant((CHECKPOINT / "training.json").read_bytes(), change))
+        refused(use)
 
 
-@settings(max_examples=2000, **BUDGET)
-@given(edits, st.lists(values, max_size=3))
-def test_metrics(tmp_path, edit, lines):
+@settings(max_examples=80, **BUDGET)
+@given(SEEDS)
+def test_metrics(tmp_path, seed):
     """metrics.jsonl never keeps a run from going on."""
     run = Run(tmp_path)
-    text = edited((FIRST / "run" / "metrics.jsonl").read_bytes(), edit)
-    run.metrics.write_bytes(text + "".join(f"{json.dumps(line)}\n" for line in lines).encode() + b'{"step": 3')
-    run._forget_after(8)
-    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        assert json.loads(line)["step"] <= 8
+    for change, edit, _ in mutants(seed):
+        lines = "".join(f"{json.dumps(value)}\n" for _, _, value in change).encode()
+        run.metrics.write_bytes(edited((FIRST / "run" / "metrics.jsonl").read_bytes(), edit) + lines + b'{"step": 3')
+        run._forget_after(8)
+        for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            assert json.loads(line)["step"] <= 8
 
 
-@settings(max_examples=40, **BUDGET)
-@given(changes, edits, st.sampled_from(["training.json", "training.safetensors", "metrics.jsonl", "train.json"]))
-def test_whole_runs(tmp_path, change, edit, name):
+@settings(max_examples=4, **BUDGET)
+@given(SEEDS)
+def test_whole_runs(tmp_path, seed):
     """A damaged file of a run: it goes on, from the checkpoint before if need be, or says why not."""
-    run = Run(shutil.copytree(FIRST / "run", tmp_path / "run"))
-    file = next(iter(sorted(run.path.rglob(name), reverse=True)))
-    text = file.read_bytes()
-    file.write_bytes(mutant(text, change) if name in ("training.json", "train.json") else edited(text, edit))
-    refused(lambda: resume(run))
-    shutil.rmtree(run.path)
+    for number, (change, edit, _) in enumerate(mutants(seed)):
+        run = Run(shutil.copytree(FIRST / "run", tmp_path / "run"))
+        name = ("training.json", "training.safetensors", "metrics.jsonl", "train.json")[number % 4]
+        file = max(run.path.rglob(name))
+        text = file.read_bytes()
+        file.write_bytes(mutant(text, change) if name in ("training.json", "train.json") else edited(text, edit))
+        refused(lambda run=run: resume(run))
+        shutil.rmtree(run.path)
 
 
-@settings(max_examples=2000, **BUDGET)
-@given(changes, edits, st.booleans())
-def test_states(tmp_path, change, edit, whole):
+@settings(max_examples=80, **BUDGET)
+@given(SEEDS)
+def test_states(tmp_path, seed):
     text = (FIRST / "state.safetensors").read_bytes()
     file = tmp_path / "state.safetensors"
-    file.write_bytes(with_header(change, text) if whole else edited(text, edit))
-    refused(lambda: State.load(file))
+    for change, edit, whole in mutants(seed):
+        file.write_bytes(with_header(change, text) if whole else edited(text, edit))
+        refused(lambda: State.load(file))

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..checkpoint import find_device
 from ..config import ModelConfig
 from ..reading import read_config
 from ..training.config import TrainConfig
+from ..training.parallel import require_fit
+from ..training.processes import Processes
 from ..training.progress import Report
 from .contender import Contender
 from .history import History, read_history
@@ -68,6 +71,8 @@ def compare(
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     plan = [(contender, seed) for seed in range(seeds) for contender in contenders]
     configs = [_config(contender, base, seed, out) for contender, seed in plan]
+    for config in configs:
+        require_fit(config, Processes(find_device(config.device)))  # before any of them is trained
     begun = [_begun(config) for config in configs]
     _tell_of_lost_runs(out, configs, silent)
     tasks = []
