@@ -17,7 +17,8 @@ def verdict(claim: Claim, rows: Sequence[Row]) -> str:
     better, worse = by_name[claim.better], by_name[claim.worse]
     sides = (better.accuracy, worse.accuracy) if claim.accuracy else (better.loss, worse.loss)
     ours, theirs = (
-        dict(zip(row.seeds, side.values, strict=True)) for row, side in zip((better, worse), sides, strict=True)
+        dict(zip(row.seeds, side.values, strict=True)) if len(side.values) == len(row.seeds) else {}
+        for row, side in zip((better, worse), sides, strict=True)
     )
     differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     if not differences:
