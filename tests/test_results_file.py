@@ -87,14 +87,14 @@ class Page(HTMLParser):
         assert not [name for name, value in attrs if name.startswith("on") or "MARK" in str(value)], (tag, attrs)
 
 
-def pages(path: Path) -> None:
-    """Both pages of a file, looked through for its text where it would be markup."""
+def pages(path: Path) -> str:
+    """The page of a file and its markdown, looked through for the file's text where it would be markup."""
     found = read_results(path)
     page, text = report([found]), markdown([found])
     assert FAILED not in page
     assert not re.search(r" d=\"[^\"]*(nan|inf)| [xy12]*=\"(nan|-?inf)", page)
     if "MARK" not in path.read_text(errors="replace"):
-        return
+        return page
     Page().feed(page)
     for written in (page, text):
         written.encode()
@@ -103,6 +103,7 @@ def pages(path: Path) -> None:
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = Counter(line.count("|") for line in rows)
     assert all(n > 2 for n in widths.values()), "a cell has ended within its text"
+    return page
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -153,10 +154,13 @@ def mangled(draw: random.Random, content: bytes) -> bytes:
     return bytes(data[: draw.randrange(len(data))] if draw.random() < 0.1 else data)
 
 
-def test_any_file_is_a_page_or_one_sentence(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "seeds", [range(1200), pytest.param(range(1200, 6000), marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_any_file_is_a_page_or_one_sentence(seeds: range, content: bytes, tmp_path: Path) -> None:
     values, path = json.loads(content), tmp_path / "results.json"
     everywhere, outcomes = places(values), Counter[str]()
-    for seed in range(2000):
+    for seed in seeds:
         draw = random.Random(seed)
         path.write_bytes(mangled(draw, content) if seed % 4 == 0 else mutant(draw, values, everywhere))
         try:
@@ -169,7 +173,7 @@ def test_any_file_is_a_page_or_one_sentence(content: bytes, tmp_path: Path) -> N
             assert said.isprintable(), (seed, said)
             assert len(said) < 500 + len(str(path)), (seed, said)
             outcomes["refused"] += 1
-    assert min(outcomes["page"], outcomes["refused"]) > 200, outcomes
+    assert min(outcomes["page"], outcomes["refused"]) > 150, outcomes
 
 
 def test_a_text_in_any_field_is_refused_or_shown_as_text(content: bytes, tmp_path: Path) -> None:
@@ -184,8 +188,7 @@ def test_a_text_in_any_field_is_refused_or_shown_as_text(content: bytes, tmp_pat
         place[way[-1]] = MARK
         path.write_text(json.dumps(changed))
         try:
-            pages(path)
-            shown += "MARK" in report([read_results(path)])
+            shown += "MARK" in pages(path)
         except ValueError as error:
             assert str(path) in str(error)
             assert str(error).isprintable()
