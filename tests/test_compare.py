@@ -142,7 +142,7 @@ def test_a_model_that_never_gets_there():
     assert worse.steps_to_baseline == (None,)
     assert worse.speed_up is None
     assert cells([worse])[0][5:7] == ("> 20", "–")
-    assert worse.verdict == "one seed, so the spread is unknown"
+    assert worse.verdict == "higher, one seed"
 
 
 @pytest.mark.parametrize(

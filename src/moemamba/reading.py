@@ -56,7 +56,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, hint):
             return value
         if not isinstance(value, dict):
-            raise ValueError(f"{where} is {_shown(value)}; expected the fields of {hint.__name__}")
+            raise ValueError(f"{where} is {shown(value)}; expected the fields of {hint.__name__}")
         return from_dict(hint, value, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -70,7 +70,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is list and isinstance(value, list):
         return [_convert(args[0], item, f"{where}[{k}]") for k, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {_convert(args[0], k, where): _convert(args[1], item, f"{where}.{k}") for k, item in value.items()}
+        return {
+            _convert(args[0], k, where): _convert(args[1], item, f"{where}.{_name(k)}") for k, item in value.items()
+        }
     if hint is Any or (origin is Literal and value in args):
         return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -82,7 +84,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     expected = f"one of {', '.join(map(repr, args))}" if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise ValueError(f"{where} is {_shown(value)}; expected {expected}")
+    raise ValueError(f"{where} is {shown(value)}; expected {expected}")
 
 
 def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
@@ -96,7 +98,12 @@ def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple
             raise ValueError(f"{name} is {value}; it must be {bound}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _name(key: str) -> str:
+    """A key for a message, quoted and cut where it is not what a field is called."""
+    return key if key.isprintable() and len(key) < 80 else shown(key)

@@ -3,15 +3,15 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, Suppress, arg
 
 from ..config import ModelConfig
 from ..experiments.contender import parse_contenders
+from ..host.files import expanded
 from ..training.config import TrainConfig
-from .terminal import parse, show, stopped
+from .terminal import parse, stopped
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,12 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Compare, arguments, "compare")
     contenders = parse_contenders(asked.models)
     from ..experiments.compare import compare
-    from ..experiments.results import HEADER, cells
-    from ..experiments.section import STEPS_NOTES, loss_notes
+    from .outcome import tell
 
-    out, command = Path(asked.out), shlex.join(["moemamba", "compare", *arguments])
+    out, command = expanded(asked.out), shlex.join(["moemamba", "compare", *arguments])
     try:
         found = compare(contenders, asked.budget, asked.seeds, out, jobs=asked.jobs, command=command)
     except KeyboardInterrupt:
         stopped(out, command)
         raise
-    print()
-    show(cells(found.rows), HEADER)
-    print(f"\n{loss_notes(asked.seeds)} {STEPS_NOTES}\n\nreport: {out / 'report.html'}")
+    tell(found, out)

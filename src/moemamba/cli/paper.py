@@ -4,14 +4,14 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from ..experiments.tables import SCALES, TABLES
+from ..host.files import expanded
 from ..training.config import TrainConfig
-from .terminal import parse, show, stopped
+from .terminal import parse, stopped
 
 Name = Literal["main", "experts", "parallel", "inner", "inner-all", "ratio", "mlp", "accuracy", "plus"]
 
@@ -67,12 +67,10 @@ def main(arguments: Sequence[str]) -> None:
         device=asked.device,
         compile=asked.compile,
     )
-    from ..experiments.claims import says, verdict
     from ..experiments.paper import plan, reproduce
-    from ..experiments.results import HEADER, cells
-    from ..experiments.section import STEPS_NOTES, loss_notes
+    from .outcome import tell
 
-    out = Path(asked.out or f"runs/paper-{asked.table}-{asked.scale}")
+    out = expanded(asked.out or f"runs/paper-{asked.table}-{asked.scale}")
     command = shlex.join(["moemamba", "paper", *arguments])
     print("\n".join(plan(table, scale)), end="\n\n", flush=True)
     try:
@@ -80,8 +78,4 @@ def main(arguments: Sequence[str]) -> None:
     except KeyboardInterrupt:
         stopped(out, command)
         raise
-    print()
-    show(cells(found.rows), HEADER)
-    print(f"\n{loss_notes(scale.seeds)} {STEPS_NOTES}\n")
-    show([(says(claim), verdict(claim, found.rows)) for claim in table.claims], ("claim", "here"))
-    print(f"\nreport: {out / 'results.md'}, {out / 'report.html'}")
+    tell(found, out)

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tyro.conf import Positional
 
+from ..host.files import expanded, replace
 from .terminal import parse
 
 
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str]) -> None:
     from ..experiments.report import report
     from ..experiments.results import read_results
 
-    comparisons = [read_results(Path(run)) for run in asked.runs]
+    if "" in asked.runs:
+        raise ValueError("report was given an empty name; name the folder of a comparison")
+    comparisons = [read_results(expanded(run)) for run in asked.runs]
     page = markdown(comparisons) if asked.out.endswith(".md") else report(comparisons)
-    Path(asked.out).write_text(page, encoding="utf-8")
+    replace(expanded(asked.out), page)
     print(f"report: {asked.out}")

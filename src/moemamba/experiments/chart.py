@@ -6,8 +6,8 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 
+from .escaping import html
 from .history import Curve
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 460, 46, 12, 22, 36
@@ -37,9 +37,13 @@ class Frame:
     height: float
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
-        up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
+        across, up = _share(x, *self.x), _share(y, *self.y)
         return LEFT + across * (WIDTH - LEFT - RIGHT), self.height - BOTTOM - up * (self.height - TOP - BOTTOM)
+
+
+def _share(value: float, low: float, high: float) -> float:
+    """How far from low to high; what lies far outside is drawn just far enough outside."""
+    return max(-1e4, min(1e4, (value - low) / ((high - low) or 1)))
 
 
 def style(index: int) -> str:
@@ -64,7 +68,7 @@ def line_chart(
     Args:
         title: what the chart shows, for those who cannot see it.
         y_range: lowest and highest value shown, the data's own if None; what lies outside is cut off.
-        y_format: of a value in a tooltip.
+        y_format: of a value in a tooltip, which says too where it is: the number on the x axis, or its category.
         level: a dashed horizontal line and its label.
         categories: two lines of text for x = 0, 1, ..., instead of an axis of numbers.
     """
@@ -74,7 +78,7 @@ def line_chart(
     low, high = y_range or _padded([y for _, y in points])
     x_range = (-0.5, len(categories) - 0.5) if categories else (0, max(x for x, _ in points))
     frame = Frame(x_range, (low, high), height)
-    clip = f"clip-{zlib.crc32(f'{title}{height}'.encode()):x}"
+    clip = f"clip-{zlib.crc32(html(f'{title}{height}').encode()):x}"
     drawn = [
         _axes(frame, "" if categories else x_label, y_label, categories=categories),
         f'<g clip-path="url(#{clip})">',
@@ -86,11 +90,13 @@ def line_chart(
     drawn += [
         f'<path class="line {style(line.colour)}" d="{_path(frame, line.points)}"/>' for line in lines if line.points
     ]
-    drawn += [_dot(frame, line, x, y, y_format) for line in lines if line.dots for x, y in line.points]
+    place = (lambda x: categories[round(x)][0]) if categories else "{:,.0f}".format
+    drawn += [_dot(frame, line, x, y, place(x), y_format(y)) for line in lines if line.dots for x, y in line.points]
     if level:
         (x0, y), (x1, _) = frame.place(frame.x[0], level[0]), frame.place(frame.x[1], level[0])
         drawn.append(f'<path class="level" d="M{x0:.1f} {y:.1f}H{x1:.1f}"/>')
-        drawn.append(f'<text class="tick" x="{x0 + 5:.1f}" y="{y + 14:.1f}">{escape(level[1])}</text>')
+        below = y + 18 < height - BOTTOM  # at the bottom it would lie across the axis
+        drawn.append(f'<text class="tick" x="{x0 + 5:.1f}" y="{y + (14 if below else -5):.1f}">{html(level[1])}</text>')
     inside = f'<rect x="{LEFT}" y="{TOP - 4}" width="{WIDTH - LEFT}" height="{height - TOP - BOTTOM + 8}"/>'
     return _svg(height, title, f'<clipPath id="{clip}">{inside}</clipPath>{"".join(drawn)}</g>')
 
@@ -115,7 +121,7 @@ def heat_map(rows: Sequence[Sequence[float]], steps: Sequence[float], title: str
     for index, name in enumerate(names):
         drawn.append(
             f'<rect class="hit" x="{x:.1f}" y="{y + index * cell:.1f}" width="{wide:.1f}" height="{cell:.1f}">'
-            f"<title>{escape(name)}</title></rect>"
+            f"<title>{html(name)}</title></rect>"
         )
     return _svg(height, title, "".join(drawn))
 
@@ -128,7 +134,7 @@ def shade(load: float) -> tuple[int, int, int, int]:
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round values within a range, steps of 1, 2, 2.5 or 5 times a power of ten."""
-    if not high > low:
+    if not high - low > 1e-12 * max(abs(low), abs(high)):
         return [low]
     power = 10 ** math.floor(math.log10((high - low) / most))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10, 20) if (high - low) / (factor * power) <= most)
@@ -136,7 +142,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _svg(height: float, title: str, body: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img"><title>{escape(title)}</title>{body}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img"><title>{html(title)}</title>{body}</svg>'
 
 
 def _axes(
@@ -163,17 +169,17 @@ def _axes(
         x, _ = frame.place(value, 0)
         drawn.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
         for y, text in zip((bottom + 17, bottom + 31), lines, strict=True):
-            drawn.append(f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{escape(text)}</text>')
+            drawn.append(f'<text class="tick" x="{x:.1f}" y="{y}" text-anchor="middle">{html(text)}</text>')
     if grid:
         drawn.append(f'<path class="axis" d="M{LEFT} {bottom}H{WIDTH - RIGHT}"/>')
-    drawn.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{bottom + 32}" text-anchor="end">{escape(x_label)}</text>')
-    drawn.append(f'<text class="tick" x="0" y="12">{escape(y_label)}</text>')
+    drawn.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{bottom + 32}" text-anchor="end">{html(x_label)}</text>')
+    drawn.append(f'<text class="tick" x="0" y="12">{html(y_label)}</text>')
     return "".join(drawn)
 
 
-def _dot(frame: Frame, line: Line, x: float, y: float, y_format: Callable[[float], str]) -> str:
+def _dot(frame: Frame, line: Line, x: float, y: float, at: str, value: str) -> str:
     cx, cy = frame.place(x, y)
-    tip = escape(f"{line.name} at {x:,.0f}: {y_format(y)}")
+    tip = html(f"{line.name} at {at}: {value}")
     return (
         f'<g class="dot"><title>{tip}</title><circle class="{style(line.colour)}" cx="{cx:.1f}" cy="{cy:.1f}" r="2.2"/>'
         f'<circle class="hit" cx="{cx:.1f}" cy="{cy:.1f}" r="9"/></g>'

@@ -1,35 +1,42 @@
 """What the runs say of a claim."""
 
-import math
-import statistics
 from collections.abc import Sequence
+from typing import Literal
 
-from .results import Row
+from .results import Row, Spread
 from .tables import Claim
 
+Measure = Literal["loss", "capped_loss", "training_loss"]
 
-def verdict(claim: Claim, rows: Sequence[Row]) -> str:
-    """What the runs say of a claim: "confirmed", "contradicted" or "no clear difference", with the difference.
 
-    Differences are paired by seed; one stands out if all seeds agree and its mean exceeds their standard deviation.
+def verdict(claim: Claim, rows: Sequence[Row], measure: Measure = "loss") -> str:
+    """What the runs say of a claim: "confirmed", "contradicted" or "no clear difference", with the difference and its
+    standard error; with one seed only which side is lower (or more accurate), since its noise is unknown.
+
+    Differences are paired by seed; `Spread.clear` says which stand out.
+
+    Args:
+        measure: of a claim on loss: held-out, held-out with the capacity limits of training, or smoothed training loss.
     """
     by_name = {row.name: row for row in rows}
     better, worse = by_name[claim.better], by_name[claim.worse]
-    sides = (better.accuracy, worse.accuracy) if claim.accuracy else (better.loss, worse.loss)
+    sides = [getattr(row, "accuracy" if claim.accuracy else measure) for row in (better, worse)]
     ours, theirs = (
-        dict(zip(row.seeds, side.values, strict=True)) for row, side in zip((better, worse), sides, strict=True)
+        dict(zip(row.seeds, side.values, strict=True)) if len(side.values) == len(row.seeds) else {}
+        for row, side in zip((better, worse), sides, strict=True)
     )
     differences = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
     if not differences:
         return f"not to be judged ({', '.join(f'{row.name}: {row.missing}' for row in (better, worse) if row.missing)})"
-    mean, seeds = statistics.fmean(differences), len(differences)
-    gain = [d > 0 if claim.accuracy else d < 0 for d in differences]
-    clear = math.isfinite(mean) and (seeds == 1 or abs(mean) > statistics.stdev(differences))
+    d, form, unit = Spread(tuple(differences)), *((".2%", "") if claim.accuracy else (".4f", " nats"))
+    mean, error = format(d.mean, f"+{form}"), d.standard_error
+    if error is None:
+        side = "lower" if d.mean < 0 else "higher" if d.mean > 0 else "no difference"
+        return f"{side}, one seed ({mean}{unit})".replace("-", "−")
     found = "no clear difference"
-    if clear and (all(gain) or not any(gain)):
-        found = "confirmed" if all(gain) else "contradicted"
-    text = f"{mean:+.2%}" if claim.accuracy else f"{mean:+.4f} nats"
-    return f"{found} ({text}, {seeds} seed{'s' if seeds > 1 else ''})".replace("-", "−")
+    if d.clear:
+        found = "confirmed" if (d.mean > 0) == claim.accuracy else "contradicted"
+    return f"{found} ({mean} ± {error:{form}}{unit}, {len(differences)} seeds)".replace("-", "−")
 
 
 def says(claim: Claim) -> str:

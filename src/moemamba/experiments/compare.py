@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from .. import __version__
 from ..checkpoint import find_device
 from ..config import ModelConfig
+from ..host.files import replace
 from ..reading import read_config
 from ..training.config import TrainConfig
 from ..training.parallel import require_fit
@@ -23,11 +24,12 @@ from ..training.progress import Report
 from .contender import Contender
 from .history import History, read_history
 from .markdown import markdown
-from .record import Run, State
+from .record import Run
 from .report import report
 from .reproduction import Reproduction
-from .results import Comparison, summarise
+from .results import Comparison, read_results, summarise
 from .runs import Task, carry_out
+from .stored import State
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
 _OWN = {"model", "run", "seed", "data_seed", "start", "branch"}
@@ -108,9 +110,19 @@ def _write(
     recipes = {contender.name: contender.recipe for contender in contenders}
     comparison = Comparison(rows, runs, _settings(base), recipes, _environment(jobs), command, paper)
     comparison.write(out / "results.json")
-    (out / "results.md").write_text(markdown([comparison]), encoding="utf-8")
-    (out / "report.html").write_text(report([comparison]), encoding="utf-8")
+    _write_pages(comparison, out)
     return comparison
+
+
+def _write_pages(comparison: Comparison, out: Path) -> None:
+    """What is made of `results.json`, which is complete by now: a page that cannot be made loses nothing."""
+    for name, page in (("results.md", markdown), ("report.html", report)):
+        try:
+            replace(out / name, page([comparison]))
+        except Exception as error:
+            text = f"moemamba: {name} is not written ({error}); `moemamba report {shlex.quote(str(out))}` makes it anew"
+            with contextlib.suppress(OSError, ValueError):
+                print(text.encode("ascii", "backslashreplace").decode(), file=sys.stderr)
 
 
 def _read(contender: Contender, seed: int, config: TrainConfig) -> Run:
@@ -166,9 +178,8 @@ def _tell_of_lost_runs(out: Path, configs: Sequence[TrainConfig], silent: bool) 
     if not file.exists():
         return
     try:
-        runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        done = {f"{run['model']}/seed-{run['seed']}" for run in runs if run["state"] == "finished"}
-    except (ValueError, KeyError, TypeError) as error:
+        done = {f"{run.model}/seed-{run.seed}" for run in read_results(file).runs if run.finished}
+    except ValueError as error:
         raise ValueError(
             f"{file} is damaged or of another version ({error}); move it away, and what the runs beside it hold is "
             "written anew, or choose another --out"

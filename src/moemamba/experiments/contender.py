@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..presets import preset
-from ..reading import from_dict, read_config, to_dict
+from ..reading import from_dict, read_config, shown, to_dict
 from ..training.config import TrainConfig
 
 # What may differ between models in training: their recipe, and their steps, which are a schedule of its own on the
@@ -40,8 +40,13 @@ class Contender:
     """fields of `TrainConfig` that differ from the others', out of `RECIPE`"""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.+-]*", self.name):
-            raise ValueError(f"{self.name!r} cannot name a model's folder; use letters, digits, and any of - _ . +")
+        check_name(self.name)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if a model cannot be called so: its runs lie in a folder of its name."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"{shown(name)} cannot name a model's folder; use letters, digits, and any of - _ . +")
 
 
 def parse_contender(text: str) -> Contender:

@@ -3,9 +3,9 @@
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 
 from .chart import COLOURS, Line, line_chart, style
+from .escaping import html
 from .history import Curve, smoothing, speed_up
 from .record import Run
 from .results import Comparison, count
@@ -23,8 +23,10 @@ def curves(found: Comparison) -> list[str]:
         over_seeds(name, k, [_tokens(found, speed_up(base[r.seed].curve, r.curve)) for r in own])
         for k, (name, own) in enumerate(others.items(), start=1)
     ]
-    pace = {row.name: 1 / row.tokens_per_second.mean for row in rows}
-    timed = [Line(k.name, k.colour, [(x * pace[k.name], loss) for x, loss in k.points]) for k in held_out]
+    pace = {row.name: 1 / row.tokens_per_second.mean for row in rows if row.tokens_per_second.values}
+    timed = [
+        Line(k.name, k.colour, [(x * pace[k.name], loss) for x, loss in k.points]) for k in held_out if k.name in pace
+    ]
     target = (rows[0].loss.mean, f"{rows[0].name}'s final loss") if base else None
     begin = steps * found.step_tokens / 10
     window, alpha = _window(held_out, begin), smoothing(steps)
@@ -100,6 +102,7 @@ def sweeps(found: Comparison) -> list[str]:
         lines,
         "Loss by number of experts",
         y_label=f"nats per token above {baseline}",
+        y_format=lambda nats: f"{nats:+.4f}".replace("-", "−"),
         level=(0.0, baseline),
         categories=[(f"{n}", size[n]) for n in numbers],
     )
@@ -143,12 +146,13 @@ def routing(found: Comparison) -> list[str]:
 
 
 def figure(title: str, drawing: str, caption: str) -> str:
-    return f"<figure><h4>{escape(title)}</h4>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
+    """A drawing with its name and what it shows; the name is no heading, as figures stand on several levels."""
+    return f"<figure><p class='name'>{html(title)}</p>{drawing}<figcaption>{html(caption)}</figcaption></figure>"
 
 
 def legend(names: Iterable[tuple[int, str]]) -> str:
     """Names of lines by their colour."""
-    items = "".join(f"<li><i class='{style(index)}'></i>{escape(name)}</li>" for index, name in names)
+    items = "".join(f"<li><i class='{style(index)}'></i>{html(name)}</li>" for index, name in names)
     return f"<ul class='legend'>{items}</ul>"
 
 

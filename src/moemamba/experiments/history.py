@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..host.files import FileError, read_text
+from .stored import is_figure
+
+SIZE = 1 << 32  # bytes of a metrics.jsonl at most
+
 Curve = Sequence[tuple[float, float]]  # (step, value), by increasing step
 
 
@@ -20,29 +25,37 @@ class History:
     """where the run diverged; a resumption takes the line away"""
 
     def curve(self, kind: str, key: str) -> list[tuple[float, float]]:
-        """(step, value) of one figure, such as `curve("evaluation", "loss")`; lines without it are left out."""
-        return [(line["step"], line[key]) for line in getattr(self, kind) if key in line]
+        """(step, value) of one figure, such as `curve("evaluation", "loss")`; lines without it, or in which it is no
+        finite number, are left out."""
+        return [(line["step"], line[key]) for line in getattr(self, kind) if is_figure(line.get(key))]
 
 
 def read_history(run: Path) -> History:
-    """The metrics of a run directory.
+    """The metrics of a run directory. A line that is no event of a run, or not after the one before it, is left out.
 
     Raises:
-        ValueError: a line before the last is not JSON.
+        ValueError: a line before the last is not JSON, or the file no text.
         OSError: there is no `metrics.jsonl`.
     """
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path, SIZE).splitlines()
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "router": [], "failure": []}
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # a run that is still writing, or was killed while it did
                 break
-            raise ValueError(f"{path}, line {number}, is not JSON ({error}); remove the line or the run") from None
-        kinds.setdefault(line["kind"], []).append(line)
+            raise FileError(f"{path}, line {number}, is not JSON ({error}); remove the line or the run") from None
+        before = kinds.get(str(line.get("kind"))) if isinstance(line, dict) else None
+        if before is not None and _follows(line.get("step"), before):
+            before.append(line)
     return History(kinds["train"], kinds["evaluation"], kinds["router"], kinds["failure"])
+
+
+def _follows(step: Any, before: list[dict[str, Any]]) -> bool:
+    """Whether a line of this step can stand behind others of its kind."""
+    return isinstance(step, int) and is_figure(step) and step > (before[-1]["step"] if before else -1)
 
 
 def smoothing(steps: int) -> float:

@@ -2,21 +2,21 @@
 
 import math
 import statistics
-from html import escape
 from typing import Any
 
 from .chart import Line, heat_map, line_chart
+from .escaping import html
 from .figures import figure, legend
 from .results import Comparison
 
 
 def maps(comparison: Comparison) -> list[str]:
-    """Of every run that has routers; folded away but for the first of each model."""
+    """Of every run that has routers, for a page of its own; folded away but for the first of each model."""
     runs = [run for run in comparison.runs if run.router]
     if not runs:
         return []
     parts = [
-        "<h3>Load of the experts</h3><p>Each map shows one layer's experts from top to bottom and training from left "
+        "<h2>Load of the experts</h2><p>Each map shows one layer's experts from top to bottom and training from left "
         "to right. <span class='key cool'>Blue</span> experts get less than their even share of the tokens, "
         "<span class='key warm'>orange</span> ones more; full colour is a quarter or four times of it.</p>",
         legend(enumerate(("router's entropy (of its maximum)", "choices dropped", "dead experts"), start=1)),
@@ -27,7 +27,7 @@ def maps(comparison: Comparison) -> list[str]:
         limits = (
             "" if gap is None else f"; the capacity limits of training would add {gap:+.4f} nats to its held-out loss"
         )
-        summary = f"{escape(run.model)}, seed {run.seed}{limits}"
+        summary = html(f"{run.model}, seed {run.seed}{limits}")
         parts.append(f"<details{opened}><summary>{summary}</summary><div class='grid'>")
         layers = range(len(run.router[-1]["layers"]))
         parts += [_layer([(line["step"], line["layers"][k]) for line in run.router]) for k in layers]
@@ -58,5 +58,5 @@ def _layer(lines: list[tuple[float, dict[str, Any]]]) -> str:
     )
     steps = [part[-1][0] for part in bins]
     drawing = heat_map(load, steps, f"Load of the experts of {name}", tips)
-    drawing += line_chart(shares, f"Shares of {name}", y_range=(0, 1), y_label="share", height=130)
+    drawing += line_chart(shares, f"Shares of {name}", y_range=(0, 1), x_label="steps", y_label="share", height=130)
     return figure(name, drawing, caption)

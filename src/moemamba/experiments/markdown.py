@@ -1,7 +1,9 @@
 """Comparisons as markdown: the words and tables of their pages, for documents and terminals."""
 
+import re
 from collections.abc import Sequence
 
+from .escaping import markdown_text
 from .results import Comparison
 from .section import Grid, section
 
@@ -13,22 +15,27 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 def _section(found: Comparison) -> list[str]:
     said = section(found)
-    lines = [f"# {said.title}", "", *said.lead, ""]
+    lines = [f"# {markdown_text(said.title)}", "", *map(markdown_text, said.lead), ""]
     for heading, blocks in said.parts:
-        lines += [f"## {heading}", ""]
+        lines += [f"## {markdown_text(heading)}", ""]
         for block in blocks:
-            lines += [*(_grid(block) if isinstance(block, Grid) else [block]), ""]
+            lines += [*(_grid(block) if isinstance(block, Grid) else [markdown_text(block)]), ""]
     return [
         *lines,
-        "Machine: " + ", ".join(f"{k} {v}" for k, v in found.environment.items()) + ".",
+        markdown_text("Machine: " + ", ".join(f"{k} {v}" for k, v in found.environment.items()) + "."),
         "",
         *_command(said.command),
     ]
 
 
 def _command(command: str | None) -> list[str]:
-    return [f"    {command}", ""] if command else []
+    """As code where nothing in it could end the code or be markup; else as a line of text."""
+    if not command:
+        return []
+    plain = not re.search(r"[<`&\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", command)
+    return [f"    {command}" if plain else f"Command: {markdown_text(command)}", ""]
 
 
 def _grid(grid: Grid) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (grid.header, ["---"] * len(grid.header), *grid.rows)]
+    rows = [[markdown_text(cell) for cell in row] for row in (grid.header, *grid.rows)]
+    return [f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(grid.header), *rows[1:])]

@@ -4,12 +4,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+from ..reading import from_dict
 from .history import Curve, History, smoothed, smoothing
+from .stored import Layer, State, StoredRun, is_figure
 
-State = Literal["finished", "diverged", "unfinished"]
 EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte", "accuracy", "drop_gap")
+MEANS = ("entropy", "dropped", "balance")  # of a router, over steps
 POINTS = 200  # of the training curve at most
 FIGURES = 10_000  # about the routers at most, whatever the number of experts, layers and lines
 LINES = 60  # about each router at most
@@ -39,8 +41,12 @@ class Run:
     def condensed(cls, model: str, seed: int, state: State, history: History, steps: int) -> Self:
         """What is kept of a history; `steps` are those of the whole run."""
         evaluation = [
-            {key: round(line[key], 6) for key in EVALUATION if line.get(key) is not None} for line in history.evaluation
+            {key: round(line[key], 6) for key in EVALUATION if is_figure(line.get(key))}
+            for line in history.evaluation
+            if is_figure(line.get("loss"))
         ]
+        if state == "finished" and (not evaluation or evaluation[-1]["step"] != history.evaluation[-1]["step"]):
+            state = "diverged"  # its last loss is no number
         training = smoothed(history.curve("train", "loss"), smoothing(steps))
         return cls(
             model,
@@ -49,7 +55,9 @@ class Run:
             evaluation,
             [(step, round(loss, 5)) for step, loss in thinned(training, POINTS)],
             _router(history.router),
-            statistics.median([speed for _, speed in history.curve("train", "tokens_per_second")] or [math.nan]),
+            statistics.median(
+                [speed for _, speed in history.curve("train", "tokens_per_second") if speed > 0] or [math.nan]
+            ),
             max((peak for _, peak in history.curve("train", "peak_memory")), default=None),
         )
 
@@ -91,31 +99,35 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The run that `to_dict` wrote down; raises KeyError if something is missing."""
-        speed, router = values["tokens_per_second"], values["router"]
-        evaluation = values["evaluation"]
+        """The run that `to_dict` wrote down; raises ValueError if a field is missing or cannot be."""
+        return cls.of(from_dict(StoredRun, values, "run"))
+
+    @classmethod
+    def of(cls, run: StoredRun) -> Self:
+        """A checked run of `results.json`: lines instead of columns."""
+        columns = {key: column for key in EVALUATION if (column := getattr(run.evaluation, key))}
         return cls(
-            values["model"],
-            values["seed"],
-            values["state"],
+            run.model,
+            run.seed,
+            run.state,
             [
-                {key: column[k] for key, column in evaluation.items() if column[k] is not None}
-                for k in range(len(evaluation.get("step", ())))
+                {key: column[k] for key, column in columns.items() if column[k] is not None}
+                for k in range(len(run.evaluation.step))
             ],
-            list(zip(values["training"]["step"], values["training"]["loss"], strict=True)),
+            list(zip(run.training.step, run.training.loss, strict=True)),
             [
-                {
-                    "step": step,
-                    "layers": [
-                        {key: value if key == "name" else value[k] for key, value in layer.items()}
-                        for layer in router["layers"]
-                    ],
-                }
-                for k, step in enumerate(router["step"])
+                {"step": step, "layers": [_line(layer, k) for layer in run.router.layers]}
+                for k, step in enumerate(run.router.step)
             ],
-            math.nan if speed is None else speed,
-            values["peak_memory"],
+            math.nan if run.tokens_per_second is None else run.tokens_per_second,
+            run.peak_memory,
         )
+
+
+def _line(layer: Layer, k: int) -> dict[str, Any]:
+    """What one router did up to a step."""
+    means = {key: getattr(layer, key)[k] for key in (*MEANS, "dead")}
+    return {"name": layer.name, "load": list(layer.load[k]), **means}
 
 
 def thinned(curve: Curve, most: int) -> list[tuple[float, float]]:
@@ -125,7 +137,10 @@ def thinned(curve: Curve, most: int) -> list[tuple[float, float]]:
 
 
 def _router(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Router lines of `metrics.jsonl`, neighbours averaged until they are few enough."""
+    """Router lines of `metrics.jsonl`, neighbours averaged until they are few; only those shaped like the last."""
+    shapes = [_shape(line) for line in lines]
+    last = next((shape for shape in reversed(shapes) if shape), None)
+    lines = [line for line, shape in zip(lines, shapes, strict=True) if shape == last]
     if not lines:
         return []
     figures = sum(len(layer["load"]) + 4 for layer in lines[0]["layers"])
@@ -140,10 +155,23 @@ def _router(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def _shape(line: dict[str, Any]) -> list[tuple[str, int]]:
+    """Name and number of experts of each router that a line tells of; empty if it does not tell what it should."""
+    layers = line.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
+        return []
+    for layer in layers:
+        load = layer.get("load")
+        figures = [*load, *(layer.get(key) for key in MEANS)] if isinstance(load, list) and load else [None]
+        if not isinstance(layer.get("name"), str) or not all(map(is_figure, figures)):
+            return []
+    return [(layer["name"], len(layer["load"])) for layer in layers]
+
+
 def _layer(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One router's mean over several lines."""
     load = [statistics.fmean(shares) for shares in zip(*(line["load"] for line in lines), strict=True)]
-    means = {key: round(statistics.fmean(line[key] for line in lines), 4) for key in ("entropy", "dropped", "balance")}
+    means = {key: round(statistics.fmean(line[key] for line in lines), 4) for key in MEANS}
     return {
         "name": lines[0]["name"],
         "load": [round(share * len(load), 2) for share in load],

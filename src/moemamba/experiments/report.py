@@ -1,29 +1,34 @@
 """Comparisons as one HTML page that needs nothing else: no scripts, no network, light or dark, phone or desk."""
 
 import json
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
 from ..reading import to_dict
+from .escaping import html
 from .figures import curves, legend, routing, sweeps
 from .maps import maps
 from .results import Comparison
 from .section import Grid, Section, section
+
+FAILED = "Figures that could not be drawn"
 
 
 def report(comparisons: Sequence[Comparison]) -> str:
     """The page: a section for each comparison, and of a single one the maps of its routers too."""
     if len(comparisons) == 1:
         said = section(comparisons[0])
-        header = f"<header><h1>{escape(said.title)}</h1>{_lead(said)}</header>"
-        return _page(f"moemamba: {said.title}", header + _section(said, comparisons[0]) + "".join(maps(comparisons[0])))
+        header = f"<header><h1>{html(said.title)}</h1>{_lead(said)}</header>"
+        shown = _drawn(maps, comparisons[0])
+        return _page(f"moemamba: {said.title}", header + _section(said, comparisons[0], "h2") + "".join(shown))
     sections = [section(found) for found in comparisons]
-    links = "".join(f"<li><a href='#{k}'>{escape(said.title)}</a></li>" for k, said in enumerate(sections))
+    links = "".join(f"<li><a href='#{k}'>{html(said.title)}</a></li>" for k, said in enumerate(sections))
     body = [f"<header><h1>{len(sections)} comparisons</h1><ol>{links}</ol></header>"]
     for k, (said, found) in enumerate(zip(sections, comparisons, strict=True)):
-        body.append(f"<section><h2 id='{k}'>{escape(said.title)}</h2>{_lead(said)}{_section(said, found)}</section>")
+        body.append(
+            f"<section><h2 id='{k}'>{html(said.title)}</h2>{_lead(said)}{_section(said, found, 'h3')}</section>"
+        )
     return _page("moemamba: " + ", ".join(said.title for said in sections), "".join(body))
 
 
@@ -31,54 +36,69 @@ def _page(title: str, body: str) -> str:
     """A complete HTML document."""
     style = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html(title)}</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{style}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
 
 def _lead(said: Section) -> str:
-    return f"<ul class='lead'>{''.join(f'<li>{escape(line)}</li>' for line in said.lead)}</ul>"
+    return f"<ul class='lead'>{''.join(f'<li>{html(line)}</li>' for line in said.lead)}</ul>"
 
 
-def _section(said: Section, found: Comparison) -> str:
-    """Words and tables, figures, and how it was made."""
-    parts = [f"<h3>{escape(heading)}</h3>{''.join(map(_block, blocks))}" for heading, blocks in said.parts]
+def _section(said: Section, found: Comparison, level: str) -> str:
+    """Words and tables, figures, and how it was made, under headings of a level: none is skipped."""
+    parts = [f"<{level}>{html(heading)}</{level}>{''.join(map(_block, blocks))}" for heading, blocks in said.parts]
     names = legend(enumerate(row.name for row in found.rows))
-    drawings = "".join([*curves(found), *sweeps(found), *routing(found)])
-    parts.insert(3 if found.paper else 2, f"<h3>Figures</h3>{names}<div class='grid'>{drawings}</div>")
-    return "".join([*parts, *_how(found)])
+    drawings = "".join(drawn for draw in (curves, sweeps, routing) for drawn in _drawn(draw, found))
+    parts.insert(3 if found.paper else 2, f"<{level}>Figures</{level}>{names}<div class='grid'>{drawings}</div>")
+    return "".join([*parts, *_how(found, level)])
+
+
+def _drawn(draw: Callable[[Comparison], list[str]], found: Comparison) -> list[str]:
+    """Figures, or a line that says why there are none: words and tables are not lost with them."""
+    try:
+        return draw(found)
+    except Exception as error:
+        return [f"<p class='note'>{FAILED}: {html(type(error).__name__)} {html(error)}</p>"]
 
 
 def _block(block: str | Grid) -> str:
-    return _table(block) if isinstance(block, Grid) else f"<p>{escape(block)}</p>"
+    return _table(block) if isinstance(block, Grid) else f"<p>{html(block)}</p>"
 
 
 def _table(grid: Grid) -> str:
-    """An HTML table that scrolls sideways where it must."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in grid.header)
+    """An HTML table that scrolls sideways where it must, by keys too; on a phone a line says so."""
+    head = "".join(f"<th>{html(cell)}</th>" for cell in grid.header)
     body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    scroll = "tabindex='0' role='region' aria-label='Table'"
+    wide = len(grid.header) > 3  # else its lines may break
+    hint = "<p class='hint' aria-hidden='true'>scrolls sideways →</p>" if wide else ""
+    table = "<table>" if wide else "<table class='words'>"
+    return f"{hint}<div class='wide' {scroll}>{table}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _code(text: str) -> str:
+    return f"<pre tabindex='0'>{html(text)}</pre>"
 
 
 def _cell(text: str) -> str:
     """A figure, the range of its seeds below it."""
     figure, opened, span = text.partition(" (")
-    return f"{escape(figure)}<small>({escape(span)}</small>" if opened and "…" in span else escape(text)
+    return f"{html(figure)}<small>({html(span)}</small>" if opened and "…" in span else html(text)
 
 
-def _how(found: Comparison) -> list[str]:
-    settings = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in _settings(found).items())
-    machine = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in found.environment.items())
+def _how(found: Comparison, level: str) -> list[str]:
+    settings = "".join(f"<dt>{html(k)}</dt><dd>{html(v)}</dd>" for k, v in _settings(found).items())
+    machine = "".join(f"<dt>{html(k)}</dt><dd>{html(v)}</dd>" for k, v in found.environment.items())
     configs = [(row.name, json.dumps(to_dict(row.config), indent=2)) for row in found.rows]
-    models = "".join(
-        f"<details><summary>{escape(name)}</summary><pre>{escape(config)}</pre></details>" for name, config in configs
-    )
-    command = f"<pre>{escape(found.command)}</pre>" if found.command else "<p>Made from Python.</p>"
+    models = "".join(f"<details><summary>{html(name)}</summary>{_code(config)}</details>" for name, config in configs)
+    command = _code(found.command) if found.command else "<p>Made from Python.</p>"
     return [
-        f"<h3>How it was made</h3>{command}<details><summary>Settings, machine and models</summary><div class='grid'>",
-        f"<div><h4>Shared settings</h4><dl>{settings}</dl></div>",
-        f"<div><h4>Machine</h4><dl>{machine}</dl><h4>Models</h4>{models}</div></div></details>",
+        f"<{level}>How it was made</{level}>{command}",
+        "<details><summary>Settings, machine and models</summary><div class='grid'>",
+        f"<div><p class='name'>Shared settings</p><dl>{settings}</dl></div>",
+        f"<div><p class='name'>Machine</p><dl>{machine}</dl><p class='name'>Models</p>{models}</div></div></details>",
     ]
 
 

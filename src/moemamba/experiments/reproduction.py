@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from .stored import StoredPaper, rates
 from .tables import Claim
 
 
@@ -31,11 +32,6 @@ class Tuning:
         losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in sorted(self.losses.items())}
         return {"chosen": self.chosen, "at the edge": self.beyond is not None, "losses": losses}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        losses = values["losses"].items()
-        return cls({float(rate): math.inf if loss is None else loss for rate, loss in losses})
-
 
 @dataclass(frozen=True)
 class Reproduction:
@@ -59,12 +55,7 @@ class Reproduction:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        return cls(
-            values["title"],
-            values["printed"],
-            values["faster"],
-            tuple(Claim(**claim) for claim in values["claims"]),
-            values["tuning_steps"],
-            {name: Tuning.from_dict(tuning) for name, tuning in values["tunings"].items()},
-        )
+    def of(cls, paper: StoredPaper) -> Self:
+        """The checked side of the paper in a `results.json`."""
+        tunings = {name: Tuning(rates(tuning)) for name, tuning in paper.tunings.items()}
+        return cls(paper.title, paper.printed, paper.faster, paper.claims, paper.tuning_steps, tunings)

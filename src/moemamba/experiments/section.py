@@ -1,10 +1,10 @@
 """What is said about a comparison, in words and tables: the one content of its HTML page and of its markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .claims import says, verdict
+from .claims import Measure, says, verdict
 from .reproduction import Reproduction
 from .results import HEADER, Comparison, Row, cells, signed
 
@@ -33,14 +33,17 @@ def section(found: Comparison) -> Section:
     if any(row.drop_gap.values for row in found.rows):
         more += " A drop gap is what the capacity limits of training would add to the loss."
     parts: list[tuple[str, Sequence[str | Grid]]] = [
-        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + more]),
-        ("Steps to equal loss", [_steps(found), STEPS_NOTES]),
+        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + more, _besides(found)]),
+        ("Steps to equal loss", [*_steps(found), STEPS_NOTES]),
     ]
     title = " · ".join(row.name for row in found.rows)
     if found.paper:
         title = found.paper.title
-        claims = [(says(claim), verdict(claim, found.rows)) for claim in found.paper.claims]
-        parts.append(("Claims", [Grid(("claim", "here"), claims)]))
+        capped = any(row.drop_gap.values for row in found.rows)
+        by: dict[str, Measure] = {"held-out": "loss", **({"with capacity": "capped_loss"} if capped else {})}
+        by |= {"training loss": "training_loss"}
+        claims = [(says(c), *(verdict(c, found.rows, measure) for measure in by.values())) for c in found.paper.claims]
+        parts.append(("Claims", [Grid(("claim", *by), claims), CLAIMS_NOTES]))
         parts.append(("Learning rates", _rates(found.paper)))
     return Section(title, [headline(row) for row in found.rows[1:]], parts, found.command)
 
@@ -71,8 +74,12 @@ def headline(row: Row) -> str:
     side = "below" if d.mean < 0 else "above"
     text = f"{row.name} ends {abs(d.mean):.3f} nats per token {side} the baseline ({row.verdict})"
     if row.speed_up and d.mean < 0 and row.speed_up.mean > 1:
-        text += f" and reaches its final loss in {row.speed_up.mean:.2f}× fewer steps"
-    return text + "."
+        others = {"with the capacity of training": row.capped_speed_up} if row.drop_gap.values else {}
+        others |= {"by training loss": row.training_speed_up}
+        also = ", ".join(f"{k} {f'{v.mean:.2f}×' if v else 'not at all'}" for k, v in others.items())
+        text += f" and reaches its final loss in {row.speed_up.mean:.2f}× fewer steps ({also})"
+    own = f"; that is with a schedule of its own, of {row.steps:,} steps" if row.own_schedule else ""
+    return f"{text}{own}."
 
 
 def loss_notes(seeds: int) -> str:
@@ -86,61 +93,101 @@ def loss_notes(seeds: int) -> str:
     )
 
 
+CLAIMS_NOTES = (
+    "Differences are paired by seed, ± their standard error. A claim is confirmed or contradicted where all seeds "
+    "agree and the mean exceeds twice that error. With one seed no error can be stated, so only the side is."
+)
+
+OWN_NOTES = (
+    "A schedule of its own: the learning rate of these models fell within fewer or more steps than the baseline's. The "
+    "paper compares within one schedule, so its speed-ups are not to be set beside these."
+)
+
 STEPS_NOTES = (
     "Steps to the baseline's final loss are interpolated between evaluations, on the lowest held-out loss so far; the "
-    "speed-up is the baseline's steps over them. Beside it the same by the paper's measure: training loss smoothed "
-    "with weight 0.001 a step (15 over the steps in runs of fewer than 15,000), but without auxiliary losses."
+    "speed-up is the baseline's steps over them. Beside it the same with the capacity limits of training, so with the "
+    "tokens dropped that they drop, and by the paper's measure: training loss smoothed with weight 0.001 a step (15 "
+    "over the steps in runs of fewer than 15,000), but without auxiliary losses. In time: the held-out speed-up times "
+    "this model's tokens a second over the baseline's, which means something only where each run had its machine to "
+    "itself."
 )
 
 
 def _results(found: Comparison) -> Grid:
-    """The loss of each model, beside the paper's if there is one, and what dropping would add if anything drops."""
+    """Each model's loss by three measures (held-out dropless, with the capacity of training, in training), each with
+    its difference from the baseline's, beside the paper's if there is one."""
     own = ("parameters", "active", "held-out loss", "vs baseline")
-    more = ("accuracy", "bits/byte", "tokens/s")
+    more = ("training loss", "vs its training")
     rows, baseline, paper = _cells(found), found.rows[0].name, found.paper
     gaps = {row.name: f"{row.drop_gap.mean:+.4f}".replace("-", "−") for row in found.rows if row.drop_gap.values}
     return Grid(
         (
             *("model", *own),
             *(("paper", "paper's difference") if paper else ()),
-            *(("drop gap",) if gaps else ()),
+            *(("drop gap", "with capacity", "vs its capacity") if gaps else ()),
             *more,
-            "learning rate",
         ),
         [
             (
                 *(row[key] for key in ("model", *own)),
                 *(_printed(paper, name, baseline) if paper else ()),
-                *((gaps.get(name, "–"),) if gaps else ()),
+                *((gaps.get(name, "–"), row["with capacity"], row["vs its capacity"]) if gaps else ()),
                 *(row[key] for key in more),
-                f"{found.setting(name, 'learning_rate'):g}",
             )
             for name, row in rows.items()
         ],
     )
 
 
-def _steps(found: Comparison) -> Grid:
-    """Steps to equal loss, beside the paper's if it gives them."""
-    own = ("steps to its loss", "speed-up", "training loss", "speed-up by it")
-    rows, printed = _cells(found), found.paper.faster if found.paper else {}
+def _besides(found: Comparison) -> Grid:
+    """What is measured beside the losses, and each model's learning rate."""
+    keys = ("accuracy", "bits/byte")
+    rows = [
+        (name, *(row[key] for key in keys), f"{found.setting(name, 'learning_rate'):g}")
+        for name, row in _cells(found).items()
+    ]
+    return Grid(("model", *keys, "learning rate"), rows)
+
+
+def _steps(found: Comparison) -> list[str | Grid]:
+    """Steps to equal loss, beside the paper's if it gives them; schedules of their own in another table."""
+    printed = found.paper.faster if found.paper else {}
+    own = [row for row in found.rows if row.own_schedule]
+    blocks: list[str | Grid] = [_steps_of(found, [row for row in found.rows if not row.own_schedule], printed)]
+    return [*blocks, OWN_NOTES, _steps_of(found, own, {})] if own else blocks
+
+
+def _steps_of(found: Comparison, rows: Sequence[Row], printed: Mapping[str, float]) -> Grid:
+    texts, capped = _cells(found), any(row.drop_gap.values for row in found.rows)
+    keys = {
+        "steps to its loss": "steps to its loss",
+        "speed-up, held-out": "speed-up",
+        **({"with capacity": "speed-up with it"} if capped else {}),
+        "training loss": "speed-up by it",
+        "tokens/s": "tokens/s",
+        "speed-up in time": "speed-up in time",
+    }
     return Grid(
-        ("model", *own, *(("paper's speed-up",) if printed else ())),
+        ("model", *keys, *(("paper's speed-up",) if printed else ())),
         [
             (
-                name,
-                *(row[key] for key in own),
-                *((f"{printed[name]:.2f}×" if name in printed else "–",) if printed else ()),
+                row.name,
+                *(texts[row.name][key] for key in keys.values()),
+                *((f"{printed[row.name]:.2f}×" if row.name in printed else "–",) if printed else ()),
             )
-            for name, row in rows.items()
+            for row in rows
         ],
     )
 
 
 def _cells(found: Comparison) -> dict[str, dict[str, str]]:
     """By model and column."""
-    rows = [dict(zip(HEADER, row, strict=True)) for row in cells(found.rows)]
-    return {row["model"]: row for row in rows}
+    texts = [dict(zip(HEADER, row, strict=True)) for row in cells(found.rows)]
+    for row, text in zip(found.rows, texts, strict=True):
+        first = row is found.rows[0]
+        text["vs its capacity"] = "baseline" if first else signed(row.capped_difference)
+        text["vs its training"] = "baseline" if first else signed(row.training_difference)
+    return {text["model"]: text for text in texts}
 
 
 def _printed(paper: Reproduction, model: str, baseline: str) -> tuple[str, str]:

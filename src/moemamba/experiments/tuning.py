@@ -1,11 +1,11 @@
 """Learning rates chosen for every model alike: the best of a grid after a short run, the grid widened where it ends."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..host.files import write_json
 from ..training.config import TrainConfig
 from ..training.progress import Report
 from .compare import compare
@@ -48,7 +48,7 @@ def tune(
         loss = {row.name: row.loss.mean if row.loss.values else math.inf for row in rows}
         found = {name: Tuning({rate: loss[named(name, rate)] for rate in own}) for name, own in tried.items()}
         values = {name: tuning.to_dict() for name, tuning in found.items()}
-        (out / "learning-rates.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(out / "learning-rates.json", values)
         more = {name: rate for name, tuning in found.items() if (rate := tuning.beyond) is not None}
         for name, rate in more.items():
             edge = f"{name} is best at {found[name].chosen:g}, the edge of the learning rates tried"

@@ -1,0 +1,39 @@
+"""What `compare` and `paper` print when all is trained. Everything lies on the disk by then: printing may fail."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+from ..experiments.claims import says, verdict
+from ..experiments.results import HEADER, Comparison, cells
+from ..experiments.section import STEPS_NOTES, loss_notes
+from .terminal import show
+
+
+def tell(found: Comparison, out: Path) -> None:
+    """Print a comparison's table, its claims if it has any, and where its pages lie.
+
+    What the terminal cannot show (a character that its encoding lacks, an output that is closed) is no error: one line
+    on standard error says so. Raises BrokenPipeError where the reader has left, as all commands do.
+    """
+    try:
+        _print(found, out)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: there is no standard output at all
+        _aside(f"moemamba: the table could not be shown here ({error}); it is in {out / 'results.md'}")
+
+
+def _print(found: Comparison, out: Path) -> None:
+    print()
+    show(cells(found.rows), HEADER)
+    print(f"\n{loss_notes(found.seeds)} {STEPS_NOTES}\n")
+    if found.paper:
+        show([(says(claim), verdict(claim, found.rows)) for claim in found.paper.claims], ("claim", "here"))
+        print()
+    print(f"report: {out / 'results.md'}, {out / 'report.html'}", flush=True)
+
+
+def _aside(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(text.encode("ascii", "backslashreplace").decode(), file=sys.stderr)
