@@ -37,5 +37,5 @@ def sample(logits: Tensor, sampling: Sampling, draws: Tensor | None = None) -> T
         scaled = scaled.masked_fill(probabilities < floor, -torch.inf)
     # Of exponential variables with these rates the first to come: as torch.multinomial, which also asks whether all is
     # well, and whose randomness is that of the whole batch.
-    probabilities = scaled.softmax(dim=-1)
-    return (probabilities / (torch.empty_like(scaled).exponential_() if draws is None else draws)).argmax(dim=-1)
+    times = torch.empty_like(scaled).exponential_() if draws is None else draws
+    return scaled.softmax(dim=-1).div_(times).argmax(dim=-1)

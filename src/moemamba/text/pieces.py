@@ -9,7 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import tokenizers
@@ -82,15 +82,19 @@ class ByteLevel(Step):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, text: str) -> list[str]:
-        known = byte_vocabulary()
-        try:
-            raw = bytes([known[letter] for letter in text])
-        except KeyError:
-            raw = text.encode()
-        return [self._decoder.decode(raw)]
+        return [self._decoder.decode(_raw(text))]
 
     def finish(self) -> list[str]:
         return [self._decoder.decode(b"", final=True)]
+
+
+@lru_cache(1 << 16)
+def _raw(token: str) -> bytes:
+    known = byte_vocabulary()
+    try:
+        return bytes([known[letter] for letter in token])
+    except KeyError:
+        return token.encode()
 
 
 class ByteFallback(Step):
@@ -155,10 +159,13 @@ class Trained:
 
     def __init__(self, inner: tokenizers.Tokenizer, special: set[str], steps: list[Step]):
         self._name, self._special, self._steps = inner.id_to_token, special, steps
+        self._plain = len(steps) == 1 and isinstance(steps[0], ByteLevel)  # most are, and it is one string
 
     def push(self, token: int) -> str:
         name = self._name(token) if 0 <= token < 1 << 32 else None
-        return "" if name is None or name in self._special else self._through([name], 0)
+        if name is None or name in self._special:
+            return ""
+        return self._steps[0].push(name)[0] if self._plain else self._through([name], 0)
 
     def finish(self) -> str:
         return "".join(self._through(step.finish(), place) for place, step in enumerate(self._steps, 1))
