@@ -30,7 +30,7 @@ class TrainConfig:
     """a text file, JSON or parquet with a "text" field, tokens (.u16.bin, .u32.bin), any of them packed (.gz, .xz,
     .zst, .bz2), a folder of such files, a dataset of the Hugging Face hub (hf:allenai/c4:en:train:100000, the number of
     documents last), or a folder that `moemamba prepare` has written; Python's own standard library if None. Several
-    are mixed, by weights in front of a colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes where none has a weight"""
+    are mixed, by weights in front of a colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes without weights"""
     validation: str | None = None
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
     tokenizer: str = "bytes"
