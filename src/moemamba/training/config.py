@@ -27,10 +27,10 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=lambda: preset("moe-mamba-tiny"))
     """vocab_size is replaced by the tokenizer's"""
     data: str | tuple[str, ...] | None = None
-    """a text file, JSON lines or parquet with a "text" field, a folder of such files, a dataset of the Hugging Face hub
-    (hf:allenai/c4:en:train:100000, the number of documents last), a .bin file of uint16 tokens, or a folder that
-    `moemamba prepare` has written; Python's own standard library if None. Several are mixed, by weights in front of a
-    colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes where none has a weight"""
+    """a text file, JSON or parquet with a "text" field, tokens (.u16.bin, .u32.bin), any of them packed (.gz, .xz,
+    .zst, .bz2), a folder of such files, a dataset of the Hugging Face hub (hf:allenai/c4:en:train:100000, the number of
+    documents last), or a folder that `moemamba prepare` has written; Python's own standard library if None. Several
+    are mixed, by weights in front of a colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes without weights"""
     validation: str | None = None
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
     tokenizer: str = "bytes"
