@@ -4,24 +4,22 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-from tyro.conf import Positional, Suppress, arg
 
 from ..config import ModelConfig
 from ..experiments.contender import parse_contenders
-from ..training.config import TrainConfig
-from .terminal import parse, show, stopped
+from ..training.config import GROUPS, TrainConfig
+from .options import Hidden, Merged, Place, Positional
+from .terminal import line, parse, show, stopped
 
 
 @dataclass(frozen=True)
 class Budget(TrainConfig):
     """A training run but for what differs between runs."""
 
-    model: Suppress[ModelConfig] = field(default_factory=ModelConfig)
-    run: Suppress[str] = ""
-    seed: Suppress[int] = 0
-    data_seed: Suppress[int] = 0
+    model: Hidden[ModelConfig] = field(default_factory=ModelConfig)
+    run: Hidden[str] = ""
+    seed: Hidden[int] = 0
+    data_seed: Hidden[int] = 0
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,16 @@ class Compare:
     wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002; one with steps of its own has a schedule of that
     length"""
     seeds: int = 2
+    """runs of each model; seed k draws other weights and another order of the data, alike for all models"""
     jobs: int = 1
     """runs trained at once, each with its share of the cores, spread over the GPUs"""
-    out: str = "runs/compare"
+    out: Place = "runs/compare"
     """directory of the runs, results.json and report.html; a comparison that was stopped goes on there"""
-    budget: Annotated[Budget, arg(name="")] = field(default_factory=Budget)
+    budget: Merged[Budget] = field(default_factory=Budget)
 
 
 def main(arguments: Sequence[str]) -> None:
-    asked = parse(Compare, arguments, "compare")
+    asked = parse(Compare, arguments, "compare", groups=GROUPS)
     contenders = parse_contenders(asked.models)
     from ..experiments.compare import compare
     from ..experiments.results import HEADER, cells
@@ -55,4 +54,5 @@ def main(arguments: Sequence[str]) -> None:
         raise
     print()
     show(cells(found.rows), HEADER)
-    print(f"\n{loss_notes(asked.seeds)} {STEPS_NOTES}\n\nreport: {out / 'report.html'}")
+    print(f"\n{loss_notes(asked.seeds)} {STEPS_NOTES}\n")
+    line(f"report: {out / 'report.html'}")

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
-
-from .terminal import parse
+from .options import Place, Positional
+from .terminal import line, parse
 
 
 @dataclass(frozen=True)
 class Asked:
     """Put comparisons on one page: their tables, figures and settings, from their results.json alone."""
 
-    runs: Positional[tuple[str, ...]]
+    runs: Positional[tuple[Place, ...]]
     """folders that `moemamba paper` or `moemamba compare` wrote, or their results.json, in the page's order"""
-    out: str = "results.html"
+    out: Place = "results.html"
     """the page; .md writes its words and tables as markdown"""
 
 
@@ -32,4 +31,4 @@ def main(arguments: Sequence[str]) -> None:
     comparisons = [read_results(Path(run)) for run in asked.runs]
     page = markdown(comparisons) if asked.out.endswith(".md") else report(comparisons)
     Path(asked.out).write_text(page, encoding="utf-8")
-    print(f"report: {asked.out}")
+    line(f"report: {asked.out}")

@@ -1,28 +1,27 @@
 """`moemamba train`: a preset first if wanted, then options that change it."""
 
-import argparse
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import arg
-
+from ..host.files import expanded
+from ..host.terminal import say
 from ..reading import read_config
-from ..training.config import TrainConfig
+from ..training.config import GROUPS, TrainConfig
 from ..training.stop import Interrupted
 from .info import find_config
+from .options import Merged
 from .terminal import parse, stopped
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model: a PRESET, or a config.json, changed by the options."""
+    """Train a model: a PRESET, or a config.json, changed by the options. Without either, a small MoE-Mamba on Python's
+    own standard library."""
 
-    config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+    config: Merged[TrainConfig] = field(default_factory=TrainConfig)
     resume: bool = False
     """continue the run in --run from its newest checkpoint, exactly as if it had never stopped; the run's own options
     need not be given again"""
@@ -37,14 +36,20 @@ def read(arguments: Sequence[str]) -> Train:
     if arguments and not arguments[0].startswith("-"):
         source, *arguments = arguments
         default = replace(default, model=find_config(source), run=f"runs/{Path(source).stem}")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--run", default=default.run)
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--auto-resume", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    if known.resume or known.auto_resume:
-        default = begun(Path(known.run)) or default
-    return parse(Train, arguments, "train [PRESET]", Train(default))
+    if {"--resume", "--auto-resume", "--auto_resume"} & set(arguments):
+        run = _given(arguments, "--run") or default.run
+        default = begun(expanded(run)) or default
+    return parse(Train, arguments, "train [PRESET]", Train(default), GROUPS)
+
+
+def _given(arguments: Sequence[str], option: str) -> str | None:
+    """What an option is set to, before the others can be read; the last time counts."""
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
 
 
 def begun(run: Path) -> TrainConfig | None:
@@ -60,9 +65,17 @@ def main(arguments: Sequence[str]) -> None:
     try:
         train(asked.config, "auto" if asked.auto_resume else asked.resume)
     except Interrupted as interrupted:
-        print(f"\n{interrupted}", file=sys.stderr)
+        say(f"\n{interrupted}")
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            stopped(Path(asked.config.run), f"moemamba train --run {shlex.quote(asked.config.run)} --resume")
+            _say_stopped(Path(asked.config.run), shlex.join(["moemamba", "train", *arguments]))
         raise
+
+
+def _say_stopped(run: Path, command: str) -> None:
+    """After Ctrl-C that did not wait for the step to be saved."""
+    if (run / "train.json").is_file():
+        stopped(run, f"moemamba train --run {shlex.quote(str(run))} --resume")
+    else:
+        say(f"\nstopped before training began; nothing was written. Begin again with: {command}")

@@ -26,7 +26,7 @@ from .evaluate import Evaluation, evaluate
 from .guard import Diverged, Failed, Fatal, Guard
 from .metrics import Meter
 from .optim import make_optimizer
-from .parallel import build, check, routing_groups
+from .parallel import build, check, check_used, routing_groups
 from .peak import peak_flops
 from .processes import Processes, join
 from .progress import Report
@@ -69,7 +69,8 @@ def train(
     Raises:
         ValueError: data or configuration that cannot work, or a resumed run whose configuration or data differ.
         Diverged: the loss, its gradient or an evaluation is not finite, or the gradient spiked, as `config` has it.
-        Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the step was finished and saved. A second signal ends at once.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP came; the step was finished and saved. A second signal ends
+            at once.
         OSError: the run directory holds a run already, another process trains in it, or it cannot be written.
     """
     if not config.run:
@@ -142,6 +143,8 @@ def _train(
                     _log_routers(run, report, alarms, meter, step, skipped)
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
+            if lost := report.lost():
+                run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
                 found = _evaluate(model, corpora, config, dtype, processes)
                 if not math.isfinite(found.loss):
@@ -189,6 +192,8 @@ def _claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Trai
         begun = run.config()
         config = dataclasses.replace(config, routing_groups=begun.routing_groups or begun.accumulate)
     check(config, size)
+    if not resume:
+        check_used(config, size)
     tokenizer = run.tokenizer() if resume else find_tokenizer(config)
     model = config.model.replace(vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model, routing_groups=routing_groups(config, size))

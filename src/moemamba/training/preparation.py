@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import read_json
-from ..host.files import new_directory, write_json
+from ..host.files import cache_folder, keep_recent, new_directory, used, writable, write_json
 from ..tokenizer import Tokenizer
 from .data import Tokens
 from .documents import Documents, held_out
 
 FORMAT = 2  # of the files below; a change hides caches of older versions
+KEPT = 64  # prepared sources in the cache; those used least recently are removed beyond
 HELD_OUT = 0.05  # share of the documents that becomes validation data unless told otherwise
 GROUP = (1 << 18) * (os.cpu_count() or 1)  # characters of text that are tokenised together
 BLOCK = 1 << 20  # tokens of a .bin file read, and turned into text, at once
@@ -71,6 +71,8 @@ def prepare(
         except OSError:
             if not folder.exists():  # else another process was faster
                 raise
+        keep_recent(cache, r"[0-9a-f]{24}", KEPT)
+    used(folder)
     return _open(folder, tokenizer)
 
 
@@ -101,13 +103,8 @@ def is_prepared(source: str | None) -> bool:
 
 def cache_directory(fallback: Path) -> Path:
     """Where prepared sources are kept: ~/.cache/moemamba (below XDG_CACHE_HOME if set), or `fallback` if unwritable."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemamba"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cache).close()
-    except OSError:
-        return fallback
-    return cache
+    cache = cache_folder()
+    return cache if cache is not None and writable(cache) else fallback
 
 
 class _Encoded(NamedTuple):

@@ -167,7 +167,11 @@ class Run:
         except OSError as error:
             raise OSError(f"cannot write {self.metrics}: {error.strerror}; free space, then resume the run") from error
         if self.board:
-            self.board.write(kind, values)
+            try:
+                self.board.write(kind, values)
+            except OSError as error:  # it only shows what is in metrics.jsonl
+                self.board = None
+                self.log("note", step=values["step"], text=f"TensorBoard's file ends here: {error.strerror or error}")
 
     def write(self, snapshot: Snapshot, tokenizer: Tokenizer, keep: int) -> None:
         """Write a checkpoint, then remove those that are neither among the newest `keep` nor the best evaluated."""
