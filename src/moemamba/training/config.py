@@ -72,7 +72,8 @@ class TrainConfig:
     """seed of the initial weights"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-XX
+    """adamw: AdamW for all weights; muon: Muon for experts and matrices between hidden layers, AdamW for all else, at
+    the same learning_rate"""
     learning_rate: float = 3e-3
     """highest learning rate of the schedule"""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
