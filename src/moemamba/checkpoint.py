@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .host import files
-from .host.files import new_directory, write_json
+from .host.files import expanded, new_directory, write_json
 from .model import MoEMamba
 from .reading import from_dict, to_dict
 from .tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +29,7 @@ def save(path: str | Path, model: MoEMamba, tokenizer: Tokenizer) -> None:
         FileExistsError: there is something at `path` already.
         OSError: it cannot be written; what was there before is untouched.
     """
-    with new_directory(Path(path)) as folder:
+    with new_directory(expanded(path)) as folder:
         write_model(folder, model.config, model_tensors(model), tokenizer)
 
 
@@ -43,7 +43,7 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
         CheckpointError: there is none, or it is damaged.
         ValueError: this machine has no such device.
     """
-    place, folder = find_device(device), Path(path)
+    place, folder = find_device(device), expanded(path)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model at {path}; name a directory that train or save has written")
     if not (folder / "model.safetensors").exists() and (found := checkpoints(folder)):
@@ -69,6 +69,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device {name!r} cannot be used ({str(error).splitlines()[0].split('. ')[0]}); try cpu"

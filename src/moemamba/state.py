@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .host.files import expanded
 from .layers import AttentionState, MambaState
 
 MixerState = MambaState | AttentionState
@@ -58,7 +58,7 @@ class State:
             for name in mixer._fields
         }
         kinds = ["attention" if isinstance(mixer, AttentionState) else "mamba" for mixer in self.mixers]
-        target = Path(path)
+        target = expanded(os.fspath(path))
         beside = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             save_file(tensors, beside, metadata={"mixers": json.dumps(kinds)})
@@ -75,7 +75,7 @@ class State:
             ValueError: the file is no saved state, or is damaged.
         """
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(expanded(os.fspath(path)), framework="pt", device=str(device)) as file:
                 kinds = json.loads((file.metadata() or {})["mixers"])
                 mixers = tuple(
                     KINDS[kind](*(file.get_tensor(f"{index}.{name}") for name in KINDS[kind]._fields))

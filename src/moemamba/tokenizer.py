@@ -10,6 +10,8 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from .host.files import expanded
+
 END_OF_TEXT = "<|endoftext|>"
 # What published tokenizers call the token that ends a document, most specific name first.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
@@ -141,7 +143,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     if source == "bytes":
         return ByteTokenizer()
-    path = Path(source)
+    path = expanded(source)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         if not file.is_file() and (path / "merges.txt").is_file():

@@ -32,7 +32,7 @@ complete -o filenames -F _moemamba moemamba"""
 
 
 def script(shell: str, commands: Mapping[str, str]) -> str:
-    """The completion of a shell, for commands and what each does; raises ValueError for a shell that it does not know."""
+    """The completion of a shell, for commands and what each does; raises ValueError for a shell that is not known."""
     words = {name: [*_options(name), "--help"] for name in commands}
     match shell:
         case "bash" | "zsh":

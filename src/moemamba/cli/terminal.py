@@ -4,9 +4,9 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
-from ..host.terminal import say, visible
+from ..host.terminal import display, say, visible
 from .options import options, read
 
 Arguments = TypeVar("Arguments")
@@ -42,7 +42,7 @@ def show(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
     header = [visible(cell, line=True) for cell in header]
     columns = list(zip(*rows, strict=True))
     right = [all(cell[:1] in "0123456789<>−+–× " for cell in column) for column in columns]
-    if sys.stdout.isatty():
+    if display().isatty():
         _ruled(rows, header, right)
         return
     lines = [header, *rows] if header else rows
@@ -52,7 +52,7 @@ def show(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
             cell.rjust(width) if flush_right else cell.ljust(width)
             for cell, width, flush_right in zip(line, widths, right, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        _print("  ".join(cells).rstrip())
 
 
 def _ruled(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[bool]) -> None:
@@ -66,17 +66,21 @@ def _ruled(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence
         table.add_column(Text(header[index]) if header else "", justify="right" if flush_right else "left")
     for row in rows:
         table.add_row(*map(Text, row))
-    Console(file=sys.stdout).print(table)
+    Console(file=cast(TextIO, display(needed=True))).print(table)
 
 
 def show_json(values: Any) -> None:
     """Print one JSON object, indented: what `--json` answers."""
-    print(json.dumps(values, indent=2, ensure_ascii=True))
+    _print(json.dumps(values, indent=2))
 
 
 def line(text: str) -> None:
     """Print a line that may hold names: control characters in it are shown, not obeyed."""
-    print(visible(text, line=True))
+    _print(visible(text, line=True))
+
+
+def _print(text: str) -> None:
+    print(text, file=display(needed=True))
 
 
 def stopped(place: Path, command: str) -> None:

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..host.files import expanded
 from .hub import PREFIX, HubTexts
 
 STDLIB_SUFFIXES = {".py", ".rst", ".txt"}
@@ -58,7 +59,7 @@ class Documents:
         elif source is None:
             self.name, root = "Python's standard library", Path(sysconfig.get_path("stdlib"))
             self.files = [file for file in _files(root, STDLIB_WITHOUT) if file.suffix in STDLIB_SUFFIXES]
-        elif (root := Path(source)).is_dir():
+        elif (root := expanded(source)).is_dir():
             self.name, self.files = str(source), _files(root)
         elif root.is_file():
             self.name, self.files, self._folder = str(source), [root], False

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import read_json
-from ..host.files import cache_folder, keep_recent, new_directory, used, writable, write_json
+from ..host.files import cache_folder, expanded, keep_recent, new_directory, used, writable, write_json
 from ..tokenizer import Tokenizer
 from .data import Tokens
 from .documents import Documents, held_out
@@ -62,7 +62,7 @@ def prepare(
         OSError: the cache cannot be written.
     """
     if is_prepared(source):
-        return _open(Path(str(source)), tokenizer)
+        return _open(expanded(str(source)), tokenizer)
     documents = Documents(source)
     folder = cache / digest([FORMAT, held_out, tokenizer.to_json(), documents.fingerprint()])
     if not folder.exists():
@@ -98,7 +98,7 @@ def write_tokens(
 
 def is_prepared(source: str | None) -> bool:
     """Whether a source is a folder that `write_tokens` has written."""
-    return source is not None and all((Path(source) / name).is_file() for name in ("index.json", "train.ends"))
+    return source is not None and all((expanded(source) / name).is_file() for name in ("index.json", "train.ends"))
 
 
 def cache_directory(fallback: Path) -> Path:
