@@ -64,10 +64,10 @@ def answer(error: BaseException) -> tuple[int, str] | None:
 
 def sentence(error: Exception) -> str:
     """What an error says, without the system's error number, in one line."""
-    text = str(error) or type(error).__name__
+    text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{_name(error.filename)}: {error.strerror}" if error.filename is not None else str(error.strerror)
-    return visible(text.strip(), line=True)
+    return visible(text, line=True)
 
 
 def first_line(error: BaseException) -> str:

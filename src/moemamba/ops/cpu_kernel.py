@@ -23,7 +23,7 @@ from numba.core import event
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ..host.files import cache_folder, keep_recent, used, writable
+from ..host.files import cache_folder, expanded, keep_recent, used, writable
 from ..host.terminal import say
 from .packing import boundaries
 
@@ -62,10 +62,14 @@ def _cache_folder() -> str:
     here = Path(__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("cpu*.py")))).hexdigest()[:16]
     # Not in the package's own folder, unless there is no other: what pip has not installed it does not remove.
-    for base in (_config.CACHE_DIR, cache_folder(), here / "__pycache__"):
-        if base and writable(folder := Path(base) / f"kernels-{sources}"):
+    own = [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else []
+    others = [folder for folder in (cache_folder(), expanded("~/.cache/moemamba")) if folder and folder.is_absolute()]
+    others.sort(key=lambda base: not (base / f"kernels-{sources}").is_dir())  # first where they are compiled already
+    bases = [*own, *others, here / "__pycache__"]
+    for base in bases:
+        if writable(folder := base / f"kernels-{sources}"):
             used(folder)
-            keep_recent(Path(base), r"kernels-[0-9a-f]{16}", KEPT)
+            keep_recent(base, r"kernels-[0-9a-f]{16}", KEPT)
             return str(folder)
     return ""
 
