@@ -1,4 +1,4 @@
-# Two commands: make demo, make test. Every target sets up .venv by itself, once.
+# Two commands: make demo, make test (make test-all: the slow tests too). Every target sets up .venv by itself, once.
 
 PYTHON ?= python3
 BIN := .venv/bin

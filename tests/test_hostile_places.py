@@ -148,11 +148,11 @@ def test_a_run_says_why_it_fell_silent(made, tmp_path):
 
 
 def test_files_that_cannot_grow_are_said_in_a_sentence(made, tmp_path):
-    for number, room in enumerate((0, 3000, 20_000)):
+    for number, room in enumerate((3000, 20_000, 60_000)):
         where = tmp_path / str(number)
         where.mkdir()
         arguments, _ = arguments_of("train", made, where)
-        status, errors = call(arguments, "errors full" if not room else "plain", where, ROOM=str(room))
+        status, errors = call(arguments, "plain", where, ROOM=str(room))
         assert status == 2 and "Traceback" not in errors
 
 
@@ -207,7 +207,7 @@ def test_nohup_means_that_a_hangup_ends_nothing(made, tmp_path):
 @pytest.mark.parametrize("command", ["info", "eval", "prepare", "compare", "generate"])
 def test_only_train_works_in_several_processes(command, made, tmp_path):
     arguments, _ = arguments_of(command, made, tmp_path)
-    status, errors = call(arguments, "plain", tmp_path, WORLD_SIZE="2", RANK="0")
+    status, errors = call(arguments, "plain", tmp_path, WORLD_SIZE="2", RANK="0", NEEDS="")
     assert status == 2 and errors.count("\n") == 1
     assert errors.startswith(f"moemamba: {command} works in one process, but 2 were started")
-    assert call(arguments, "plain", tmp_path, WORLD_SIZE="2", RANK="1") == (2, "")
+    assert call(arguments, "plain", tmp_path, WORLD_SIZE="2", RANK="1", NEEDS="") == (2, "")
