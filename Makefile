@@ -1,4 +1,4 @@
-# Two commands: make demo, make test. Every target sets up .venv by itself, once.
+# Two commands: make demo, make test (make test-all: the slow tests too). Every target sets up .venv by itself, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,15 +12,18 @@ MAMBA := mamba=mamba-tiny,d_model=32
 MOE_MAMBA := moe-mamba=moe-mamba-tiny,d_model=32,expand=3.0,n_experts=32,top_k=2,d_expert=16
 BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 200 --eval-tokens 131072
 
-.PHONY: demo test check format test-gpu bench clean
+.PHONY: demo test test-all check format test-gpu bench clean
 
 demo: .venv/installed  ## train Mamba and MoE-Mamba of equal active size on Python's standard library, compare, sample
 	$(BIN)/moemamba compare $(MAMBA) $(MOE_MAMBA) --steps $(STEPS) --seeds $(SEEDS) --jobs 2 $(BUDGET) --out $(OUT)
 	@echo
 	$(BIN)/moemamba generate $(OUT)/moe-mamba/seed-0 --prompt 'def ' --max-new-tokens 400 --temperature 0.8 --seed 0
 
-test: .venv/developing  ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+test: .venv/developing  ## the tests that need no GPU, without the slow ones
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-all: test  ## and the slow ones
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 test-gpu: .venv/developing
 	$(BIN)/python -m pytest -m gpu
@@ -34,8 +37,8 @@ format: .venv/developing
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-bench: .venv/developing  ## each benchmark ends in one line of JSON
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+bench: .venv/developing  ## each benchmark ends in one line of JSON, which says so where it needs more than there is
+	for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
 
 clean:
 	rm -rf .venv

@@ -211,6 +211,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES, help="one kind of case")
     only = parser.parse_args().only
+    if not torch.cuda.is_available():
+        print(json.dumps({"skipped": "this benchmark needs a GPU"}))
+        return 0
     if selective_scan_fn is None:
         print("mamba-ssm and causal-conv1d are not installed: comparing with the plain-PyTorch reference")
     results: dict[str, dict[str, float] | str] = {}

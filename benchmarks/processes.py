@@ -3,6 +3,7 @@
     python benchmarks/processes.py same OUT                                # one process
     torchrun --nproc-per-node 2 benchmarks/processes.py same OUT           # two
     python benchmarks/processes.py table OUT                               # side by side
+    python benchmarks/processes.py                                         # same and speed, on one GPU and on all
 
 same: 20 steps of a small model for each way of sharing it out, with a capacity and without, in float32 and bfloat16.
 speed: tokens a second of `moe-mamba-25m` at 256 x 256 tokens a process, layers compiled.
@@ -13,6 +14,7 @@ Each writes one JSON file into the folder OUT; `table` prints them all, last in 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -208,15 +210,33 @@ def table(out: Path) -> None:
     print(json.dumps(summary))
 
 
+def every(gpus: int) -> None:
+    """`same` and `speed` on one GPU and on all of this machine, side by side."""
+    with tempfile.TemporaryDirectory() as out:
+        for case in ("same", "speed"):
+            for count in (1, gpus):
+                launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), __file__]
+                subprocess.run([sys.executable, *launch, case, out], check=True)
+        table(Path(out))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("same", "speed", "large", "table"))
-    parser.add_argument("out", type=Path)
+    parser.add_argument("case", choices=("same", "speed", "large", "table"), nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--shard", default="none", choices=("none", "parameters"))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--cuda-graph", default="auto", choices=("auto", "off"), help="of `speed` with one process")
     parser.add_argument("--label", default="", help="ends the name of the JSON file")
     options = parser.parse_args()
+    if options.case is None and torch.cuda.device_count() < 2:
+        print(json.dumps({"skipped": "this benchmark needs two GPUs"}))
+        return
+    if options.case is None:
+        every(torch.cuda.device_count())
+        return
+    if options.out is None:
+        parser.error("OUT is missing: the folder of the JSON files")
     if options.case == "table":
         table(options.out)
         return

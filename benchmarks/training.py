@@ -317,6 +317,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name begins so")
     parser.add_argument("--eager", action="store_true", help="time Jamba with its plain loop over experts too")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(json.dumps({"skipped": "this benchmark needs a GPU"}))
+        return
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
     cases: dict[str, Callable[[], Contender]] = {
         "moe-mamba-25m, 32 experts": lambda: ours("moe-mamba-25m", "on", n_experts=N_EXPERTS),

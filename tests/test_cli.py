@@ -126,14 +126,14 @@ def test_help_and_mistakes_need_no_torch(arguments):
     [
         (["trian"], "moemamba: there is no command 'trian'; did you mean train?"),
         (["frobnicate"], "moemamba: there is no command 'frobnicate'; the commands are train, prepare"),
-        (["info", "mamba-tinny"], "moemamba: there is no preset 'mamba-tinny'; choose one of mamba-25m"),
+        (["info", "mamba-tinny"], "moemamba: there is no preset 'mamba-tinny'; did you mean mamba-tiny?"),
         (["compare", "mamba-tiny"], "moemamba: a comparison needs two models or more"),
         (["eval", "nowhere"], "moemamba: there is no model at nowhere"),
         (["generate", "nowhere", "--prompt", "x"], "moemamba: there is no model at nowhere"),
         (["train", "--data", "nowhere.txt", "--run", "unused"], "moemamba: "),
         (["info", "."], "moemamba: . has no config.json"),
         (["train", "broken.json"], "moemamba: broken.json is not JSON ("),
-        (["train", "list.json"], "moemamba: list.json is not a configuration"),
+        (["train", "list.json"], "moemamba: list.json must be a JSON object"),
     ],
 )
 def test_mistakes_get_one_sentence(call, arguments, sentence, tmp_path, monkeypatch):

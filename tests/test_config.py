@@ -100,7 +100,7 @@ def test_patterns():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: preset("moe-mamba-24m"), "there is no preset 'moe-mamba-24m'; choose one of"),
+        (lambda: preset("moe-mamba-24m"), "there is no preset 'moe-mamba-24m'; did you mean moe-mamba-25m?"),
         (lambda: preset("mamba-25m", d_modle=3), "d_modle does not name one field"),
         (lambda: preset("mamba-25m", activation="relu"), "it is in experts and in feedforward"),
         (lambda: ModelConfig("MX"), "'X' at position 1; use the letters M (Mamba)"),

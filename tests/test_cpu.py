@@ -376,10 +376,7 @@ def test_first_use_is_announced_and_cached(tmp_path):
 def test_nowhere_to_write(monkeypatch):
     """Kernels compile in every process where no folder can be written to."""
 
-    def refuse(**options):
-        raise OSError
-
-    monkeypatch.setattr(cpu_kernel, "TemporaryFile", refuse)
+    monkeypatch.setattr(cpu_kernel, "writable", lambda folder: False)
     cpu_kernel._cache_folder.cache_clear()
     try:
         assert cpu_kernel._cache_folder() == ""

@@ -111,6 +111,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"device {name!r} cannot be used ({str(error).splitlines()[0].split('. ')[0]}); try cpu"

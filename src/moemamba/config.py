@@ -26,9 +26,9 @@ class MambaConfig:
     d_state: int = 16
     """state dimensions of each channel, n"""
     d_conv: int = 4
-    """taps of the causal convolution, k"""
+    """taps of the causal convolution, k: how many tokens it sees"""
     expand: float = 2.0
-    """d_inner = int(expand * d_model)"""
+    """width inside the layer as a multiple of d_model: d_inner = int(expand * d_model)"""
     dt_rank: int | None = None
     """rank of the step-size projection, r; ceil(d_model / 16) if None"""
 
@@ -41,16 +41,18 @@ class ExpertsConfig:
     """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""
 
     n_experts: int = 8
+    """experts of each layer, of which a token visits top_k"""
     top_k: int = 1
-    """experts that each token visits"""
+    """experts that each token is sent to"""
     d_expert: int | None = None
     """hidden width of an expert; if None, such that one expert has 6 d_model^2 weights, about one Mamba layer"""
     activation: Activation = "swiglu"
+    """nonlinearity inside an expert"""
     capacity_factor: float | None = None
     """while training, an expert takes floor(capacity_factor * tokens * top_k / n_experts) choices and drops later ones;
     None never drops"""
     n_shared_experts: int = 0
-    """experts that every token visits besides"""
+    """experts that every token visits, besides those that it is sent to"""
     balance_weight: float = 0.01
     """weight of the load-balance loss, which is 1 at perfect balance"""
     z_weight: float = 0.001
@@ -73,12 +75,13 @@ class RoutedMambaConfig:
     """Experts inside the Mamba block, letter `R`: which projections are routed, and how."""
 
     projections: tuple[Projection, ...] = ("conv", "gate", "out")
-    """conv and gate are the two halves of in_proj, out is out_proj (MoE-Mamba, section 4.4)"""
+    """which projections are experts: conv and gate are the two halves of in_proj, out is out_proj (MoE-Mamba, section
+    4.4)"""
     routing: Literal["shared", "independent"] = "shared"
     """shared: one decision a block, linear experts (Routing Mamba, arXiv 2506.18145); independent: a router and
     two-layer experts in each projection (MoE-Mamba, section 4.4)"""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    """d_expert, activation and n_shared_experts concern independent routing alone"""
+    """the experts; d_expert, activation and n_shared_experts concern independent routing alone"""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -96,8 +99,9 @@ class AttentionConfig:
     """Causal self-attention with rotary positions, letter `A`."""
 
     n_heads: int | None = None
-    """d_model / 64 (at least 1) if None"""
+    """attention heads; d_model / 64 (at least 1) if None"""
     rope_base: float = 10_000.0
+    """base of the rotary positions: larger for longer contexts"""
 
     def __post_init__(self) -> None:
         validate(self, positive=("n_heads", "rope_base"))
@@ -110,7 +114,9 @@ class FeedForwardConfig:
     d_ff: int | None = None
     """hidden width; if None, such that the layer has 8 d_model^2 weights"""
     activation: Activation = "swiglu"
+    """nonlinearity between the two matrices"""
     bias: bool = False
+    """biases in its matrices"""
 
     def __post_init__(self) -> None:
         validate(self, positive=("d_ff",))
@@ -129,20 +135,28 @@ class ModelConfig:
     """
 
     pattern: str = "ME"
+    """layers of a block, a letter each: M Mamba, E experts, F feed-forward, A attention, R routed Mamba; letters in
+    parentheses run in parallel"""
     n_blocks: int = 4
+    """how often the pattern is repeated"""
     d_model: int = 256
+    """width of the model: channels between layers"""
     vocab_size: int = 257
-    """257 is every byte and an end-of-document mark"""
+    """tokens that the model knows; 257 is every byte and an end-of-document mark"""
     mamba: MambaConfig = field(default_factory=MambaConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     routed: RoutedMambaConfig = field(default_factory=RoutedMambaConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     feedforward: FeedForwardConfig = field(default_factory=FeedForwardConfig)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """normalisation before each layer"""
     final_norm: bool = True
+    """a norm before the head"""
     tie_embeddings: bool = False
+    """one matrix for embedding and head"""
     init: Literal["default", "paper"] = "default"
-    """default: normal, residual outputs scaled down with depth; paper: MoE-Mamba's truncated normal"""
+    """initial weights: default draws from a normal distribution and scales residual outputs down with depth; paper is
+    MoE-Mamba's truncated normal"""
 
     def __post_init__(self) -> None:
         validate(self, positive=("n_blocks", "d_model", "vocab_size"))

@@ -1,5 +1,6 @@
 """The models of the paper by name, with its choices, and small ones with today's. No torch here."""
 
+import difflib
 from typing import Any
 
 from .config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig, RoutedMambaConfig
@@ -79,5 +80,7 @@ def preset(name: str, **changes: Any) -> ModelConfig:
         ValueError: no preset has that name, or a change is not a field.
     """
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, 1, 0.6)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
+        raise ValueError(f"there is no preset {name!r}; {hint}")
     return PRESETS[name].replace(**changes)

@@ -5,14 +5,15 @@ What needs torch is imported by the function that uses it, so that help and mist
 
 import difflib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO, cast
 
 from .. import __version__
+from ..host.terminal import display, flush_streams, open_streams, say
 from ..presets import presets
-from ..training.stop import Interrupted
+from .mistakes import DONE, IMPOSSIBLE, answer, together
 
 # Each command is the function `main(arguments)` of the file of its name.
 COMMANDS = {
@@ -26,42 +27,50 @@ COMMANDS = {
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
     "doctor": "                     versions, devices, and which backend each op uses and why",
 }
+PRINTS = {"generate", "eval", "info", "doctor"}  # what they print is all that they do: they end with their reader
 
 
 def main() -> None:
     """Run the command of `sys.argv` and exit.
 
     0 done, 1 failed, 2 asked for the impossible, 130 interrupted (Ctrl-C), 75 (the system's "try again later") saved
-    and stopped because a scheduler said so with SIGTERM or SIGUSR1.
+    and stopped, because a scheduler said so with SIGTERM or SIGUSR1 or the terminal was closed (SIGHUP).
     """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or os.environ.get("MOEMAMBA_DEBUG") == "1"
+    open_streams()
+    output = sys.stdout
+    works = bool(arguments) and arguments[0] in COMMANDS and arguments[0] not in PRINTS
+    sys.stdout = cast(TextIO, display(needed=not works))
     try:
-        run(arguments)
-    except Interrupted as stopped:
-        sys.exit(130 if stopped.number == signal.SIGINT else 75)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ArithmeticError) as error:
-        if debug:
+        status = _status(arguments, debug)
+    finally:
+        sys.stdout = output
+        flush_streams()
+    if status != DONE:
+        sys.exit(status)
+
+
+def _status(arguments: Sequence[str], debug: bool) -> int:
+    """Run a command, say what went wrong, and return the exit status."""
+    try:
+        try:
+            run(arguments)
+        finally:
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        found = answer(error)
+        if found is None or (debug and isinstance(error, Exception) and not isinstance(error, BrokenPipeError)):
             raise
-        print(f"moemamba: {_sentence(error)}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, ArithmeticError) else 2)
-    except (MemoryError, RuntimeError) as error:
-        if debug or not _out_of_memory(error):
-            raise
-        print(
-            f"moemamba: memory ran out ({str(error).splitlines()[0]}); a smaller model, --batch-size or --context "
-            "takes less, and so do --accumulate and --recompute in training; what was saved is not lost",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        status, sentence = found
+        if sentence:
+            say(f"moemamba: {sentence}")
+        return status
+    return DONE
 
 
 def run(arguments: Sequence[str]) -> None:
-    """One command; raises what it raises, and SystemExit after help and for unknown options."""
+    """One command; raises what it raises, and SystemExit after help."""
     if arguments[:1] == ["--"]:  # keeps `torchrun -m moemamba -- train --run ...` from reading our options
         arguments = arguments[1:]
     name, *rest = arguments or ["--help"]
@@ -69,7 +78,12 @@ def run(arguments: Sequence[str]) -> None:
         print(_overview())
     elif name == "--version":
         print(__version__)
+    elif name == "--completion":
+        from .completion import script
+
+        print(script(rest[0] if rest else "", COMMANDS))
     elif name in COMMANDS:
+        _alone(name, rest)
         import_module(f".{name}", __name__).main(rest)
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
@@ -77,22 +91,22 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError(f"there is no command {name!r}; {known}")
 
 
+def _alone(name: str, rest: Sequence[str]) -> None:
+    """Refuse commands that several processes would each carry out; raises ValueError in the first of them."""
+    if name == "train" or not together() or {"-h", "--help", "--help-all"} & set(rest):
+        return
+    if os.environ["RANK"] != "0":
+        sys.exit(IMPOSSIBLE)
+    raise ValueError(
+        f"{name} works in one process, but {os.environ['WORLD_SIZE']} were started (WORLD_SIZE); start it without "
+        "torchrun; only train works in several"
+    )
+
+
 def _overview() -> str:
     lines = "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
     return (
         f"usage: moemamba COMMAND [options]\n\n{lines}\n\nmoemamba COMMAND --help says more about one.\n"
+        "moemamba --completion bash|zsh|fish prints what makes the shell complete names.\n"
         f"Presets: {', '.join(presets())}."
     )
-
-
-def _sentence(error: Exception) -> str:
-    """What an error says, without the system's error number."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error of Python, of PyTorch (on a GPU or not), or of a process that was killed is about memory."""
-    words = ("out of memory", "can't allocate memory", "memory may have run out")
-    return isinstance(error, MemoryError) or any(each in str(error) for each in words)

@@ -3,14 +3,12 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
-
-from tyro.conf import Positional, Suppress, arg
 
 from ..config import ModelConfig
 from ..experiments.contender import parse_contenders
 from ..host.files import expanded
-from ..training.config import TrainConfig
+from ..training.config import GROUPS, TrainConfig
+from .options import Hidden, Merged, Place, Positional
 from .terminal import parse, stopped
 
 
@@ -18,12 +16,12 @@ from .terminal import parse, stopped
 class Budget(TrainConfig):
     """A training run but for what differs between runs."""
 
-    model: Suppress[ModelConfig] = field(default_factory=ModelConfig)
-    run: Suppress[str] = ""
-    seed: Suppress[int] = 0
-    data_seed: Suppress[int] = 0
-    start: Suppress[str | None] = None
-    branch: Suppress[str | None] = None
+    model: Hidden[ModelConfig] = field(default_factory=ModelConfig)
+    run: Hidden[str] = ""
+    seed: Hidden[int] = 0
+    data_seed: Hidden[int] = 0
+    start: Hidden[str | None] = None
+    branch: Hidden[str | None] = None
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,16 @@ class Compare:
     wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002; one with steps of its own has a schedule of that
     length"""
     seeds: int = 2
+    """runs of each model; seed k draws other weights and another order of the data, alike for all models"""
     jobs: int = 1
     """runs trained at once, each with its share of the cores, spread over the GPUs"""
-    out: str = "runs/compare"
+    out: Place = "runs/compare"
     """directory of the runs, results.json and report.html; a comparison that was stopped goes on there"""
-    budget: Annotated[Budget, arg(name="")] = field(default_factory=Budget)
+    budget: Merged[Budget] = field(default_factory=Budget)
 
 
 def main(arguments: Sequence[str]) -> None:
-    asked = parse(Compare, arguments, "compare")
+    asked = parse(Compare, arguments, "compare", groups=GROUPS)
     contenders = parse_contenders(asked.models)
     from ..experiments.compare import compare
     from .outcome import tell

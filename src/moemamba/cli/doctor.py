@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .. import __version__
 from .info import size
-from .terminal import parse, show
+from .terminal import parse, show, show_json
 
 OPTIMISED = ("cuda", "triton", "cpu")  # backends besides the reference, the first that can run is chosen
 
@@ -17,21 +17,35 @@ OPTIMISED = ("cuda", "triton", "cpu")  # backends besides the reference, the fir
 class Doctor:
     """Versions, devices, and which backend each op uses and why."""
 
+    json: bool = False
+    """print one JSON object in place of tables"""
+
+
+OPS, REASONS = ("op", "device", "backend", "has kernels too"), ("device", "backend", "whether it can run")
+
 
 def main(arguments: Sequence[str]) -> None:
-    parse(Doctor, arguments, "doctor")
+    if parse(Doctor, arguments, "doctor").json:
+        show_json(
+            {
+                "versions": dict(versions()),
+                "ops": [dict(zip(OPS, row, strict=True)) for row in backends()],
+                "backends": [dict(zip(REASONS, row, strict=True)) for row in reasons()],
+            }
+        )
+        return
     show(versions())
     print()
-    show(backends(), ("op", "device", "backend", "has kernels too"))
+    show(backends(), OPS)
     print()
-    show(reasons(), ("device", "backend", "whether it can run"))
+    show(reasons(), REASONS)
 
 
-def versions() -> list[tuple[str, ...]]:
+def versions() -> list[tuple[str, str]]:
     """What the package stands on, and the devices there are."""
     import torch
 
-    rows: list[tuple[str, ...]] = [
+    rows = [
         ("moemamba", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
     ]

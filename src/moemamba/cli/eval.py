@@ -1,15 +1,14 @@
 """`moemamba eval`: how well a run's model predicts a text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
-
-from tyro.conf import Positional
 
 from ..host.files import expanded
 from ..reading import validate
 from ..training.config import TrainConfig
-from .terminal import parse, show
+from .options import Place, Positional
+from .terminal import parse, show, show_json
 from .train import begun
 
 if TYPE_CHECKING:
@@ -21,17 +20,20 @@ if TYPE_CHECKING:
 class Eval:
     """Measure how well a run's model predicts a text."""
 
-    run: Positional[str]
+    run: Positional[Place]
     """a run directory or a checkpoint"""
-    data: str | None = None
+    data: Place | None = None
     """text to predict, a file or a folder; the held-out text of the run if None"""
     context: int | None = None
     """tokens in a window; as in the run if None"""
     batch_size: int = 16
+    """windows that are computed at once"""
     tokens: int | None = None
     """predict about that many at most; all if None"""
     device: str = "auto"
-    """auto is a GPU where there is one, else the CPU"""
+    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
+    json: bool = False
+    """print one JSON object in place of the table"""
 
     def __post_init__(self) -> None:
         validate(self, positive=("context", "batch_size", "tokens"))
@@ -61,12 +63,12 @@ def main(arguments: Sequence[str]) -> None:
         reset_state=run.reset_state,
         drop_gap=any(experts.capacity_factor for experts in model.config.routers),
     )
+    what = asked.data or f"held-out part of {' and '.join(text.name for text in texts)}"
+    if asked.json:
+        show_json({"text": what, "context": config.context} | asdict(found))
+        return
     rows = [
-        (
-            "text",
-            asked.data or f"held-out part of {' and '.join(text.name for text in texts)}",
-            f"{found.tokens:,} tokens",
-        ),
+        ("text", what, f"{found.tokens:,} tokens"),
         ("loss", f"{found.loss:.4f}", "nats a token"),
         *((f"  {name}", f"{loss:.4f}", "") for name, loss in (found.apart or {}).items()),
         ("perplexity", f"{found.perplexity:.3f}", ""),

@@ -4,11 +4,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Annotated
 
-from tyro.conf import Positional, UseAppendAction, arg
-
+from ..host.terminal import visible
 from ..inference.config import Sampling
+from .options import Merged, Place, Positional, Repeated
 from .terminal import parse
 
 
@@ -16,18 +15,19 @@ from .terminal import parse
 class Generate:
     """Continue a prompt, printing the text as it comes."""
 
-    run: Positional[str]
+    run: Positional[Place]
     """a run directory or a checkpoint"""
     prompt: str | None = None
     """text to continue; - is standard input, and so is no prompt at all where that is not a terminal"""
     max_new_tokens: int = 400
-    sampling: Annotated[Sampling, arg(name="")] = field(default_factory=Sampling)
+    """tokens to write at most; the end of a document ends the text before"""
+    sampling: Merged[Sampling] = field(default_factory=Sampling)
     seed: int | None = None
-    """makes the text repeatable"""
-    stop: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """a number that makes the text repeatable; another each time if None"""
+    stop: Repeated[tuple[str, ...]] = ()
     """a text that ends the answer and is not printed; give the option again for more than one"""
     device: str = "auto"
-    """auto is a GPU where there is one, else the CPU"""
+    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,10 +49,11 @@ def main(arguments: Sequence[str]) -> None:
     text, until = StreamDecoder(tokenizer), UntilText(asked.stop)
     tokens = stream(model, [ids], asked.max_new_tokens, asked.sampling, stop=tokenizer.end_of_text, seed=asked.seed)
     begun = list(islice(tokens, 2))  # before anything is printed, since they may have to compile kernels, and say so
-    print(prompt, end="", flush=True)
+    show = visible if sys.stdout.isatty() else str  # to a file or a program every character goes as it is
+    print(show(prompt), end="", flush=True)
     for (token,) in chain(begun, tokens):
         assert token is not None  # of a single row the stream ends with it
-        print(until.push(text.push(token)), end="", flush=True)
+        print(show(until.push(text.push(token))), end="", flush=True)
         if until.found:
             break
-    print(until.push(text.finish()) + until.finish())
+    print(show(until.push(text.finish()) + until.finish()))

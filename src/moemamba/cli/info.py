@@ -3,25 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from tyro.conf import Positional
+from typing import Any
 
 from ..config import LETTERS, ModelConfig, parse_pattern
 from ..counting import count_parameters, flops_per_token, memory, state_bytes
 from ..counting import size as size
+from ..host.files import check_regular, expanded
 from ..presets import PRESETS, preset
-from ..reading import read_config, validate
-from .terminal import parse, show
+from ..reading import read_config, to_dict, validate
+from .options import Place, Positional
+from .terminal import line, parse, show, show_json
 
 
 @dataclass(frozen=True)
 class Info:
     """Layers, parameters, operations and memory of a model, without building it."""
 
-    model: Positional[str]
+    model: Positional[Place]
     """a preset, a run directory or a config.json"""
     context: int = 1024
-    """tokens in a sequence"""
+    """tokens in the sequence that operations and state are counted for"""
+    json: bool = False
+    """print one JSON object in place of the tables; numbers are plain, sizes in bytes"""
 
     def __post_init__(self) -> None:
         validate(self, positive=("context",))
@@ -30,7 +33,11 @@ class Info:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Info, arguments, "info")
     config = find_config(asked.model)
-    print(f"{config.pattern} × {config.n_blocks}, d_model {config.d_model}\n")
+    if asked.json:
+        show_json(_numbers(config, asked.context))
+        return
+    line(f"{config.pattern} × {config.n_blocks}, d_model {config.d_model}")
+    print()
     show(layers(config), ("layer", "letter", "what", "parameters", "active", "times"))
     print()
     show(costs(config, asked.context))
@@ -42,13 +49,43 @@ def find_config(source: str) -> ModelConfig:
     Raises:
         ValueError: it is none of these, or a configuration that cannot work.
     """
-    path = Path(source)
+    path = expanded(source)
     file = path / "config.json" if path.is_dir() else path
     if source not in PRESETS and path.is_dir() and not file.is_file():
         raise ValueError(f"{source} has no config.json; name a run directory, a checkpoint, a config.json or a preset")
     if source in PRESETS or not file.is_file():
         return preset(source)
+    check_regular(file)
+    if path.suffix.lower() not in ("", ".json") or _is_text(file):
+        raise ValueError(f"{source} is no configuration; a text to train on goes to --data {source}")
     return read_config(ModelConfig, file)
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file is certainly no JSON object."""
+    with file.open("rb") as stream:
+        begins = stream.read(4096).lstrip()[:1]
+    return file.suffix.lower() != ".json" and begins != b"{"
+
+
+def _numbers(config: ModelConfig, context: int) -> dict[str, Any]:
+    """What the tables say, for programs."""
+    count = count_parameters(config)
+    weights = count.total + count.embedding
+    return {
+        "config": to_dict(config),
+        "parameters": count.total,
+        "active": count.active,
+        "embedding": count.embedding,
+        "context": context,
+        "flops_per_token": flops_per_token(config, context),
+        "bytes": {
+            "weights": 4 * weights,
+            "gradients": 4 * weights,
+            "optimizer": 8 * weights,
+            "state": state_bytes(config, context),
+        },
+    }
 
 
 def layers(config: ModelConfig) -> list[tuple[str, ...]]:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tyro.conf import Positional
-
 from ..experiments.tables import SCALES, TABLES
 from ..host.files import expanded
 from ..training.config import TrainConfig
+from .options import Place, Positional
 from .terminal import parse, stopped
 
 Name = Literal["main", "experts", "parallel", "inner", "inner-all", "ratio", "mlp", "accuracy", "plus"]
@@ -26,33 +25,35 @@ class Paper:
     mlp (the first version), accuracy (section 4.6), plus (our improved recipe against a baseline improved alike)"""
     scale: Literal["laptop", "gpu", "paper"] = "laptop"
     """laptop: minutes to an hour on a CPU; gpu: minutes a model; paper: its own 25M models and budget"""
-    data: str | tuple[str, ...] | None = None
-    """as of `moemamba train`; the paper's is C4. Python's own standard library if None"""
-    validation: str | None = None
-    """as of `moemamba train`"""
-    tokenizer: str | None = None
-    """as of `moemamba train`; the paper's is GPT-2's. bytes if None"""
+    data: Place | tuple[Place, ...] | None = None
+    """texts to train on, as --data of `moemamba train` takes them; the paper's is C4. Python's own standard library if
+    None"""
+    validation: Place | None = None
+    """held-out text, as --validation of `moemamba train` takes it; a part of the data if None"""
+    tokenizer: Place | None = None
+    """as --tokenizer of `moemamba train` takes it; the paper's is GPT-2's. bytes if None"""
     steps: int | None = None
-    """the scale's if None"""
+    """optimiser steps of each run; the scale's if None"""
     seeds: int | None = None
-    """the scale's if None"""
+    """runs of each model, each with a seed of its own; the scale's if None"""
     learning_rates: tuple[float, ...] | None = None
-    """to try for every model, or a single one to take as it is; the scale's if None"""
+    """learning rates to try for every model, or a single one to take as it is; the scale's if None"""
     tuning_steps: int | None = None
-    """of each run that tries a learning rate; the scale's if None"""
+    """optimiser steps of each run that tries a learning rate; the scale's if None"""
     eval_tokens: int = 131072
     """validation tokens that an evaluation reads at most"""
     jobs: int = 1
     """runs trained at once, spread over the GPUs"""
     device: str = "auto"
+    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
     compile: bool = False
     """torch.compile every layer"""
-    out: str | None = None
+    out: Place | None = None
     """directory of runs, results.md, results.json and report.html; runs/paper-TABLE-SCALE if None"""
 
 
 def main(arguments: Sequence[str]) -> None:
-    asked = parse(Paper, arguments, "paper TABLE")
+    asked = parse(Paper, arguments, "paper")
     given = {name: getattr(asked, name) for name in ("steps", "seeds", "tuning_steps")}
     scale = dataclasses.replace(SCALES[asked.scale], **{k: v for k, v in given.items() if v is not None})
     table = TABLES[asked.table]

@@ -5,22 +5,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tyro.conf import Positional
-
 from ..host.files import expanded
 from ..training.config import TrainConfig
-from .terminal import parse, show
+from .options import Place, Positional
+from .terminal import line, parse, show
 
 
 @dataclass(frozen=True)
 class Prepare:
     """Tokenise a text into a folder that `moemamba train --data FOLDER` opens at once."""
 
-    data: Positional[str]
-    """as of `moemamba train`: a file, a folder, a dataset of the hub, a file of tokens"""
-    out: str = "tokens"
+    data: Positional[Place]
+    """the text, as --data of `moemamba train` takes it: a file, a folder, a dataset of the hub, a .bin file"""
+    out: Place = "tokens"
     """the folder, which must not exist yet; it appears when it is complete"""
-    tokenizer: str = "bytes"
+    tokenizer: Place = "bytes"
     """"bytes", "bpe-8192" (trained on the text), or the path of a tokenizer.json; it is put into the folder, and runs
     take it from there"""
     held_out: float = 0.05
@@ -28,7 +27,7 @@ class Prepare:
 
 
 def main(arguments: Sequence[str]) -> None:
-    asked = parse(Prepare, arguments, "prepare DATA")
+    asked = parse(Prepare, arguments, "prepare")
     if not 0 <= asked.held_out < 1:
         raise ValueError(f"held_out is {asked.held_out}; it must be 0 or more and less than 1")
     from ..training.corpora import find_tokenizer, remarks, tokenising
@@ -56,4 +55,4 @@ def main(arguments: Sequence[str]) -> None:
     for note in remarks(corpus):
         print(note)
     speed = sum(t.bytes for _, t in parts) / 1e6 / seconds
-    print(f"{speed:,.1f} MB/s. Train on it with: moemamba train --data {shlex.quote(asked.out)}")
+    line(f"{speed:,.1f} MB/s. Train on it with: moemamba train --data {shlex.quote(asked.out)}")

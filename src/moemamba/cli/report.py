@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tyro.conf import Positional
-
 from ..host.files import expanded, replace
-from .terminal import parse
+from .options import Place, Positional
+from .terminal import line, parse
 
 
 @dataclass(frozen=True)
 class Asked:
     """Put comparisons on one page: their tables, figures and settings, from their results.json alone."""
 
-    runs: Positional[tuple[str, ...]]
+    runs: Positional[tuple[Place, ...]]
     """folders that `moemamba paper` or `moemamba compare` wrote, or their results.json, in the page's order"""
-    out: str = "results.html"
+    out: Place = "results.html"
     """the page; .md writes its words and tables as markdown"""
 
 
@@ -34,4 +33,4 @@ def main(arguments: Sequence[str]) -> None:
     comparisons = [read_results(expanded(run)) for run in asked.runs]
     page = markdown(comparisons) if asked.out.endswith(".md") else report(comparisons)
     replace(expanded(asked.out), page)
-    print(f"report: {asked.out}")
+    line(f"report: {asked.out}")

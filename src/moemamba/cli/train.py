@@ -2,28 +2,27 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
-
-from tyro.conf import arg
 
 from ..host.files import expanded
+from ..host.terminal import say
 from ..reading import read_config
 from ..text import ByteTokenizer, load_tokenizer
-from ..training.config import TrainConfig
+from ..training.config import GROUPS, TrainConfig
 from ..training.stop import Interrupted
 from .info import find_config
+from .options import Merged
 from .terminal import parse, stopped
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model: a PRESET, or a config.json, changed by the options."""
+    """Train a model: a PRESET, or a config.json, changed by the options. Without either, a small MoE-Mamba on Python's
+    own standard library."""
 
-    config: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+    config: Merged[TrainConfig] = field(default_factory=TrainConfig)
     resume: bool = False
     """continue the run in --run from its newest checkpoint, exactly as if it had never stopped; the run's own options
     need not be given again. With more --steps it goes on longer, and says what becomes of the learning rate"""
@@ -48,7 +47,7 @@ def read(arguments: Sequence[str]) -> Train:
         default = branched(branch, _given(arguments, "--steps")) or default
     elif start:
         default = started(default, start, named)
-    return parse(Train, arguments, "train [PRESET]", Train(default))
+    return parse(Train, arguments, "train [PRESET]", Train(default), GROUPS)
 
 
 def _given(arguments: Sequence[str], option: str) -> str | None:
@@ -103,9 +102,17 @@ def main(arguments: Sequence[str]) -> None:
     try:
         train(asked.config, "auto" if asked.auto_resume else asked.resume)
     except Interrupted as interrupted:
-        print(f"\n{interrupted}", file=sys.stderr)
+        say(f"\n{interrupted}")
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-            stopped(Path(asked.config.run), f"moemamba train --run {shlex.quote(asked.config.run)} --resume")
+            _say_stopped(Path(asked.config.run), shlex.join(["moemamba", "train", *arguments]))
         raise
+
+
+def _say_stopped(run: Path, command: str) -> None:
+    """After Ctrl-C that did not wait for the step to be saved."""
+    if (run / "train.json").is_file():
+        stopped(run, f"moemamba train --run {shlex.quote(str(run))} --resume")
+    else:
+        say(f"\nstopped before training began; nothing was written. Begin again with: {command}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
+from ..host.files import expanded
 from ..presets import preset
 from ..reading import from_dict, read_config, shown, to_dict
 from ..training.config import TrainConfig
@@ -61,7 +62,7 @@ def parse_contender(text: str) -> Contender:
     """
     source, *changes = re.split(r",(?![^\[]*\])", text)  # commas within a list belong to it
     name, named, source = source.rpartition("=")
-    model = read_config(ModelConfig, Path(source)) if source.endswith(".json") else preset(source)
+    model = read_config(ModelConfig, expanded(source)) if source.endswith(".json") else preset(source)
     recipe: dict[str, Any] = {}
     for change in changes:
         key, equals, value = change.partition("=")

@@ -16,6 +16,7 @@ from queue import SimpleQueue
 import torch
 
 from ..counting import count_parameters
+from ..host.terminal import say
 from ..training.config import TrainConfig
 from ..training.guard import Diverged
 from ..training.loop import prepare_text, train
@@ -158,7 +159,7 @@ def _child(task: Task, silent: bool, outcome: connection.Connection) -> None:
     except (ValueError, OSError, KeyboardInterrupt) as caught:
         error = caught
     except BaseException as caught:
-        traceback.print_exc()
+        say(traceback.format_exc())
         error = RuntimeError(f"{task.label}: {type(caught).__name__}: {caught}")
     try:
         pickle.loads(pickle.dumps(error))

@@ -7,11 +7,13 @@ right, a disk that fails) is the system's own `OSError`, and never taken for dam
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -201,3 +203,30 @@ def writable(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def keep_recent(folder: Path, name: str, most: int) -> None:
+    """Of the entries of a cache whose whole name fits a pattern, remove all but those used last (`used`).
+
+    Only files and directories themselves, never what a link points to; what cannot be removed stays, and so does what
+    was used within a day, perhaps by a process that still runs.
+    """
+    since = time.time() - 86_400
+    try:
+        entries = [each for each in os.scandir(folder) if re.fullmatch(name, each.name) and not each.is_symlink()]
+        entries.sort(key=lambda each: each.stat().st_mtime)
+        entries = [each for each in entries[: max(0, len(entries) - most)] if each.stat().st_mtime < since]
+    except OSError:  # another process removes some too
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                os.unlink(entry.path)
+
+
+def used(path: Path) -> None:
+    """Note that an entry of a cache is in use, for `keep_recent`."""
+    with suppress(OSError):
+        os.utime(path)

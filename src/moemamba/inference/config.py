@@ -12,13 +12,13 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    """0 takes the most likely token"""
+    """how random the choice is: 0 always takes the most likely token, 1 follows the model's probabilities"""
     top_k: int | None = None
-    """only the k most likely tokens"""
+    """choose among the k most likely tokens only; among all if None"""
     top_p: float | None = None
-    """only the fewest tokens that together have this probability"""
+    """choose among the fewest tokens that together have this probability; among all if None"""
     min_p: float | None = None
-    """only tokens at least this fraction as likely as the most likely one"""
+    """choose among tokens at least this fraction as likely as the most likely one; among all if None"""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:

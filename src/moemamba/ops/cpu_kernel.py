@@ -8,12 +8,10 @@ for every dtype, layout and absent argument, and so that a call costs microsecon
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import numba
@@ -26,7 +24,11 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..host.files import cache_folder, expanded, keep_recent, used, writable
+from ..host.terminal import say
+
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
+KEPT = 4  # states of the sources whose compiled kernels are kept
 WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes tens
 
 _config: Any = numba.config
@@ -59,15 +61,16 @@ def _cache_folder() -> str:
     """
     here = Path(__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("cpu*.py")))).hexdigest()[:16]
-    for base in (_config.CACHE_DIR, here / "__pycache__", Path.home() / ".cache" / "moemamba"):
-        if base:
-            try:
-                folder = Path(base) / f"kernels-{sources}"
-                folder.mkdir(parents=True, exist_ok=True)
-                with TemporaryFile(dir=folder):
-                    return str(folder)
-            except OSError:
-                continue
+    # Not in the package's own folder, unless there is no other: what pip has not installed it does not remove.
+    own = [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else []
+    others = [folder for folder in (cache_folder(), expanded("~/.cache/moemamba")) if folder and folder.is_absolute()]
+    others.sort(key=lambda base: not (base / f"kernels-{sources}").is_dir())  # first where they are compiled already
+    bases = [*own, *others, here / "__pycache__"]
+    for base in bases:
+        if writable(folder := base / f"kernels-{sources}"):
+            used(folder)
+            keep_recent(base, r"kernels-[0-9a-f]{16}", KEPT)
+            return str(folder)
     return ""
 
 
@@ -93,7 +96,7 @@ class _Announce(event.Listener):  # type: ignore[misc]
         function = event.data["dispatcher"].py_func
         if not self.said and function.__module__.startswith(__package__) and function.__qualname__ in _kernels:
             self.said = True
-            print("moemamba: compiling the CPU kernels, once (about 10 s)", file=sys.stderr, flush=True)
+            say("moemamba: compiling the CPU kernels, once (10 s to a minute)")
 
     def on_end(self, event: Any) -> None:
         pass

@@ -10,11 +10,13 @@ import functools
 import hashlib
 import importlib.util
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 
+from ..host.files import cache_folder, keep_recent, replace, used
+
+KEPT = 256  # compiled kernels in the cache, a few for each kind of GPU and version of the sources
 SHARED_MEMORY_OPT_IN = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -125,17 +127,20 @@ def _compiled(source: str, constants: dict[str, int], capability: tuple[int, int
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "--use_fast_math"]
     options += [f"-D{name}={value}" for name, value in constants.items()]
     key = hashlib.sha256("\n".join([source, *options, str(torch.version.cuda)]).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moemamba"
+    folder = cache_folder()
+    if folder is None:
+        return _compile(source, options)
     path = folder / f"{key}.cubin"
     try:
-        return path.read_bytes()
+        cubin = path.read_bytes()
+        used(path)
+        return cubin
     except OSError:
         cubin = _compile(source, options)
     with contextlib.suppress(OSError):  # a folder that cannot be written to costs a compilation a process
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)  # complete or absent, whoever else writes it
+        replace(path, cubin)  # complete or absent, whoever else writes it
+        keep_recent(folder, r"[0-9a-f]{32}\.cubin", KEPT)
     return cubin
 
 

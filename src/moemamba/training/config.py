@@ -13,6 +13,36 @@ from ..reading import validate
 
 HUB = "hf:"  # how the name of a dataset of the Hugging Face hub begins
 
+# How --help groups the options; what is named here first is all that the first page shows.
+GROUPS = {
+    "what most runs set": (
+        *(
+            "data",
+            "validation",
+            "tokenizer",
+            "run",
+            "start",
+            "branch",
+            "resume",
+            "auto-resume",
+            "steps",
+            "batch-size",
+            "context",
+        ),
+        *("optimizer", "learning-rate", "schedule", "eval-every", "save-every", "seed", "device", "compile"),
+        *("model.pattern", "model.n-blocks", "model.d-model", "model.experts.n-experts", "model.experts.top-k"),
+    ),
+    "data": ("sampling", "reset-state", "data-seed"),
+    "schedule and optimiser": (
+        *("warmup", "cooldown", "final-lr", "weight-decay", "decay", "beta1", "beta2", "clip"),
+        *("on-failure", "max-skips", "spike-factor"),
+    ),
+    "metrics, evaluation and checkpoints": ("log-every", "eval-tokens", "keep", "tensorboard"),
+    "memory, speed and processes": (
+        *("dtype", "accumulate", "recompute", "cuda-graph", "shard", "expert-parallel", "routing-groups", "timeout"),
+    ),
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -25,7 +55,7 @@ class TrainConfig:
     """
 
     model: ModelConfig = field(default_factory=lambda: preset("moe-mamba-tiny"))
-    """vocab_size is replaced by the tokenizer's"""
+    """the model; its vocab_size is replaced by the tokenizer's"""
     data: str | tuple[str, ...] | None = None
     """a text file, JSON or parquet with a "text" field, tokens (.u16.bin, .u32.bin), any of them packed (.gz, .xz,
     .zst, .bz2), a folder of such files, a dataset of the Hugging Face hub (hf:allenai/c4:en:train:100000, the number of
@@ -42,9 +72,9 @@ class TrainConfig:
     reset_state: bool = False
     """begin every document of a packed sequence from an empty state"""
     data_seed: int = 0
-    """of the order of the data"""
+    """seed of the order of the data"""
     run: str = "runs/moe-mamba"
-    """directory of this run: configuration, metrics, checkpoints"""
+    """directory of this run, for its configuration, metrics and checkpoints"""
     start: str | None = None
     """begin with the weights of a run (its newest checkpoint), of a checkpoint or of a saved model, with a new schedule
     and a fresh optimiser; architecture and tokenizer must be the same"""
@@ -59,37 +89,39 @@ class TrainConfig:
     context: int = 256
     """tokens in a sequence"""
     seed: int = 0
-    """of the initial weights"""
+    """seed of the initial weights"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for experts and matrices between hidden layers, AdamW for all else, at the same learning_rate"""
+    """adamw: AdamW for all weights; muon: Muon for experts and matrices between hidden layers, AdamW for all else, at
+    the same learning_rate"""
     learning_rate: float = 3e-3
-    """the highest of the schedule"""
+    """highest learning rate of the schedule"""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
-    """how it falls after the warm-up; wsd (warmup, stable, decay) stays level until the cooldown"""
+    """how the learning rate falls after the warm-up; wsd (warmup, stable, decay) stays level until the cooldown"""
     warmup: float = 0.05
     """share of the steps in which the learning rate rises linearly"""
     cooldown: float = 0.2
-    """share of the steps in which it falls with wsd"""
+    """share of the steps, the last ones, in which the learning rate falls with --schedule wsd"""
     final_lr: float = 0.1
-    """share of the learning rate that the schedule ends at"""
+    """where the schedule ends, as a share of the learning rate"""
     weight_decay: float = 0.1
-    """share of a weight that a step at learning rate 1 would take away"""
+    """weight decay: the share of a weight that a step at learning rate 1 would take away"""
     decay: Literal["matrices", "all"] = "matrices"
-    """what decays: matrices spares A_log, D, biases and norms; all is the paper's recipe"""
+    """which weights decay: matrices spares A_log, D, biases and norms; all is the paper's recipe"""
     beta1: float = 0.9
-    """how much AdamW keeps of the gradients' mean from step to step"""
+    """share of the running mean of the gradients that AdamW keeps from step to step"""
     beta2: float = 0.95
-    """and of the mean of their squares"""
+    """share of the running mean of the squared gradients that AdamW keeps from step to step"""
     clip: float = 1.0
-    """largest norm of the gradient"""
+    """largest norm of the gradient; a larger gradient is scaled down to it"""
 
     on_failure: Literal["stop", "skip"] = "stop"
     """when a step's loss or gradient is not finite, or spikes: stop the run, or go on without that update"""
     max_skips: int = 10
-    """steps skipped one after another that stop the run all the same"""
+    """with --on-failure skip: so many skipped steps one after another stop the run all the same"""
     spike_factor: float | None = None
-    """a gradient this many times the median norm of the last 100 steps fails too, such as 10; None: never"""
+    """a step fails too if its gradient has this many times the median norm of the last 100 steps, such as 10; never if
+    None"""
 
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
@@ -105,21 +137,21 @@ class TrainConfig:
     """write the metrics for TensorBoard too, into the folder tensorboard of the run"""
 
     device: str = "auto"
-    """auto is a GPU where there is one, else the CPU"""
+    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of activations; auto is bfloat16 on a GPU. Weights and optimiser are float32"""
+    """number format of activations; auto is bfloat16 on a GPU, else float32. Weights and optimiser are float32"""
     shard: Literal["none", "parameters"] = "none"
-    """of several processes (torchrun): none copies parameters, gradients and optimiser to each; parameters shares them
-    out"""
+    """with several processes (torchrun): none gives each a copy of parameters, gradients and optimiser; parameters
+    shares them out"""
     expert_parallel: int = 1
-    """processes that the experts of a layer are spread over; tokens travel to them"""
+    """with several processes (torchrun): how many of them share the experts of a layer; tokens travel to them"""
     accumulate: int = 1
-    """parts that a batch is computed in, to save memory; must divide batch_size"""
+    """parts that a batch is computed in, one after another, to save memory; must divide batch_size"""
     routing_groups: int | None = None
     """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
     a group, so that results depend on neither processes nor parts; one for each process and part if None"""
     compile: bool = False
-    """torch.compile every layer"""
+    """compile every layer with torch.compile; needs a C++ compiler on a CPU"""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """replay the step as a CUDA graph, which spares the host's work; auto: in one process on one GPU, where it can be.
     The graph keeps the memory of a step to itself"""
@@ -130,8 +162,8 @@ class TrainConfig:
     tokenised or a checkpoint written they wait for a day"""
 
     def __post_init__(self) -> None:
-        for name in ("data", "validation", "tokenizer", "run"):  # a Path is as good as its text
-            object.__setattr__(self, name, as_text(getattr(self, name)))
+        for name in ("data", "validation", "tokenizer", "run", "start", "branch"):
+            object.__setattr__(self, name, at_home(getattr(self, name)))
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
         more = ("save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
         validate(
@@ -174,6 +206,17 @@ class TrainConfig:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
 
 
+def at_home(value: Any) -> Any:
+    """Paths as text, in which a leading `~`, behind a weight too, is the home folder; everything else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(map(at_home, value))
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    weight, path = re.fullmatch(r"([-+.\d][^:/]*:)?(.*)", value, re.DOTALL).groups("")  # type: ignore[union-attr]
+    return f"{weight}{expanded(path)}" if path.startswith("~") else value
+
+
 def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, float | None], ...]:
     """The corpora of `TrainConfig.data` and their weights, all of them None if none is given.
 
@@ -208,13 +251,6 @@ def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, floa
     if 0 < len(without) < len(found):
         raise ValueError(f"data gives no weight to {without[0]}, but to others; give every text one, or none at all")
     return tuple(found)
-
-
-def as_text(value: Any) -> Any:
-    """Paths as text, in a tuple or list too; everything else as it is."""
-    if isinstance(value, tuple | list):
-        return tuple(as_text(item) for item in value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def absolute(config: TrainConfig) -> TrainConfig:

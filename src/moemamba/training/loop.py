@@ -70,7 +70,8 @@ def train(
     Raises:
         ValueError: data or configuration that cannot work, or a resumed run whose configuration or data differ.
         Diverged: the loss, its gradient or an evaluation is not finite, or the gradient spiked, as `config` has it.
-        Interrupted: SIGINT, SIGTERM or SIGUSR1 came; the step was finished and saved. A second signal ends at once.
+        Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP came; the step was finished and saved. A second signal ends
+            at once.
         OSError: the run directory holds a run already, another process trains in it, or it cannot be written.
     """
     config = absolute(config)
@@ -159,6 +160,8 @@ def _train(
                     _log_routers(run, report, alarms, meter, step, skipped)
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
+            if lost := report.lost():
+                run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
                 found = _evaluate(model, corpora, config, dtype, processes)
                 if not math.isfinite(found.loss):

@@ -15,7 +15,7 @@ from ..reading import read_config, to_dict
 from ..text import Tokenizer, load_tokenizer
 from .config import TrainConfig
 from .corpora import find_tokenizer
-from .parallel import check, routing_groups
+from .parallel import check, check_used, routing_groups
 from .run import Position, Run, read_position
 from .schedule import becomes, fall, learning_rate, warmup_steps
 
@@ -41,6 +41,8 @@ def claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Train
     if origin and config.routing_groups is None:
         config = replace(config, routing_groups=begun.routing_groups or begun.accumulate)
     check(config, size)
+    if not resume:
+        check_used(config, size)
     tokenizer = origin.tokenizer() if origin else find_tokenizer(config)
     model = config.model.replace(vocab_size=tokenizer.vocab_size)
     config = replace(config, model=model, routing_groups=routing_groups(config, size))

@@ -68,6 +68,20 @@ def check(config: TrainConfig, size: int) -> None:
         )
 
 
+def check_used(config: TrainConfig, size: int) -> None:
+    """Whether a run that begins uses what it was asked for. One that goes on may do so in fewer processes.
+
+    Raises:
+        ValueError: an option that one process would ignore.
+    """
+    asked = {"expert_parallel": (config.expert_parallel, 1), "shard": (config.shard, "none")}
+    for name, (value, alone) in asked.items():
+        if size == 1 and value != alone:
+            raise ValueError(
+                f"{name} is {value}, which means nothing in one process; start several with torchrun, or leave it out"
+            )
+
+
 def _expert_parallel(config: TrainConfig, size: int) -> int:
     """Processes that experts are spread over; one alone has them all, so that it can resume any run."""
     return config.expert_parallel if size > 1 else 1

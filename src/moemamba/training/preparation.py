@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..host.files import cache_folder, expanded, new_directory, replace, writable, write_json
+from ..host.files import cache_folder, expanded, keep_recent, new_directory, replace, used, writable, write_json
 from ..reading import to_dict
 from ..text import Tokenizer
 from .documents import Documents, hash_of
@@ -19,6 +19,7 @@ from .prepared import Corpus, Index, Part, digest, is_prepared, open_prepared
 from .tokenfiles import documents_of
 
 FORMAT = 3  # of the files below, and of what is read as text; a change hides caches of older versions
+KEPT = 64  # prepared sources in the cache; those used least recently are removed beyond
 HELD_OUT = 0.05  # share of the documents that becomes validation data unless told otherwise
 GROUP = (1 << 18) * (os.cpu_count() or 1)  # characters of text that are tokenised together
 MEASURED = 16  # the share of the text on which it is measured what tokens lose is one of so many
@@ -56,6 +57,8 @@ def prepare(
         except OSError:
             if not folder.exists():  # else another process was faster
                 raise
+        keep_recent(cache, r"[0-9a-f]{24}", KEPT)
+    used(folder)
     return open_prepared(folder, tokenizer, cache)
 
 

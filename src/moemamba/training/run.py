@@ -202,7 +202,11 @@ class Run:
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, **values}) + "\n")
         if self.board:
-            self.board.write(kind, values)
+            try:
+                self.board.write(kind, values)
+            except OSError as error:  # it only shows what is in metrics.jsonl
+                self.board = None
+                self.log("note", step=values["step"], text=f"TensorBoard's file ends here: {error.strerror or error}")
 
     def write(self, snapshot: Snapshot, tokenizer: Tokenizer, keep: int) -> None:
         """Write a checkpoint, then remove those that are neither among the newest `keep` nor the best evaluated."""

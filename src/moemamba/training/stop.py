@@ -6,9 +6,11 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-# A person's Ctrl-C; a scheduler's or container's end; what SLURM sends before it if asked to (--signal=USR1@120).
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# A person's Ctrl-C; a scheduler's or container's end; what SLURM sends before it if asked to (--signal=USR1@120); a
+# terminal that was closed.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
+HANGUP = getattr(signal, "SIGHUP", None)
 SAME = 10.0
 
 
@@ -26,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """While entered, the first signal is remembered in `number`, and a second one does what it would have done.
 
-    A scheduler may tell a process and its launcher, which tells the process again: SIGTERM and SIGUSR1 that come within
+    A scheduler may tell a process and its launcher, which tells the process again: signals but SIGINT that come within
     `SAME` seconds of the first signal are the first.
 
     Outside the main thread Python cannot handle signals: there nothing changes.
@@ -41,7 +43,8 @@ class Stop:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._receive)
+                if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it is to go on
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
