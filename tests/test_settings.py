@@ -1,4 +1,4 @@
-"""Laws 6 and 10: torch's settings and other threads change no result; derivatives are right or refused; plain layers."""
+"""Laws 6 and 10: torch's settings and other threads change nothing; derivatives are right or refused; plain layers."""
 
 import threading
 

@@ -298,8 +298,14 @@ class _Drawing(TorchFunctionMode):
     """Draw from this generator, in this thread, what would come from torch's global one."""
 
     FUNCTIONS = frozenset(
-        (Tensor.normal_, Tensor.uniform_)
-        + (nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.kaiming_uniform_)
+        {
+            Tensor.normal_,
+            Tensor.uniform_,
+            nn.init.normal_,
+            nn.init.uniform_,
+            nn.init.trunc_normal_,
+            nn.init.kaiming_uniform_,
+        }
     )
 
     def __init__(self, generator: torch.Generator):

@@ -110,8 +110,8 @@ class Attention(nn.Module):
         return merged
 
 
-# A product with a weight of zero does not make vanish what is not a number. So a position that holds such counts as zero
-# in the products, and only the queries that see it get NaN.
+# A product with a weight of zero does not make vanish what is not a number. So a position that holds such counts as
+# zero in the products, and only the queries that see it get NaN.
 
 
 def _not_finite(x: Tensor, seq_idx: Tensor | None) -> Tensor | None:

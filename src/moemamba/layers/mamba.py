@@ -62,7 +62,7 @@ class SelectiveSSM(nn.Module):
 
     def residual_weights(self) -> list[Tensor]:
         """The weights whose products are the layer's output."""
-        return residual_weights(self.out_proj)
+        return residual_weights(self.get_submodule("out_proj"))
 
     def scan(self, u: Tensor, z: Tensor, state: MambaState | None, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """u, gate z (b, l, i) -> y (b, l, i), state."""

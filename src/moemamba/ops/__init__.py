@@ -2,9 +2,9 @@
 
 Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch, `reference.py`), "cpu"
 (compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: on NVIDIA GPUs the scan and the
-convolution's gradients). All compute the same function with the same gradients. The fastest that can run is chosen from
-the tensors; `backend("reference")` overrides the choice. The kernels know the backward pass alone: under torch.func, and
-where an argument carries a forward-mode derivative, the choice is the reference, which is right there too.
+convolution's gradients). All compute the same function with the same gradients. The fastest that can run is chosen
+from the tensors; `backend("reference")` overrides the choice. The kernels know the backward pass alone: under
+torch.func, and where an argument carries a forward-mode derivative, the choice is the reference, which is right there.
 
 What is not of a sequence, padding or another sequence of its row, never reaches it, forward or backward, be it infinite
 or not a number.

@@ -58,7 +58,8 @@ _forced: ContextVar[str | None] = ContextVar("moemamba_backend", default=None)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot read it: what is compiled keeps the choice it began with
+# torch.compile cannot read the variable: what is compiled keeps the choice that it was compiled with.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def forced() -> str | None:
     """The backend that was asked for in this context."""
     return _forced.get()

@@ -182,9 +182,9 @@ def _forward(
     if u.numel() == 0:
         return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state), starts
     launch = _Launcher(
-        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C), D=_float(D),
-        z=None if z is None else dense_rows(z), bias=_float(dt_bias), initial=_float(initial_state), y=y, final=final_state,
-        starts=starts if save else None,
+        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C),
+        D=_float(D), z=None if z is None else dense_rows(z), bias=_float(dt_bias), initial=_float(initial_state),
+        y=y, final=final_state, starts=starts if save else None,
     )  # fmt: skip
     threads = WALKERS if length > 1 else 32
     blocks, shared = batch * -(-width // (2 * threads)), _walk_memory(threads, u.element_size(), marks is not None)
@@ -224,9 +224,9 @@ def _backward(
         return grads
     dA, dD, dbias, dinitial = floats = [grads[k].float() for k in (2, 5, 7, 8)]
     launch = _Launcher(
-        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C), D=_float(D),
-        z=None if z is None else dense_rows(z), bias=_float(dt_bias), dy=dy.contiguous(), dfinal=_float(dfinal),
-        starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA, dB=grads[3], dC=grads[4],
+        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C),
+        D=_float(D), z=None if z is None else dense_rows(z), bias=_float(dt_bias), dy=dy.contiguous(),
+        dfinal=_float(dfinal), starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA, dB=grads[3], dC=grads[4],
         dD=dD, dbias=dbias,
     )  # fmt: skip
     tiles, walking = batch * -(-width // TILE), batch * -(-width // (2 * WALKERS))

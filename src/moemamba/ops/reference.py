@@ -43,7 +43,8 @@ def selective_scan(
     valid, starts = None, None
     if seq_idx is not None:
         valid, starts = boundaries(seq_idx)
-        u, dt, B, C, z = (None if t is None else t.masked_fill(~valid[..., None], 0) for t in (u, dt, B, C, z))
+        u, dt, B, C = (t.masked_fill(~valid[..., None], 0) for t in (u, dt, B, C))
+        z = None if z is None else z.masked_fill(~valid[..., None], 0)
     outputs = []
     for chunk in (slice(start, start + SCAN_CHUNK) for start in range(0, length, SCAN_CHUNK)):
         inputs = [None if t is None else t[:, chunk] for t in (u, dt, B, C, z, valid, starts)]
