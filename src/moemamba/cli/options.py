@@ -1,8 +1,8 @@
 """Arguments into the dataclass of a command: every field is an option, `--model.d-model` for one of a part.
 
 A field's type says what its option takes; marks say the rest: `Positional[str]` stands without a name, `Place` is a
-path, in which `~` is the home folder, `Merged` parts have no prefix, `Hidden` fields are no options, and `Repeated` ones
-take one value each time they are given.
+path, in which `~` is the home folder, `Merged` parts have no prefix, `Hidden` fields are no options, and `Repeated`
+ones take one value each time they are given.
 """
 
 import dataclasses
