@@ -12,7 +12,8 @@ from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, M
 from moemamba.model import MoEMamba, make_layer
 from moemamba.ops.backends import INSTALLED
 
-BACKENDS = ["reference", "cpu", *(["triton"] if INSTALLED["triton"] and not torch.cuda.is_available() else [])]
+BACKENDS = ["reference", "cpu"]
+interpreted = pytest.mark.skipif(not INSTALLED["triton"] or torch.cuda.is_available(), reason="needs an interpreter")
 STRANGE = [math.nan, math.inf, -math.inf]
 CONFIG = ModelConfig(
     d_model=16,
@@ -38,7 +39,7 @@ ROWS = {  # sequence of each position; what is looked at is sequence 5
 }
 
 
-def spoil(tensor, ids, value, dtype=None):
+def spoil(tensor, ids, value):
     """With `value` in some entries of every position (dimension 1) that is not of sequence 5."""
     spoilt = tensor.clone()
     spoilt[:, torch.tensor(ids) != 5, ::2] = value
@@ -51,7 +52,7 @@ def scan_inputs(length, width=5, n=3):
 
 
 def scan(streams, parameters, ids):
-    seq_idx = torch.tensor([ids] * 2)
+    seq_idx = torch.tensor([ids] * 2, device=streams["u"].device)
     return ops.selective_scan(
         streams["u"], streams["dt"], parameters["A"], streams["B"], streams["C"], parameters["D"], streams["z"],
         parameters["dt_bias"], seq_idx=seq_idx,
@@ -64,20 +65,38 @@ def scan(streams, parameters, ids):
     ids=st.sampled_from(list(ROWS.values())),
     where=st.sampled_from(["u", "dt", "B", "C", "z"]),
     value=st.sampled_from(STRANGE),
-    stretch=st.sampled_from([1, 5, 40]),
+    stretch=st.sampled_from([1, 5]),
 )
 def test_scan(backend, ids, where, value, stretch):
-    if backend == "triton":
-        stretch = 1  # its interpreter takes a second a call
+    check_scan(backend, "cpu", [i for i in ids for _ in range(stretch)], where, value)
+
+
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("where", ["u", "dt", "B", "C", "z"])
+@pytest.mark.parametrize("ids", [ROWS["between two"], ROWS["padding before"]])
+def test_scan_in_the_interpreter(ids, where):
+    check_scan("triton", "cpu", ids, where, math.nan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("where", ["u", "dt", "B", "C", "z"])
+@pytest.mark.parametrize("ids", ROWS.values())
+@pytest.mark.parametrize("stretch", [1, 40])
+def test_scan_on_a_gpu(ids, where, backend, stretch):
+    check_scan(backend, "cuda", [i for i in ids for _ in range(stretch)], where, math.nan)
+
+
+def check_scan(backend, device, ids, where, value):
     torch.manual_seed(0)
-    ids = [i for i in ids for _ in range(stretch)]
     own = torch.tensor(ids) == 5
     parameters = {"A": -torch.rand(5, 3), "D": torch.randn(5), "dt_bias": torch.randn(5)}
     clean = scan_inputs(len(ids))
     found = []
     for streams in (clean, clean | {where: spoil(clean[where], ids, value)}):
-        leaves = {name: t.clone().requires_grad_() for name, t in streams.items()}
-        shared = {name: t.clone().requires_grad_() for name, t in parameters.items()}
+        leaves = {name: t.to(device, copy=True).requires_grad_() for name, t in streams.items()}
+        shared = {name: t.to(device, copy=True).requires_grad_() for name, t in parameters.items()}
         with ops.backend(backend):
             y, final = scan(leaves, shared, ids)
             loss = y[:, own].square().sum() + (final.square().sum() if ids[-1] in (5, -1) and 7 not in ids else 0)
@@ -147,7 +166,7 @@ def test_router_does_not_count_padding(backend, value):
         with ops.backend(backend):
             indices, gates, *totals = ops.route_with_totals(x_, w, bias, 2, valid)
             (gates.square().sum() + sum(t.square().sum() for t in totals[1:3])).backward()
-        found.append([indices, gates, *totals, x_.grad, *([] if backend == "triton" else [w.grad])])
+        found.append([indices, gates, *totals, x_.grad, w.grad])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(b, a)
 

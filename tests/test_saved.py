@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moemamba.tokenizer import ByteTokenizer
+from moemamba.text import ByteTokenizer
 from safetensors.torch import load_file, save_file
 
 from moemamba import ModelConfig, MoEMamba, State, TrainConfig, checkpoint, load, save, train

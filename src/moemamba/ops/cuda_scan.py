@@ -226,8 +226,8 @@ def _backward(
     launch = _Launcher(
         marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C),
         D=_float(D), z=None if z is None else dense_rows(z), bias=_float(dt_bias), dy=dy.contiguous(),
-        dfinal=_float(dfinal), starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA, dB=grads[3], dC=grads[4],
-        dD=dD, dbias=dbias,
+        dfinal=_float(dfinal), starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA,
+        dB=grads[3], dC=grads[4], dD=dD, dbias=dbias,
     )  # fmt: skip
     tiles, walking = batch * -(-width // TILE), batch * -(-width // (2 * WALKERS))
     parts, span = launch.parts(tiles, walking, TURNS)
