@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from moemamba import TrainConfig, ops, preset
-from moemamba.ops.backends import BACKENDS, why_not
+from moemamba.host.progress import Report
+from moemamba.ops.choice import BACKENDS, why_not
 from moemamba.training import loop
-from moemamba.training.progress import Report
 
 NATURAL = "natural choice"  # the fastest backend for each op, as without asking
 TOGETHER = 20  # first steps, listed by themselves

@@ -28,9 +28,11 @@ from torch import nn
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, count_parameters, preset
 from moemamba.config import ExpertsConfig
-from moemamba.training import loop, parallel, step
-from moemamba.training.processes import Processes, join
-from moemamba.training.progress import Report
+from moemamba.distributed import sharding as parallel
+from moemamba.distributed.processes import Processes, join
+from moemamba.host.progress import Report
+from moemamba.training import loop
+from moemamba.training.update import step
 
 VOCABULARY = 50_257
 WAYS: dict[str, dict[str, Any]] = {

@@ -32,13 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moemamba import MoEMamba, TrainConfig, preset
+from moemamba.data.batches import Batch
+from moemamba.distributed.processes import Processes
 from moemamba.layers import MoE
-from moemamba.training.data import Batch
-from moemamba.training.guard import Guard, Skips
-from moemamba.training.loss import losses
-from moemamba.training.optim import make_optimizer
-from moemamba.training.processes import Processes
-from moemamba.training.step import WARM_UP, Step
+from moemamba.training.update.guard import Guard, Skips
+from moemamba.training.update.loss import losses
+from moemamba.training.update.optim import make_optimizer
+from moemamba.training.update.step import WARM_UP, Step
 
 BATCH, LENGTH, VOCABULARY = 256, 256, 50_257
 STEPS, GROUPS = 10, 5  # steps between two readings of the loss, as TrainConfig.log_every has it, and such groups

@@ -13,7 +13,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton, triton_cross_entropy, triton_experts_products, triton_step_cuts
+from moemamba.ops import triton
+from moemamba.ops.experts import triton_products as triton_experts_products
+from moemamba.ops.head import triton as triton_cross_entropy
+from moemamba.ops.mamba_step import triton as step
+from moemamba.ops.mamba_step import triton_many
 
 
 class Absent:
@@ -99,7 +103,7 @@ for n_experts, top_k in ((5, 2), (32, 1), (128, 4)):
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):
         for batch in (1, 9, 16, 40, 256):
-            triton_step_cuts.overlap = lambda _: capability >= 90
+            step.overlap = triton_many.overlap = lambda _: capability >= 90
             x, conv, ssm = (
                 draw(batch, 1, 512, dtype=dtype),
                 draw(batch, 1024, 3, dtype=dtype),

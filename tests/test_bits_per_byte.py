@@ -13,11 +13,11 @@ from tokenizers import models, pre_tokenizers
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, evaluate, train
 from moemamba.cli import eval as eval_command
+from moemamba.data.batches import Tokens, predicted_bytes, windows
+from moemamba.data.preparation import prepare
+from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer, load_tokenizer, train_bpe
 from moemamba.training.config import absolute
-from moemamba.training.data import Tokens, predicted_bytes, windows
-from moemamba.training.preparation import prepare
-from moemamba.training.progress import Report
 
 SILENT = Report(silent=True)
 

@@ -12,15 +12,24 @@ import torch
 
 from moemamba import TrainConfig, ops, preset, train
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.experiments.chart import shade, ticks
-from moemamba.experiments.compare import compare
-from moemamba.experiments.contender import Contender, parse_contender, parse_contenders
-from moemamba.experiments.history import History, crossing, read_history, smoothed, smoothing, speed_up
-from moemamba.experiments.markdown import markdown
-from moemamba.experiments.record import Run, thinned
-from moemamba.experiments.report import report
-from moemamba.experiments.results import Comparison, Spread, cells, count, read_results, signed, summarise, times
-from moemamba.experiments.section import Grid, section
+from moemamba.experiments.compare.comparing import compare
+from moemamba.experiments.compare.contender import Contender, parse_contender, parse_contenders
+from moemamba.experiments.page.chart import shade, ticks
+from moemamba.experiments.page.html import report
+from moemamba.experiments.page.markdown import markdown
+from moemamba.experiments.page.section import Grid, section
+from moemamba.experiments.results.comparison import (
+    Comparison,
+    Spread,
+    cells,
+    count,
+    read_results,
+    signed,
+    summarise,
+    times,
+)
+from moemamba.experiments.results.history import History, crossing, read_history, smoothed, smoothing, speed_up
+from moemamba.experiments.results.record import Run, thinned
 from moemamba.reading import to_dict
 
 MAMBA = ModelConfig("M", 1, 16)

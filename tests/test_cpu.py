@@ -11,7 +11,9 @@ import torch
 
 from moemamba import ops
 from moemamba.layers import Router
-from moemamba.ops import cpu, cpu_cross_entropy, cpu_kernel, reference
+from moemamba.ops import cpu, reference
+from moemamba.ops.head import cpu as cpu_cross_entropy
+from moemamba.ops.kit import cpu as cpu_kernel
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 

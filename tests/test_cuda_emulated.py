@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moemamba.ops import cuda_conv, cuda_scan, reference
+from moemamba.ops import reference
+from moemamba.ops.conv import cuda as cuda_conv
+from moemamba.ops.scan import cuda as cuda_scan
 
 COMPILER = shutil.which("g++")
 KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const (\w+) s\)')

@@ -11,11 +11,11 @@ import torch
 
 from moemamba import TrainConfig, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.training import step as stepping
-from moemamba.training.processes import Processes
-from moemamba.training.progress import Report
-from moemamba.training.run import Run
-from moemamba.training.step import Step, captures
+from moemamba.distributed.processes import Processes
+from moemamba.host.progress import Report
+from moemamba.training.run.directory import Run
+from moemamba.training.update import step as stepping
+from moemamba.training.update.step import Step, captures
 
 gpu = pytest.mark.gpu
 SILENT = Report(silent=True)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moemamba.ops import cuda_runtime
+from moemamba.ops.kit import cuda as cuda_runtime
 
 
 class Driver:

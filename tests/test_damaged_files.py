@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from moemamba import ModelConfig, MoEMamba, State, load
 from moemamba.counting import require_memory
+from moemamba.distributed.processes import Processes
+from moemamba.distributed.sharding import require_fit
 from moemamba.reading import read_config
-from moemamba.training.alarms import Alarms
-from moemamba.training.guard import Guard
-from moemamba.training.metrics import Meter
-from moemamba.training.optim import make_optimizer
-from moemamba.training.parallel import require_fit
-from moemamba.training.processes import Processes
-from moemamba.training.run import Run, read_position
-from moemamba.training.saving import examine
+from moemamba.training.run.directory import Run, read_position
+from moemamba.training.run.saving import examine
+from moemamba.training.update.guard import Guard
+from moemamba.training.update.optim import make_optimizer
+from moemamba.training.watch.alarms import Alarms
+from moemamba.training.watch.metrics import Meter
 
 FIRST = Path(__file__).parent / "fixtures" / "v0.1"
 CHECKPOINT = FIRST / "run" / "checkpoints" / "00000008"

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from moemamba import TrainConfig
+from moemamba.data import preparation
+from moemamba.data.batches import Batches, Tokens, Windows, permute, sequential
+from moemamba.data.corpora import open_corpora
+from moemamba.data.documents import Documents, held_out
+from moemamba.data.preparation import HELD_OUT, cache_directory, prepare
+from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer, train_bpe
-from moemamba.training import preparation
-from moemamba.training.corpora import open_corpora
-from moemamba.training.data import Batches, Tokens, Windows, permute, sequential
-from moemamba.training.documents import Documents, held_out
-from moemamba.training.preparation import HELD_OUT, cache_directory, prepare
-from moemamba.training.progress import Report
 
 BYTES = ByteTokenizer()
 

@@ -10,8 +10,8 @@ import torch
 
 from moemamba import State, TrainConfig, cli, generate, load, train
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.training.progress import Report
-from moemamba.training.run import Run
+from moemamba.host.progress import Report
+from moemamba.training.run.directory import Run
 
 SILENT = Report(silent=True)
 FIRST = Path(__file__).parent / "fixtures" / "v0.1"

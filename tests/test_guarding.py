@@ -16,18 +16,19 @@ import torch
 
 from moemamba import MoEMamba, TrainConfig, load, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
+from moemamba.distributed.processes import Processes
+from moemamba.distributed.sharding import gradient_norm
+from moemamba.host import stop
+from moemamba.host.progress import Report
+from moemamba.host.stop import Stop
 from moemamba.reading import from_dict, to_dict
-from moemamba.training import muon, stop
-from moemamba.training import step as stepping
-from moemamba.training.alarms import DEAD_AFTER, Alarms, Raised, sentences
-from moemamba.training.guard import Diverged, Fatal, Guard, Skips, apply
-from moemamba.training.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
-from moemamba.training.optim import make_optimizer
-from moemamba.training.parallel import gradient_norm
-from moemamba.training.processes import Processes
-from moemamba.training.progress import Report
-from moemamba.training.schedule import learning_rate
-from moemamba.training.stop import Stop
+from moemamba.training.update import muon
+from moemamba.training.update import step as stepping
+from moemamba.training.update.guard import Diverged, Fatal, Guard, Skips, apply
+from moemamba.training.update.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
+from moemamba.training.update.optim import make_optimizer
+from moemamba.training.update.schedule import learning_rate
+from moemamba.training.watch.alarms import DEAD_AFTER, Alarms, Raised, sentences
 
 SILENT = Report(silent=True)
 TINY = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16))

@@ -13,11 +13,11 @@ SOURCE = Path(moemamba.__file__).parent
 FLOORS = [
     {"host", "reading"},
     {"config", "presets", "counting", "text"},
-    {"ops", "tensors"},
+    {"device", "ops", "tensors"},
     {"layers"},
-    {"state", "model"},
+    {"state", "model", "initialisation"},
     {"checkpoint"},
-    {"training", "inference", "integrations"},
+    {"data", "distributed", "training", "inference", "integrations"},
     {"experiments"},
     {"cli", "__main__"},
 ]

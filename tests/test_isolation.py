@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from moemamba import ops
 from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig, RoutedMambaConfig
-from moemamba.model import MoEMamba, make_layer
-from moemamba.ops.backends import INSTALLED
+from moemamba.layers.residual import make_layer
+from moemamba.model import MoEMamba
+from moemamba.ops.choice import INSTALLED
 
 BACKENDS = ["reference", "cpu"]
 interpreted = pytest.mark.skipif(not INSTALLED["triton"] or torch.cuda.is_available(), reason="needs an interpreter")

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import texts_of
 
+from moemamba.data.documents import Documents
+from moemamba.data.preparation import prepare
 from moemamba.host.files import FileError
 from moemamba.text import ByteTokenizer
-from moemamba.training.documents import Documents
-from moemamba.training.preparation import prepare
 
 BYTES = ByteTokenizer()
 TEXTS = [f"document {k}, é and π, \U0001f600" + "\nof two lines" * (k % 3) for k in range(120)]

@@ -10,7 +10,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from moemamba import layers
 from moemamba.layers.linear import Linear, before_bias, beside, in_halves
-from moemamba.layers.moe import arrival, capacity
+from moemamba.layers.moe.router import arrival, capacity
 
 
 def assert_same_gradients(expected, actual):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from moemamba import ModelConfig, MoEMamba, TrainConfig, load, save, train
 from moemamba.cli.train import read
 from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, MambaConfig, RoutedMambaConfig
+from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer, train_bpe
-from moemamba.training import origin
-from moemamba.training.progress import Report
-from moemamba.training.schedule import becomes, fall, learning_rate, warmup_steps
+from moemamba.training.run import origin
+from moemamba.training.update.schedule import becomes, fall, learning_rate, warmup_steps
 
 SILENT = Report(silent=True)
 TINY = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4, d_expert=16))

@@ -8,11 +8,11 @@ import torch
 from test_data import fake_tokens
 
 from moemamba import ModelConfig, TrainConfig, train
+from moemamba.data.batches import Batches, Mixture, Windows
+from moemamba.data.corpora import open_corpora
+from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer
 from moemamba.training.config import weighted
-from moemamba.training.corpora import open_corpora
-from moemamba.training.data import Batches, Mixture, Windows
-from moemamba.training.progress import Report
 
 BYTES = ByteTokenizer()
 

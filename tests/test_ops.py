@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from moemamba import ops
-from moemamba.ops import packing, reference
+from moemamba.ops import packing
+from moemamba.ops.head import reference as head_reference
+from moemamba.ops.scan import reference as scan_reference
 
 f64 = {"dtype": torch.float64}
 
@@ -102,7 +104,7 @@ def test_causal_conv1d_follows_its_definition(packed, width):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_selective_scan_gradcheck(packed, monkeypatch):
-    monkeypatch.setattr(reference, "SCAN_CHUNK", 4)  # so that gradients cross chunk borders
+    monkeypatch.setattr(scan_reference, "SCAN_CHUNK", 4)  # so that gradients cross chunk borders
     inputs = {name: t.requires_grad_() for name, t in scan_inputs(b=4, i=2).items()}
     seq_idx = SEQ_IDX if packed else None
     call = lambda *args: ops.selective_scan(**dict(zip(inputs, args, strict=True)), seq_idx=seq_idx)  # noqa: E731
@@ -138,7 +140,7 @@ def test_grouped_linear_is_a_loop_over_groups():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_linear_cross_entropy_is_cross_entropy_of_logits(reduction, monkeypatch):
-    monkeypatch.setattr(reference, "LOSS_CHUNK", 3)
+    monkeypatch.setattr(head_reference, "LOSS_CHUNK", 3)
     hidden, weight = torch.randn(8, 4, **f64, requires_grad=True), torch.randn(11, 4, **f64, requires_grad=True)
     targets = torch.tensor([1, 2, -100, 10, 0, -100, 5, 5])
     loss = ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction)

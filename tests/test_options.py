@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import moemamba
 from moemamba import ModelConfig, TrainConfig, cli, load, preset
-from moemamba.checkpoint import find_device
 from moemamba.cli.help import FEW
 from moemamba.cli.options import Option, options
 from moemamba.cli.train import Train, read
+from moemamba.device import find_device
+from moemamba.distributed.sharding import check_used
 from moemamba.training.config import GROUPS
-from moemamba.training.parallel import check_used
 
 KINDS = {
     "train": "Train",

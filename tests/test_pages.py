@@ -13,10 +13,11 @@ from test_results_file import comparison
 
 from moemamba.cli import run
 from moemamba.cli.outcome import tell
-from moemamba.experiments import compare, report
-from moemamba.experiments.chart import Line, line_chart
-from moemamba.experiments.report import FAILED
-from moemamba.experiments.results import read_results
+from moemamba.experiments.compare import comparing as compare
+from moemamba.experiments.page import html as report
+from moemamba.experiments.page.chart import Line, line_chart
+from moemamba.experiments.page.html import FAILED
+from moemamba.experiments.results.comparison import read_results
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 COMMAND = re.compile(r"`moemamba report\s+docs/results/\{([\w,-]+)\} --out docs/results/results\.html`")

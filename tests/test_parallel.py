@@ -17,10 +17,10 @@ import torch.multiprocessing as mp
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, load, train
 from moemamba.config import ExpertsConfig, RoutedMambaConfig
-from moemamba.training import parallel
-from moemamba.training.loss import losses
-from moemamba.training.processes import Processes, join
-from moemamba.training.progress import Report
+from moemamba.distributed import sharding as parallel
+from moemamba.distributed.processes import Processes, join
+from moemamba.host.progress import Report
+from moemamba.training.update.loss import losses
 
 SILENT = Report(silent=True)
 EXPERTS = ExpertsConfig(4, bias_rate=0.01)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import write_folder
 
+from moemamba.data import prepared
+from moemamba.data.batches import Batches, SampledDocuments, Windows
+from moemamba.data.preparation import prepare
 from moemamba.text import ByteTokenizer, train_bpe
-from moemamba.training import prepared
-from moemamba.training.data import Batches, SampledDocuments, Windows
-from moemamba.training.preparation import prepare
 
 BYTES = ByteTokenizer()
 JSON = st.recursive(

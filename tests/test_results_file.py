@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.experiments.escaping import html, markdown_text
-from moemamba.experiments.history import History, read_history
-from moemamba.experiments.markdown import markdown
-from moemamba.experiments.record import Run
-from moemamba.experiments.report import FAILED, report
-from moemamba.experiments.reproduction import Reproduction, Tuning
-from moemamba.experiments.results import Comparison, read_results, summarise
-from moemamba.experiments.tables import Claim
+from moemamba.experiments.page.escaping import html, markdown_text
+from moemamba.experiments.page.html import FAILED, report
+from moemamba.experiments.page.markdown import markdown
+from moemamba.experiments.paper.tables import Claim
+from moemamba.experiments.results.comparison import Comparison, read_results, summarise
+from moemamba.experiments.results.history import History, read_history
+from moemamba.experiments.results.record import Run
+from moemamba.experiments.results.reproduction import Reproduction, Tuning
 
 MARK = "<img src=x onerror=alert(1)>'\"|`MARK`\n# MARK\n\n| MARK | [MARK](javascript:0) \x1b]0;MARK\x07 \ud800"
 VALUES = [

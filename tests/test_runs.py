@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moemamba import ModelConfig, TrainConfig
-from moemamba.experiments.history import read_history
-from moemamba.experiments.runs import Task, carry_out, environments
+from moemamba.experiments.compare.runs import Task, carry_out, environments
+from moemamba.experiments.results.history import read_history
 
 
 @pytest.fixture

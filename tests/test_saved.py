@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moemamba.text import ByteTokenizer
 from safetensors.torch import load_file, save_file
 
 from moemamba import ModelConfig, MoEMamba, State, TrainConfig, checkpoint, load, save, train
@@ -20,18 +19,19 @@ from moemamba.checkpoint import CheckpointError, Damaged, checkpoints
 from moemamba.cli.info import costs
 from moemamba.config import ExpertsConfig
 from moemamba.counting import memory, require_memory, size
-from moemamba.experiments.compare import compare
-from moemamba.experiments.contender import parse_contenders
+from moemamba.distributed.processes import Processes
+from moemamba.experiments.compare.comparing import compare
+from moemamba.experiments.compare.contender import parse_contenders
 from moemamba.host.files import replace
 from moemamba.host.lock import Lock
 from moemamba.host.memory import limit
+from moemamba.host.progress import Report
 from moemamba.presets import preset
 from moemamba.tensors import TensorFile, write_tensors
-from moemamba.training import saving
-from moemamba.training.optim import make_optimizer
-from moemamba.training.processes import Processes
-from moemamba.training.progress import Report
-from moemamba.training.run import Run, read_position
+from moemamba.text import ByteTokenizer
+from moemamba.training.run import saving
+from moemamba.training.run.directory import Run, read_position
+from moemamba.training.update.optim import make_optimizer
 
 FIRST = Path(__file__).parent / "fixtures" / "v0.1"
 SILENT = Report(silent=True)

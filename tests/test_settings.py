@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
 from moemamba import ModelConfig, MoEMamba, ops, preset
+from moemamba.initialisation import draw
 from moemamba.layers.plain import reasons, why_not_plain
-from moemamba.model import draw
-from moemamba.ops.cpu_kernel import address, new, rows
+from moemamba.ops.kit.cpu import address, new, rows
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 

@@ -16,10 +16,10 @@ import torch.multiprocessing as mp
 
 from moemamba import ModelConfig, TrainConfig, load, train
 from moemamba.config import ExpertsConfig
+from moemamba.distributed.processes import join, sources
+from moemamba.host.progress import Report
+from moemamba.host.stop import Interrupted
 from moemamba.training import loop
-from moemamba.training.processes import join, sources
-from moemamba.training.progress import Report
-from moemamba.training.stop import Interrupted
 
 SILENT = Report(silent=True)
 MODEL = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4))
@@ -177,9 +177,9 @@ def test_sources():
 
 def test_one_process_has_no_flags():
     """Nothing of signals may enter a step that could be captured."""
-    from moemamba.training.agreement import Agreement
-    from moemamba.training.processes import Processes
-    from moemamba.training.stop import Stop
+    from moemamba.distributed.agreement import Agreement
+    from moemamba.distributed.processes import Processes
+    from moemamba.host.stop import Stop
 
     with Stop() as signals:
         agreement = Agreement(signals, Processes(torch.device("cpu")))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moemamba import TrainConfig, train
+from moemamba.data.batches import Batches, SampledDocuments, Tokens, Windows
+from moemamba.data.documents import Documents
+from moemamba.data.preparation import prepare
+from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer
-from moemamba.training.data import Batches, SampledDocuments, Tokens, Windows
-from moemamba.training.documents import Documents
-from moemamba.training.preparation import prepare
-from moemamba.training.progress import Report
 
 
 def write_parquet(path, **columns):

@@ -7,7 +7,8 @@ from torch import nn
 from moemamba import ModelConfig, MoEMamba, ops
 from moemamba.layers import Mamba, mamba
 from moemamba.layers.linear import Linear
-from moemamba.ops import cpu, cpu_linear, reference
+from moemamba.ops import cpu, reference
+from moemamba.ops.dense import cpu as cpu_linear
 
 
 @pytest.fixture(autouse=True)

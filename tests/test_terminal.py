@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from moemamba.cli.mistakes import answer, sentence
 from moemamba.cli.terminal import show
 from moemamba.host.files import keep_recent
+from moemamba.host.progress import Report
 from moemamba.host.terminal import Display, say, visible
-from moemamba.training.progress import Report
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
 ANY = st.text(st.characters(), max_size=40) | st.text(st.characters(categories=["Cc", "Cs"]), max_size=10)

@@ -20,15 +20,16 @@ from torch.nn.functional import cross_entropy
 import moemamba
 from moemamba import ModelConfig, MoEMamba, TrainConfig, evaluate, load, train
 from moemamba.config import AttentionConfig, ExpertsConfig, RoutedMambaConfig
+from moemamba.data.batches import Tokens
+from moemamba.host import progress
+from moemamba.host.progress import Report
 from moemamba.reading import from_dict, to_dict
-from moemamba.training import loop, progress
-from moemamba.training.data import Tokens
+from moemamba.training import loop
 from moemamba.training.evaluate import Evaluation
-from moemamba.training.guard import Diverged
-from moemamba.training.loss import losses
-from moemamba.training.optim import make_optimizer
-from moemamba.training.progress import Report
-from moemamba.training.schedule import learning_rate
+from moemamba.training.update.guard import Diverged
+from moemamba.training.update.loss import losses
+from moemamba.training.update.optim import make_optimizer
+from moemamba.training.update.schedule import learning_rate
 
 SILENT = Report(silent=True)
 EXPERTS = ExpertsConfig(4, capacity_factor=1.0, bias_rate=0.01)

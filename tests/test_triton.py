@@ -145,7 +145,7 @@ def test_scan_equals_reference(length: int, packed: bool, poisoned: None) -> Non
 @kernels
 @pytest.mark.parametrize("length", [257] if INTERPRETED else [100, 257, 1000])
 def test_scan_in_chunks_equals_reference(length: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moemamba.ops import triton_scan
+    from moemamba.ops.scan import triton as triton_scan
 
     monkeypatch.setattr(triton_scan, "PROGRAMS", 10**6)
     torch.manual_seed(length)
@@ -219,7 +219,8 @@ def test_compiles_whole() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     pytest.importorskip("triton")
-    from moemamba.ops import triton_conv, triton_scan
+    from moemamba.ops.conv import triton as triton_conv
+    from moemamba.ops.scan import triton as triton_scan
 
     with FakeTensorMode():
         x, weight = torch.empty(2, 9, 20), torch.empty(20, 4)

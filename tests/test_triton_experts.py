@@ -10,8 +10,9 @@ from moemamba.ops import reference
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_cross_entropy, triton_sort
-from moemamba.ops import triton_experts_products as products
+from moemamba.ops.experts import triton_products as products
+from moemamba.ops.experts import triton_sort
+from moemamba.ops.head import triton as triton_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu

@@ -11,7 +11,7 @@ from moemamba.ops import reference
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_routing
+from moemamba.ops.router import triton as triton_routing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered")  # numpy's, of nonsense

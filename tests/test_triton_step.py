@@ -7,7 +7,10 @@ from moemamba import ops
 
 pytest.importorskip("triton")
 
-from moemamba.ops import triton_experts_few, triton_router, triton_step_cuts, triton_step_many
+from moemamba.ops.experts import triton_few as triton_experts_few
+from moemamba.ops.mamba_step import triton_cuts as triton_step_cuts
+from moemamba.ops.mamba_step import triton_many as triton_step_many
+from moemamba.ops.router import triton_few as triton_router
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's products take bfloat16 for what its bits are as integers.

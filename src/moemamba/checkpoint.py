@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .config import ModelConfig, parse_pattern
 from .counting import require_memory
+from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .model import MoEMamba
@@ -98,26 +99,6 @@ def find_model(path: Path) -> Path:
     if (path / "config.json").exists() or (path / "tokenizer.json").exists():
         raise damaged(path / "model.safetensors", "")
     raise CheckpointError(f"{path} holds no model; name a run, a checkpoint, or a directory that save has written")
-
-
-def find_device(name: str) -> torch.device:
-    """A device by name; "auto" is a GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: this machine does not have it.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0].split('. ')[0]}); try cpu"
-        ) from error
-    return device
 
 
 def device_memory(device: torch.device) -> int | None:

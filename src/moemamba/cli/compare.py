@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..config import ModelConfig
-from ..experiments.contender import parse_contenders
+from ..experiments.compare.contender import parse_contenders
 from ..host.files import expanded
 from ..training.config import GROUPS, TrainConfig
 from .options import Hidden, Merged, Place, Positional
@@ -44,7 +44,7 @@ class Compare:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Compare, arguments, "compare", groups=GROUPS)
     contenders = parse_contenders(asked.models)
-    from ..experiments.compare import compare
+    from ..experiments.compare.comparing import compare
     from .outcome import tell
 
     out, command = expanded(asked.out), shlex.join(["moemamba", "compare", *arguments])

@@ -70,7 +70,7 @@ def backends() -> list[tuple[str, ...]]:
     import torch
 
     from .. import ops
-    from ..ops.backends import KERNELS
+    from ..ops.choice import KERNELS
 
     rows: list[tuple[str, ...]] = []
     for device in _devices():

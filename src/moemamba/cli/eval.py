@@ -12,8 +12,8 @@ from .terminal import parse, show, show_json
 from .train import begun
 
 if TYPE_CHECKING:
+    from ..data.batches import HeldOut
     from ..text import Tokenizer
-    from ..training.data import HeldOut
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _texts(asked: Eval, config: TrainConfig, tokenizer: "Tokenizer") -> tuple["HeldOut", ...]:
     """What is predicted."""
-    from ..training.corpora import open_held_out
-    from ..training.progress import Report
+    from ..data.corpora import open_held_out
+    from ..host.progress import Report
 
     try:
         return open_held_out(config, tokenizer, Report(silent=True))

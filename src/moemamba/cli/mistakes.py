@@ -4,8 +4,8 @@ import errno
 import os
 import signal
 
+from ..host.stop import Interrupted
 from ..host.terminal import visible
-from ..training.stop import Interrupted
 
 DONE, FAILED, IMPOSSIBLE, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
 """75 is the system's "try again later": saved, and stopped by a scheduler or a terminal that is gone"""

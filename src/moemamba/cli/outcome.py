@@ -4,9 +4,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from ..experiments.claims import says, verdict
-from ..experiments.results import HEADER, Comparison, cells
-from ..experiments.section import STEPS_NOTES, loss_notes
+from ..experiments.page.section import STEPS_NOTES, loss_notes
+from ..experiments.results.claims import says, verdict
+from ..experiments.results.comparison import HEADER, Comparison, cells
 from .terminal import show
 
 

@@ -30,11 +30,11 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Prepare, arguments, "prepare")
     if not 0 <= asked.held_out < 1:
         raise ValueError(f"held_out is {asked.held_out}; it must be 0 or more and less than 1")
-    from ..training.corpora import find_tokenizer, remarks, tokenising
-    from ..training.documents import Documents
-    from ..training.preparation import write_tokens
-    from ..training.prepared import is_prepared
-    from ..training.progress import Report
+    from ..data.corpora import find_tokenizer, remarks, tokenising
+    from ..data.documents import Documents
+    from ..data.preparation import write_tokens
+    from ..data.prepared import is_prepared
+    from ..host.progress import Report
 
     out = expanded(asked.out)
     if out.exists():

@@ -24,9 +24,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("report needs the folder of a comparison, such as runs/paper-main-laptop")
     if not asked.out.endswith((".html", ".md")):
         raise ValueError(f"out is {asked.out!r}; it must end in .html or .md")
-    from ..experiments.markdown import markdown
-    from ..experiments.report import report
-    from ..experiments.results import read_results
+    from ..experiments.page.html import report
+    from ..experiments.page.markdown import markdown
+    from ..experiments.results.comparison import read_results
 
     if "" in asked.runs:
         raise ValueError("report was given an empty name; name the folder of a comparison")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..host.files import expanded
+from ..host.stop import Interrupted
 from ..host.terminal import say
 from ..reading import read_config
 from ..text import ByteTokenizer, load_tokenizer
 from ..training.config import GROUPS, TrainConfig
-from ..training.stop import Interrupted
 from .info import find_config
 from .options import Merged
 from .terminal import parse, stopped

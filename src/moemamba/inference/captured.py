@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers import AttentionState, Mamba, MoE, Router
+from ..layers.head import Head
 from ..layers.norm import RMSNorm
 from ..layers.plain import plain, why_not_plain
-from ..model import Head, MoEMamba, Residual
+from ..layers.residual import Residual
+from ..model import MoEMamba
 from ..state import MixerState, State
 from .evaluation import expect_numbers
 

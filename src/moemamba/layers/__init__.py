@@ -7,7 +7,8 @@ with the state that continues it. `MoE` is `forward(x, seq_idx=None) -> (y, Rout
 from .attention import Attention, AttentionState
 from .feedforward import FeedForward
 from .mamba import Mamba, MambaState
-from .moe import MoE, Router, RouterStats
+from .moe import MoE
+from .moe.router import Router, RouterStats
 from .norm import make_norm
 from .routed_mamba import RoutedMamba
 

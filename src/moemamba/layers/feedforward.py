@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..ops.reference import ACTIVATIONS
+from ..ops.experts.reference import ACTIVATIONS
 from .linear import Linear
 
 

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from ..ops.packing import without_padding
 from .linear import Linear
 from .mamba import MambaState, SelectiveSSM
-from .moe import LinearExperts, MoE, Router, RouterStats
+from .moe import MoE
+from .moe.experts import LinearExperts
+from .moe.router import Router, RouterStats
 
 
 class RoutedMamba(SelectiveSSM):

@@ -1,13 +1,13 @@
 """The ops that have kernels for the CPU, one file a family."""
 
-from .cpu_conv import causal_conv1d
-from .cpu_cross_entropy import linear_cross_entropy
-from .cpu_experts import expert_feedforward, expert_linear, grouped_linear
-from .cpu_linear import linear
-from .cpu_norm import rms_norm
-from .cpu_route import route_with_stats
-from .cpu_scan import selective_scan
-from .cpu_step import mamba_step
+from .conv.cpu import causal_conv1d
+from .dense.cpu import linear
+from .dense.cpu_norm import rms_norm
+from .experts.cpu import expert_feedforward, expert_linear, grouped_linear
+from .head.cpu import linear_cross_entropy
+from .mamba_step.cpu import mamba_step
+from .router.cpu import route_with_stats
+from .scan.cpu import selective_scan
 
 __all__ = [
     "causal_conv1d",

@@ -1,15 +1,15 @@
 """The ops that have kernels in Triton, one file a family."""
 
-from .triton_conv import causal_conv1d
-from .triton_cross_entropy import linear_cross_entropy
-from .triton_experts import expert_feedforward
-from .triton_experts_linear import expert_linear, grouped_linear
-from .triton_linear import linear_beside
-from .triton_router import linear_float32, route
-from .triton_routing import route_with_totals
-from .triton_scan import selective_scan
-from .triton_sort import places_in_queues
-from .triton_step import linear_argmax, mamba_step
+from .conv.triton import causal_conv1d
+from .dense.triton import linear_beside
+from .experts.triton import expert_feedforward
+from .experts.triton_linear import expert_linear, grouped_linear
+from .experts.triton_sort import places_in_queues
+from .head.triton import linear_cross_entropy
+from .mamba_step.triton import linear_argmax, mamba_step
+from .router.triton import route_with_totals
+from .router.triton_few import linear_float32, route
+from .scan.triton import selective_scan
 
 __all__ = [
     "causal_conv1d",

@@ -15,27 +15,27 @@ import torch
 
 from .. import ops
 from ..counting import count_parameters
+from ..data.batches import Batches
+from ..data.corpora import Corpora, find_tokenizer, open_corpora
+from ..distributed.agreement import Agreement
+from ..distributed.processes import Processes, join, sources
+from ..distributed.sharding import build, require_fit, routing_groups
+from ..host.progress import Report
+from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
-from .agreement import Agreement
-from .alarms import Alarms, sentences
 from .config import TrainConfig, absolute
-from .corpora import Corpora, find_tokenizer, open_corpora
-from .data import Batches
 from .evaluate import Evaluation, evaluate
-from .guard import Diverged, Failed, Fatal, Guard
-from .metrics import Meter
-from .optim import make_optimizer
-from .origin import begin, claim, go_on_longer, plant
-from .parallel import build, require_fit, routing_groups
-from .peak import peak_flops
-from .processes import Processes, join, sources
-from .progress import Report
-from .run import Position, Run
-from .saving import Saver, read_model, take
-from .schedule import learning_rate
-from .step import Step, captures
-from .stop import Interrupted, Stop
-from .tensorboard import TensorBoard, require_tensorboard
+from .run.directory import Position, Run
+from .run.origin import begin, claim, go_on_longer, plant
+from .run.saving import Saver, read_model, take
+from .update.guard import Diverged, Failed, Fatal, Guard
+from .update.optim import make_optimizer
+from .update.schedule import learning_rate
+from .update.step import Step, captures
+from .watch.alarms import Alarms, sentences
+from .watch.metrics import Meter
+from .watch.peak import peak_flops
+from .watch.tensorboard import TensorBoard, require_tensorboard
 
 
 @dataclass(frozen=True)

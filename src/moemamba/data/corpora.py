@@ -1,0 +1,159 @@
+"""What a run reads: its tokenizer, its corpora and their shares, and the text that is held out."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..host.files import expanded
+from ..host.progress import Report
+from ..text import Tokenizer, load_tokenizer, train_bpe
+from ..training.config import TrainConfig, weighted
+from ..training.evaluate import LOST
+from .batches import HeldOut, Mixture, Rows, Tokens, make_rows, require_window
+from .documents import Documents, held_out
+from .preparation import HELD_OUT, Show, cache_directory, prepare
+from .prepared import Corpus, digest, is_prepared
+
+BPE_TEXT = 1 << 26  # characters that a tokenizer is trained on at most
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The corpora of a run."""
+
+    parts: tuple[Corpus, ...]
+    shares: tuple[float, ...]
+    """of the rows of every batch; their sum is 1"""
+    validation: tuple[HeldOut, ...]
+
+    @property
+    def content(self) -> str:
+        """Hash of the training tokens and, of several corpora, their shares."""
+        if len(self.parts) == 1:
+            return self.parts[0].content
+        return digest([(part.content, round(share, 6)) for part, share in zip(self.parts, self.shares, strict=True)])
+
+    def rows(self, config: TrainConfig) -> Rows:
+        """What a run reads of them."""
+        rows = [make_rows(part.train, config) for part in self.parts]
+        return rows[0] if len(rows) == 1 else Mixture(rows, self.shares)
+
+    def introduce(self, report: Report, config: TrainConfig) -> None:
+        """Say what there is, which share of the run each corpus has, and how often the run will read it."""
+        tokens = config.steps * config.batch_size * config.context
+        for part, share in zip(self.parts, self.shares, strict=True):
+            here = f"{share:.3g} of the rows; " if len(self.parts) > 1 else ""
+            times = tokens * share / len(part.train.ids)
+            report.note(f"{'data':10}{here}{_describe(part.name, part.train)}, read {times:,.3g} times")
+        for held in self.validation:
+            report.note(f"{'held out':10}{_describe(held.name, held.tokens)}")
+        for part in self.parts:
+            for note in remarks(part):
+                report.note(f"{'':10}{note}")
+
+
+def find_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer that a configuration names, or that prepared tokens bring.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_tokenizer`, `train_bpe` and `Documents`.
+    """
+    if trained := re.fullmatch(r"bpe-(\d+)", config.tokenizer):
+        return train_bpe(_training_text(config), int(trained[1]))
+    own = [source for source, _ in weighted(config.data) if source is not None and is_prepared(source)]
+    asked = config.tokenizer != TrainConfig.tokenizer
+    return load_tokenizer(config.tokenizer if asked or not own else own[0])
+
+
+def _training_text(config: TrainConfig) -> Iterator[str]:
+    """Documents to train a tokenizer on: of each corpus its share, those that will be held out left out."""
+    sources = [(Documents(source), weight) for source, weight in weighted(config.data)]
+    weights = [documents.bytes or 1 if weight is None else weight for documents, weight in sources]
+    for (documents, _), weight in zip(sources, weights, strict=True):
+        left = BPE_TEXT * weight / sum(weights)
+        for text in documents:
+            if config.validation is not None or not held_out(text.encode(), HELD_OUT):
+                yield text
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def open_corpora(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpora:
+    """Tokenise what a run reads, or find it in the cache.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see `prepare`.
+        ValueError: a text does not fill one window.
+    """
+    sources = weighted(config.data)
+    own = HELD_OUT if config.validation is None else 0.0
+    parts = [_open(source, own, config, tokenizer, report) for source, _ in sources]
+    for part in parts:
+        require_window(f"the training text of {part.name}", part.train, config.context)
+    tokens = [len(part.train.ids) for part in parts]
+    weights = [size if weight is None else weight for size, (_, weight) in zip(tokens, sources, strict=True)]
+    shares = [weight / sum(weights) for weight in weights]
+    if config.validation is None:
+        held = tuple(HeldOut(part.name, share, part.validation) for part, share in zip(parts, shares, strict=True))
+    else:
+        held = open_held_out(config, tokenizer, report)
+    for text in held:
+        other = ", or held-out text of its own (--validation)" if config.validation is None else ""
+        require_window(f"the held-out text of {text.name}", text.tokens, config.context, other)
+    return Corpora(tuple(parts), tuple(shares), held)
+
+
+def open_held_out(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> tuple[HeldOut, ...]:
+    """What a run is evaluated on: `validation` (of prepared tokens, what they held out), or a share of each corpus.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see `prepare`.
+    """
+    if config.validation is None:
+        return open_corpora(config, tokenizer, report).validation
+    corpus = _open(config.validation, 0.0, config, tokenizer, report)
+    return (HeldOut(corpus.name, 1.0, corpus.validation if len(corpus.validation.ids) else corpus.train),)
+
+
+def _open(source: str | None, share: float, config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus:
+    with tokenising(report) as show:
+        return prepare(source, tokenizer, cache_directory(expanded(config.run) / "tokens"), share, show)
+
+
+@contextmanager
+def tokenising(report: Report) -> Iterator[Show]:
+    """What shows the progress of tokenising, from its first word on."""
+    began: float | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal began
+        if began is None:
+            began = time.monotonic()
+            report.begin("tokenising", total)
+        else:
+            speed = f"{done / 1e6 / (time.monotonic() - began):,.1f} MB/s"
+            report.update(done, f"{done / 1e6:,.1f} MB tokenised, {speed}")
+
+    try:
+        yield show
+    finally:
+        report.end()
+
+
+def remarks(corpus: Corpus) -> list[str]:
+    """What a reader should know of a corpus: what was left out or changed, and what its tokens lose."""
+    found = list(corpus.notes)
+    if corpus.skipped and not found:  # prepared by an older version
+        found.append(f"{corpus.skipped:,} files left out, which are not UTF-8 text")
+    if corpus.lost:
+        much = "; bits per byte mean nothing and are left out" if corpus.lost > LOST else ""
+        found.append(f"the tokens do not spell {corpus.lost:.2%} of the text of {corpus.name}{much}")
+    return found
+
+
+def _describe(name: str, tokens: Tokens) -> str:
+    size = f"{len(tokens.ends):,} documents, {len(tokens.ids):,} tokens, {tokens.bytes / 1e6:,.1f} MB"
+    return f"{size} of {name}"

@@ -1,0 +1,1 @@
+"""Several processes: what each holds, and what they tell each other."""

@@ -1,0 +1,1 @@
+"""Models trained on the same batches over seeds."""

@@ -1,0 +1,66 @@
+"""Experts: feed-forward networks and single matrices, stacked."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ... import ops
+from .exchange import held, visit_experts
+from .router import Choice, Routing
+
+
+class Experts(nn.Module):
+    """Two-layer feed-forward experts without biases, as stacked matrices.
+
+    Parameters: up_proj (e, f, d), or (e, 2f, d) with the gate's rows first for "swiglu"; down_proj (e, d_out, f).
+
+    Attributes:
+        group: processes that hold equal shares of the experts, in order (`exchange.visit_experts`); None: all are here.
+    """
+
+    def __init__(self, d_model: int, n_experts: int, d_expert: int, d_out: int, activation: str):
+        super().__init__()
+        self.n_experts, self.activation = n_experts, activation
+        self.group: dist.ProcessGroup | None = None
+        rows = 2 * d_expert if activation == "swiglu" else d_expert
+        self.up_proj = nn.Parameter(torch.empty(n_experts, rows, d_model))
+        self.down_proj = nn.Parameter(torch.empty(n_experts, d_out, d_expert))
+        nn.init.uniform_(self.up_proj, -1 / math.sqrt(d_model), 1 / math.sqrt(d_model))
+        nn.init.uniform_(self.down_proj, -1 / math.sqrt(d_expert), 1 / math.sqrt(d_expert))
+
+    def forward(self, x: Tensor, routing: Routing | Choice) -> Tensor:
+        """x (t, d) -> (t, d_out)."""
+        if self.group is None:
+            return self._compute(x, routing.indices, routing.gates)
+        return visit_experts(x, routing.indices, routing.gates, self.n_experts, self.group, self._compute)
+
+    def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
+        up, down = held(self.up_proj), held(self.down_proj)
+        return ops.expert_feedforward(x, indices, gates, up, down, activation=self.activation)
+
+
+class LinearExperts(nn.Module):
+    """One matrix an expert: `weight` (e, d_out, d). `group` as in `Experts`."""
+
+    def __init__(self, d_model: int, n_experts: int, d_out: int):
+        super().__init__()
+        self.n_experts = n_experts
+        self.group: dist.ProcessGroup | None = None
+        self.weight = nn.Parameter(torch.empty(n_experts, d_out, d_model))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(d_model), 1 / math.sqrt(d_model))
+
+    def forward(self, x: Tensor, routing: Routing, gated: bool) -> Tensor:
+        """x (t, d) -> (t, d_out): the sum of the chosen experts, each weighed by its gate if `gated`."""
+        gates = routing.gates if gated else None
+        if self.group is None:
+            return self._compute(x, routing.indices, gates)
+        return visit_experts(x, routing.indices, gates, self.n_experts, self.group, self._compute)
+
+    def residual_weights(self) -> list[Tensor]:
+        """The weights whose products are the layer's output."""
+        return [self.weight]
+
+    def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
+        return ops.expert_linear(x, indices, gates, held(self.weight))

@@ -1,0 +1,316 @@
+"""Causal depthwise convolution on the CPU: a task walks a tile of channels of one row through time.
+
+A task keeps a window on the inputs of the current sequence, which is all that padding and sequence boundaries have to
+know about: padding does not enter it, and a new sequence empties it. The backward pass walks forward in time too, with
+a window of gradients that are finished once no later position sees their input.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kit.cpu import (
+    TILE,
+    Rows,
+    address,
+    bytes_at,
+    cast,
+    floats,
+    inner,
+    kernel,
+    load_columns,
+    new,
+    plain,
+    read,
+    readable,
+    rows,
+    run,
+    sigmoid,
+    store_columns,
+    summed,
+    traced,
+    write,
+)
+from ..packing import BEGIN, PADDING, position_marks
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_CHUNK = 32  # positions that are fetched together, to hide the memory behind each other
+_NOWHERE = -(1 << 62)  # the place of a row of the window that holds no input
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.causal_conv1d`."""
+    dtype = x.dtype
+    history = None if initial_state is None else cast(initial_state, dtype)
+    x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
+    op = _forward if traced(x, weight, bias, history) else _run_forward
+    y, final_state = op(
+        x, weight, bias, history, activation == "silu", None if seq_idx is None else position_marks(seq_idx)
+    )
+    return cast(y, dtype), cast(final_state, dtype)
+
+
+# --- the two kernels ---
+
+
+# Rows are copied by explicit loops below: numba first copies the right side of `a[i] = b[j]`, in case they overlap.
+
+
+@inner
+def _convolve(out: Any, j: int, bias: Any, taps: Any, window: Any, row: int) -> None:
+    """out[j] = bias + sum_tap taps[tap] window[row + tap]."""
+    for c in range(TILE):
+        out[j, c] = bias[0, c]
+    for tap in range(taps.shape[0]):
+        for c in range(TILE):
+            out[j, c] += taps[tap, c] * window[row + tap, c]
+
+
+@kernel
+def _conv(
+    first: int,
+    last: int,
+    shape: Rows,
+    x: Rows,
+    y: Rows,
+    weight: int,
+    bias: int,
+    silu: bool,
+    initial_state: int,
+    final_state: int,
+    marks: int,
+) -> None:
+    batch, length, width, k = shape
+    tiles = (width + TILE - 1) // TILE
+    mark = bytes_at(marks, (batch, length))
+    chunk = min(_CHUNK, length)
+    taps, shift = np.empty((k, TILE), np.float32), np.empty((1, TILE), np.float32)
+    block, out = np.zeros((chunk, TILE), np.float32), np.empty((chunk, TILE), np.float32)
+    window = np.empty((k - 1 + chunk, TILE), np.float32)
+    for task in range(first, last):
+        b, channel = task // tiles, task % tiles * TILE
+        count = min(TILE, width - channel)
+        load_columns(taps, weight, channel, count)
+        load_columns(shift, bias, channel, count)
+        load_columns(window[: k - 1], initial_state, b * width + channel, count)
+        for start in range(0, length, _CHUNK):
+            size = min(_CHUNK, length - start)
+            read(block[:size], x, b, start, channel, count)
+            top = k - 1  # rows of the window that are filled
+            for j in range(size):
+                if marks and mark[b, start + j] == PADDING:
+                    out[j] = _ZERO  # and silu(0) = 0
+                    continue
+                if marks and mark[b, start + j] == BEGIN:
+                    top = k - 1
+                    window[:top] = _ZERO
+                for c in range(TILE):
+                    window[top, c] = block[j, c]
+                top += 1
+                _convolve(out, j, shift, taps, window, top - k)
+            for j in range(k - 1):
+                window[j] = window[top - k + 1 + j]
+            if silu:
+                for j in range(size):
+                    for c in range(TILE):
+                        out[j, c] *= sigmoid(out[j, c])
+            write(out[:size], y, b, start, channel, count)
+        store_columns(final_state, b * width + channel, count, window[: k - 1])
+
+
+@inner
+def _flush(dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int, count: int) -> None:
+    """Hand over finished gradients: of the input at position `place`, or of column `-1 - place` of the history."""
+    for j in range(place.shape[0]):
+        if place[j] >= 0:
+            write(dwindow[j : j + 1], dx, b, place[j], first, count)
+        elif place[j] != _NOWHERE:
+            dhistory[b, first : first + count, -1 - place[j]] = dwindow[j, :count]
+
+
+@kernel
+def _conv_backward(
+    first: int,
+    last: int,
+    shape: Rows,
+    x: Rows,
+    weight: int,
+    bias: int,
+    silu: bool,
+    initial_state: int,
+    marks: int,
+    dy: Rows,
+    dfinal_state: int,
+    dx: Rows,
+    dweight: int,
+    dbias: int,
+    dinitial_state: int,
+) -> None:
+    """All gradients; those of weight and bias stay apart by row."""
+    batch, length, width, k = shape
+    tiles = (width + TILE - 1) // TILE
+    mark = bytes_at(marks, (batch, length))
+    chunk = min(_CHUNK, length)
+    dhistory = floats(dinitial_state, (batch, width, k - 1))
+    dfinal = floats(dfinal_state, (batch, width, k - 1))
+    taps, dtaps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
+    shift, dshift = np.empty((1, TILE), np.float32), np.empty((1, TILE), np.float32)
+    block, g = np.zeros((chunk, TILE), np.float32), np.zeros((chunk, TILE), np.float32)
+    window, dwindow = np.empty((k - 1 + chunk, TILE), np.float32), np.empty((k - 1 + chunk, TILE), np.float32)
+    place = np.empty(k - 1 + chunk, np.int64)
+    out, nothing = np.empty((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
+    for task in range(first, last):
+        b, channel = task // tiles, task % tiles * TILE
+        count = min(TILE, width - channel)
+        load_columns(taps, weight, channel, count)
+        load_columns(shift, bias, channel, count)
+        load_columns(window[: k - 1], initial_state, b * width + channel, count)
+        dtaps[:] = _ZERO
+        dshift[:] = _ZERO
+        dwindow[: k - 1] = _ZERO
+        for j in range(k - 1):
+            place[j] = -1 - j
+        for start in range(0, length, _CHUNK):
+            size = min(_CHUNK, length - start)
+            read(block[:size], x, b, start, channel, count)
+            read(g[:size], dy, b, start, channel, count)
+            top = k - 1
+            for j in range(size):
+                if marks and mark[b, start + j] == PADDING:
+                    write(nothing, dx, b, start + j, channel, count)
+                    continue
+                if marks and mark[b, start + j] == BEGIN:
+                    _flush(dwindow, place[:top], dx, dhistory, b, channel, count)
+                    top = k - 1
+                    window[:top] = _ZERO
+                    dwindow[:top] = _ZERO
+                    place[:top] = _NOWHERE
+                for c in range(TILE):
+                    window[top, c] = block[j, c]
+                    dwindow[top, c] = _ZERO
+                place[top] = start + j
+                top += 1
+                if silu:
+                    _convolve(out, 0, shift, taps, window, top - k)
+                    for c in range(TILE):
+                        open_ = sigmoid(out[0, c])
+                        g[j, c] *= open_ * (_ONE + out[0, c] * (_ONE - open_))
+                for tap in range(k):
+                    row = top - k + tap
+                    for c in range(TILE):
+                        dtaps[tap, c] += g[j, c] * window[row, c]
+                        dwindow[row, c] += g[j, c] * taps[tap, c]
+                for c in range(TILE):
+                    dshift[0, c] += g[j, c]
+            keep = top - (k - 1)  # the rows that later positions still see
+            _flush(dwindow, place[:keep], dx, dhistory, b, channel, count)
+            for j in range(k - 1):
+                window[j] = window[keep + j]
+                dwindow[j] = dwindow[keep + j]
+                place[j] = place[keep + j]
+        for j in range(k - 1):
+            dwindow[j, :count] += dfinal[b, channel : channel + count, j]
+        _flush(dwindow, place[: k - 1], dx, dhistory, b, channel, count)
+        store_columns(dweight, b * width + channel, count, dtaps)
+        store_columns(dbias, b * width + channel, count, dshift)
+
+
+# --- custom ops: what torch.compile and autograd see ---
+
+
+def _run_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, silu: bool, marks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (batch, _, width), k = x.shape, weight.shape[1]
+    y, final_state = _outputs(x, weight)
+    run(
+        _conv,
+        batch * -(-width // TILE),
+        x.numel() * k,
+        (*x.shape, k),
+        rows(x, *x.shape),
+        rows(y, *x.shape),
+        address(weight, width, k),
+        address(bias, width),
+        silu,
+        *[address(t, batch, width, k - 1) for t in (history, final_state)],
+        address(marks, *x.shape[:2], dtype=torch.int8),
+    )
+    return y, final_state
+
+
+def _outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1), dtype=torch.float32)
+
+
+_forward = torch.library.custom_op("moemamba::cpu_causal_conv1d", _run_forward, mutates_args=())
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(x, weight)
+
+
+@torch.library.custom_op("moemamba::cpu_causal_conv1d_backward", mutates_args=())
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    silu: bool,
+    marks: Tensor | None,
+    dy: Tensor,
+    dfinal_state: Tensor,
+) -> list[Tensor]:
+    """Gradients of x, weight, bias and history; those of absent arguments mean nothing."""
+    (batch, _, width), k = x.shape, weight.shape[1]
+    dx = new(*x.shape, dtype=x.dtype)
+    dweight, dbias, dhistory = (new(batch, width, *columns) for columns in ((k,), (), (k - 1,)))
+    run(
+        _conv_backward,
+        batch * -(-width // TILE),
+        x.numel() * k,
+        (*x.shape, k),
+        rows(x, *x.shape),
+        address(weight, width, k),
+        address(bias, width),
+        silu,
+        address(history, batch, width, k - 1),
+        address(marks, *x.shape[:2], dtype=torch.int8),
+        rows(dy, *x.shape),
+        address(dfinal_state, batch, width, k - 1),
+        rows(dx, *x.shape),
+        address(dweight, batch, width, k),
+        address(dbias, batch, width),
+        address(dhistory, batch, width, k - 1),
+    )
+    return [dx, summed(dweight), summed(dbias), dhistory]
+
+
+@_backward.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
+    _, final_state = _outputs(x, weight)
+    return [x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(x.shape[2]), final_state]
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.silu, marks = inputs
+    ctx.save_for_backward(*tensors, marks)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, marks = ctx.saved_tensors
+    gradients = _backward(*tensors, ctx.silu, marks, readable(dy), plain(dfinal_state))
+    return (*[None if t is None else g for t, g in zip(tensors, gradients, strict=True)], None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

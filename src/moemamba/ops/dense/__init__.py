@@ -1,0 +1,49 @@
+"""TODO"""
+
+from torch import Tensor
+
+from ..arguments import expect
+from ..choice import compute
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+        x: (..., d).
+        weight: (f, d).
+        bias: (f,).
+    Returns:
+        (..., f).
+    """
+    expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    expect("bias", bias, (weight.shape[0],))
+    return compute("linear", x, weight, bias)  # type: ignore[no-any-return]
+
+
+def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x itself, for whoever else reads it, and `x @ weight.T`.
+
+    The same as using x twice, but that its two gradients are added where the product of one is made.
+
+    Args:
+        x: (..., d).
+        weight: (f, d).
+    Returns:
+        (..., d), and (..., f).
+    """
+    expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    return compute("linear_beside", x, weight)  # type: ignore[no-any-return]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """`x / sqrt(mean x^2 + eps) * weight` over the last dimension (arXiv 1910.07467, eq. 4).
+
+    Args:
+        x: (..., d).
+        weight: (d,).
+    Returns:
+        (..., d) in x's dtype, or the weight's where that is wider.
+    """
+    expect("weight", weight, (x.shape[-1],))
+    return compute("rms_norm", x, weight, eps)  # type: ignore[no-any-return]

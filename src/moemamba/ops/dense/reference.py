@@ -1,0 +1,19 @@
+"""Linear layers and the norm in plain PyTorch: what they mean."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `moemamba.ops.rms_norm`."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `moemamba.ops.linear`."""
+    return F.linear(x, weight, bias)
+
+
+def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `moemamba.ops.linear_beside`."""
+    return x, F.linear(x, weight)

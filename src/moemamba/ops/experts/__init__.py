@@ -1,0 +1,70 @@
+"""TODO"""
+
+from torch import Tensor
+
+from ..arguments import autocast, dense, expect, sizes
+from ..choice import compute
+from . import reference
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """One matrix product a group: rows sorted by expert, each with its expert's matrix.
+
+    Args:
+        x: (t, d), the first `counts[0]` rows for expert 0, and so on.
+        weight: (e, f, d).
+        counts: (e,) integers, rows of each expert; their sum may fall short of t.
+    Returns:
+        (t, f) in x's dtype; zero in the rows that belong to no expert.
+    """
+    _, d = sizes("x", x, "t, d")
+    expect("weight", weight, (*weight.shape[:2], d))
+    expect("counts", counts, (weight.shape[0],))
+    x = autocast(x)
+    return compute("grouped_linear", x, weight, counts)
+
+
+def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
+    """`y = sum_j gates_j W[indices_j] x`: linear experts over tokens in any order.
+
+    Args:
+        x: (t, d).
+        indices: (t, k) int64, the experts chosen for each token; n_experts where a choice was dropped.
+        gates: (t, k) float32 weight of each choice; one if None.
+        weight: (e, o, d).
+    Returns:
+        (t, o) in x's dtype; zero for a token whose every choice was dropped.
+    """
+    tokens, d = sizes("x", x, "t, d")
+    expect("weight", weight, (*weight.shape[:2], d))
+    expect("indices", indices, (tokens, indices.shape[-1]))
+    expect("gates", gates, tuple(indices.shape))
+    x = autocast(x)
+    return compute("expert_linear", x, dense(indices), dense(gates), weight)
+
+
+def expert_feedforward(
+    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, *, activation: str = "relu"
+) -> Tensor:
+    """`y = sum_j gates_j E[indices_j](x)` with experts `E(x) = down activation(up x)` (arXiv 2101.03961, eq. 2).
+
+    Args:
+        x: (t, d).
+        indices: (t, k) int64, the experts chosen for each token; n_experts where a choice was dropped.
+        gates: (t, k) float32 weight of each choice; one if None.
+        up: (e, f, d), or (e, 2f, d) for "swiglu": the gate's rows first.
+        down: (e, o, f).
+        activation: "relu", "gelu" (tanh approximation), "silu" or "swiglu".
+    Returns:
+        (t, o) in x's dtype; zero for a token whose every choice was dropped.
+    """
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; known are {', '.join(reference.ACTIVATIONS)}")
+    tokens, d = sizes("x", x, "t, d")
+    n_experts, rows, _ = sizes("up", up, "e, f, d")
+    expect("up", up, (n_experts, rows, d))
+    expect("down", down, (n_experts, down.shape[1], rows // 2 if activation == "swiglu" else rows))
+    expect("indices", indices, (tokens, indices.shape[-1]))
+    expect("gates", gates, tuple(indices.shape))
+    x = autocast(x)
+    return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation)

@@ -1,0 +1,41 @@
+"""TODO"""
+
+from torch import Tensor
+
+from ..arguments import autocast, expect, sizes
+from ..choice import compute
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T` against targets, without ever holding the (t, v) logits.
+
+    Args:
+        hidden: (t, d).
+        weight: (v, d).
+        targets: (t,) int64; positions equal to `ignore_index` do not count.
+        reduction: "mean" over the positions that count, or "sum".
+    Returns:
+        scalar in nats, float32.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction is {reduction!r}; linear_cross_entropy knows "mean" and "sum"')
+    tokens, d = sizes("hidden", hidden, "t, d")
+    expect("weight", weight, (weight.shape[0], d))
+    expect("targets", targets, (tokens,))
+    hidden = autocast(hidden)
+    return compute("linear_cross_entropy", hidden, weight, targets, ignore_index, reduction)
+
+
+def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
+    """The largest entry of `x @ weight.T` in each row, as x's dtype rounds it: the most likely token. No gradients.
+
+    Args:
+        x: (b, d).
+        weight: (v, d).
+    Returns:
+        (b,) int64.
+    """
+    expect("weight", weight, (weight.shape[0], x.shape[1]))
+    return compute("linear_argmax", x, weight)  # type: ignore[no-any-return]

@@ -1,0 +1,82 @@
+"""TODO"""
+
+from torch import Tensor
+
+from ..arguments import expect
+from ..choice import choose, compute
+
+
+def mamba_step(
+    x: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One position of a whole Mamba layer, projections included: what `layers.Mamba` computes with its weights.
+
+    No gradients where it is one kernel; see `fuses_mamba_step`.
+
+    Args:
+        x: (b, 1, d).
+        conv_state: (b, i, k-1) last inputs of the convolution, oldest first.
+        ssm_state: (b, i, n) float32.
+        in_proj: (2i, d), the gate's rows last.
+        conv_weight, conv_bias: (i, k), (i,).
+        x_proj: (r + 2n, i), rows of dt, B and C.
+        dt_proj, dt_bias: (i, r), (i,).
+        A_log, D: (i, n), (i,).
+        out_proj: (d, i).
+        norm_weight: (d,) makes this the residual sub-layer `x + layer(norm(x))`, with the root-mean-square norm;
+        norm_bias: (d,) with it the norm is layer normalisation.
+        eps: of the norm.
+        in_place: write the new states over the old ones, which must be contiguous, and return those.
+    Returns:
+        y (b, 1, d), conv_state, ssm_state.
+    """
+    batch, d = x.shape[0], x.shape[2]
+    (width, n), k, r = A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    expect("x", x, (batch, 1, d))
+    expect("conv_state", conv_state, (batch, width, k - 1))
+    expect("ssm_state", ssm_state, (batch, width, n))
+    expect("in_proj", in_proj, (2 * width, d))
+    expect("conv_weight", conv_weight, (width, k))
+    expect("conv_bias", conv_bias, (width,))
+    expect("x_proj", x_proj, (r + 2 * n, width))
+    expect("dt_proj", dt_proj, (width, r))
+    expect("dt_bias", dt_bias, (width,))
+    expect("D", D, (width,))
+    expect("out_proj", out_proj, (d, width))
+    expect("norm_weight", norm_weight, (d,))
+    expect("norm_bias", norm_bias, (d,))
+    if in_place and not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
+        raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
+    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
+    norm = (norm_weight, norm_bias, eps, in_place)
+    return compute("mamba_step", x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
+
+
+def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `mamba_step` has kernels of its own for such an x (b, 1, d) and weights, in `mamba_step`'s order."""
+    match choose("mamba_step", x):  # imports are here, since kernels take their time to load
+        case "cpu":
+            from .cpu import fits as fits_cpu
+
+            return fits_cpu(x)
+        case "triton":
+            from .triton import fits
+
+            return fits(x, weights)
+    return False

@@ -1,0 +1,1 @@
+"""One step of the optimiser: loss, gradients, update, and what is withheld."""
