@@ -9,7 +9,7 @@ import pytest
 
 from moemamba.cli import COMMANDS, train
 from moemamba.distributed.sharding import check
-from moemamba.experiments.compare.contender import parse_contenders
+from moemamba.experiments.compare import parse_contenders
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = re.compile(r"python -m moemamba (.*?)'", re.S)
