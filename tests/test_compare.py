@@ -283,6 +283,14 @@ def test_seeds_change_weights_and_data(compared):
     assert [(config["seed"], config["data_seed"]) for config in configs] == [(0, 0), (1, 1)]
 
 
+def test_runs_write_down_the_size_of_their_corpus(compared, base):
+    found, _ = compared
+    assert {run.train_tokens for run in found.runs} == {found.train_tokens}
+    tokens = base.steps * base.batch_size * base.context
+    assert found.train_tokens and found.epochs(found.rows[0]) == tokens / found.train_tokens
+    assert f"{tokens / found.train_tokens:.3g}" in str(section(found).parts)
+
+
 def test_results_hold_all_figures(compared):
     comparison, out = compared
     results = json.loads((out / "results.json").read_text())
