@@ -76,13 +76,14 @@ def test_several_comparisons_have_folders(tmp_path: Path) -> None:
 def test_hostile_names_are_only_text(tmp_path: Path) -> None:
     """No formula, no control, no line left out of the legend, no path out of the folder."""
     pytest.importorskip("matplotlib")
-    names = ("_mamba", "experts+4", "experts...8")
+    names = ("_mamba", "experts+4", "experts-4")
     found = comparison()
     old = [row.name for row in found.rows]
     runs = [dataclasses.replace(r, model=names[old.index(r.model)]) for r in found.runs]
     rows = summarise(runs, {new: row.config for new, row in zip(names, found.rows, strict=True)}, 32)
     paths = write_figures([dataclasses.replace(found, rows=rows, runs=runs, recipes={}, paper=None)], tmp_path)
     assert {path.parent for path in paths} == {tmp_path}
+    assert len(set(paths)) == len(paths) and any("again" in path.name for path in paths)
     figure = plots._drawn(Chart("a", "$\\frac{ \x1b", [Line("_a$^", 0, [(0, 1.0), (1, 2.0)])], y_label="$_\x00"))
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [" _a$^"]
 

@@ -317,7 +317,7 @@ def test_lines_of_metrics_that_are_no_events(tmp_path: Path) -> None:
     assert len(whole.router) == 1
     (tmp_path / "metrics.jsonl").write_text("\n".join([*good, '{"kind": "evaluation", "step": 3, "loss": NaN}']))
     lost = RunResult.condensed("m", 0, "finished", read_history(tmp_path), 2)
-    assert (lost.state, [step for step, _ in lost.curve]) == ("diverged", [1, 2])
+    assert (lost.status, [step for step, _ in lost.curve]) == ("diverged", [1, 2])
     assert RunResult.from_dict(json.loads(json.dumps(lost.to_dict()))) == lost
 
 

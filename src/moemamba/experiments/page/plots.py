@@ -59,6 +59,8 @@ def write_figures(comparisons: Sequence[Comparison], folder: Path) -> list[Path]
             place = folder if alone else folder / f"{number}-{_slug(section(found).title)[:40].strip('-')}"
             place.mkdir(parents=True, exist_ok=True)
             for name, figure in _figures(found, with_maps=alone):
+                while place / f"{name}.png" in written:  # models may be called `a` and `A`
+                    name += "-again"
                 for kind, metadata in (("png", {}), ("svg", {"Date": None})):
                     content = io.BytesIO()
                     figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)
