@@ -211,7 +211,7 @@ def test_contender_from_a_file(tmp_path):
         (["mamba-tiny"], "two models or more"),
         (["mamba-tiny", "mamba-tiny"], "two models are called 'mamba-tiny'"),
         (["a=mamba-tiny", "b=mamba-tinny"], "no preset 'mamba-tinny'"),
-        (["a=mamba-tiny", "b=mamba-tiny,d_stat=3"], "d_stat does not name"),
+        (["a=mamba-tiny", "b=mamba-tiny,d_stat=3"], "d_stat is no field of the configuration"),
         (["a=mamba-tiny", "b=mamba-tiny,mamba.d_stat=3"], r"model.mamba has the unknown key 'd_stat'"),
         (["a=mamba-tiny", "b=mamba-tiny,mambo.d_state=3"], "model has the unknown key 'mambo'"),
         (["a=mamba-tiny", "b=mamba-tiny,d_state"], "write FIELD=VALUE"),
