@@ -20,6 +20,8 @@ def _is_dual(argument: Any) -> bool:
 
 def batched(tensor: Tensor) -> bool:
     """Whether vmap is at work on a tensor, so that its values cannot decide what is computed."""
+    if not torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+        return False
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
