@@ -20,7 +20,8 @@ from torch import Tensor
 from . import reference
 from .arguments import autocast, dense, expect, sizes
 from .attention import attention
-from .backends import BACKENDS, available, bound, choose, compute, force, transformed, why_not
+from .backends import BACKENDS, available, bound, choose, compute, force, why_not
+from .derivatives import transformed
 from .routing import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .backends import batched, transformed
+from .derivatives import batched, transformed
 from .packing import boundaries, taps
 
 SCAN_CHUNK = 32  # positions whose (b, chunk, i, n) tensors exist at once
