@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moemamba.text import ByteTokenizer
 from safetensors.torch import load_file, save_file
 
 from moemamba import ModelConfig, MoEMamba, State, TrainConfig, checkpoint, load, save, train
@@ -27,6 +26,7 @@ from moemamba.host.lock import Lock
 from moemamba.host.memory import limit
 from moemamba.presets import preset
 from moemamba.tensors import TensorFile, write_tensors
+from moemamba.text import ByteTokenizer
 from moemamba.training import saving
 from moemamba.training.optim import make_optimizer
 from moemamba.training.processes import Processes
