@@ -153,6 +153,21 @@ def test_no_words_end_in_anything_but_a_sentence(words):
         (["--completion", "csh"], "there is no completion for 'csh'; choose one of bash, zsh, fish"),
         (["train", "--data", "text.txt", "--expert-parallel", "2"], "expert_parallel is 2, which means nothing in one"),
         (["train", "--data", "text.txt", "--shard", "parameters"], "shard is parameters, which means nothing in one"),
+        (["train", "--data", "text.txt", "--max-skips", "3"], 'max_skips is 3, which only on_failure = "skip" heeds'),
+        (["train", "--data", "text.txt", "--cooldown", "0.5"], 'cooldown is 0.5, which only schedule = "wsd" has'),
+        (
+            ["train", "mamba-tiny", "--model.experts.n-experts", "16"],
+            "experts.n_experts would change nothing: no letter",
+        ),
+        (
+            ["train", "--model.attention.n-heads", "2"],
+            "attention.n_heads would change nothing: no letter of the pattern",
+        ),
+        (["train", "--model.routed.routing", "independent"], "routed.routing would change nothing: no letter of the"),
+        (
+            ["train", "--model.pattern", "R", "--model.routed.experts.d-expert", "8"],
+            'with routing = "independent" R would',
+        ),
         (["train", "--data", "text.txt", "--device", "meta"], "device 'meta' cannot be used (it holds no numbers)"),
     ],
 )
