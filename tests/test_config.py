@@ -119,6 +119,7 @@ def test_patterns():
             "shared routing has linear experts only",
         ),
         (lambda: from_dict(ModelConfig, {"mamba": {"d_stat": 3}}), "config.mamba has the unknown key 'd_stat'"),
+        (lambda: from_dict(ModelConfig, {"a" * 3000: 3}), f"unknown key '{'a' * 76}...; known keys are pattern"),
         (lambda: from_dict(ModelConfig, {"experts": 3}), "config.experts is 3; expected the fields of ExpertsConfig"),
     ],
 )
