@@ -31,8 +31,6 @@ def main(arguments: Sequence[str]) -> None:
 
     if asked.figures is not None:
         require_matplotlib()
-    if "" in asked.runs:
-        raise ValueError("report was given an empty name; name the folder of a comparison")
     comparisons = [read_results(expanded(run)) for run in asked.runs]
     page = markdown(comparisons) if asked.out.endswith(".md") else html_page(comparisons)
     replace(expanded(asked.out), page)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .derivatives import may_be_transformed, transformed
 from .kit import cuda as cuda_runtime
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -65,27 +65,6 @@ def forced() -> str | None:
     return _forced.get()
 
 
-def transformed(*arguments: Any) -> bool:
-    """Whether torch.func is at work here, or an argument carries a forward-mode derivative: kernels know of neither."""
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
-        return True
-    return forward_ad._current_level >= 0 and any(map(_is_dual, arguments))
-
-
-def _is_dual(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
-
-
-def batched(tensor: Tensor) -> bool:
-    """Whether vmap is at work on a tensor, so that its values cannot decide what is computed."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
-
-
 def choose(op: str, *arguments: Any) -> str:
     """The backend for `op` on arguments like these, of which the first is a tensor.
 
@@ -108,10 +87,13 @@ def choose(op: str, *arguments: Any) -> str:
         if reason:
             raise RuntimeError(reason)
         return name
-    for natural in ("cuda", "triton") if device == "cuda" else ("cpu",):
-        if tensor.dtype != torch.float64 and op in KERNELS[natural] and why_not(natural, device) is None:
-            return "reference" if transformed(*arguments) else natural
+    for natural in _NATURAL.get(device, ()):
+        if op in KERNELS[natural] and tensor.dtype != torch.float64 and why_not(natural, device) is None:
+            return "reference" if may_be_transformed() and transformed(*arguments) else natural
     return "reference"
+
+
+_NATURAL = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def compute(op: str, *arguments: Any) -> Any:
