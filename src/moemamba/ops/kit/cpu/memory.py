@@ -1,0 +1,227 @@
+"""Tensors for kernels, and what kernels read and write.
+
+Tensors are handed over as addresses, so that each kernel is compiled exactly once, for every dtype, layout and absent
+argument, and so that a call costs microseconds (it is made for every token). Kernels see nothing else: the functions up
+to `located` are the only ones that make tensors for them and hand them over, whatever torch's default dtype and device.
+"""
+
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, types  # type: ignore[attr-defined]  # carray is public, but not in __all__
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .arithmetic import FLOAT, bits, from_bits, instruction
+from .run import inner, kernel
+
+TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
+
+Rows = tuple[int, int, int, int]
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
+_ZERO = np.float32(0)
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for a kernel to write to."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def address(tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+    """Where a contiguous tensor of this shape lies, for `floats`; an absent one has address 0.
+
+    Raises:
+        RuntimeError: it is not what the kernel reads.
+    """
+    if tensor is None:
+        return 0
+    if not (tensor.shape == shape and tensor.dtype is dtype and tensor.is_contiguous() and _is_here(tensor)):
+        raise _mistaken(tensor, f"contiguous {dtype} of shape {shape}")
+    return tensor.data_ptr()
+
+
+def rows(tensor: Tensor | None, *shape: int) -> Rows:
+    """A (b, l, channels) tensor for `read` and `write`: address, strides of b and l, size of an element (bytes).
+
+    The channels must be contiguous (see `readable`); an absent tensor has address 0.
+
+    Raises:
+        RuntimeError: it is not what the kernel reads.
+    """
+    if tensor is None:
+        return 0, 0, 0, 0
+    batch, time, channels = tensor.stride()
+    if not (tensor.shape == shape and tensor.dtype in _STREAMED and channels == 1 and _is_here(tensor)):
+        raise _mistaken(tensor, f"rows of float32 or bfloat16 of shape {shape}")
+    size = tensor.element_size()
+    return tensor.data_ptr(), batch * size, time * size, size
+
+
+def located(*tensors: Tensor | None) -> list[int] | None:
+    """Where tensors lie whose shapes are known, for `floats`; None if one is not contiguous float32 here.
+
+    This is for the ops of generation, whose checks have to be short; what they cannot read goes another way.
+    """
+    places = []
+    for tensor in tensors:
+        if tensor is None:
+            places.append(0)
+        elif tensor.dtype is torch.float32 and tensor.is_contiguous() and _is_here(tensor):
+            places.append(tensor.data_ptr())
+        else:
+            return None
+    return None if torch.is_autocast_enabled("cpu") else places
+
+
+_STREAMED = (torch.float32, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether a tensor is in this memory and is all there is to it: no subclass, no forward-mode derivative."""
+    if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        return False
+    return forward_ad._current_level < 0 or forward_ad.unpack_dual(tensor).tangent is None
+
+
+def _mistaken(tensor: Tensor, expected: str) -> RuntimeError:
+    dual = (
+        " with a forward-mode derivative" if type(tensor) in _PLAIN and tensor.is_cpu and not _is_here(tensor) else ""
+    )
+    return RuntimeError(
+        f"a kernel for the CPU reads {expected}, and was given a {type(tensor).__name__}{dual} of {tensor.dtype} and "
+        f'shape {tuple(tensor.shape)} on {tensor.device}; use ops.backend("reference")'
+    )
+
+
+def readable(tensor: MaybeTensor) -> MaybeTensor:
+    """The same tensor with contiguous channels, in a dtype that `read` knows."""
+    if tensor is None:
+        return None
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def plain(tensor: MaybeTensor) -> MaybeTensor:
+    """The same tensor as contiguous float32, for `floats`."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor  # the calls below cost microseconds also where there is nothing to do
+    return tensor.float().contiguous()
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs a microsecond also where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go through the dispatcher, where autograd and torch.compile see it.
+
+    A plain call skips it, because its overhead would be most of the time of generating a token.
+    """
+    return wants_grad(*tensors) or torch.compiler.is_compiling() or type(tensors[0]) is not Tensor
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum of a contiguous float32 tensor over its first dimension, in order, whatever the number of threads."""
+    total = new(*parts.shape[1:])
+    _sum(0, 1, parts.shape[0], total.numel(), address(parts, *parts.shape), address(total, *total.shape))
+    return total
+
+
+# --- inside kernels ---
+
+_float_pointer = instruction(types.int64, types.CPointer(types.float32), lambda b, x: b.inttoptr(x, FLOAT.as_pointer()))
+_half_pointer = instruction(
+    types.int64, types.CPointer(types.uint16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
+)
+_byte_pointer = instruction(
+    types.int64, types.CPointer(types.uint8), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer())
+)
+
+
+@inner
+def floats(address: int, shape: Any) -> Any:
+    """A contiguous float32 array at an address."""
+    return carray(_float_pointer(address), shape)
+
+
+@inner
+def bytes_at(address: int, shape: Any) -> Any:
+    """A contiguous uint8 array at an address (of int8, where no number is negative)."""
+    return carray(_byte_pointer(address), shape)
+
+
+@inner
+def read(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) -> None:
+    """block[j, :count] = tensor[b, start + j, first : first + count] as float32, for every row j of the block."""
+    address, batch, time, size = tensor
+    for j in range(block.shape[0]):
+        place = address + b * batch + (start + j) * time + first * size
+        if size == 4:
+            source = carray(_float_pointer(place), count)
+            for c in range(count):
+                block[j, c] = source[c]
+        else:
+            halves = carray(_half_pointer(place), count)
+            for c in range(count):
+                block[j, c] = from_bits(np.uint32(halves[c]) << np.uint32(16))
+
+
+@inner
+def write(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) -> None:
+    """The inverse of `read`, rounding to the nearest bfloat16, ties to even."""
+    address, batch, time, size = tensor
+    for j in range(block.shape[0]):
+        place = address + b * batch + (start + j) * time + first * size
+        if size == 4:
+            target = carray(_float_pointer(place), count)
+            for c in range(count):
+                target[c] = block[j, c]
+        else:
+            halves = carray(_half_pointer(place), count)
+            for c in range(count):
+                raw = bits(block[j, c])
+                rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                halves[c] = np.uint16(rounded if block[j, c] == block[j, c] else np.uint32(0x7FC0))
+
+
+@inner
+def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
+    """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
+    tile[:] = _ZERO
+    if matrix:
+        m = tile.shape[0]
+        source = floats(matrix + 4 * m * first, (count, m))
+        for j in range(m):
+            for c in range(count):
+                tile[j, c] = source[c, j]
+
+
+@inner
+def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
+    """The inverse of `load_columns`."""
+    m = tile.shape[0]
+    target = floats(matrix + 4 * m * first, (count, m))
+    for c in range(count):
+        for j in range(m):
+            target[c, j] = tile[j, c]
+
+
+@kernel
+def _sum(first: int, last: int, count: int, size: int, parts: int, total: int) -> None:
+    target = floats(total, (size,))
+    for c in range(size):
+        target[c] = _ZERO
+    for part in range(count):
+        source = floats(parts + 4 * size * part, (size,))
+        for c in range(size):
+            target[c] += source[c]
