@@ -20,9 +20,10 @@ from types import TracebackType
 from typing import Any
 
 from .attention import attention
-from .choice import BACKENDS, available, bound, choose, force, load_kernels, transformed, why_not
+from .choice import BACKENDS, available, bound, choose, force, load_kernels, why_not
 from .conv import causal_conv1d
 from .dense import linear, linear_beside, rms_norm
+from .derivatives import transformed
 from .experts import expert_feedforward, expert_linear
 from .head import linear_argmax, linear_cross_entropy
 from .mamba_step import fuses_mamba_step, mamba_step

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .derivatives import may_be_transformed, transformed
 from .kit import cuda as cuda_runtime
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -99,27 +99,6 @@ def forced() -> str | None:
     return _forced.get()
 
 
-def transformed(*arguments: Any) -> bool:
-    """Whether torch.func is at work here, or an argument carries a forward-mode derivative: kernels know of neither."""
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
-        return True
-    return forward_ad._current_level >= 0 and any(map(_is_dual, arguments))
-
-
-def _is_dual(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
-
-
-def batched(tensor: Tensor) -> bool:
-    """Whether vmap is at work on a tensor, so that its values cannot decide what is computed."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
-
-
 def choose(op: str, *arguments: Any) -> str:
     """The backend for `op` on arguments like these, of which the first is a tensor.
 
@@ -148,7 +127,7 @@ def choose(op: str, *arguments: Any) -> str:
         for natural in doors:
             runs = device in BACKENDS[natural].natural and why_not(natural, device) is None
             if runs and doors[natural].why_not(device) is None:
-                return "reference" if transformed(*arguments) else natural
+                return "reference" if may_be_transformed() and transformed(*arguments) else natural
     return "reference"
 
 
