@@ -10,20 +10,18 @@ with as many rows captures nothing.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
-from ..layers import AttentionState, Mamba, MoE, Router
+from ..layers import LAYERS, AttentionState
 from ..layers.head import Head
-from ..layers.norm import RMSNorm
 from ..layers.plain import plain, why_not_plain
 from ..layers.residual import Residual
 from ..model import MoEMamba
-from ..state import MixerState, State
+from ..state import State
 from .evaluation import expect_numbers
 
 CHECK = 32  # steps after which the last is looked at: what is not finite stays so, in the state
@@ -45,9 +43,13 @@ class Decoder:
     def __init__(self, model: MoEMamba, state: State, room: int, greedy: bool):
         self._model, self.greedy, self.key = ref(model), greedy, _key(model, state, greedy)
         batch, device = state.batch_size, model.embedding.weight.device
-        self.state = State(tuple(_buffers(mixer, room) for mixer in state.mixers))
+        self._kinds = [
+            LAYERS[letter] for layers in model.config.layers for letter in layers if LAYERS[letter].state_type
+        ]
+        buffers = (kind.allocate(batch, room, mixer) for kind, mixer in zip(self._kinds, state.mixers, strict=True))
+        self.state = State(tuple(buffers))
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.place = torch.zeros(1, dtype=torch.int64, device=device)  # of the next entry of keys and values
+        self.place = torch.zeros(batch, dtype=torch.int64, device=device)  # of the next entry of keys and values
         self.history = torch.zeros(room, batch, dtype=torch.int64, device=device)
         self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the next row of history
         self.hidden: Tensor | None = None  # (b, d) what the head saw in the last step
@@ -57,19 +59,9 @@ class Decoder:
     def begin(self, model: MoEMamba, state: State) -> None:
         """Take over a state, copying it, of a model that `key` fits."""
         self._model = ref(model)
-        for buffers, mixer in zip(self.state.mixers, state.mixers, strict=True):
-            if isinstance(buffers, AttentionState):
-                assert isinstance(mixer, AttentionState)
-                length = mixer.keys.shape[2]
-                buffers.positions.fill_(-1)
-                buffers.keys.zero_()
-                buffers.values.zero_()
-                buffers.positions[:, :length] = mixer.positions
-                buffers.keys[:, :, :length], buffers.values[:, :, :length] = mixer.keys, mixer.values
-                self.place.fill_(length)
-            else:
-                for buffer, tensor in zip(buffers, mixer, strict=True):
-                    buffer.copy_(tensor)
+        for kind, buffers, mixer in zip(self._kinds, self.state.mixers, state.mixers, strict=True):
+            kind.put(buffers, slice(None), mixer)
+        self.place.fill_(_length(state))
         self.index.zero_()
 
     def capture(self) -> None:
@@ -95,12 +87,11 @@ class Decoder:
         """One token of every row: from `token`, change the state, and leave the next `token`, or `logits`."""
         model = self._model()
         assert model is not None
-        x, done = model.embedding(self.token[:, None]), 0
+        x, mixers = model.embedding(self.token[:, None]), iter(self.state.mixers)
         for layer in model.layers:
             assert isinstance(layer, Residual)
-            mixers = self.state.mixers[done : done + sum(letter in "MAR" for letter in layer.letters)]
-            x = self._through(layer, x, mixers)
-            done += len(mixers)
+            own = [next(mixers) for letter in layer.letters if LAYERS[letter].state_type]
+            x = layer.step(x, own, len(x), self.place)
         self.hidden = hidden = model.norm(x)[:, 0]
         self.place += 1
         if not self.greedy:
@@ -115,30 +106,6 @@ class Decoder:
         self.token.copy_(chosen)
         self.history.index_copy_(0, self.index, chosen[None])
         self.index += 1
-
-    def _through(self, layer: Residual, x: Tensor, mixers: tuple[MixerState, ...]) -> Tensor:
-        """One sub-layer; its states are overwritten."""
-        mixer: Any = layer.branches[0]
-        if layer.letters == "M" and isinstance(mixer, Mamba) and plain(layer, Residual):
-            weights, norm = mixer.weights_of_step(x), _norm(layer.norm, x)
-            if weights is not None and norm is not None:
-                weight, bias, eps = norm
-                tensors = (*mixers[0], *weights, weight, bias)
-                return ops.mamba_step(x, *tensors, eps=eps, in_place=True)[0]  # type: ignore[arg-type]
-        served = layer.letters == "E" and plain(layer, Residual) and plain(mixer, MoE)
-        if served and plain(mixer.router, Router) and not torch.is_autocast_enabled(x.device.type):
-            return x + mixer.serve(layer.norm(x))
-        y: Tensor
-        x, y, after, _ = layer(x, None, mixers, None)
-        for buffers, new in zip(mixers, after, strict=True):
-            if isinstance(buffers, AttentionState):  # the new entry is the last
-                buffers.keys.index_copy_(2, self.place, new[0][:, :, -1:])
-                buffers.values.index_copy_(2, self.place, new[1][:, :, -1:])
-                buffers.positions.index_copy_(1, self.place, new[2][:, -1:])
-            else:
-                for buffer, tensor in zip(buffers, new, strict=True):
-                    buffer.copy_(tensor)
-        return x + y
 
     def tokens(self, first: Tensor, count: int, choose: Callable[[Tensor, int], Tensor]) -> Iterator[list[int]]:
         """`first` (b,) and what follows, `count` tokens a row. The GPU computes the next token while one is read.
@@ -173,26 +140,9 @@ class Decoder:
             yield here[row].tolist()
 
 
-def _buffers(mixer: MixerState, room: int) -> MixerState:
-    """Memory for a mixer's state; attention's holds `room` tokens."""
-    if not isinstance(mixer, AttentionState):
-        return type(mixer)(*(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in mixer))
-    keys, values, positions = mixer
-    (batch, heads, _, width), empty = keys.shape, positions.new_full((keys.shape[0], room), -1)
-    return AttentionState(keys.new_zeros(batch, heads, room, width), values.new_zeros(batch, heads, room, width), empty)
-
-
-def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
-    """Weight, bias and epsilon of a norm that `ops.mamba_step` knows."""
-    if plain(norm, RMSNorm):
-        weight, bias, eps = norm.weight, None, norm.eps
-    elif plain(norm, nn.LayerNorm):
-        weight, bias, eps = norm.weight, norm.bias, norm.eps
-        if bias is None:
-            return None
-    else:
-        return None
-    return None if weight is None or weight.dtype != x.dtype else (weight, bias, eps)  # type: ignore[return-value]
+def _length(state: State) -> int:
+    """Entries of the keys, padding included; 0 without attention."""
+    return max((mixer[0].shape[2] for mixer in state.mixers if isinstance(mixer, AttentionState)), default=0)
 
 
 def capturable(model: MoEMamba) -> bool:
@@ -211,8 +161,7 @@ def claim(model: MoEMamba, state: State, count: int, greedy: bool, owner: MoEMam
         owner: the model that keeps the decoder until its next use, if `model` is a view of it that soon is gone.
     """
     owner = owner or model
-    length = max((mixer[0].shape[2] for mixer in state.mixers if isinstance(mixer, AttentionState)), default=0)
-    room = -(-(length + count) // ROOM) * ROOM
+    room = -(-(_length(state) + count) // ROOM) * ROOM
     decoder = _idle.pop(owner, None)  # nobody else may use it in the meantime
     if decoder is None or decoder.key != _key(model, state, greedy) or decoder.history.shape[0] < room:
         decoder = None  # its memory is free before the next one takes its own
