@@ -101,8 +101,11 @@ def test_patterns():
     ("make", "message"),
     [
         (lambda: preset("moe-mamba-24m"), "there is no preset 'moe-mamba-24m'; did you mean moe-mamba-25m?"),
-        (lambda: preset("mamba-25m", d_modle=3), "d_modle does not name one field"),
-        (lambda: preset("mamba-25m", activation="relu"), "it is in experts and in feedforward"),
+        (lambda: preset("mamba-25m", d_modle=3), "d_modle is no field of the configuration"),
+        (
+            lambda: preset("mamba-25m", activation="relu"),
+            "activation would change nothing: no letter of the pattern 'M' uses it",
+        ),
         (lambda: ModelConfig("MX"), "'X' at position 1; use the letters M (Mamba)"),
         (lambda: ModelConfig("M(E"), "lacks a closing parenthesis"),
         (lambda: ModelConfig(""), "has no layer"),

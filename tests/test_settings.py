@@ -14,6 +14,8 @@ from moemamba.initialisation import draw
 from moemamba.layers.plain import reasons, why_not_plain
 from moemamba.ops.kit.cpu import address, new, rows
 
+# torch's own decompositions for forward mode, loaded at their first use, are compiled by what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 
 

@@ -16,9 +16,10 @@ top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D a
 from types import TracebackType
 
 from .attention import attention
-from .choice import BACKENDS, available, bound, choose, force, transformed, why_not
+from .choice import BACKENDS, available, bound, choose, force, why_not
 from .conv import causal_conv1d
 from .dense import linear, linear_beside, rms_norm
+from .derivatives import transformed
 from .experts import expert_feedforward, expert_linear, grouped_linear
 from .head import linear_argmax, linear_cross_entropy
 from .mamba_step import fuses_mamba_step, mamba_step

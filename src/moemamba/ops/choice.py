@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .derivatives import transformed
 from .kit import cuda as cuda_runtime
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -63,27 +63,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def forced() -> str | None:
     """The backend that was asked for in this context."""
     return _forced.get()
-
-
-def transformed(*arguments: Any) -> bool:
-    """Whether torch.func is at work here, or an argument carries a forward-mode derivative: kernels know of neither."""
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
-        return True
-    return forward_ad._current_level >= 0 and any(map(_is_dual, arguments))
-
-
-def _is_dual(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
-
-
-def batched(tensor: Tensor) -> bool:
-    """Whether vmap is at work on a tensor, so that its values cannot decide what is computed."""
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def choose(op: str, *arguments: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..choice import transformed
+from ..derivatives import transformed
 
 
 def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
