@@ -17,7 +17,8 @@ FLOORS = [
     {"layers"},
     {"state", "model", "initialisation"},
     {"checkpoint"},
-    {"data", "distributed", "training", "inference", "integrations"},
+    {"data", "distributed"},
+    {"training", "inference", "integrations"},
     {"experiments"},
     {"cli", "__main__"},
 ]

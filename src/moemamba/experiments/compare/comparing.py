@@ -15,7 +15,7 @@ import torch
 from ... import __version__
 from ...config import ModelConfig
 from ...device import find_device
-from ...distributed.processes import Processes
+from ...distributed import Processes
 from ...host.files import replace
 from ...host.progress import Report
 from ...marks import changeable, marks
