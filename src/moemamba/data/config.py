@@ -40,8 +40,9 @@ class DataConfig:
                 "document to the next; leave one of them out"
             )
         weighted(self.data)
-        if self.validation is not None and not self.validation.strip():
-            raise ValueError('validation is "", which names no text; name one, or leave it out')
+        for name, value, what in (("validation", self.validation, "text"), ("tokenizer", self.tokenizer, "tokenizer")):
+            if value is not None and not value.strip():  # an unset variable of a shell, seldom what is meant
+                raise ValueError(f"{name} is {value!r}, which names no {what}; name one, or leave it out")
 
 
 def at_home(value: Any) -> Any:

@@ -171,6 +171,10 @@ class TrainConfig:
                 f"routing_groups is {self.routing_groups}; it must divide batch_size = {self.batch_size} and be a "
                 f"multiple of accumulate = {self.accumulate}, since a part is routed before the next is known"
             )
+        for name, what in (("start", "model"), ("branch", "run")):
+            value = getattr(self, name)
+            if value is not None and not value.strip():  # an unset variable of a shell, seldom what is meant
+                raise ValueError(f"{name} is {value!r}, which names no {what}; name one, or leave it out")
         shares = {"warmup": 1.0, "cooldown": 1.0, "final_lr": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}
         for name, most in shares.items():
             if getattr(self, name) > most:

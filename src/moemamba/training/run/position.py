@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...checkpoint import CheckpointError, damaged, read_json
 from ...host.files import FileError
-from ...reading import from_dict, validate
+from ...reading import from_dict, shown, validate
 from ..evaluate import Evaluation
 from ..update import Skips
 from ..watch import Raised
@@ -55,7 +55,7 @@ def read_position(folder: Path) -> Position:
     file = folder / "training.json"
     values = read_json(file, POSITION_LIMIT)
     if unknown := sorted(values.keys() - {each.name for each in fields(Position)}):
-        raise CheckpointError(f"{file} has the unknown key {unknown[0]!r}; resume with the version that wrote it")
+        raise CheckpointError(f"{file} has the unknown key {shown(unknown[0])}; resume with the version that wrote it")
     try:
         position = from_dict(Position, values, "position")
         if not {"step", "seconds", "content"} <= values.keys() or position.step != int(folder.name):
