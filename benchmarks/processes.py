@@ -28,10 +28,9 @@ from torch import nn
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, count_parameters, preset
 from moemamba.config import ExpertsConfig
-from moemamba.distributed import sharding as parallel
-from moemamba.distributed.processes import Processes, join
+from moemamba.distributed import Processes, join, own_part
 from moemamba.host.progress import Report
-from moemamba.training import loop
+from moemamba.training import loop, spread
 from moemamba.training.update import step
 
 VOCABULARY = 50_257
@@ -79,7 +78,7 @@ def speed(
         batch_size=256 * processes.size, context=256, log_every=10, eval_every=1000, eval_tokens=65536,
         learning_rate=1e-3, compile=True, shard=shard, cuda_graph=cuda_graph,
     )  # fmt: skip
-    parallel.draw = quick
+    spread.draw = quick
     text: list[str] = []
     if profile:
         step.Step.__call__ = profiled(step.Step.__call__, 45, text)
@@ -125,7 +124,7 @@ def large(processes: Processes, folder: str) -> dict[str, Any]:
     n_experts = 2 * round((1.25 * memory / 16 - one) / (two - one)) + 2
     model = base.replace(n_experts=n_experts)
     found: dict[str, Any] = {"n_experts": n_experts, "parameters": total(model), "gpu_gb": round(memory / 1e9, 1)}
-    parallel.draw = quick
+    spread.draw = quick
     config = TrainConfig(
         model, **tokens(folder, processes), run=f"{folder}/large", steps=8, batch_size=8, context=256, log_every=1,
         eval_every=1000, eval_tokens=2048, learning_rate=3e-4, expert_parallel=processes.size,
@@ -154,7 +153,7 @@ def quick(model: MoEMamba, _: Any) -> None:
     """Weights for a test of memory and speed, drawn where they are; the package draws them on the CPU."""
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            own = parallel.local(tensor)
+            own = own_part(tensor)
             if name.endswith(("norm.weight", ".D")):
                 nn.init.ones_(own)
             elif tensor.ndim < 2:

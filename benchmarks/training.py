@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from moemamba import MoEMamba, TrainConfig, preset
 from moemamba.data.batches import Batch
-from moemamba.distributed.processes import Processes
+from moemamba.distributed import Processes
 from moemamba.layers import MoE
 from moemamba.training.update.guard import Guard, Skips
 from moemamba.training.update.loss import losses

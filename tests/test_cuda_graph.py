@@ -11,9 +11,9 @@ import torch
 
 from moemamba import TrainConfig, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.distributed.processes import Processes
+from moemamba.distributed import Processes
 from moemamba.host.progress import Report
-from moemamba.training.run.directory import Run
+from moemamba.training.run import RunDirectory
 from moemamba.training.update import step as stepping
 from moemamba.training.update.step import Step, captures
 
@@ -54,8 +54,8 @@ def ran(config: TrainConfig, name: str, report: Report = SILENT, **changes: Any)
 def found(config: TrainConfig) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    run = Run(config.run)
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    run = RunDirectory(config.run)
+    lines = [json.loads(line) for line in run.log.file.read_text().splitlines()]
     folder = max((run.path / "checkpoints").iterdir())
     tensors = load_file(folder / "model.safetensors") | load_file(folder / "training.safetensors")
     return {str(k): {key: value for key, value in line.items() if key not in TIMES} for k, line in enumerate(lines)} | {

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from moemamba import ModelConfig, MoEMamba, State, load
 from moemamba.counting import require_memory
-from moemamba.distributed.processes import Processes
-from moemamba.distributed.sharding import require_fit
+from moemamba.distributed import Processes
 from moemamba.reading import read_config
-from moemamba.training.run.directory import Run, read_position
-from moemamba.training.run.saving import examine
+from moemamba.training.run import RunDirectory, read_position, restore
+from moemamba.training.run.restoring import examine
+from moemamba.training.spread import require_fit
 from moemamba.training.update.guard import Guard
 from moemamba.training.update.optim import make_optimizer
 from moemamba.training.watch.alarms import Alarms
@@ -108,14 +108,14 @@ def with_header(change: list, text: bytes) -> bytes:
     return len(said).to_bytes(8, "little") + said + rest
 
 
-def resume(run: Run) -> None:
+def resume(run: RunDirectory) -> None:
     """What training does with a run before its first step."""
     config = run.config()
     require_fit(config, ONE)
     run.tokenizer()
     assert config.model.n_blocks * len(config.model.pattern) < 1000 or pytest.fail("built")
     model = MoEMamba(config.model)
-    position = run.restore(model, make_optimizer(model, config), CONTENT, lambda said: None, ONE, config.steps)
+    position = restore(run, model, make_optimizer(model, config), CONTENT, lambda said: None, ONE, config.steps)
     Guard(config, torch.device("cpu"), position.skips)
     Meter(config, model.router_names, position.seconds)
     Alarms([2], position.alarms)
@@ -139,7 +139,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained():
     """A model and its optimiser, as the run has them."""
-    config = Run(FIRST / "run").config()
+    config = RunDirectory(FIRST / "run").config()
     model = MoEMamba(config.model)
     return model, make_optimizer(model, config)
 
@@ -152,7 +152,7 @@ def test_configurations(folder, seed):
         (folder / "config.json").write_bytes(mutant((CHECKPOINT / "config.json").read_bytes(), change))
         refused(lambda: require_memory(read_config(ModelConfig, folder / "config.json"), 1 << 34))
         (folder / "train.json").write_bytes(mutant((FIRST / "run" / "train.json").read_bytes(), change))
-        refused(Run(folder).config)
+        refused(RunDirectory(folder).config)
 
 
 @settings(max_examples=4, **BUDGET)
@@ -182,7 +182,7 @@ def test_tensors(folder, trained, seed):
 @given(SEEDS)
 def test_positions(folder, trained, seed):
     """training.json, up to what the training loop makes of it."""
-    config = Run(FIRST / "run").config()
+    config = RunDirectory(FIRST / "run").config()
 
     def use():
         position = read_position(folder)
@@ -199,12 +199,12 @@ def test_positions(folder, trained, seed):
 @given(SEEDS)
 def test_metrics(tmp_path, seed):
     """metrics.jsonl never keeps a run from going on."""
-    run = Run(tmp_path)
+    run = RunDirectory(tmp_path)
     for change, edit, _ in mutants(seed):
         lines = "".join(f"{json.dumps(value)}\n" for _, _, value in change).encode()
-        run.metrics.write_bytes(edited((FIRST / "run" / "metrics.jsonl").read_bytes(), edit) + lines + b'{"step": 3')
-        run._forget_after(8)
-        for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        run.log.file.write_bytes(edited((FIRST / "run" / "metrics.jsonl").read_bytes(), edit) + lines + b'{"step": 3')
+        run.log.forget_after(8)
+        for line in run.log.file.read_text(encoding="utf-8", errors="replace").splitlines():
             assert json.loads(line)["step"] <= 8
 
 
@@ -213,7 +213,7 @@ def test_metrics(tmp_path, seed):
 def test_whole_runs(tmp_path, seed):
     """A damaged file of a run: it goes on, from the checkpoint before if need be, or says why not."""
     for number, (change, edit, _) in enumerate(mutants(seed)):
-        run = Run(shutil.copytree(FIRST / "run", tmp_path / "run"))
+        run = RunDirectory(shutil.copytree(FIRST / "run", tmp_path / "run"))
         name = ("training.json", "training.safetensors", "metrics.jsonl", "train.json")[number % 4]
         file = max(run.path.rglob(name))
         text = file.read_bytes()

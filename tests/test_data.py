@@ -12,7 +12,7 @@ from moemamba import TrainConfig
 from moemamba.data import preparation
 from moemamba.data.batches import Batches, Tokens, Windows, permute, sequential
 from moemamba.data.corpora import open_corpora
-from moemamba.data.documents import Documents, held_out
+from moemamba.data.documents import Documents, is_held_out
 from moemamba.data.preparation import HELD_OUT, cache_directory, prepare
 from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer, train_bpe
@@ -128,8 +128,8 @@ def write_folder(folder, count=200):
 def test_every_document_is_kept_once(tmp_path):
     texts = write_folder(tmp_path / "in")
     corpus = prepare(str(tmp_path / "in"), BYTES, tmp_path / "cache")
-    assert texts_of(corpus.train) == [text for text in texts if not held_out(text.encode(), HELD_OUT)]
-    assert texts_of(corpus.validation) == [text for text in texts if held_out(text.encode(), HELD_OUT)]
+    assert texts_of(corpus.train) == [text for text in texts if not is_held_out(text.encode(), HELD_OUT)]
+    assert texts_of(corpus.validation) == [text for text in texts if is_held_out(text.encode(), HELD_OUT)]
     assert 2 <= len(corpus.validation.ends) <= 25
     assert corpus.train.bytes + corpus.validation.bytes == sum(len(text.encode()) for text in texts)
     assert corpus.train.ids.dtype == np.uint16
@@ -204,7 +204,7 @@ def test_given_validation(tmp_path, monkeypatch):
     (tmp_path / "held.jsonl").write_text('{"text": "held out"}')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = TrainConfig(data=str(tmp_path / "in"), validation=str(tmp_path / "held.jsonl"), context=4)
-    corpora = open_corpora(config, BYTES, Report(silent=True))
+    corpora = open_corpora(config.reads(), BYTES, Report(silent=True))
     assert texts_of(corpora.parts[0].train) == texts and texts_of(corpora.validation[0].tokens) == ["held out"]
 
 
@@ -319,14 +319,6 @@ def test_seq_idx_counts_documents():
                 expected.append(document)
                 document += token == 256
             assert batch.seq_idx[row].tolist() == expected
-
-
-def test_split_keeps_rows_in_order():
-    batch = Batches(Windows(fake_tokens([500]), 8, seed=0, reset_state=True), 6)[0]
-    parts = batch.split(3)
-    assert [len(part.tokens) for part in parts] == [2, 2, 2]
-    for k in range(3):
-        assert torch.equal(torch.cat([part[k] for part in parts]), batch[k])
 
 
 def test_sequential_pass():

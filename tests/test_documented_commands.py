@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moemamba.cli import COMMANDS, train
-from moemamba.distributed.sharding import check
 from moemamba.experiments.compare import parse_contenders
+from moemamba.training.spread import check
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = re.compile(r"python -m moemamba (.*?)'", re.S)

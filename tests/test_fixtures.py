@@ -11,7 +11,7 @@ import torch
 from moemamba import State, TrainConfig, cli, generate, load, train
 from moemamba.config import ExpertsConfig, ModelConfig
 from moemamba.host.progress import Report
-from moemamba.training.run.directory import Run
+from moemamba.training.run import RunDirectory
 
 SILENT = Report(silent=True)
 FIRST = Path(__file__).parent / "fixtures" / "v0.1"
@@ -45,7 +45,7 @@ def test_a_state_continues_its_model(old):
 
 
 def test_a_run_resumes_from_its_checkpoint(old):
-    result = train(Run("run").config(), resume=True, report=SILENT)
+    result = train(RunDirectory("run").config(), resume=True, report=SILENT)
     assert result.step == 12 and result.loss == pytest.approx(5.456645, abs=1e-4)
     assert result.evaluation.loss == pytest.approx(5.455819, abs=1e-4)
     steps = [int(folder.name) for folder in sorted((old / "run" / "checkpoints").iterdir())]

@@ -16,8 +16,7 @@ import torch
 
 from moemamba import MoEMamba, TrainConfig, load, ops, train
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.distributed.processes import Processes
-from moemamba.distributed.sharding import gradient_norm
+from moemamba.distributed import Processes, gradient_norm
 from moemamba.host import stop
 from moemamba.host.progress import Report
 from moemamba.host.stop import Stop
@@ -285,7 +284,7 @@ def test_a_signal_saves_and_says_how_to_go_on(config, tmp_path, number, status):
     whole = train(config, report=SILENT)
     run = tmp_path / "stopped"
     script = (
-        "import sys, time; from moemamba.training.step import Step; take = Step.__call__\n"
+        "import sys, time; from moemamba.training.update import Step; take = Step.__call__\n"
         "def slow(*arguments): time.sleep(0.05); return take(*arguments)\n"
         "Step.__call__ = slow\n"
         "from moemamba import ops; ops.backend('reference'); from moemamba.cli import main; main()"

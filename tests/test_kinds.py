@@ -257,7 +257,7 @@ def test_an_endless_line_takes_bounded_memory(tmp_path, packing):
         for _ in range(200):
             stream.write(b"a" * 1_000_000)
     program = (
-        "import resource, sys; from moemamba.training.documents import Documents\n"
+        "import resource, sys; from moemamba.data.documents import Documents\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: list(Documents(sys.argv[1]))\n"
         "except ValueError as error: print(error)\n"

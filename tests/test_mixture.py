@@ -9,10 +9,10 @@ from test_data import fake_tokens
 
 from moemamba import ModelConfig, TrainConfig, train
 from moemamba.data.batches import Batches, Mixture, Windows
+from moemamba.data.config import weighted
 from moemamba.data.corpora import open_corpora
 from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer
-from moemamba.training.config import weighted
 
 BYTES = ByteTokenizer()
 
@@ -110,8 +110,8 @@ def test_without_weights_sizes_count(tmp_path, monkeypatch):
     for name, lines in (("a.txt", 6000), ("b.txt", 2000)):
         (tmp_path / name).write_text("".join(f"line {k}\n" for k in range(lines)))
     config = TrainConfig(data=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")), context=8)
-    corpora = open_corpora(config, BYTES, Report(silent=True))
+    corpora = open_corpora(config.reads(), BYTES, Report(silent=True))
     sizes = [len(part.train.ids) for part in corpora.parts]
     assert corpora.shares == pytest.approx([size / sum(sizes) for size in sizes])
     with pytest.raises(ValueError, match=r"the held-out text of .*a\.txt has .* tokens, but one window needs"):
-        open_corpora(dataclasses.replace(config, context=3000), BYTES, Report(silent=True))
+        open_corpora(dataclasses.replace(config.reads(), context=3000), BYTES, Report(silent=True))

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import moemamba
 from moemamba import ModelConfig, TrainConfig, cli, load, preset
+from moemamba.cli.compare import Compare
 from moemamba.cli.help import FEW
 from moemamba.cli.options import Option, options
 from moemamba.cli.train import Train, read
 from moemamba.device import find_device
-from moemamba.distributed.sharding import check_used
-from moemamba.training.config import GROUPS
+from moemamba.marks import changeable, marks
+from moemamba.training.spread import check_used
 
 KINDS = {
     "train": "Train",
@@ -226,12 +227,20 @@ def test_help_begins_with_what_matters_and_has_all(call, command):
     assert max(map(len, first.splitlines())) <= 110
 
 
-def test_groups_name_options_that_there_are():
-    names = {option.name.removeprefix("--") for option in options(Train)}
-    listed = [name for members in GROUPS.values() for name in members]
-    assert set(listed) <= names and len(set(listed)) == len(listed)
-    own = {field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)} - {"model"}
-    assert own <= set(listed)
+def test_every_option_of_training_has_its_marks():
+    found = marks(TrainConfig)
+    assert list(found) == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert all(each.group for each in found.values())
+    shared = {option.name for option in options(Compare)}
+    lacking = {o.path[1] for o in options(Train) if o.path[0] == "config" and o.name not in shared}
+    assert {name for name, each in found.items() if each.of_one_run} == lacking
+    known = {".".join(option.path[2:]) for option in options(Train) if option.path[:2] == ("config", "model")}
+    assert set(found["model"].shows) <= known
+    assert (
+        changeable(TrainConfig, "always")
+        < changeable(TrainConfig, "on resume")
+        < changeable(TrainConfig, "on a branch")
+    )
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

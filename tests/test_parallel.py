@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, load, train
 from moemamba.config import ExpertsConfig, RoutedMambaConfig
-from moemamba.distributed import sharding as parallel
-from moemamba.distributed.processes import Processes, join
+from moemamba.distributed import Processes, divide_gradients, gathered, gradient_norm, join, summing
 from moemamba.host.progress import Report
+from moemamba.training.spread import build, check
 from moemamba.training.update.loss import losses
 
 SILENT = Report(silent=True)
@@ -67,7 +67,7 @@ def work(rank, size, folder, cache, jobs):
             config = dataclasses.replace(UNEVEN, shard=shard, expert_parallel=spread)
             found = [gradients(config, rank, size)]
             if size == 2:
-                changes = SAME[:2] if spread > 1 else SAME  # see `parallel.check`
+                changes = SAME[:2] if spread > 1 else SAME  # see `spread.check`
                 found += [gradients(dataclasses.replace(config, **change), rank, size) for change in changes]
             if rank == 0:
                 torch.save(found, folder / f"{size}-{shard}-{spread}.pt")
@@ -85,7 +85,7 @@ def go_on(rank, size, store, cache, config):
 def gradients(config, rank=0, size=1, distributed=True):
     """Of one batch in which experts 1 and 3 of the first router see no token, and a row counts only in part."""
     processes = Processes(torch.device("cpu"), rank, size, distributed)
-    model = parallel.build(config, processes, torch.float32)
+    model = build(config, processes, torch.float32)
     model.layers[1].branches[0].router.balance_bias.copy_(torch.tensor([1.0, -9.0, 1.0, -9.0]))
     tokens, targets = torch.randint(257, (2, 8, 16), generator=torch.Generator().manual_seed(1))
     targets[0, 3:] = -100
@@ -93,15 +93,15 @@ def gradients(config, rank=0, size=1, distributed=True):
     if config.compile:
         torch.compiler.reset()
         model.compile_layers(backend="aot_eager")  # what training does, but for the C++ compiler
-    forward = parallel.summing(model, processes)
+    forward = summing(model, processes)
     output = forward(tokens[rows], targets=targets[rows])
     language, auxiliary = losses(output, config.model.routers)
     share = (targets[rows] != -100).sum() / (targets != -100).sum()
     (language * share + auxiliary / size).backward()
-    found = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
-    norm = parallel.gradient_norm(model.parameters(), processes)
-    parallel.divide_gradients(model.parameters(), norm / 0.01)
-    clipped = {name: parallel.whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    found = {name: gathered(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    norm = gradient_norm(model.parameters(), processes)
+    divide_gradients(model.parameters(), norm / 0.01)
+    clipped = {name: gathered(parameter.grad).clone() for name, parameter in model.named_parameters()}
     return found, norm, clipped
 
 
@@ -279,11 +279,11 @@ def test_groups_are_batches_of_their_own():
 )
 def test_impossible_combinations(change, size, said):
     with pytest.raises(ValueError, match=said):
-        parallel.check(dataclasses.replace(TrainConfig(MODEL), **change), size)
+        check(dataclasses.replace(TrainConfig(MODEL), **change), size)
 
 
 def test_one_process_resumes_what_spread_experts_began():
-    parallel.check(TrainConfig(MODEL, expert_parallel=2), 1)
+    check(TrainConfig(MODEL, expert_parallel=2), 1)
 
 
 def test_what_travels_in_bfloat16():
@@ -293,7 +293,7 @@ def test_what_travels_in_bfloat16():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         processes = Processes(torch.device("cpu"), 0, 1, True)
-        model = parallel.build(TrainConfig(MODEL, shard="parameters"), processes, torch.bfloat16)
+        model = build(TrainConfig(MODEL, shard="parameters"), processes, torch.bfloat16)
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
         model.unshard()
         for module in model.modules():
@@ -315,7 +315,7 @@ def test_groups_smaller_than_parts():
 
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("moemamba.training.processes.find_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("moemamba.distributed.processes.find_device", lambda name: torch.device("cuda"))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(ValueError, match="process 1 of this machine has no GPU of its own"), join("auto"):
@@ -326,7 +326,7 @@ def test_an_error_of_writing_surfaces(base, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("moemamba.training.run.save_file", full)
+    monkeypatch.setattr("moemamba.training.run.saving.write_tensors", full)
     with pytest.raises(OSError, match="disk full"):
         train(dataclasses.replace(base, run=str(tmp_path / "run")), report=SILENT)
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -19,7 +19,7 @@ from moemamba.checkpoint import CheckpointError, Damaged, checkpoints
 from moemamba.cli.info import costs
 from moemamba.config import ExpertsConfig
 from moemamba.counting import memory, require_memory, size
-from moemamba.distributed.processes import Processes
+from moemamba.distributed import Processes
 from moemamba.experiments.compare import compare, parse_contenders
 from moemamba.host.files import replace
 from moemamba.host.lock import Lock
@@ -28,8 +28,7 @@ from moemamba.host.progress import Report
 from moemamba.presets import preset
 from moemamba.tensors import TensorFile, write_tensors
 from moemamba.text import ByteTokenizer
-from moemamba.training.run import saving
-from moemamba.training.run.directory import Run, read_position
+from moemamba.training.run import RunDirectory, read_position, restore, restoring
 from moemamba.training.update.optim import make_optimizer
 
 FIRST = Path(__file__).parent / "fixtures" / "v0.1"
@@ -42,14 +41,14 @@ def run(tmp_path, monkeypatch):
     shutil.copytree(FIRST / "prepared", tmp_path / "prepared")
     shutil.copytree(FIRST / "run", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    return Run("run")
+    return RunDirectory("run")
 
 
-def resumed(run: Run):
+def resumed(run: RunDirectory):
     return train(run.config(), resume=True, report=SILENT)
 
 
-def names(run: Run) -> set[str]:
+def names(run: RunDirectory) -> set[str]:
     return {path.name for path in (run.path / "checkpoints").iterdir()}
 
 
@@ -64,7 +63,7 @@ def test_resuming_removes_nothing_of_others(run, tmp_path):
         (folder / name).write_text("x")
     (tmp_path / "other" / "kept").mkdir(parents=True)
     (folder / ".00000014").symlink_to(tmp_path / "other")
-    run.claim(True)
+    run.occupy(True)
     run.close()
     left = {".backup-best", ".ipynb_checkpoints", ".000", ".DS_Store", ".nfs0001", ".00000013", ".00000014"}
     assert names(run) == left | {"00000004", "00000008"} and (tmp_path / "other" / "kept").is_dir()
@@ -86,12 +85,9 @@ def test_what_the_machine_cannot_read_is_not_damaged(run, monkeypatch):
     def no_memory(*arguments, **more):
         raise OSError(12, "Cannot allocate memory")
 
-    for place, name in ((saving, "examine"), (TensorFile, "verify"), (Path, "open")):
+    for place, name in ((restoring, "examine"), (TensorFile, "verify"), (Path, "open")):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                f"moemamba.training.run.{name}" if place is saving else place,
-                *((no_memory,) if place is saving else (name, no_memory)),
-            )
+            patch.setattr(place, name, no_memory)
             with pytest.raises(OSError, match="Cannot allocate memory"):
                 resumed(run)
         assert names(run) == {"00000004", "00000008"}
@@ -115,7 +111,7 @@ def test_a_flipped_bit_is_damage(run, name, capsys):
     content[-5] ^= 4
     file.write_bytes(content)
     with pytest.raises(Damaged, match=r"does not have the checksum.*use .*00000008 instead"):
-        load(file.parent) if name.startswith("model") else saving.verify(TensorFile(file))
+        load(file.parent) if name.startswith("model") else restoring.verify(TensorFile(file))
     train(run.config(), resume=True)
     assert "damaged-00000012" in capsys.readouterr().out and names(run) >= {"damaged-00000012", "00000012"}
     assert all(map(torch.equal, load("run")[0].state_dict().values(), whole.state_dict().values()))
@@ -335,7 +331,7 @@ def test_what_another_machine_cannot_read_is_not_damaged(run):
     model = MoEMamba(config.model)
     content = read_position(run.path / "checkpoints" / "00000008").content
     with pytest.raises(OSError, match=r"00000008 is intact here .* the same for all machines"):
-        run.restore(model, make_optimizer(model, config), content, print, AnotherFails(torch.device("cpu")))
+        restore(run, model, make_optimizer(model, config), content, print, AnotherFails(torch.device("cpu")))
     assert names(run) == {"00000004", "00000008"}
 
 
@@ -345,4 +341,4 @@ def test_a_step_beyond_the_run_is_refused(run):
     content = read_position(run.path / "checkpoints" / "00000008").content
     one = Processes(torch.device("cpu"))
     with pytest.raises(ValueError, match="at step 8, but the run is to have 6"):
-        run.restore(model, make_optimizer(model, shorter), content, print, one, shorter.steps)
+        restore(run, model, make_optimizer(model, shorter), content, print, one, shorter.steps)

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from moemamba import ModelConfig, TrainConfig, load, train
 from moemamba.config import ExpertsConfig
-from moemamba.distributed.processes import join, sources
+from moemamba.distributed import join, sources
 from moemamba.host.progress import Report
 from moemamba.host.stop import Interrupted
 from moemamba.training import loop
@@ -177,8 +177,7 @@ def test_sources():
 
 def test_one_process_has_no_flags():
     """Nothing of signals may enter a step that could be captured."""
-    from moemamba.distributed.agreement import Agreement
-    from moemamba.distributed.processes import Processes
+    from moemamba.distributed import Agreement, Processes
     from moemamba.host.stop import Stop
 
     with Stop() as signals:

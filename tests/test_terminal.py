@@ -152,7 +152,7 @@ def test_a_slow_reader_loses_text_and_no_more():
 def test_time_left_does_not_count_what_came_before_the_first_step(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr("moemamba.training.progress.QUIET", 0.0)
+    monkeypatch.setattr("moemamba.host.progress.QUIET", 0.0)
     report = Report()
     report.begin("training", 100)
     for step, at in ((10, 90.0), (20, 100.0), (30, 110.0)):  # 80 s of compilation, then a step a second

@@ -260,9 +260,9 @@ KILLED = """
 import json, sys
 from moemamba import TrainConfig, train
 from moemamba.reading import from_dict
-from moemamba.training.run import Run
+from moemamba.training.run import RunDirectory
 config = from_dict(TrainConfig, json.loads(sys.argv[1]))
-train(config, resume=Run(config.run).exists)
+train(config, resume=RunDirectory(config.run).exists)
 """
 
 
@@ -338,9 +338,8 @@ def test_two_processes_never_train_in_one_directory(config):
     pytest.importorskip("fcntl")
     train(config, stop=1, report=SILENT)
     leftover = Path(config.run) / "checkpoints" / ".00000002"
-    script = (
-        "import sys; from moemamba.training.run import Run; Run(sys.argv[1]).claim(True); print(flush=True); input()"
-    )
+    script = "import sys; from moemamba.training.run import RunDirectory\n"
+    script += "RunDirectory(sys.argv[1]).occupy(True); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", script, config.run], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

@@ -3,6 +3,9 @@
 The format (https://huggingface.co/docs/safetensors): eight bytes with the header's length, a JSON header that gives the
 dtype, shape and place of each tensor, and the tensors' bytes. The checksums lie in the header's `__metadata__`, where
 other readers do not mind them; files without them, as other programs and versions before 0.2 write, are read too.
+
+Why not the library of that name: it has no checksums, so that a flipped bit loads as a weight; and what is damaged must
+be told from what this machine cannot read (`host.files`). Tests read with it what is written here, and the other way.
 """
 
 import json

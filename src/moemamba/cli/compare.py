@@ -4,24 +4,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..config import ModelConfig
 from ..experiments.compare import parse_contenders
 from ..host.files import expanded
-from ..training.config import GROUPS, TrainConfig
-from .options import Hidden, Merged, Place, Positional
+from ..training.config import TrainConfig
+from .options import Place, Positional, Shared
 from .terminal import parse, stopped
-
-
-@dataclass(frozen=True)
-class Budget(TrainConfig):
-    """A training run but for what differs between runs."""
-
-    model: Hidden[ModelConfig] = field(default_factory=ModelConfig)
-    run: Hidden[str] = ""
-    seed: Hidden[int] = 0
-    data_seed: Hidden[int] = 0
-    start: Hidden[str | None] = None
-    branch: Hidden[str | None] = None
 
 
 @dataclass(frozen=True)
@@ -38,11 +25,11 @@ class Compare:
     """runs trained at once, each with its share of the cores, spread over the GPUs"""
     out: Place = "runs/compare"
     """directory of the runs, results.json and report.html; a comparison that was stopped goes on there"""
-    budget: Merged[Budget] = field(default_factory=Budget)
+    budget: Shared[TrainConfig] = field(default_factory=TrainConfig)
 
 
 def main(arguments: Sequence[str]) -> None:
-    asked = parse(Compare, arguments, "compare", groups=GROUPS)
+    asked = parse(Compare, arguments, "compare")
     contenders = parse_contenders(asked.models)
     from ..experiments.compare import compare
     from .outcome import tell

@@ -47,7 +47,7 @@ def versions() -> list[tuple[str, str]]:
         ("moemamba", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
     ]
-    for name in ("torch", "triton", "numba", "numpy", "safetensors", "tokenizers"):
+    for name in ("torch", "triton", "numba", "numpy", "tokenizers"):
         try:
             rows.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..data.config import DataConfig
 from ..host.files import expanded
 from ..reading import validate
-from ..training.config import TrainConfig
 from .options import Place, Positional
 from .terminal import parse, show, show_json
 from .train import begun
@@ -46,12 +46,13 @@ def main(arguments: Sequence[str]) -> None:
 
     model, tokenizer = load(asked.run, asked.device)
     path = expanded(asked.run)
-    run = begun(path) or begun(path.parent.parent) or TrainConfig()  # a run, a checkpoint of one, or a model alone
+    run = begun(path) or begun(path.parent.parent)  # a run, a checkpoint of one, or else a model alone
+    own = run.reads() if run else DataConfig()
     config = replace(
-        run,
-        run=str(path),
-        validation=run.validation if asked.data is None else asked.data,
-        context=asked.context or run.context,
+        own,
+        validation=own.validation if asked.data is None else asked.data,
+        context=asked.context or own.context,
+        cache=str(path / "tokens"),
     )
     texts = _texts(asked, config, tokenizer)
     found = evaluate(
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         context=config.context,
         batch_size=asked.batch_size,
         most=asked.tokens,
-        reset_state=run.reset_state,
+        reset_state=config.reset_state,
         drop_gap=any(experts.capacity_factor for experts in model.config.routers),
     )
     what = asked.data or f"held-out part of {' and '.join(text.name for text in texts)}"
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     show(rows)
 
 
-def _texts(asked: Eval, config: TrainConfig, tokenizer: "Tokenizer") -> tuple["HeldOut", ...]:
+def _texts(asked: Eval, config: DataConfig, tokenizer: "Tokenizer") -> tuple["HeldOut", ...]:
     """What is predicted."""
     from ..data.corpora import open_held_out
     from ..host.progress import Report

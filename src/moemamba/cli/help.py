@@ -6,7 +6,7 @@ import inspect
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 from .options import Option, options
@@ -14,22 +14,18 @@ from .options import Option, options
 FEW = 24  # options that one page shows at once
 COLUMN = 28  # where the texts begin
 
-Groups = Mapping[str, Sequence[str]]
-"""options by the title of their group, in order; the first group is the first page"""
 
-
-def page(kind: type, command: str, default: object = None, groups: Groups | None = None, every: bool = False) -> str:
+def page(kind: type, command: str, default: object = None, every: bool = False) -> str:
     """The help of a command.
 
     Args:
         default: an instance that has the defaults.
-        groups: names of options; those of the command's own dataclass come first, those of parts last.
         every: all options, not only those that are set most often.
     """
     known = list(options(kind, default))
     named = [option for option in known if not option.positional]
     free = [option for option in known if option.positional]
-    parts = _grouped(kind, named, groups or {})
+    parts = _grouped(kind, named)
     hidden = 0
     if len(named) > FEW and not every:
         hidden = len(named) - len(parts[0][1])
@@ -46,21 +42,24 @@ def page(kind: type, command: str, default: object = None, groups: Groups | None
     return "\n\n".join(blocks)
 
 
-def _grouped(kind: type, known: Sequence[Option], groups: Groups) -> list[tuple[str, list[Option]]]:
-    """Options under titles: each at its first place, parts of the model under what the part is."""
-    left = {option.name.removeprefix("--"): option for option in known}
-    found: list[tuple[str, list[Option]]] = []
-    for number, (title, names) in enumerate(groups.items()):
-        own = [name for name, option in left.items() if option.owner is kind] if number == 0 else []
-        own = [name for name in own if name not in names]
-        members = [left.pop(name) for name in (*own, *names) if name in left]
-        found.append((title, members))
-    rest: dict[str, list[Option]] = {}
-    for option in left.values():
-        part = option.name.removeprefix("--").rpartition(".")[0]
-        about = (option.owner.__doc__ or "").strip().partition("\n")[0].rstrip(".")
-        rest.setdefault(f"{part}: {about}" if part else "", []).append(option)
-    return found + list(rest.items())
+def _grouped(kind: type, known: Sequence[Option]) -> list[tuple[str, list[Option]]]:
+    """Options under titles: their groups as they are marked, behind the command's own, and parts under what they are.
+
+    The first group is the first page.
+    """
+    titles = list(dict.fromkeys(option.group for option in known if option.group))
+    groups: dict[str, list[Option]] = {title: [] for title in titles}
+    for option in known:
+        title, part = option.group, option.name.removeprefix("--").rpartition(".")[0]
+        if not title and titles and option.owner is kind:
+            title = titles[0]
+        if not title and part:
+            about = (option.owner.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+            title = f"{part}: {about}"
+        groups.setdefault(title, []).append(option)
+    return [
+        (title, sorted(found, key=lambda option: (option.group != "", option.place))) for title, found in groups.items()
+    ]
 
 
 def _entry(option: Option) -> str:

@@ -1,8 +1,8 @@
 """Arguments into the dataclass of a command: every field is an option, `--model.d-model` for one of a part.
 
 A field's type says what its option takes; marks say the rest: `Positional[str]` stands without a name, `Place` is a
-path, in which `~` is the home folder, `Merged` parts have no prefix, `Hidden` fields are no options, and `Repeated`
-ones take one value each time they are given.
+path, in which `~` is the home folder, `Merged` parts have no prefix, `Shared` ones besides lack the options of one run
+alone, and `Repeated` ones take one value each time they are given.
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from ..host.files import expanded
+from ..marks import marks as marked
 
 Type = TypeVar("Type")
 Arguments = TypeVar("Arguments")
 
 Positional = Annotated[Type, "positional"]
 Merged = Annotated[Type, "merged"]
-Hidden = Annotated[Type, "hidden"]
+Shared = Annotated[Type, "merged", "shared"]
 Repeated = Annotated[Type, "repeated"]
 Place = Annotated[str, "place"]
 
@@ -46,6 +47,10 @@ class Option:
     positional: bool
     repeated: bool = False
     """whether it takes one value each time it is given"""
+    group: str = ""
+    """in help"""
+    place: int = 0
+    """in the group"""
 
     @property
     def flag(self) -> bool:
@@ -121,28 +126,35 @@ def _converted(hint: Any, text: str, name: str) -> Any:
     return str(expanded(text)) if "place" in marks and text.startswith("~") else text
 
 
-def options(kind: type, default: Any = None, path: tuple[str, ...] = (), prefix: str = "") -> Iterator[Option]:
+def options(
+    kind: type, default: Any = None, path: tuple[str, ...] = (), prefix: str = "", shared: bool = False
+) -> Iterator[Option]:
     """Every option of a command's dataclass, in the order of its fields.
 
     Args:
         default: an instance that has the defaults; those of the fields themselves if None.
+        shared: without those that a comparison sets for each of its runs.
     """
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints, classified = typing.get_type_hints(kind, include_extras=True), marked(kind)
     for field in dataclasses.fields(kind):
         hint, marks = _plain(hints[field.name])
-        if "hidden" in marks:
+        mark = classified.get(field.name)
+        if shared and mark and mark.of_one_run:
             continue
         here = (*path, field.name)
         value = _default(field) if default is None else getattr(default, field.name)
         if dataclasses.is_dataclass(hint):
             start = prefix if "merged" in marks else f"{prefix}{field.name.replace('_', '-')}."
-            yield from options(typing.cast(type, hint), value, here, start)
+            for inner in options(typing.cast(type, hint), value, here, start, "shared" in marks):
+                first = mark is not None and ".".join(inner.path[len(here) :]) in mark.shows
+                yield dataclasses.replace(inner, group=mark.group, place=mark.place) if mark and first else inner
             continue
         positional = "positional" in marks
         name = field.name.upper() if positional else f"--{prefix}{field.name.replace('_', '-')}"
         if "place" in marks:
             hint = Annotated[hint, "place"]
-        yield Option(here, name, hint, _owner(kind, field.name), value, positional, "repeated" in marks)
+        group, place = (mark.group, mark.place) if mark else ("", 0)
+        yield Option(here, name, hint, _owner(kind, field.name), value, positional, "repeated" in marks, group, place)
 
 
 def _default(field: Any) -> Any:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..data.config import DataConfig
 from ..host.files import expanded
-from ..training.config import TrainConfig
 from .options import Place, Positional
 from .terminal import line, parse, show
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
             f"{asked.data} is prepared already; train on it with: moemamba train --data {shlex.quote(asked.data)}"
         )
     documents = Documents(asked.data)
-    tokenizer = find_tokenizer(TrainConfig(data=asked.data, tokenizer=asked.tokenizer))
+    tokenizer = find_tokenizer(DataConfig(asked.data, tokenizer=asked.tokenizer))
     began = time.monotonic()
     with tokenising(Report()) as progress:
         corpus = write_tokens(out, documents, tokenizer, asked.held_out, progress)

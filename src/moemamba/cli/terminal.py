@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
@@ -18,7 +18,6 @@ def parse(
     arguments: Sequence[str],
     command: str,
     default: Arguments | None = None,
-    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Arguments:
     """The dataclass of a command from its arguments; prints its help, and leaves, where that is asked for.
 
@@ -28,7 +27,7 @@ def parse(
     if {"-h", "--help", "--help-all"} & set(arguments):
         from .help import page
 
-        print(page(kind, command, default, groups, "--help-all" in arguments))
+        print(page(kind, command, default, "--help-all" in arguments))
         sys.exit(0)
     if NAMES in arguments:
         print("\n".join(option.name for option in options(kind, default) if not option.positional))

@@ -9,9 +9,10 @@ from pathlib import Path
 from ..host.files import expanded
 from ..host.stop import Interrupted
 from ..host.terminal import say
+from ..marks import option
 from ..reading import read_config
 from ..text import ByteTokenizer, load_tokenizer
-from ..training.config import GROUPS, TrainConfig
+from ..training.config import FIRST, TrainConfig
 from .info import find_config
 from .options import Merged
 from .terminal import parse, stopped
@@ -23,10 +24,10 @@ class Train:
     own standard library."""
 
     config: Merged[TrainConfig] = field(default_factory=TrainConfig)
-    resume: bool = False
+    resume: bool = option(False, FIRST, place=1)
     """continue the run in --run from its newest checkpoint, exactly as if it had never stopped; the run's own options
     need not be given again. With more --steps it goes on longer, and says what becomes of the learning rate"""
-    auto_resume: bool = False
+    auto_resume: bool = option(False, FIRST, place=1)
     """continue the run in --run if it has begun, and begin it otherwise: for schedulers and torchrun, which start the
     same command again"""
 
@@ -47,7 +48,7 @@ def read(arguments: Sequence[str]) -> Train:
         default = branched(branch, _given(arguments, "--steps")) or default
     elif start:
         default = started(default, start, named)
-    asked = parse(Train, arguments, "train [PRESET]", Train(default), GROUPS)
+    asked = parse(Train, arguments, "train [PRESET]", Train(default))
     asked.config.model.check_used(default.model)
     return asked
 

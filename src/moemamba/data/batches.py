@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..text import ByteTokenizer, Tokenizer
-from ..training.config import TrainConfig
+from .config import DataConfig
 
 _BITS = np.uint64(20)  # of a share in `Mixture`
 BEFORE = 16  # tokens that are decoded before a part of a text
+LOST = 0.01  # share of a text that its tokens may lose and still have bits per byte
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,6 @@ class Batch(NamedTuple):
             if place is not None:
                 assert part is not None and part.shape == place.shape
                 place.copy_(part.pin_memory() if place.is_cuda and not part.is_cuda else part, non_blocking=True)
-
-    def split(self, parts: int) -> list["Batch"]:
-        """Equal parts by rows."""
-        rows = len(self.tokens) // parts
-        return [self._each(lambda part, k=k: part[k * rows : (k + 1) * rows]) for k in range(parts)]  # type: ignore[misc]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(change(self.tokens), change(self.targets), None if self.seq_idx is None else change(self.seq_idx))
@@ -228,11 +224,11 @@ class Mixture:
         return corpus, places
 
 
-def make_rows(tokens: Tokens, config: TrainConfig) -> Rows:
+def make_rows(tokens: Tokens, config: DataConfig) -> Rows:
     """The rows that a run reads of one corpus."""
     if config.sampling == "documents":
-        return SampledDocuments(tokens, config.context, config.data_seed)
-    return Windows(tokens, config.context, config.data_seed, reset_state=config.reset_state)
+        return SampledDocuments(tokens, config.context, config.seed)
+    return Windows(tokens, config.context, config.seed, reset_state=config.reset_state)
 
 
 def sequential(

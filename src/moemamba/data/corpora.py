@@ -5,14 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..host.files import expanded
 from ..host.progress import Report
 from ..text import Tokenizer, load_tokenizer, train_bpe
-from ..training.config import TrainConfig, weighted
-from ..training.evaluate import LOST
-from .batches import HeldOut, Mixture, Rows, Tokens, make_rows, require_window
-from .documents import Documents, held_out
+from .batches import LOST, HeldOut, Mixture, Rows, Tokens, make_rows, require_window
+from .config import DataConfig, weighted
+from .documents import Documents, is_held_out
 from .preparation import HELD_OUT, Show, cache_directory, prepare
 from .prepared import Corpus, digest, is_prepared
 
@@ -40,14 +39,13 @@ class Corpora:
         """Of all parts, each counted once."""
         return sum(len(part.train.ids) for part in self.parts)
 
-    def rows(self, config: TrainConfig) -> Rows:
+    def rows(self, config: DataConfig) -> Rows:
         """What a run reads of them."""
         rows = [make_rows(part.train, config) for part in self.parts]
         return rows[0] if len(rows) == 1 else Mixture(rows, self.shares)
 
-    def introduce(self, report: Report, config: TrainConfig) -> None:
-        """Say what there is, which share of the run each corpus has, and how often the run will read it."""
-        tokens = config.steps * config.batch_size * config.context
+    def introduce(self, report: Report, tokens: int) -> None:
+        """Say what there is, which share of a run of so many tokens each corpus has, and how often it will be read."""
         for part, share in zip(self.parts, self.shares, strict=True):
             here = f"{share:.3g} of the rows; " if len(self.parts) > 1 else ""
             times = tokens * share / len(part.train.ids)
@@ -59,7 +57,7 @@ class Corpora:
                 report.note(f"{'':10}{note}")
 
 
-def find_tokenizer(config: TrainConfig) -> Tokenizer:
+def find_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that a configuration names, or that prepared tokens bring.
 
     Raises:
@@ -68,25 +66,25 @@ def find_tokenizer(config: TrainConfig) -> Tokenizer:
     if trained := re.fullmatch(r"bpe-(\d+)", config.tokenizer):
         return train_bpe(_training_text(config), int(trained[1]))
     own = [source for source, _ in weighted(config.data) if source is not None and is_prepared(source)]
-    asked = config.tokenizer != TrainConfig.tokenizer
+    asked = config.tokenizer != DataConfig.tokenizer
     return load_tokenizer(config.tokenizer if asked or not own else own[0])
 
 
-def _training_text(config: TrainConfig) -> Iterator[str]:
+def _training_text(config: DataConfig) -> Iterator[str]:
     """Documents to train a tokenizer on: of each corpus its share, those that will be held out left out."""
     sources = [(Documents(source), weight) for source, weight in weighted(config.data)]
     weights = [documents.bytes or 1 if weight is None else weight for documents, weight in sources]
     for (documents, _), weight in zip(sources, weights, strict=True):
         left = BPE_TEXT * weight / sum(weights)
         for text in documents:
-            if config.validation is not None or not held_out(text.encode(), HELD_OUT):
+            if config.validation is not None or not is_held_out(text.encode(), HELD_OUT):
                 yield text
                 left -= len(text)
             if left <= 0:
                 break
 
 
-def open_corpora(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpora:
+def open_corpora(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Corpora:
     """Tokenise what a run reads, or find it in the cache.
 
     Raises:
@@ -111,7 +109,7 @@ def open_corpora(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> C
     return Corpora(tuple(parts), tuple(shares), held)
 
 
-def open_held_out(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> tuple[HeldOut, ...]:
+def open_held_out(config: DataConfig, tokenizer: Tokenizer, report: Report) -> tuple[HeldOut, ...]:
     """What a run is evaluated on: `validation` (of prepared tokens, what they held out), or a share of each corpus.
 
     Raises:
@@ -123,9 +121,9 @@ def open_held_out(config: TrainConfig, tokenizer: Tokenizer, report: Report) -> 
     return (HeldOut(corpus.name, 1.0, corpus.validation if len(corpus.validation.ids) else corpus.train),)
 
 
-def _open(source: str | None, share: float, config: TrainConfig, tokenizer: Tokenizer, report: Report) -> Corpus:
+def _open(source: str | None, share: float, config: DataConfig, tokenizer: Tokenizer, report: Report) -> Corpus:
     with tokenising(report) as show:
-        return prepare(source, tokenizer, cache_directory(expanded(config.run) / "tokens"), share, show)
+        return prepare(source, tokenizer, cache_directory(Path(config.cache)), share, show)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..host.files import FileError, expanded
-from ..training.config import HUB
+from .config import HUB
 from .encoding import encoding_of, text_bytes
 from .hub import HubTexts
 from .kinds import TOKENS, Kind, named_kind
@@ -142,7 +142,7 @@ def kinds_in_words() -> str:
     return "a text file, JSON lines (.jsonl), JSON, parquet, tokens (.u16.bin, .u32.bin)"
 
 
-def held_out(document: bytes, share: float) -> bool:
+def is_held_out(document: bytes, share: float) -> bool:
     """Whether a document belongs to the validation data: by its content, so that copies go together, for ever."""
     return hash_of(document) < share * 2**64
 

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from ..host.files import FileError
-from ..training.config import HUB
+from .config import HUB
 from .records import whole_text
 
 

@@ -1,1 +1,33 @@
-"""Several processes: what each holds, and what they tell each other."""
+"""One model over several processes. It knows models, not how they are trained."""
+
+from .agreement import Agreement
+from .processes import Processes, join, sources
+from .sharding import (
+    divide_gradients,
+    fill,
+    gathered,
+    gradient_norm,
+    group_routers,
+    last_part,
+    own_part,
+    shard,
+    sharded,
+    summing,
+)
+
+__all__ = [
+    "Agreement",
+    "Processes",
+    "divide_gradients",
+    "fill",
+    "gathered",
+    "gradient_norm",
+    "group_routers",
+    "join",
+    "last_part",
+    "own_part",
+    "shard",
+    "sharded",
+    "sources",
+    "summing",
+]

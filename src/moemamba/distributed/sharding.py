@@ -8,7 +8,6 @@ Gradients are summed, never averaged: each process's loss is its share of the gl
 """
 
 import math
-import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,152 +21,27 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import counting
-from ..checkpoint import device_memory
-from ..initialisation import draw
 from ..layers import Router, roles
 from ..layers.moe.experts import Experts, LinearExperts
 from ..model import MoEMamba
-from ..training.config import TrainConfig
 from .processes import Processes
 
 
-def check(config: TrainConfig, size: int) -> None:
-    """Whether so many processes can train this.
-
-    Raises:
-        ValueError: with the field to change.
-    """
-    rows, parallel = config.batch_size, _expert_parallel(config, size)
-    if rows % (size * config.accumulate):
-        raise ValueError(
-            f"batch_size is {rows}, which {size} processes times accumulate = {config.accumulate} do not divide; "
-            f"choose a multiple of {size * config.accumulate}"
-        )
-    if size % parallel:
-        raise ValueError(
-            f"expert_parallel is {parallel}, which does not divide the {size} processes; choose one of its divisors"
-        )
-    if parallel > 1 and not config.model.routers:
-        raise ValueError(f"expert_parallel is {parallel}, but the model has no experts; set it to 1")
-    if parallel > 1 and config.compile and config.recompute:  # a layer is several graphs then, which torch mixes up
-        raise ValueError(
-            f"expert_parallel is {parallel}, with which compile and recompute do not go together; leave one of them out"
-        )
-    for experts in config.model.routers:
-        if experts.n_experts % parallel:
-            raise ValueError(
-                f"n_experts is {experts.n_experts}, which expert_parallel = {parallel} does not divide; "
-                "choose a multiple, or a divisor of n_experts"
-            )
-    groups = routing_groups(config, size) // config.accumulate
-    if groups % size and size % groups:
-        raise ValueError(
-            f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch and {size} "
-            "processes; one of the two must divide the other"
-        )
-
-
-def check_used(config: TrainConfig, size: int) -> None:
-    """Whether a run that begins uses what it was asked for. One that goes on may do so in fewer processes.
-
-    Raises:
-        ValueError: an option that would be ignored.
-    """
-    if config.max_skips != TrainConfig.max_skips and config.on_failure != "skip":
-        raise ValueError(
-            f'max_skips is {config.max_skips}, which only on_failure = "skip" heeds; give both, or neither'
-        )
-    if config.cooldown != TrainConfig.cooldown and config.schedule != "wsd" and not config.branch:
-        raise ValueError(f'cooldown is {config.cooldown:g}, which only schedule = "wsd" has; give both, or neither')
-    asked = {"expert_parallel": (config.expert_parallel, 1), "shard": (config.shard, "none")}
-    for name, (value, alone) in asked.items():
-        if size == 1 and value != alone:
-            raise ValueError(
-                f"{name} is {value}, which means nothing in one process; start several with torchrun, or leave it out"
-            )
-
-
-def _expert_parallel(config: TrainConfig, size: int) -> int:
-    """Processes that experts are spread over; one alone has them all, so that it can resume any run."""
-    return config.expert_parallel if size > 1 else 1
-
-
-def routing_groups(config: TrainConfig, size: int) -> int:
-    """Groups that a batch is routed in; one for each process and part if the configuration does not say."""
-    return config.routing_groups or size * config.accumulate
-
-
-def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEMamba:
-    """The model on its device, sharded as the configuration says, with the weights that its seed gives.
-
-    They are the same for every number of processes, and drawn one sub-layer at a time, so that no process need hold the
-    whole model.
-    """
-    with torch.device("meta"):
-        model = MoEMamba(config.model)
-    if processes.distributed and (config.shard == "parameters" or _expert_parallel(config, processes.size) > 1):
-        shard(model, config, processes, dtype)
-    require_memory(model, config, processes.device)
-    model.to_empty(device=processes.device)
-    if config.model.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    draw(model, fill, config.seed)
-    model.recompute = config.recompute
-    _group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
-    return model
-
-
-def require_fit(config: TrainConfig, processes: Processes) -> None:
-    """Refuse a model that cannot be trained here whatever its tokenizer, by counting alone; see `require_memory`.
-
-    Raises:
-        ValueError: weights, gradients and the optimiser's state are more than there is.
-    """
-    parallel = _expert_parallel(config, processes.size)
-    share = 1 / (processes.size if config.shard == "parameters" else parallel)  # at least
-    has = device_memory(processes.device)
-    moments = 1 if config.optimizer == "muon" else 2
-    counting.require_memory(config.model, has, moments, share * _neighbours(processes.device), vocabulary=False)
-
-
-def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -> None:
-    """Refuse what cannot be trained, before its memory is asked for.
-
-    Args:
-        model: as it will be shared out; it may be on the meta device.
-    Raises:
-        ValueError: weights, gradients and the optimiser's state alone are more than the device, or the machine, holds.
-    """
-    has, needs, role = device_memory(device), 0, roles(model)
-    for name, parameter in model.named_parameters():
-        muon = config.optimizer == "muon" and role[name].muon
-        needs += local(parameter).numel() * 4 * (3 if muon else 4)  # float32: weight, gradient, one or two averages
-    if has is not None and (each := needs * _neighbours(device)) > has:
-        where = "each GPU" if device.type == "cuda" else "this machine"
-        raise ValueError(
-            f"weights, gradients and the optimiser's state take {counting.size(each)} on {where}, which has "
-            f"{counting.size(has)}; share them out over more processes with --shard parameters or --expert-parallel N"
-        )
-
-
-def _neighbours(device: torch.device) -> int:
-    """Processes that share the memory of a device: on the CPU all of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-
-
-def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: torch.dtype) -> None:
+def shard(model: MoEMamba, processes: Processes, dtype: torch.dtype, copies: bool, expert_parallel: int) -> None:
     """Replace a model's parameters by this process's parts of them.
 
     With bfloat16 activations, the matrices that products cast to bfloat16 anyway travel in it; master weights and
     gradients' sums are float32, and so are routers, norms, embedding, convolutions and what the scan reads.
+
+    Args:
+        dtype: of the activations.
+        copies: each process has all parameters but those of spread experts; else they are shared out.
+        expert_parallel: processes that the experts of a layer are spread over; divides their number.
     """
-    size, whole = processes.size, config.shard == "none"
-    parallel = _expert_parallel(config, size)
-    kind = processes.device.type
-    mesh = processes.limit(_mesh(kind, size, 1, whole))
-    expert_mesh = processes.limit(_mesh(kind, size // parallel, parallel, whole))
-    options: dict[str, Any] = {"reshard_after_forward": not whole}
+    size, kind, parallel = processes.size, processes.device.type, expert_parallel
+    mesh = processes.limit(_mesh(kind, size, 1, copies))
+    expert_mesh = processes.limit(_mesh(kind, size // parallel, parallel, copies))
+    options: dict[str, Any] = {"reshard_after_forward": not copies}
     exact = options | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     cast = options | {"mp_policy": narrow} if dtype != torch.float32 else exact
@@ -189,7 +63,7 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
             fully_shard(matrices, mesh=_data(mesh), **cast)
         fully_shard(layer, mesh=_data(mesh), ignored_params=alone, **exact)
         own |= alone
-    if not config.model.tie_embeddings:
+    if not model.config.tie_embeddings:
         fully_shard(model.head, mesh=_data(mesh), **cast)
     fully_shard(model, mesh=_data(mesh), ignored_params=own, **exact)
     for unit in model.modules():
@@ -208,9 +82,9 @@ def narrow_modules(layer: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _mesh(kind: str, data: int, parallel: int, whole: bool) -> DeviceMesh:
+def _mesh(kind: str, data: int, parallel: int, copies: bool) -> DeviceMesh:
     """All processes: neighbours share experts, the rest copies or shards."""
-    shape = (data, 1, parallel) if whole else (1, data, parallel)
+    shape = (data, 1, parallel) if copies else (1, data, parallel)
     return init_device_mesh(kind, shape, mesh_dim_names=("copy", "shard", "expert"))
 
 
@@ -227,7 +101,7 @@ def _spread(module: nn.Module, mesh: DeviceMesh) -> None:
     module.group = mesh.get_group()
 
 
-def _group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
+def group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
     """Tell the routers their groups, `groups` in a part of the batch of all processes."""
     across = None
     if groups < processes.size:
@@ -275,7 +149,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], processes: Processes) -> T
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):  # alike everywhere
         return nn.utils.get_total_norm(gradients)
-    parts = list(zip(torch._foreach_norm([local(gradient) for gradient in gradients]), gradients, strict=True))
+    parts = list(zip(torch._foreach_norm([own_part(gradient) for gradient in gradients]), gradients, strict=True))
     squares = torch.stack([part.square() / _copies(gradient) for part, gradient in parts]).sum()
     return processes.sum([squares])[0].sqrt()
 
@@ -283,7 +157,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], processes: Processes) -> T
 @torch.no_grad()
 def divide_gradients(parameters: Iterable[nn.Parameter], scale: Tensor) -> None:
     """Divide the gradient by `scale`, () float32, which all processes have alike."""
-    torch._foreach_div_([local(parameter.grad) for parameter in parameters if parameter.grad is not None], scale)
+    torch._foreach_div_([own_part(parameter.grad) for parameter in parameters if parameter.grad is not None], scale)
 
 
 def _copies(tensor: Tensor) -> int:
@@ -294,12 +168,12 @@ def _copies(tensor: Tensor) -> int:
     return math.prod(size for placement, size in sizes if placement.is_replicate())
 
 
-def local(tensor: Tensor) -> Tensor:
+def own_part(tensor: Tensor) -> Tensor:
     """This process's part, in place."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A tensor put together from all its parts; every process calls this."""
     if not isinstance(tensor, DTensor):
         return tensor

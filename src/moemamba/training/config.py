@@ -1,47 +1,21 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
-import math
-import os
-import re
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..config import ModelConfig
+from ..data.config import DataConfig, Sampling, absolute_source, at_home
 from ..host.files import expanded
+from ..marks import option
 from ..presets import preset
 from ..reading import validate
 
-HUB = "hf:"  # how the name of a dataset of the Hugging Face hub begins
-
-# How --help groups the options; what is named here first is all that the first page shows.
-GROUPS = {
-    "what most runs set": (
-        *(
-            "data",
-            "validation",
-            "tokenizer",
-            "run",
-            "start",
-            "branch",
-            "resume",
-            "auto-resume",
-            "steps",
-            "batch-size",
-            "context",
-        ),
-        *("optimizer", "learning-rate", "schedule", "eval-every", "save-every", "seed", "device", "compile"),
-        *("model.pattern", "model.n-blocks", "model.d-model", "model.experts.n-experts", "model.experts.top-k"),
-    ),
-    "data": ("sampling", "reset-state", "data-seed"),
-    "schedule and optimiser": (
-        *("warmup", "cooldown", "final-lr", "weight-decay", "decay", "beta1", "beta2", "clip"),
-        *("on-failure", "max-skips", "spike-factor"),
-    ),
-    "metrics, evaluation and checkpoints": ("log-every", "eval-tokens", "keep", "tensorboard"),
-    "memory, speed and processes": (
-        *("dtype", "accumulate", "recompute", "cuda-graph", "shard", "expert-parallel", "routing-groups", "timeout"),
-    ),
-}
+# Titles in --help, in its order.
+FIRST = "what most runs set"
+DATA = "data"
+UPDATE = "schedule and optimiser"
+WATCH = "metrics, evaluation and checkpoints"
+MACHINE = "memory, speed and processes"
 
 
 @dataclass(frozen=True)
@@ -54,110 +28,116 @@ class TrainConfig:
         ValueError: a value that cannot work, named with what would.
     """
 
-    model: ModelConfig = field(default_factory=lambda: preset("moe-mamba-tiny"))
+    model: ModelConfig = option(
+        factory=lambda: preset("moe-mamba-tiny"),
+        group=FIRST,
+        place=4,
+        of_one_run=True,
+        shows=("pattern", "n_blocks", "d_model", "experts.n_experts", "experts.top_k"),
+    )
     """the model; its vocab_size is replaced by the tokenizer's"""
-    data: str | tuple[str, ...] | None = None
+    data: str | tuple[str, ...] | None = option(None, FIRST, changes="on resume")
     """a text file, JSON or parquet with a "text" field, tokens (.u16.bin, .u32.bin), any of them packed (.gz, .xz,
     .zst, .bz2), a folder of such files, a dataset of the Hugging Face hub (hf:allenai/c4:en:train:100000, the number of
     documents last), or a folder that `moemamba prepare` has written; Python's own standard library if None. Several
     are mixed, by weights in front of a colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes without weights"""
-    validation: str | None = None
+    validation: str | None = option(None, FIRST, changes="on resume")
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
-    tokenizer: str = "bytes"
+    tokenizer: str = option(DataConfig.tokenizer, FIRST, changes="on resume")
     """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json;
     prepared tokens bring their own"""
-    sampling: Literal["windows", "documents"] = "windows"
+    sampling: Sampling = option("windows", DATA)
     """windows: each epoch reads every window of the text once; documents: the paper's own, random documents laid end to
     end and read from a random place on"""
-    reset_state: bool = False
+    reset_state: bool = option(False, DATA)
     """begin every document of a packed sequence from an empty state"""
-    data_seed: int = 0
+    data_seed: int = option(0, DATA, of_one_run=True)
     """seed of the order of the data"""
-    run: str = "runs/moe-mamba"
+    run: str = option("runs/moe-mamba", FIRST, changes="always", of_one_run=True)
     """directory of this run, for its configuration, metrics and checkpoints"""
-    start: str | None = None
+    start: str | None = option(None, FIRST, changes="on a branch", of_one_run=True)
     """begin with the weights of a run (its newest checkpoint), of a checkpoint or of a saved model, with a new schedule
     and a fresh optimiser; architecture and tokenizer must be the same"""
-    branch: str | None = None
+    branch: str | None = option(None, FIRST, changes="on a branch", of_one_run=True)
     """go on from a checkpoint of another run (or its newest) in a run of its own, with its optimiser and its place in
     the data; steps, cooldown and final_lr may differ: so a run with wsd is cooled down from any checkpoint"""
 
-    steps: int = 1000
+    steps: int = option(1000, FIRST, place=2, changes="on resume", recipe=True)
     """optimiser steps in all; a run that is resumed with more goes on longer, its schedule stretched to them"""
-    batch_size: int = 16
+    batch_size: int = option(16, FIRST, place=2)
     """sequences in one optimiser step"""
-    context: int = 256
+    context: int = option(256, FIRST, place=2)
     """tokens in a sequence"""
-    seed: int = 0
+    seed: int = option(0, FIRST, place=3, of_one_run=True)
     """seed of the initial weights"""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = option("adamw", FIRST, place=2, recipe=True)
     """adamw: AdamW for all weights; muon: Muon for experts and matrices between hidden layers, AdamW for all else, at
     the same learning_rate"""
-    learning_rate: float = 3e-3
+    learning_rate: float = option(3e-3, FIRST, place=2, recipe=True)
     """highest learning rate of the schedule"""
-    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd"] = option("cosine", FIRST, place=2, recipe=True)
     """how the learning rate falls after the warm-up; wsd (warmup, stable, decay) stays level until the cooldown"""
-    warmup: float = 0.05
+    warmup: float = option(0.05, UPDATE, recipe=True)
     """share of the steps in which the learning rate rises linearly"""
-    cooldown: float = 0.2
+    cooldown: float = option(0.2, UPDATE, changes="on a branch", recipe=True)
     """share of the steps, the last ones, in which the learning rate falls with --schedule wsd"""
-    final_lr: float = 0.1
+    final_lr: float = option(0.1, UPDATE, changes="on a branch", recipe=True)
     """where the schedule ends, as a share of the learning rate"""
-    weight_decay: float = 0.1
+    weight_decay: float = option(0.1, UPDATE, recipe=True)
     """weight decay: the share of a weight that a step at learning rate 1 would take away"""
-    decay: Literal["matrices", "all"] = "matrices"
+    decay: Literal["matrices", "all"] = option("matrices", UPDATE, recipe=True)
     """which weights decay: matrices spares A_log, D, biases and norms; all is the paper's recipe"""
-    beta1: float = 0.9
+    beta1: float = option(0.9, UPDATE, recipe=True)
     """share of the running mean of the gradients that AdamW keeps from step to step"""
-    beta2: float = 0.95
+    beta2: float = option(0.95, UPDATE, recipe=True)
     """share of the running mean of the squared gradients that AdamW keeps from step to step"""
-    clip: float = 1.0
+    clip: float = option(1.0, UPDATE, recipe=True)
     """largest norm of the gradient; a larger gradient is scaled down to it"""
 
-    on_failure: Literal["stop", "skip"] = "stop"
+    on_failure: Literal["stop", "skip"] = option("stop", UPDATE, changes="on resume")
     """when a step's loss or gradient is not finite, or spikes: stop the run, or go on without that update"""
-    max_skips: int = 10
+    max_skips: int = option(10, UPDATE, changes="on resume")
     """with --on-failure skip: so many skipped steps one after another stop the run all the same"""
-    spike_factor: float | None = None
+    spike_factor: float | None = option(None, UPDATE, changes="on resume")
     """a step fails too if its gradient has this many times the median norm of the last 100 steps, such as 10; never if
     None"""
 
-    log_every: int = 10
+    log_every: int = option(10, WATCH, changes="always")
     """steps between lines of metrics.jsonl"""
-    eval_every: int = 100
+    eval_every: int = option(100, FIRST, place=2, changes="on resume")
     """steps between evaluations on the held-out text"""
-    eval_tokens: int = 65536
+    eval_tokens: int = option(65536, WATCH, changes="on resume")
     """validation tokens that an evaluation reads at most, in windows spread evenly over the text"""
-    save_every: int = 100
+    save_every: int = option(100, FIRST, place=2, changes="always")
     """steps between checkpoints"""
-    keep: int = 2
+    keep: int = option(2, WATCH, changes="always")
     """newest checkpoints to keep, besides the best"""
-    tensorboard: bool = False
+    tensorboard: bool = option(False, WATCH, changes="always")
     """write the metrics for TensorBoard too, into the folder tensorboard of the run"""
 
-    device: str = "auto"
+    device: str = option("auto", FIRST, place=3, changes="always")
     """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", MACHINE)
     """number format of activations; auto is bfloat16 on a GPU, else float32. Weights and optimiser are float32"""
-    shard: Literal["none", "parameters"] = "none"
+    shard: Literal["none", "parameters"] = option("none", MACHINE, place=2, changes="on resume")
     """with several processes (torchrun): none gives each a copy of parameters, gradients and optimiser; parameters
     shares them out"""
-    expert_parallel: int = 1
+    expert_parallel: int = option(1, MACHINE, place=2, changes="on resume")
     """with several processes (torchrun): how many of them share the experts of a layer; tokens travel to them"""
-    accumulate: int = 1
+    accumulate: int = option(1, MACHINE, changes="on resume")
     """parts that a batch is computed in, one after another, to save memory; must divide batch_size"""
-    routing_groups: int | None = None
+    routing_groups: int | None = option(None, MACHINE, place=2)
     """groups of consecutive sequences that a batch is routed in: an expert's capacity and the balance loss are those of
     a group, so that results depend on neither processes nor parts; one for each process and part if None"""
-    compile: bool = False
+    compile: bool = option(False, FIRST, place=3, changes="always")
     """compile every layer with torch.compile; needs a C++ compiler on a CPU"""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = option("auto", MACHINE, place=1, changes="always")
     """replay the step as a CUDA graph, which spares the host's work; auto: in one process on one GPU, where it can be.
     The graph keeps the memory of a step to itself"""
-    recompute: bool = False
+    recompute: bool = option(False, MACHINE, changes="always")
     """compute activations again in the backward pass, to save memory"""
-    timeout: float = 10.0
+    timeout: float = option(10.0, MACHINE, place=2, changes="always")
     """minutes that several processes wait for each other within a step before they take one for lost; while text is
     tokenised or a checkpoint written they wait for a day"""
 
@@ -178,6 +158,7 @@ class TrainConfig:
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 1 << 63:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be less than 2^63")
+        self.reads()  # has rules of its own
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate is {self.accumulate}, which does not divide batch_size = {self.batch_size}; "
@@ -190,13 +171,7 @@ class TrainConfig:
                 f"routing_groups is {self.routing_groups}; it must divide batch_size = {self.batch_size} and be a "
                 f"multiple of accumulate = {self.accumulate}, since a part is routed before the next is known"
             )
-        if self.sampling == "documents" and self.reset_state:
-            raise ValueError(
-                'reset_state goes with sampling = "windows" alone: the paper\'s sampling carries state from one '
-                "document to the next; leave one of them out"
-            )
-        weighted(self.data)
-        for name, what in (("validation", "text"), ("tokenizer", "tokenizer"), ("start", "model"), ("branch", "run")):
+        for name, what in (("start", "model"), ("branch", "run")):
             value = getattr(self, name)
             if value is not None and not value.strip():  # an unset variable of a shell, seldom what is meant
                 raise ValueError(f"{name} is {value!r}, which names no {what}; name one, or leave it out")
@@ -207,66 +182,21 @@ class TrainConfig:
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
 
+    def reads(self) -> DataConfig:
+        """What of it concerns the data.
 
-def at_home(value: Any) -> Any:
-    """Paths as text, in which a leading `~`, behind a weight too, is the home folder; everything else as it is."""
-    if isinstance(value, tuple | list):
-        return tuple(map(at_home, value))
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(value, str) or "~" not in value:
-        return value
-    weight, path = re.fullmatch(r"([-+.\d][^:/]*:)?(.*)", value, re.DOTALL).groups("")  # type: ignore[union-attr]
-    return f"{weight}{expanded(path)}" if path.startswith("~") else value
-
-
-def weighted(data: str | tuple[str, ...] | None) -> tuple[tuple[str | None, float | None], ...]:
-    """The corpora of `TrainConfig.data` and their weights, all of them None if none is given.
-
-    `("0.7:books/", "0.3:hf:allenai/c4:en")` -> `(("books/", 0.7), ("hf:allenai/c4:en", 0.3))`. A weight is what stands
-    before the first colon if it begins like a number, which neither a drive (`C:`) nor a hub (`hf:`) does; a file whose
-    name does is written `./1:2.txt`.
-
-    Raises:
-        ValueError: a weight that is none, some corpora with a weight and some without, or no corpus.
-    """
-    found: list[tuple[str | None, float | None]] = []
-    for text in (data,) if data is None or isinstance(data, str) else data:
-        if text is not None and not text.strip():
-            raise ValueError(f"data is {text!r}, which names no text; name one, or . for the current folder")
-        number, colon, source = (text or "").partition(":")
-        if not (colon and re.match(r"[-+]?\.?\d", number)):
-            found.append((text, None))
-            continue
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not (0 < weight < math.inf and source.strip()):
-            raise ValueError(
-                f"data is {text!r}, whose weight is {number}; write a number above 0, a colon and a text, as in "
-                f"0.7:books/ (or ./{text} if that is a file's name)"
-            )
-        found.append((source, weight))
-    if not found:
-        raise ValueError("data names no text; give one, or None for Python's standard library")
-    without = [source for source, weight in found if weight is None]
-    if 0 < len(without) < len(found):
-        raise ValueError(f"data gives no weight to {without[0]}, but to others; give every text one, or none at all")
-    return tuple(found)
+        Raises:
+            ValueError: a value that cannot work.
+        """
+        cache = str(expanded(self.run) / "tokens")
+        how = (self.sampling, self.reset_state, self.data_seed, self.context)
+        return DataConfig(self.data, self.validation, self.tokenizer, *how, cache)
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
     """The same run from any folder: paths of data are absolute, and in every path `~` is the home folder."""
     data = config.data
     if data is not None:
-        data = _absolute(data) if isinstance(data, str) else tuple(map(_absolute, data))
-    validation = config.validation and _absolute(config.validation, weights=False)
+        data = absolute_source(data) if isinstance(data, str) else tuple(map(absolute_source, data))
+    validation = config.validation and absolute_source(config.validation, weights=False)
     return replace(config, data=data, validation=validation, run=config.run and str(expanded(config.run)))
-
-
-def _absolute(text: str, weights: bool = True) -> str:
-    """What a text stands for in the current folder, its weight in front; a dataset of the hub is the same anywhere."""
-    source = weighted(text)[0][0] or text if weights else text
-    if source.startswith(HUB):
-        return text
-    return text.removesuffix(source) + os.path.abspath(expanded(source))

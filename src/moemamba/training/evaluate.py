@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, HeldOut, Tokens, predicted_bytes, sequential
-from ..distributed.processes import Processes
+from ..data.batches import LOST, Batch, HeldOut, Tokens, predicted_bytes, sequential
+from ..distributed import Processes
 from ..layers import Router
 from ..model import MoEMamba
 
 LOGITS = 2**27  # held at once while predictions are counted
-LOST = 0.01  # share of a text that its tokens may lose and still have bits per byte
 
 
 @dataclass(frozen=True)

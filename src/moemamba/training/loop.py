@@ -17,25 +17,28 @@ from .. import ops
 from ..counting import count_parameters
 from ..data.batches import Batches
 from ..data.corpora import Corpora, find_tokenizer, open_corpora
-from ..distributed.agreement import Agreement
-from ..distributed.processes import Processes, join, sources
-from ..distributed.sharding import build, require_fit, routing_groups
+from ..distributed import Agreement, Processes, join, sources
 from ..host.progress import Report
 from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
 from .config import TrainConfig, absolute
 from .evaluate import Evaluation, evaluate
-from .run.directory import Position, Run
-from .run.origin import begin, claim, go_on_longer, plant
-from .run.saving import Saver, read_model, take
-from .update.guard import Diverged, Failed, Fatal, Guard
-from .update.optim import make_optimizer
-from .update.schedule import learning_rate
-from .update.step import Step, captures
-from .watch.alarms import Alarms, sentences
-from .watch.metrics import Meter
-from .watch.peak import peak_flops
-from .watch.tensorboard import TensorBoard, require_tensorboard
+from .run import (
+    Position,
+    RunDirectory,
+    Saver,
+    admit,
+    begin,
+    go_on_longer,
+    plant,
+    read_model,
+    restore,
+    take,
+    write,
+)
+from .spread import build, require_fit, routing_groups
+from .update import Diverged, Failed, Fatal, Guard, Step, captures, learning_rate, make_optimizer
+from .watch import Alarms, Meter, TensorBoard, peak_flops, require_tensorboard, sentences
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,12 @@ def train(
     config = absolute(config)
     if not config.run:
         raise ValueError("run names no directory; say where the run shall lie: --run runs/mine")
-    with join(config.device, config.timeout) as processes, closing(Run(config.run)) as run:
+    with join(config.device, config.timeout) as processes, closing(RunDirectory(config.run)) as run:
         return _train(run, config, resume, stop, report or Report(), processes)
 
 
 def _train(
-    run: Run,
+    run: RunDirectory,
     config: TrainConfig,
     resume: bool | Literal["auto"],
     stop: int | None,
@@ -90,7 +93,7 @@ def _train(
     processes: Processes,
 ) -> TrainResult:
     report = report if processes.first else Report(silent=True)
-    run.writes = processes.first
+    run.log.writes = processes.first
     if config.tensorboard:
         require_tensorboard()
     captures(config, processes)  # raises before any work
@@ -98,14 +101,15 @@ def _train(
     resume = _resumes(run, resume, processes)
     if processes.size > 1:
         processes.alike((torch.__version__, sources()), "versions of PyTorch or sources of moemamba")
-    begun, config, tokenizer = processes.once(lambda: claim(run, config, resume, processes.size))
+    begun, config, tokenizer = processes.once(lambda: admit(run, config, resume, processes.size))
     if processes.first and not run.lock.holds:
         report.warn(f"{run.path} cannot be locked on this file system; see that no other process trains in it")
-    corpora = processes.first_of_machine_first(lambda: open_corpora(config, tokenizer, report))
+    text = config.reads()
+    corpora = processes.first_of_machine_first(lambda: open_corpora(text, tokenizer, report))
     processes.alike(corpora.content, "training tokens")
     parts = config.accumulate
-    rows = corpora.rows(config)
-    whole = Batches(rows, config.batch_size)
+    rows = corpora.rows(text)
+    every_rank = Batches(rows, config.batch_size)
     batches = Batches(rows, config.batch_size // (parts * processes.size), processes.rank, processes.size)
     dtype = _dtype(config, processes.device)
     model = build(config, processes, dtype)
@@ -117,7 +121,7 @@ def _train(
         processes.once(lambda: plant(run, Path(str(config.branch))))
     position = Position(content=corpora.content)
     if resume or config.branch:
-        position = run.restore(model, optimizer, corpora.content, report.note, processes, config.steps)
+        position = restore(run, model, optimizer, corpora.content, report.note, processes, config.steps)
     if config.start and not position.step:
         read_model(Path(config.start), model)
     position, said = processes.once(lambda: (position, go_on_longer(run, config, position, begun)))
@@ -137,7 +141,7 @@ def _train(
     update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
     if config.tensorboard and processes.first:
-        run.board = TensorBoard(run.path / "tensorboard", position.step)
+        run.log.board = TensorBoard(run.path / "tensorboard", position.step)
     saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)
@@ -152,7 +156,7 @@ def _train(
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
-            skipped = _skipped(run, report, whole, guard, processes)
+            skipped = _skipped(run, report, every_rank, guard, processes)
             if skipped < meter.steps:
                 line = meter.train_line(step, rate, skipped)
                 position.loss = line["loss"]
@@ -167,7 +171,7 @@ def _train(
                 found = _evaluate(model, corpora, config, dtype, processes)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
-                    processes.once(partial(_diverged, run, whole, step, what))
+                    processes.once(partial(_diverged, run, every_rank, step, what))
                 position.evaluation, position.evaluated = found, step
                 tokens = step * config.batch_size * config.context
                 training = {"step": step, "tokens": tokens, "seconds": round(meter.seconds, 3)}
@@ -180,7 +184,7 @@ def _train(
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
                 processes.once(saver.wait)
                 if snapshot := take(model, optimizer, asdict(position), processes):
-                    saver.begin(partial(run.write, snapshot, tokenizer, config.keep))
+                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep))
             if signalled and step < config.steps:
                 saver.wait()
                 processes.wait()
@@ -197,7 +201,7 @@ def _train(
 
 def prepare_text(config: TrainConfig, report: Report) -> None:
     """Tokenise what a run reads, so that others find it in the cache; raises what `train` raises."""
-    open_corpora(config, find_tokenizer(config), report)
+    open_corpora(config.reads(), find_tokenizer(config.reads()), report)
 
 
 def restarted() -> bool:
@@ -205,7 +209,7 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def _resumes(run: Run, asked: bool | Literal["auto"], processes: Processes) -> bool:
+def _resumes(run: RunDirectory, asked: bool | Literal["auto"], processes: Processes) -> bool:
     """Whether to go on with the run, as the first process sees it: another machine may see its directory late."""
     again = processes.any(restarted())
     return processes.once(lambda: (run.exists if asked == "auto" else asked) or (again and run.exists))
@@ -234,17 +238,17 @@ def _apart(found: Evaluation) -> str:
 
 
 @contextmanager
-def _closing(report: Report, run: Run, saver: Saver) -> Iterator[None]:
+def _closing(report: Report, run: RunDirectory, saver: Saver) -> Iterator[None]:
     try:
         yield
     finally:
         report.end()
         saver.wait()
-        if run.board:
-            run.board.close()
+        if run.log.board:
+            run.log.board.close()
 
 
-def _skipped(run: Run, report: Report, batches: Batches, guard: Guard, processes: Processes) -> int:
+def _skipped(run: RunDirectory, report: Report, batches: Batches, guard: Guard, processes: Processes) -> int:
     """Read and write down which steps failed since the last line; returns how many.
 
     Raises:
@@ -264,18 +268,18 @@ def _skipped(run: Run, report: Report, batches: Batches, guard: Guard, processes
     return len(failed)
 
 
-def _log_skips(run: Run, batches: Batches, failed: Sequence[Failed]) -> None:
+def _log_skips(run: RunDirectory, batches: Batches, failed: Sequence[Failed]) -> None:
     for skip in failed:
         figures = {"loss": skip.loss, "grad_norm": skip.grad_norm}
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         run.log("skip", step=skip.step, **finite, **_identity(batches, skip.step))
 
 
-def _diverged(run: Run, batches: Batches, step: int, what: str) -> NoReturn:
+def _diverged(run: RunDirectory, batches: Batches, step: int, what: str) -> NoReturn:
     """Write down which batch the step read, and raise; the checkpoints are all older than it."""
     run.log("failure", step=step, **_identity(batches, step))
     raise Diverged(
-        f"{what}; the windows it read are in {run.metrics}, and the checkpoints are from before; resume with "
+        f"{what}; the windows it read are in {run.log.file}, and the checkpoints are from before; resume with "
         "--on-failure skip, or begin a new run with a lower learning_rate or clip, or a longer warmup"
     )
 
@@ -285,7 +289,7 @@ def _identity(batches: Batches, step: int) -> dict[str, Any]:
     return {"windows": batches.chosen(step - 1).tolist(), "context": batches.context}
 
 
-def _log_routers(run: Run, report: Report, alarms: Alarms, meter: Meter, step: int, skipped: int) -> None:
+def _log_routers(run: RunDirectory, report: Report, alarms: Alarms, meter: Meter, step: int, skipped: int) -> None:
     line = meter.router_line(step, skipped)
     run.log("router", **line)
     raised = alarms.look(line["layers"], meter.steps - skipped)
@@ -300,7 +304,8 @@ def _introduce(
 ) -> None:
     """The lines that begin a run's output."""
     count = count_parameters(config.model)
-    corpora.introduce(report, config)
+    tokens = config.steps * config.batch_size * config.context
+    corpora.introduce(report, tokens)
     report.note(
         f"{'model':10}{config.model.pattern} x {config.model.n_blocks}, {count.total:,} parameters, {count.active:,} "
         f"active, and {count.embedding:,} for a vocabulary of {config.model.vocab_size:,}"
@@ -313,9 +318,8 @@ def _introduce(
         spread = f", experts over {config.expert_parallel}" if config.expert_parallel > 1 else ""
         what = "parameters shared out" if config.shard == "parameters" else "parameters in each"
         report.note(f"{'processes':10}{processes.size}, {what}{spread}")
-    tokens_in_all = config.steps * config.batch_size * config.context
     at = f"from step {position.step:,} of " if position.step else ""
-    report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens_in_all:,} tokens")
+    report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens:,} tokens")
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

@@ -15,12 +15,13 @@ import torch
 from ... import __version__
 from ...config import ModelConfig
 from ...device import find_device
-from ...distributed.processes import Processes
-from ...distributed.sharding import require_fit
+from ...distributed import Processes
 from ...host.files import replace
 from ...host.progress import Report
+from ...marks import changeable, marks
 from ...reading import read_config
 from ...training.config import TrainConfig
+from ...training.spread import require_fit
 from ..page import html_page, markdown
 from ..results import (
     Comparison,
@@ -36,9 +37,8 @@ from .contender import Contender
 from .runs import Task, carry_out
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
-_OWN = {"model", "run", "seed", "data_seed", "start", "branch"}
-_FREE = {"run", "device", "compile", "cuda_graph", "recompute", "save_every", "keep", "log_every", "tensorboard"}
-_FREE |= {"timeout"}
+_OWN = {name for name, each in marks(TrainConfig).items() if each.of_one_run}
+_FREE = changeable(TrainConfig, "always")
 
 
 def compare(

@@ -10,6 +10,7 @@ from typing import Any
 from ...config import ModelConfig
 from ...counting import count_parameters
 from ...host.files import expanded
+from ...marks import marks
 from ...presets import preset
 from ...reading import from_dict, read_config, to_dict
 from ...training.config import TrainConfig
@@ -17,20 +18,7 @@ from ..results import check_name
 
 # What may differ between models in training: their recipe, and their steps, which are a schedule of its own on the
 # batches that the others begin with; never the data or its order.
-RECIPE = (
-    "steps",
-    "optimizer",
-    "learning_rate",
-    "schedule",
-    "warmup",
-    "cooldown",
-    "final_lr",
-    "weight_decay",
-    "decay",
-    "beta1",
-    "beta2",
-    "clip",
-)
+RECIPE = {name for name, each in marks(TrainConfig).items() if each.recipe}
 
 CLOSE = 0.01  # how near `active` must be met
 

@@ -21,7 +21,7 @@ from ...host.stop import Interrupted, Stop
 from ...host.terminal import say
 from ...training.config import TrainConfig
 from ...training.loop import prepare_text, train
-from ...training.update.guard import Diverged
+from ...training.update import Diverged
 
 _spawning = threading.Lock()
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...counting import count_parameters
+from ...host.files import new_directory
 from ...training.config import TrainConfig
 from ..compare import Contender, compare
 from ..page import count
@@ -132,7 +133,5 @@ def _take(contenders: Sequence[Contender], out: Path) -> None:
         source = out / "tuning" / named(contender.name, contender.recipe["learning_rate"]) / "seed-0"
         place = out / contender.name / "seed-0"
         if not place.exists():
-            beside = place.with_name(".seed-0")  # a copy that is cut off must not look like a run
-            shutil.rmtree(beside, ignore_errors=True)
-            shutil.copytree(source, beside)
-            beside.rename(place)
+            with new_directory(place) as beside:  # a copy that is cut off must not look like a run
+                shutil.copytree(source, beside, dirs_exist_ok=True)

@@ -10,30 +10,31 @@ from typing import Any
 from ...checkpoint import CheckpointError, checkpoints
 from ...config import ModelConfig
 from ...data.corpora import find_tokenizer
-from ...distributed.sharding import check, check_used, routing_groups
 from ...host import files
 from ...host.files import expanded, new_directory
 from ...letters import LETTERS
 from ...reading import read_config, to_dict
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
-from ..update.schedule import becomes, fall, learning_rate, warmup_steps
-from .directory import Position, Run, read_position
+from ..spread import check, check_used, routing_groups
+from ..update import becomes, fall, learning_rate, warmup_steps
+from .directory import RunDirectory
+from .position import Position, read_position
 
 # What neither weights nor the function that a model computes depend on: fine-tuning may change it.
 FREE = {"init", "vocab_size", "capacity_factor", "balance_weight", "z_weight", "bias_rate"}
-# What a branch may have otherwise than the run that it leaves.
-BRANCH = frozenset({"cooldown", "final_lr", "start", "branch"})
 
 
-def claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[TrainConfig, TrainConfig, Tokenizer]:
+def admit(
+    run: RunDirectory, config: TrainConfig, resume: bool, size: int
+) -> tuple[TrainConfig, TrainConfig, Tokenizer]:
     """Check what can be checked before any work.
 
     Returns:
         the configuration that the run (of a new branch the run that it leaves) had before, this one if none; the
         configuration with what the run settles; its tokenizer.
     """
-    run.claim(resume)
+    run.occupy(resume)
     config = settle(config, run.config() if resume else None)
     origin = run if resume else left_by(config.branch) if config.branch else None
     begun = origin.config() if origin else config
@@ -42,7 +43,7 @@ def claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Train
     check(config, size)
     if not resume:
         check_used(config, size)
-    tokenizer = origin.tokenizer() if origin else find_tokenizer(config)
+    tokenizer = origin.tokenizer() if origin else find_tokenizer(config.reads())
     model = config.model.replace(vocab_size=tokenizer.vocab_size)
     config = replace(config, model=model, routing_groups=routing_groups(config, size))
     if resume:
@@ -54,7 +55,7 @@ def claim(run: Run, config: TrainConfig, resume: bool, size: int) -> tuple[Train
     return begun, config, tokenizer
 
 
-def begin(run: Run, config: TrainConfig, tokenizer: Tokenizer, content: str) -> None:
+def begin(run: RunDirectory, config: TrainConfig, tokenizer: Tokenizer, content: str) -> None:
     """Write what describes a new run; `content` is the hash of its training tokens, which a branch must share."""
     if config.branch:
         check_data(Path(config.branch), content)
@@ -163,14 +164,14 @@ def _another(theirs: Tokenizer, mine: Tokenizer) -> str:
     return f"it splits text otherwise ({', '.join(differing)})"
 
 
-def left_by(branch: str) -> Run:
+def left_by(branch: str) -> RunDirectory:
     """The run that a branch leaves at a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint lacks what training goes on from, or lies outside the directory of a run.
     """
     folder = Path(branch)
-    origin = Run(folder.parent.parent)
+    origin = RunDirectory(folder.parent.parent)
     if not (folder / "training.json").exists() or not origin.exists:
         raise CheckpointError(
             f"branch is {folder}, which is not in the directory of a run, whose optimiser and train.json are needed; "
@@ -188,7 +189,7 @@ def check_branch(config: TrainConfig) -> None:
     """
     folder = Path(str(config.branch))
     origin = left_by(str(config.branch))
-    origin.check_unchanged(config, BRANCH)
+    origin.check_unchanged(config, "on a branch")
     position, before = read_position(folder), origin.config()
     before, step = replace(before, steps=position.planned or before.steps), position.step
     if config.steps <= step:
@@ -209,7 +210,7 @@ def check_data(folder: Path, content: str) -> None:
         raise ValueError(f"the training data is not that of branch = {folder}; branch with the same data")
 
 
-def plant(run: Run, folder: Path) -> None:
+def plant(run: RunDirectory, folder: Path) -> None:
     """Make a checkpoint of another run the first of this one, with the metrics that led to it; nothing if it has some.
 
     Raises:
@@ -224,13 +225,13 @@ def plant(run: Run, folder: Path) -> None:
         )
     metrics = folder.parent.parent / "metrics.jsonl"
     if metrics.is_file():  # restoring drops the lines that came after the checkpoint
-        files.replace(run.metrics, metrics.read_bytes())
+        files.replace(run.log.file, metrics.read_bytes())
     with new_directory(run.path / "checkpoints" / folder.name) as beside:
         for file in folder.iterdir():
             shutil.copyfile(file, beside / file.name)
 
 
-def go_on_longer(run: Run, config: TrainConfig, position: Position, begun: TrainConfig) -> str | None:
+def go_on_longer(run: RunDirectory, config: TrainConfig, position: Position, begun: TrainConfig) -> str | None:
     """Settle the schedule of a run that goes on at `position`: its warm-up keeps the steps that it had.
 
     Changes `position`, and records other steps in all in train.json and metrics.jsonl.
@@ -256,6 +257,6 @@ def go_on_longer(run: Run, config: TrainConfig, position: Position, begun: Train
         return None
     rate = learning_rate(config, position.step, position.warmup)
     line = {"step": position.step, "steps_before": before.steps, "steps": config.steps, "learning_rate": rate}
-    if not run.holds("schedule", **line):  # of a resumption that saved nothing
+    if not run.log.holds("schedule", **line):  # of a resumption that saved nothing
         run.log("schedule", **line)
     return becomes(before, config, position.step, position.warmup)

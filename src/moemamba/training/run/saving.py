@@ -6,6 +6,8 @@ model and its optimiser on the CPU of its machine, 12 bytes a parameter with Ada
 than its own part.
 """
 
+import math
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,18 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ...checkpoint import check_tensors, damaged, model_tensors, open_weights, verify
+from ...checkpoint import checkpoints, model_tensors, write_model
 from ...config import ModelConfig
-from ...distributed.processes import Processes
-from ...distributed.sharding import fill, whole
+from ...distributed import Processes, gathered
+from ...host.files import new_directory, write_json
 from ...model import MoEMamba
-from ...tensors import Stored, TensorFile
-from ..update.optim import load_optimizer_tensors, optimizer_tensors
+from ...tensors import write_tensors
+from ...text import Tokenizer
+from ..update import optimizer_tensors
+from .position import evaluated_loss
 
 TRAINING = "training.safetensors"
-_CPU, _CUDA = "random.cpu", "random.cuda"
+RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"  # in it
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def take(
     def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
         for name, tensor in tensors.items():
-            value = whole(tensor)
+            value = gathered(tensor)
             if processes.first:
                 kept[name] = value.detach().to("cpu", copy=True).contiguous()
         return kept
@@ -85,85 +88,32 @@ class Saver:
             self._error = error
 
 
-def examine(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> None:
-    """Read a checkpoint's tensors once and say whether `read_parts` can use them, while nothing has been changed.
-
-    Raises:
-        Damaged: a file is missing, or is not what was written.
-        CheckpointError: the files are of another model or optimiser.
-        OSError: the system cannot read them.
-    """
-    weights, training = open_weights(folder), open_weights(folder, TRAINING)
-    check_tensors(weights, model_tensors(model))
-    expected = _expected(model, optimizer)
-    if _CUDA in training:  # of a GPU, whose driver says how long it is
-        expected[_CUDA] = torch.empty(training[_CUDA].shape, dtype=torch.uint8, device="meta")
-    check_tensors(training, expected, "model or optimiser")
-    for stored in (weights, training):
-        verify(stored)
-    try:
-        torch.Generator().set_state(training[_CPU][...])
-    except RuntimeError as error:
-        raise damaged(training.file, error) from error
-
-
-def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> None:
-    """Load a checkpoint's tensors, of sharded ones this process's part, and the state of the random generators.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or is that of another model; see `examine`, which looks first.
-        OSError: the system cannot read them.
-    """
-    weights, training = open_weights(folder), open_weights(folder, TRAINING)
-    _fill(model, weights)
-    parameters = dict(model.named_parameters())
-    tensors = {name: _part(stored, parameters.get(name.partition(".")[2])) for name, stored in training.items()}
-    _forget_random_state(tensors)
-    load_optimizer_tensors(model, optimizer, tensors)
-
-
-def read_model(folder: Path, model: MoEMamba) -> None:
-    """Load the weights alone, of sharded ones this process's part; raises what `examine` raises."""
-    weights = open_weights(folder)
-    check_tensors(weights, model_tensors(model))
-    verify(weights)
-    _fill(model, weights)
-
-
-def _fill(model: MoEMamba, weights: TensorFile) -> None:
-    for name, tensor in model_tensors(model).items():
-        fill(tensor, weights[name])
-
-
-def _expected(model: MoEMamba, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What training.safetensors must hold, as tensors that take no memory."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found = {_CPU: torch.empty(torch.get_rng_state().shape, dtype=torch.uint8, device="meta")}
-    for group in optimizer.param_groups:
-        keys = ("momentum_buffer",) if group.get("muon") else ("exp_avg", "exp_avg_sq")
-        for parameter in group["params"]:
-            found[f"step.{names[parameter]}"] = torch.empty((), device="meta")
-            found |= {f"{key}.{names[parameter]}": torch.empty(parameter.shape, device="meta") for key in keys}
-    return found
-
-
-def _part(stored: Stored, parameter: Tensor | None) -> Tensor:
-    """A tensor of the optimiser's state: sharded as its parameter is if they have one shape, else whole."""
-    if not isinstance(parameter, DTensor) or stored.shape != tuple(parameter.shape):
-        return stored[...]
-    own = torch.zeros_like(parameter, requires_grad=False)
-    fill(own, stored)
-    return own
-
-
 def _random_state() -> dict[str, Tensor]:
-    states = {_CPU: torch.get_rng_state()}
+    states = {RANDOM_CPU: torch.get_rng_state()}
     if torch.cuda.is_available():
-        states[_CUDA] = torch.cuda.get_rng_state()
+        states[RANDOM_CUDA] = torch.cuda.get_rng_state()
     return states
 
 
-def _forget_random_state(tensors: dict[str, Tensor]) -> None:
-    """Training draws nothing from torch's global generators: they belong to whoever calls it."""
-    tensors.pop(_CPU)
-    tensors.pop(_CUDA, None)
+def write(run: Path, snapshot: Snapshot, tokenizer: Tokenizer, keep: int) -> None:
+    """Write a checkpoint of a run, then remove those neither among the newest `keep` nor the best evaluated."""
+    folder = run / "checkpoints" / f"{snapshot.position['step']:08d}"
+    with new_directory(folder) as beside:
+        write_model(beside, snapshot.config, snapshot.model, tokenizer)
+        write_tensors(beside / TRAINING, snapshot.training)
+        write_json(beside / "training.json", snapshot.position)
+    _prune(run, keep)
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Remove old checkpoints; nothing where `checkpoints` is a link, since others may keep theirs there."""
+    found = checkpoints(run)
+    if (run / "checkpoints").is_symlink():
+        return
+    losses = {folder: evaluated_loss(folder) for folder in found}
+    best = min(found, key=losses.__getitem__)
+    for old in found[:-keep]:
+        if (old != best or losses[old] == math.inf) and not old.is_symlink():
+            gone = old.with_name(f".{old.name}")
+            old.rename(gone)  # at once, so that nobody sees half of it
+            shutil.rmtree(gone)

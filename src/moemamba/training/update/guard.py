@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...distributed.sharding import divide_gradients
+from ...distributed import divide_gradients
 from ...reading import validate
 from ..config import TrainConfig
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from ...distributed import own_part
+
 # Keller Jordan's quintic (https://kellerjordan.github.io/posts/muon/), as in torch.optim.Muon: five iterations bring
 # every singular value near 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -59,9 +61,9 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros(())  # AdamW asks for it when state is loaded; Muon has no use for it
         rows, columns = parameters[0].shape[-2:]
         # On local tensors: a shard of the momentum needs no other process.
-        weights = [_local(parameter) for parameter in parameters]
-        momenta = [_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
-        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        weights = [own_part(parameter) for parameter in parameters]
+        momenta = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [own_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         momentum, gradient = _stack(momenta), _stack(gradients)
         if self.grad_scale is not None:
             gradient = gradient / self.grad_scale
@@ -129,7 +131,3 @@ def orthogonal(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).reshape(matrices.shape).float()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from ...data.batches import Batch
-from ...distributed.agreement import Agreement
-from ...distributed.processes import Processes
-from ...distributed.sharding import divide_gradients, gradient_norm, last_part, sharded, summing
+from ...distributed import Agreement, Processes, divide_gradients, gradient_norm, last_part, sharded, summing
 from ...model import MoEMamba
 from ..config import TrainConfig
 from ..evaluate import autocast
-from ..watch.metrics import Measures, add, measures, router_stats
+from ..watch import Measures, add, measures, router_stats
 from .guard import Guard, apply
 from .loss import losses
 

@@ -1,0 +1,61 @@
+"""metrics.jsonl: what happened in a run, a line each."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...host.files import check_regular, replacing, writing
+from ..watch import TensorBoard
+
+LINE_LIMIT = 1 << 26
+"""bytes of a line"""
+
+
+class Log:
+    """The file, and what shows it: `log("note", step=3, text="...")` appends a line."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.writes = True
+        """False in all processes of a run but the first"""
+        self.board: TensorBoard | None = None
+        """gets every line too"""
+
+    def __call__(self, kind: str, **values: Any) -> None:
+        """Append a line."""
+        if not self.writes:
+            return
+        with writing(self.file), self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"kind": kind, **values}) + "\n")
+        if self.board:
+            try:
+                self.board.write(kind, values)
+            except OSError as error:  # it only shows what is in the file
+                self.board = None
+                self("note", step=values["step"], text=f"TensorBoard's file ends here: {error.strerror or error}")
+
+    def holds(self, kind: str, **values: Any) -> bool:
+        """Whether the file has this line."""
+        line = json.dumps({"kind": kind, **values})
+        return self.file.exists() and line in self.file.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines that a resumed run will write again, and one that is cut short."""
+        if self.file.exists():
+            check_regular(self.file)
+            with replacing(self.file) as stream:
+                stream.writelines(_lines_until(self.file, step))
+
+
+def _lines_until(file: Path, step: int) -> Iterator[bytes]:
+    """The lines of a metrics file up to a step, without one that is cut short or is no event."""
+    with file.open("rb") as stream:
+        while line := stream.readline(LINE_LIMIT):
+            try:
+                values = json.loads(line)
+                here = values["step"] if isinstance(values, dict) else None
+            except (ValueError, KeyError, RecursionError):
+                continue
+            if type(here) is int and here <= step and line.endswith(b"\n"):
+                yield line

@@ -1,0 +1,137 @@
+"""How a run spreads over its processes: whether it can, whether it fits their memory, and its model built so."""
+
+import os
+
+import torch
+
+from .. import counting
+from ..checkpoint import device_memory
+from ..distributed import Processes, fill, group_routers, own_part, shard
+from ..initialisation import draw
+from ..layers import roles
+from ..model import MoEMamba
+from .config import TrainConfig
+
+
+def check(config: TrainConfig, size: int) -> None:
+    """Whether so many processes can train this.
+
+    Raises:
+        ValueError: with the field to change.
+    """
+    rows, parallel = config.batch_size, _expert_parallel(config, size)
+    if rows % (size * config.accumulate):
+        raise ValueError(
+            f"batch_size is {rows}, which {size} processes times accumulate = {config.accumulate} do not divide; "
+            f"choose a multiple of {size * config.accumulate}"
+        )
+    if size % parallel:
+        raise ValueError(
+            f"expert_parallel is {parallel}, which does not divide the {size} processes; choose one of its divisors"
+        )
+    if parallel > 1 and not config.model.routers:
+        raise ValueError(f"expert_parallel is {parallel}, but the model has no experts; set it to 1")
+    if parallel > 1 and config.compile and config.recompute:  # a layer is several graphs then, which torch mixes up
+        raise ValueError(
+            f"expert_parallel is {parallel}, with which compile and recompute do not go together; leave one of them out"
+        )
+    for experts in config.model.routers:
+        if experts.n_experts % parallel:
+            raise ValueError(
+                f"n_experts is {experts.n_experts}, which expert_parallel = {parallel} does not divide; "
+                "choose a multiple, or a divisor of n_experts"
+            )
+    groups = routing_groups(config, size) // config.accumulate
+    if groups % size and size % groups:
+        raise ValueError(
+            f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch and {size} "
+            "processes; one of the two must divide the other"
+        )
+
+
+def check_used(config: TrainConfig, size: int) -> None:
+    """Whether a run that begins uses what it was asked for. One that goes on may do so in fewer processes.
+
+    Raises:
+        ValueError: an option that would be ignored.
+    """
+    if config.max_skips != TrainConfig.max_skips and config.on_failure != "skip":
+        raise ValueError(
+            f'max_skips is {config.max_skips}, which only on_failure = "skip" heeds; give both, or neither'
+        )
+    if config.cooldown != TrainConfig.cooldown and config.schedule != "wsd" and not config.branch:
+        raise ValueError(f'cooldown is {config.cooldown:g}, which only schedule = "wsd" has; give both, or neither')
+    asked = {"expert_parallel": (config.expert_parallel, 1), "shard": (config.shard, "none")}
+    for name, (value, alone) in asked.items():
+        if size == 1 and value != alone:
+            raise ValueError(
+                f"{name} is {value}, which means nothing in one process; start several with torchrun, or leave it out"
+            )
+
+
+def _expert_parallel(config: TrainConfig, size: int) -> int:
+    """Processes that experts are spread over; one alone has them all, so that it can resume any run."""
+    return config.expert_parallel if size > 1 else 1
+
+
+def routing_groups(config: TrainConfig, size: int) -> int:
+    """Groups that a batch is routed in; one for each process and part if the configuration does not say."""
+    return config.routing_groups or size * config.accumulate
+
+
+def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEMamba:
+    """The model on its device, sharded as the configuration says, with the weights that its seed gives.
+
+    They are the same for every number of processes, and drawn one sub-layer at a time, so that no process need hold the
+    whole model.
+    """
+    with torch.device("meta"):
+        model = MoEMamba(config.model)
+    if processes.distributed and (config.shard == "parameters" or _expert_parallel(config, processes.size) > 1):
+        shard(model, processes, dtype, config.shard == "none", _expert_parallel(config, processes.size))
+    require_memory(model, config, processes.device)
+    model.to_empty(device=processes.device)
+    if config.model.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    draw(model, fill, config.seed)
+    model.recompute = config.recompute
+    group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
+    return model
+
+
+def require_fit(config: TrainConfig, processes: Processes) -> None:
+    """Refuse a model that cannot be trained here whatever its tokenizer, by counting alone; see `require_memory`.
+
+    Raises:
+        ValueError: weights, gradients and the optimiser's state are more than there is.
+    """
+    parallel = _expert_parallel(config, processes.size)
+    share = 1 / (processes.size if config.shard == "parameters" else parallel)  # at least
+    has = device_memory(processes.device)
+    moments = 1 if config.optimizer == "muon" else 2
+    counting.require_memory(config.model, has, moments, share * _neighbours(processes.device), vocabulary=False)
+
+
+def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -> None:
+    """Refuse what cannot be trained, before its memory is asked for.
+
+    Args:
+        model: as it will be shared out; it may be on the meta device.
+    Raises:
+        ValueError: weights, gradients and the optimiser's state alone are more than the device, or the machine, holds.
+    """
+    has, needs, role = device_memory(device), 0, roles(model)
+    for name, parameter in model.named_parameters():
+        muon = config.optimizer == "muon" and role[name].muon
+        needs += own_part(parameter).numel() * 4 * (3 if muon else 4)  # float32: weight, gradient, one or two averages
+    if has is not None and (each := needs * _neighbours(device)) > has:
+        where = "each GPU" if device.type == "cuda" else "this machine"
+        raise ValueError(
+            f"weights, gradients and the optimiser's state take {counting.size(each)} on {where}, which has "
+            f"{counting.size(has)}; share them out over more processes with --shard parameters or --expert-parallel N"
+        )
+
+
+def _neighbours(device: torch.device) -> int:
+    """Processes that share the memory of a device: on the CPU all of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
