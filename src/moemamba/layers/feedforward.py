@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
-from ..ops.experts.reference import ACTIVATIONS
+from ..ops.experts import ACTIVATIONS
 from .layer import Layer, Result
 from .linear import Linear
 from .roles import Role, composed

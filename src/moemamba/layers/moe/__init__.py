@@ -12,7 +12,7 @@ from ..layer import Layer, Result
 from ..plain import plain
 from ..roles import Role, composed
 from .experts import Experts
-from .router import FEW, Choice, Router, RouterStats, Routing, note
+from .router import Choice, Router, RouterStats, Routing, note
 
 if TYPE_CHECKING:
     from ...config import ModelConfig
@@ -101,9 +101,6 @@ class MoE(Layer):
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
         with torch.autocast(x.device.type, enabled=False):
             router, tokens = self.router, x.flatten(0, 1)
-            if tokens.shape[0] <= FEW and not torch.is_grad_enabled():
-                choice = Choice(*ops.route(tokens, router.weight, router.balance_bias, router.top_k))
-            else:
-                choice = router.choose(tokens)
+            choice = Choice(*ops.router_choices(tokens, router.weight, router.balance_bias, router.top_k))
         y: Tensor = self.experts(x.flatten(0, 1), choice).unflatten(0, x.shape[:2])
         return y if self.shared is None else y + self.shared(x)
