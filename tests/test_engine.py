@@ -11,6 +11,7 @@ from moemamba.inference import Engine, Request, Sampling, engine
 from moemamba.inference.prefill import alike
 from moemamba.inference.scheduler import Part
 from moemamba.inference.slots import Slots
+from moemamba.layers import Attention, RoutedMamba
 
 GREEDY = Sampling(temperature=0)
 
@@ -120,7 +121,7 @@ def test_parts_that_are_read_together():
 @torch.no_grad()
 def test_what_has_left_is_never_read():
     model = MODELS["AR"]
-    slots = Slots(4, "cpu")
+    slots = Slots([Attention, RoutedMamba], 4, "cpu")
     states = [model(torch.tensor([prompt])).state for prompt in PROMPTS[:4]]
     for row, state in enumerate(states):
         slots.put(state, torch.tensor([row]))

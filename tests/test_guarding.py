@@ -21,11 +21,12 @@ from moemamba.distributed.sharding import gradient_norm
 from moemamba.host import stop
 from moemamba.host.progress import Report
 from moemamba.host.stop import Stop
+from moemamba.layers import roles
 from moemamba.reading import from_dict, to_dict
 from moemamba.training.update import muon
 from moemamba.training.update import step as stepping
 from moemamba.training.update.guard import Diverged, Fatal, Guard, Skips, apply
-from moemamba.training.update.muon import MOMENTUM, RMS, Muon, orthogonal, takes_muon
+from moemamba.training.update.muon import MOMENTUM, RMS, Muon, orthogonal
 from moemamba.training.update.optim import make_optimizer
 from moemamba.training.update.schedule import learning_rate
 from moemamba.training.watch.alarms import DEAD_AFTER, Alarms, Raised, sentences
@@ -124,7 +125,7 @@ def test_muon_follows_its_formula_and_leaves_the_rest_to_adamw(together, monkeyp
 
 def test_muon_takes_matrices_between_hidden_layers_alone():
     model = MoEMamba(TINY)
-    taken = {name for name, parameter in model.named_parameters() if takes_muon(name, parameter)}
+    taken = {name for name, role in roles(model).items() if role.muon}
     assert taken and all(any(part in name for part in ("proj", "up", "down")) for name in taken)
     assert {parameter.ndim for name, parameter in model.named_parameters() if name in taken} == {2, 3}
     optimizer = make_optimizer(model, TrainConfig(model=TINY, optimizer="muon"))

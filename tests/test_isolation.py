@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moemamba import ops
 from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig, RoutedMambaConfig
-from moemamba.layers.residual import make_layer
+from moemamba.layers import LAYERS
 from moemamba.model import MoEMamba
 from moemamba.ops.choice import INSTALLED
 
@@ -174,7 +174,7 @@ def test_router_does_not_count_padding(backend, value):
 
 def layer_of(name, seed=0):
     torch.manual_seed(seed)
-    layer = make_layer(MIXERS[name], name[0])
+    layer = LAYERS[name[0]].build(MIXERS[name])
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

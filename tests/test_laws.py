@@ -6,19 +6,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moemamba import ModelConfig, MoEMamba, State, ops
 from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, RoutedMambaConfig
+from moemamba.counting import state_bytes
+from moemamba.letters import LETTERS
 
 CAPACITY = ExpertsConfig(4, capacity_factor=1.0, activation="relu")
 MODELS = {
-    "M": ModelConfig("M"),
-    "E": ModelConfig("E"),
-    "F": ModelConfig("F", feedforward=FeedForwardConfig(bias=True)),
-    "A": ModelConfig("A"),
+    **{letter: ModelConfig(letter) for letter in LETTERS},
+    "F biases": ModelConfig("F", feedforward=FeedForwardConfig(bias=True)),
     "R shared": ModelConfig("R", routed=RoutedMambaConfig(experts=ExpertsConfig(4, top_k=2))),
     "R independent": ModelConfig("R", routed=RoutedMambaConfig(("gate", "out"), "independent", ExpertsConfig(3))),
     "(ME)": ModelConfig("(ME)", experts=ExpertsConfig(4, top_k=2, n_shared_experts=1)),
     "mixed": ModelConfig("ME(MA)R", n_blocks=1, experts=CAPACITY),
 }
-MIXING = [name for name in MODELS if name not in "EF"]
+MIXING = [name for name, config in MODELS.items() if state_bytes(config, 1)]
+ROUTING = [name for name, config in MODELS.items() if config.routers]
 BACKENDS = [("reference", torch.float64), ("cpu", torch.float32)]
 LENGTH, PROBE = 9, 3
 
@@ -185,7 +186,7 @@ def test_gradients_flow_through_states(name):
 def test_causal(name, training):
     """A changed token leaves all earlier outputs of every row alone, in training with a capacity too."""
     model, tokens = build(name).train(training), tokens_of(3)
-    exact = "E" not in model.config.pattern and "R" not in model.config.pattern
+    exact = name not in ROUTING
     with torch.no_grad():
         before = model(tokens).logits
         for j in range(1, LENGTH):
@@ -199,7 +200,7 @@ def test_causal(name, training):
             assert not after[1, j].equal(before[1, j])
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "E" in name or "R" in name or name == "mixed"])
+@pytest.mark.parametrize("name", ROUTING)
 def test_evaluation_does_not_depend_on_the_batch(name):
     model, tokens = build(name), tokens_of(5)
     with torch.no_grad():

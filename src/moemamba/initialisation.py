@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .layers import Attention, FeedForward, Router, make_norm
+from .layers import make_norm, roles
 from .layers.head import Head
-from .layers.linear import residual_weights
-from .layers.moe.experts import Experts, LinearExperts
 from .layers.residual import Residual
 
 if TYPE_CHECKING:
@@ -37,18 +35,20 @@ def initialise(model: "MoEMamba", fill: Callable[[Tensor, Tensor], None] = overw
         fill: puts drawn values, which are on the CPU, into a parameter.
     """
     if model.config.init == "paper":
-        for module in model.modules():
-            for weight, fan_in in _paper_fan_in(module):
+        role = roles(model)
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            if fan_in := role[name].fan_in:
                 values = torch.empty(weight.shape)
                 fill(weight, nn.init.trunc_normal_(values, std=math.sqrt(0.1 / fan_in), a=-0.2, b=0.2))
         return
-    for weight in (model.embedding.weight, model.head.weight):
-        fill(weight, nn.init.normal_(torch.empty(weight.shape), std=0.02))
+    for table in (model.embedding.weight, model.head.weight):
+        fill(table, nn.init.normal_(torch.empty(table.shape), std=0.02))
     with torch.no_grad():
         for layer in model.layers:
-            for branch in layer.branches:  # type: ignore[union-attr]
-                for weight in residual_weights(branch):
-                    weight.div_(math.sqrt(len(model.layers)))
+            role = roles(layer)
+            for name, parameter in layer.named_parameters():
+                if role[name].writes_residual:
+                    parameter.div_(math.sqrt(len(model.layers)))
 
 
 def draw(model: "MoEMamba", fill: Callable[[Tensor, Tensor], None], seed: int) -> None:
@@ -111,23 +111,3 @@ def _draw(model: "MoEMamba", fill: Callable[[Tensor, Tensor], None]) -> None:
         drawn.add(id(parameter))
 
     initialise(model, fill_once)
-
-
-def _paper_fan_in(module: nn.Module) -> list[tuple[Tensor, int]]:
-    match module:
-        case nn.Embedding():
-            return [(module.weight, 1)]
-        case Head() | Router():
-            return [(module.weight, module.weight.shape[1])]
-        case Attention():
-            return [(layer.weight, layer.in_features) for layer in (module.qkv_proj, module.out_proj)]
-        case FeedForward():
-            return [(layer.weight, layer.in_features) for layer in (module.up_proj, module.down_proj)]
-        case Experts():
-            return [
-                (module.up_proj, module.up_proj.shape[2]),
-                (module.down_proj, module.down_proj.shape[0] * module.down_proj.shape[2]),
-            ]
-        case LinearExperts():
-            return [(module.weight, module.weight.shape[2])]
-    return []

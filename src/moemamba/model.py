@@ -12,11 +12,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from . import ops
 from .config import ModelConfig
 from .initialisation import initialise
-from .layers import AttentionState, Router, RouterStats, make_norm
+from .layers import LAYERS, Choice, Router, RouterStats, make_norm
 from .layers.head import Head
 from .layers.residual import Residual
+from .layers.roles import Role, composed
+from .letters import LETTERS
 from .ops.packing import without_padding
-from .state import KINDS, MixerState, State
+from .state import STATES, State
 
 
 class Output(NamedTuple):
@@ -63,6 +65,7 @@ class MoEMamba(nn.Module):
         state: State | None = None,
         seq_idx: Tensor | None = None,
         targets: Tensor | None = None,
+        record: list[Choice] | None = None,
     ) -> Output:
         """Logits for every position, or the loss against targets.
 
@@ -71,10 +74,11 @@ class MoEMamba(nn.Module):
             state: continues the first sequence of each row.
             seq_idx: (b, l) sequence that each position belongs to; -1 is padding, which changes nothing.
             targets: (b, l) int64; -100 does not count.
+            record: a list to which each router appends the experts and gates of every token, (b, l, k), as in `router`.
         Raises:
             ValueError: a shape that does not fit.
         """
-        hidden, state, router = self.backbone(tokens, state, seq_idx)
+        hidden, state, router = self.backbone(tokens, state, seq_idx, record)
         if targets is None:
             return Output(self.head(hidden), state, router)
         if targets.shape != tokens.shape:
@@ -82,7 +86,11 @@ class MoEMamba(nn.Module):
         return Output(None, state, router, self.head(hidden, targets))
 
     def backbone(
-        self, tokens: Tensor, state: State | None = None, seq_idx: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
         """As `forward`, up to what the head sees: hidden (b, l, d), state, router statistics."""
         if tokens.ndim != 2:
@@ -93,11 +101,12 @@ class MoEMamba(nn.Module):
             self._expect_own(state, tokens.shape[0])
         x: Tensor = without_padding(self.embedding(tokens), seq_idx)  # and so it stays through all layers
         y: Tensor | None = None
-        mixers: list[MixerState] = []
+        mixers: list[Any] = []
         router: list[RouterStats] = []
         for layer in self.layers:
             before = None if state is None else state.mixers[len(mixers) :]
-            if self.recompute and torch.is_grad_enabled() and not ops.transformed(x):  # torch.func cannot
+            # torch.func cannot; and what is computed twice would be recorded twice
+            if self.recompute and torch.is_grad_enabled() and record is None and not ops.transformed(x):
                 x, y, after, stats = checkpoint(
                     ops.bound(layer),
                     x if y is None else x + y,  # one tensor to keep, not two
@@ -109,22 +118,31 @@ class MoEMamba(nn.Module):
                     preserve_rng_state=False,  # nothing here is random
                 )
             else:
-                x, y, after, stats = layer(x, y, before, seq_idx)
+                x, y, after, stats = layer(x, y, before, seq_idx, record)
             mixers += after
             router += stats
         return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
 
     def _expect_own(self, state: State, rows: int) -> None:
-        letters = [letter for layer in self.layers for letter in layer.letters if letter in "MAR"]  # type: ignore[union-attr]
-        own = "".join("A" if letter == "A" else "M" for letter in letters)
-        given = "".join("A" if isinstance(mixer, AttentionState) else "M" for mixer in state.mixers)
+        kinds = [LAYERS[letter].state_type for layer in self.layers for letter in layer.letters]  # type: ignore[union-attr]
+        own = "".join(_SYMBOLS[kind] for kind in kinds if kind is not None)
+        given = "".join(_SYMBOLS.get(type(mixer), "?") for mixer in state.mixers)
         if given != own:
+            legend = ", ".join(f"{letter} {LETTERS[letter].name}" for letter in sorted(_SYMBOLS.values()))
             raise ValueError(
-                f"state is of the mixers {given!r} (A attention, M Mamba), and this model's are {own!r}; "
+                f"state is of the mixers {given!r} ({legend}), and this model's are {own!r}; "
                 "a state continues the model that it came from"
             )
         if own and state.batch_size != rows:
             raise ValueError(f"state holds {state.batch_size} rows and tokens {rows}; they must be as many")
+
+    def roles(self) -> dict[str, Role]:
+        """The role of each parameter; rows of the embedding and the head stand for tokens, one by one."""
+        rows = Role(muon=False)
+        return composed(self) | {
+            "embedding.weight": rows._replace(float32=True, fan_in=1),
+            "head.weight": rows._replace(fan_in=self.config.d_model),
+        }
 
     def compile_layers(self, **options: Any) -> None:
         """`torch.compile` each residual sub-layer, in place: names in `state_dict` stay as they are.
@@ -155,6 +173,10 @@ class MoEMamba(nn.Module):
                 module.update_balance_bias(stats.load, experts.bias_rate)
 
 
+# The first letter with a state of each kind, which stands for it in messages.
+_SYMBOLS: dict[type[Any], str] = {
+    layer.state_type: letter for letter, layer in reversed(LAYERS.items()) if layer.state_type is not None
+}
 _ROUTERS = ("moemamba::route_with_totals",)  # by name, since a backend defines its ops when it is first used
 
 
@@ -166,5 +188,5 @@ def _save_choices(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 _keep_choices: Callable[[], Any] = partial(create_selective_checkpoint_contexts, _save_choices)
 
 # torch.export.save writes what a program takes and returns by these names; of its own accord it knows no NamedTuple's.
-for _kind in (Output, RouterStats, *KINDS.values()):
+for _kind in (Output, RouterStats, *STATES.values()):
     _pytree._register_namedtuple(_kind, serialized_type_name=f"moemamba.{_kind.__name__}")

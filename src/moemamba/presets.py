@@ -3,7 +3,8 @@
 import difflib
 from typing import Any
 
-from .config import AttentionConfig, ExpertsConfig, FeedForwardConfig, ModelConfig, RoutedMambaConfig
+from .config import ModelConfig
+from .letters import AttentionConfig, ExpertsConfig, FeedForwardConfig, RoutedMambaConfig
 
 
 def _paper(pattern: str, n_blocks: int, d_model: int, **parts: Any) -> ModelConfig:

@@ -4,24 +4,28 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from .host.files import FileError, expanded, parse_json
-from .layers import AttentionState, MambaState
-from .tensors import Stored, TensorFile, not_finite, write_tensors
+from .layers import LAYERS
+from .tensors import TensorFile, not_finite, write_tensors
 
-MixerState = MambaState | AttentionState
-KINDS: dict[str, type[MambaState] | type[AttentionState]] = {"mamba": MambaState, "attention": AttentionState}
+KINDS = {layer.state_kind: layer for layer in reversed(LAYERS.values()) if layer.state_type is not None}
+"""a layer with each kind of state, by what files call that"""
+STATES: dict[str, type[Any]] = {kind: layer.state_type for kind, layer in KINDS.items() if layer.state_type is not None}
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of each sequence mixer, bottom to top. Nothing changes it: calls return a new one."""
+    """The state of each sequence mixer, bottom to top. Nothing changes it: calls return a new one.
 
-    mixers: tuple[MixerState, ...]
+    Each is a NamedTuple of tensors (b, ...), such as `layers.MambaState`.
+    """
+
+    mixers: tuple[Any, ...]
 
     @property
     def batch_size(self) -> int:
@@ -58,7 +62,8 @@ class State:
         tensors = {
             f"{index}.{name}": getattr(mixer, name) for index, mixer in enumerate(self.mixers) for name in mixer._fields
         }
-        kinds = ["attention" if isinstance(mixer, AttentionState) else "mamba" for mixer in self.mixers]
+        names = {state: kind for kind, state in STATES.items()}
+        kinds = [names[type(mixer)] for mixer in self.mixers]
         write_tensors(expanded(path), tensors, {"mixers": json.dumps(kinds)})
 
     @classmethod
@@ -74,7 +79,7 @@ class State:
             stored = TensorFile(expanded(path))
             kinds = _kinds(stored)
             stored.verify()
-            names = [[f"{index}.{name}" for name in KINDS[kind]._fields] for index, kind in enumerate(kinds)]
+            names = [[f"{index}.{name}" for name in STATES[kind]._fields] for index, kind in enumerate(kinds)]
             tensors = {name: stored[name][...] for own in names for name in own}
             if strange := not_finite(tensors):
                 raise FileError(f"{strange} is not finite")
@@ -83,7 +88,7 @@ class State:
                 f"{path} holds no complete saved state ({error}); write it again with State.save"
             ) from error
         parts = ([tensors[name].to(device) for name in own] for own in names)
-        return cls(tuple(KINDS[kind](*part) for kind, part in zip(kinds, parts, strict=True)))
+        return cls(tuple(STATES[kind](*part) for kind, part in zip(kinds, parts, strict=True)))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(tuple(type(mixer)(*map(function, mixer)) for mixer in self.mixers))
@@ -98,29 +103,17 @@ def _kinds(stored: TensorFile) -> list[str]:
     kinds = parse_json(stored.metadata.get("mixers", "null"), "its list of mixers")
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
         raise FileError("it does not say which mixers it is of")
-    fields = {f"{index}.{name}" for index, kind in enumerate(kinds) for name in KINDS[kind]._fields}
+    fields = {f"{index}.{name}" for index, kind in enumerate(kinds) for name in STATES[kind]._fields}
     if fields != stored.keys():
         raise FileError(f"{min(fields ^ stored.keys())[:80]!r} is missing, or should not be there")
     rows = {tensor.shape[:1] for tensor in stored.values()}
     fit = len(rows) < 2
     for index, kind in enumerate(kinds):
-        own = [stored[f"{index}.{name}"] for name in KINDS[kind]._fields]
-        fit = fit and (_fit_mamba if kind == "mamba" else _fit_attention)(*own)
+        own = [stored[f"{index}.{name}"] for name in STATES[kind]._fields]
+        fit = fit and KINDS[kind].fit(*own)
     if not fit:
         raise FileError("its tensors have shapes or dtypes that do not belong together")
     return kinds
-
-
-def _fit_mamba(conv: Stored, ssm: Stored) -> bool:
-    """conv (b, i, k-1) and ssm (b, i, n)."""
-    shapes = len(conv.shape) == len(ssm.shape) == 3 and conv.shape[:2] == ssm.shape[:2]
-    return shapes and conv.dtype.is_floating_point and ssm.dtype.is_floating_point
-
-
-def _fit_attention(keys: Stored, values: Stored, positions: Stored) -> bool:
-    """keys and values (b, h, s, d), positions (b, s) int64."""
-    shapes = len(keys.shape) == 4 and keys.shape == values.shape and positions.shape == (keys.shape[0], keys.shape[2])
-    return shapes and keys.dtype == values.dtype and keys.dtype.is_floating_point and positions.dtype == torch.int64
 
 
 # What takes a call apart into tensors (torch.export, torch.func) knows a state as one of them.

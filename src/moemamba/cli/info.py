@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import LETTERS, ModelConfig, parse_pattern
+from ..config import ModelConfig, parse_pattern
 from ..counting import count_parameters, flops_per_token, memory, state_bytes
 from ..counting import size as size
 from ..host.files import check_regular, expanded
+from ..letters import LETTERS
 from ..presets import PRESETS, preset
 from ..reading import read_config, to_dict, validate
 from .options import Place, Positional
@@ -93,7 +94,7 @@ def layers(config: ModelConfig) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for number, letters in enumerate(parse_pattern(config.pattern)):
         one = count_parameters(config.replace(pattern=f"({letters})", n_blocks=1, final_norm=False))
-        what = ", and in parallel ".join(_describe(config, letter) for letter in letters)
+        what = ", and in parallel ".join(LETTERS[letter].describe(config) for letter in letters)
         rows.append((f"{number}", letters, what, f"{one.total:,}", f"{one.active:,}", f"× {config.n_blocks}"))
     return rows
 
@@ -112,22 +113,3 @@ def costs(config: ModelConfig, context: int) -> list[tuple[str, ...]]:
         ("optimiser", size(needs.optimizer), "float32, AdamW's two moments, while training"),
         ("state", size(state_bytes(config, context)), f"of one sequence after {context:,} tokens"),
     ]
-
-
-def _describe(config: ModelConfig, letter: str) -> str:
-    match letter:
-        case "M":
-            return f"Mamba: d_inner {config.d_inner}, d_state {config.mamba.d_state}, dt_rank {config.dt_rank}"
-        case "E":
-            e = config.experts
-            shared = f" + {e.n_shared_experts} shared" if e.n_shared_experts else ""
-            return f"experts: {e.n_experts} × {config.d_expert} {e.activation}, top-{e.top_k}{shared}"
-        case "F":
-            return f"feed-forward: {config.d_ff} {config.feedforward.activation}"
-        case "A":
-            return f"attention: {config.n_heads} heads"
-        case "R":
-            r = config.routed
-            return f"routed Mamba: {r.experts.n_experts} experts in {', '.join(r.projections)}, {r.routing} routing"
-        case _:
-            return LETTERS[letter]

@@ -25,11 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import counting
 from ..checkpoint import device_memory
 from ..initialisation import draw
-from ..layers import Router
+from ..layers import Router, roles
 from ..layers.moe.experts import Experts, LinearExperts
 from ..model import MoEMamba
 from ..training.config import TrainConfig
-from ..training.update.muon import takes_muon
 from .processes import Processes
 
 
@@ -134,9 +133,9 @@ def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -
     Raises:
         ValueError: weights, gradients and the optimiser's state alone are more than the device, or the machine, holds.
     """
-    has, needs = device_memory(device), 0
+    has, needs, role = device_memory(device), 0, roles(model)
     for name, parameter in model.named_parameters():
-        muon = config.optimizer == "muon" and takes_muon(name, parameter)
+        muon = config.optimizer == "muon" and role[name].muon
         needs += local(parameter).numel() * 4 * (3 if muon else 4)  # float32: weight, gradient, one or two averages
     if has is not None and (each := needs * _neighbours(device)) > has:
         where = "each GPU" if device.type == "cuda" else "this machine"
@@ -179,9 +178,7 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
                 alone = {parameter for module in experts for parameter in module.parameters()}
         elif dtype != torch.float32 and experts:
             fully_shard(experts, mesh=_data(mesh), **cast)
-        matrices: list[nn.Module] = [
-            module for name, module in layer.named_modules() if isinstance(module, nn.Linear) and "dt_proj" not in name
-        ]
+        matrices = [module for module in narrow_modules(layer) if module not in experts]
         if dtype != torch.float32 and matrices:
             fully_shard(matrices, mesh=_data(mesh), **cast)
         fully_shard(layer, mesh=_data(mesh), ignored_params=alone, **exact)
@@ -193,6 +190,16 @@ def shard(model: MoEMamba, config: TrainConfig, processes: Processes, dtype: tor
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale on the way
+
+
+def narrow_modules(layer: nn.Module) -> list[nn.Module]:
+    """The modules of a sub-layer that have parameters, none of which is read in float32 whatever the precision."""
+    role, found = roles(layer), []
+    for prefix, module in layer.named_modules():
+        own = [f"{prefix}.{name}".removeprefix(".") for name, _ in module.named_parameters(recurse=False)]
+        if own and not any(role[name].float32 for name in own):
+            found.append(module)
+    return found
 
 
 def _mesh(kind: str, data: int, parallel: int, whole: bool) -> DeviceMesh:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layers import LAYERS
 from ..model import MoEMamba
 from ..state import State
 from .choosing import Chooser
@@ -131,7 +132,9 @@ class Engine:
         made = (self._device, fingerprint(view) if capturable(view) else None)
         if made != self._made:
             self._made, captures = made, made[1] is not None
-            self._rows = Slots(self.slots, self._device)
+            letters = [letter for layers in view.config.layers for letter in layers]
+            kinds = [LAYERS[letter] for letter in letters if LAYERS[letter].state_type is not None]
+            self._rows = Slots(kinds, self.slots, self._device)
             self._stepper = Stepper(self._rows, captures, padded=captures)
             self._ahead = captures
         self._live: list[_Run] = []  # row by row
@@ -216,7 +219,7 @@ class Engine:
             runs = [self._runs[part.request] for part in group]
             rows = [run.request.prompt[part.first : part.last] for run, part in zip(runs, group, strict=True)]
             before = [run.state for run in runs if run.state is not None]
-            hidden, state = read(self._model, rows, joined(before) if before else None)
+            hidden, state = read(self._model, rows, joined(self._rows.kinds, before) if before else None)
             for place, (run, part) in enumerate(zip(runs, group, strict=True)):
                 run.state = None if part.ends else state.select(slice(place, place + 1))
             last = [place for place, part in enumerate(group) if part.ends]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..layers import LAYERS
 from ..layers.head import Head
 from ..layers.plain import plain, why_not_plain
+from ..layers.residual import Residual
 from ..model import MoEMamba
 from .slots import Slots
-from .stepping import advance
 
 EAGER = 2  # steps of as many rows before the one that is captured: they compile the kernels
 WORTHWHILE = 8  # tokens that are to come from which on capturing pays, which takes about as long as a few steps
@@ -83,10 +84,10 @@ class Stepper:
     def _compute(self, model: MoEMamba, rows: int, greedy: bool) -> tuple[Tensor, Tensor | None]:
         slots = self.slots
         tokens = slots.tokens[:rows]
-        length = slots.room if self.padded else slots.longest  # a graph knows no lengths
-        place = slots.lengths[:rows].clamp(max=max(slots.room - 1, 0))  # of rows that are not live it is anything
-        hidden = advance(model, tokens, slots.part(rows), place, length)
-        slots.lengths[:rows] += 1
+        length = slots.room if self.padded else slots.longest + 1  # a graph knows no lengths
+        place = slots.places[:rows].clamp(max=length - 1)  # of rows that are not live it is anything
+        hidden = _through(model, tokens, slots.seen(length), place)
+        slots.places[:rows] += 1
         if not greedy:
             return hidden, model.head(hidden)
         same = plain(model.head, Head) and model.head.weight.dtype == hidden.dtype
@@ -102,6 +103,22 @@ class Stepper:
         with torch.cuda.graph(graph, pool=self._pool):
             hidden, logits = self._compute(model, rows, greedy)
         return _Graph(graph, hidden, logits)
+
+
+def _through(model: MoEMamba, tokens: Tensor, mixers: list[Any], place: Tensor) -> Tensor:
+    """A token of each of the first rows through the model: tokens (b,) -> (b, d) what the head sees.
+
+    Args:
+        mixers: buffers of the layers that have a state, overwritten.
+        place: (b,) int64 tokens before these.
+    """
+    x, each = model.embedding(tokens[:, None]), iter(mixers)
+    for layer in model.layers:
+        assert isinstance(layer, Residual)
+        own = [next(each) for letter in layer.letters if LAYERS[letter].state_type is not None]
+        x = layer.step(x, own, len(tokens), place)
+    hidden: Tensor = model.norm(x)[:, 0]
+    return hidden
 
 
 def capturable(model: MoEMamba) -> bool:

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers import AttentionState
+from ..layers.layer import Layer
 from ..model import MoEMamba
-from ..state import MixerState, State
+from ..state import State
 from .scheduler import Part
 
 LITTLE = 512  # positions of padding that cost less than another call
@@ -46,20 +45,7 @@ def read(model: MoEMamba, rows: Sequence[Sequence[int]], state: State | None) ->
     return hidden[:, -1], state
 
 
-def joined(states: Sequence[State]) -> State:
-    """The rows of several states, one after the other."""
-    return states[0] if len(states) == 1 else State(tuple(map(_joined, zip(*(s.mixers for s in states), strict=True))))
-
-
-def _joined(mixers: tuple[MixerState, ...]) -> MixerState:
-    kind = type(mixers[0])
-    if kind is AttentionState:  # keys and values of different lengths end together
-        longest = max(mixer.keys.shape[2] for mixer in mixers if isinstance(mixer, AttentionState))
-        mixers = tuple(_lengthened(mixer, longest) for mixer in mixers if isinstance(mixer, AttentionState))
-    return kind(*(torch.cat(tensors) for tensors in zip(*mixers, strict=True)))
-
-
-def _lengthened(mixer: AttentionState, length: int) -> AttentionState:
-    more = length - mixer.keys.shape[2]
-    keys, values = (F.pad(tensor, (0, 0, more, 0)) for tensor in (mixer.keys, mixer.values))
-    return AttentionState(keys, values, F.pad(mixer.positions, (more, 0), value=-1))
+def joined(kinds: Sequence[type[Layer]], states: Sequence[State]) -> State:
+    """The rows of several states of layers of these kinds, one after the other."""
+    mixers = zip(*(state.mixers for state in states), strict=True)
+    return State(tuple(kind.join(each) for kind, each in zip(kinds, mixers, strict=True)))

@@ -1,26 +1,42 @@
 """The layers, usable alone with explicit arguments.
 
 Sequence mixers (`Mamba`, `RoutedMamba`, `Attention`) are `forward(x, state=None, seq_idx=None)` and return their output
-with the state that continues it. `MoE` is `forward(x, seq_idx=None) -> (y, RouterStats)`.
+with the state that continues it. `MoE` is `forward(x, seq_idx=None) -> (y, RouterStats)`. What they have in common, and
+how a model calls them by their letters, is `Layer`.
 """
 
 from .attention import Attention, AttentionState
 from .feedforward import FeedForward
+from .layer import Layer
 from .mamba import Mamba, MambaState
 from .moe import MoE
-from .moe.router import Router, RouterStats
+from .moe.router import Choice, Router, RouterStats
 from .norm import make_norm
+from .roles import Role, roles
 from .routed_mamba import RoutedMamba
 
 __all__ = [
+    "LAYERS",
     "Attention",
     "AttentionState",
+    "Choice",
     "FeedForward",
+    "Layer",
     "Mamba",
     "MambaState",
     "MoE",
+    "Role",
     "RoutedMamba",
     "Router",
     "RouterStats",
     "make_norm",
+    "roles",
 ]
+
+LAYERS: dict[str, type[Layer]] = {
+    "M": Mamba,
+    "E": MoE,
+    "F": FeedForward,
+    "A": Attention,
+    "R": RoutedMamba,
+}

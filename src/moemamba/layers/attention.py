@@ -1,16 +1,23 @@
 """Causal self-attention with rotary positions."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..ops.arguments import sizes
 from ..ops.packing import boundaries, positions, without_padding
+from .layer import Layer, Result
 from .linear import Linear
+from .roles import MATRIX, Role, composed
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+    from ..tensors import Stored
 
 
 class AttentionState(NamedTuple):
@@ -24,7 +31,7 @@ class AttentionState(NamedTuple):
     """(b, s) int64 position of each entry in the row's current sequence; -1 for entries that are not of it"""
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Multi-head causal self-attention without biases; rotary positions turn the pairs (x_j, x_{j + d/2h}).
 
     Args:
@@ -33,18 +40,92 @@ class Attention(nn.Module):
         rope_base: base of the rotary frequencies.
     """
 
+    state_type, state_kind = AttentionState, "attention"
+
     def __init__(self, d_model: int, n_heads: int, rope_base: float = 10_000.0):
         super().__init__()
         if d_model % (2 * n_heads):
             raise ValueError(f"n_heads is {n_heads}, but d_model = {d_model} must split into heads of even width")
         self.n_heads, self.rope_base = n_heads, rope_base
-        self.padding_is_zero = False  # True where whoever calls the layer sees to it
         self.qkv_proj = Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = Linear(d_model, d_model, bias=False)
 
-    def residual_weights(self) -> list[Tensor]:
-        """The weights whose products are the layer's output."""
-        return [self.out_proj.weight]
+    @classmethod
+    def build(cls, config: "ModelConfig") -> Self:
+        """The layer of a model."""
+        return cls(config.d_model, config.n_heads, config.attention.rope_base)
+
+    @classmethod
+    def call(
+        cls, layer: Any, x: Tensor, state: Any = None, seq_idx: Tensor | None = None, record: Any = None
+    ) -> Result:
+        return *layer(x, state, seq_idx), ()
+
+    def roles(self) -> dict[str, Role]:
+        """The paper draws both matrices."""
+        d_model = self.qkv_proj.in_features
+        return composed(self, "out_proj") | {
+            "qkv_proj.weight": MATRIX._replace(fan_in=d_model),
+            "out_proj.weight": MATRIX._replace(fan_in=d_model, writes_residual=True),
+        }
+
+    @classmethod
+    def fit(cls, *stored: "Stored") -> bool:
+        keys, values, positions = stored
+        shapes = len(keys.shape) == 4 and keys.shape == values.shape
+        shapes = shapes and positions.shape == (keys.shape[0], keys.shape[2])
+        return shapes and keys.dtype == values.dtype and keys.dtype.is_floating_point and positions.dtype == torch.int64
+
+    @classmethod
+    def allocate(cls, rows: int, room: int, like: Any) -> AttentionState:
+        """Room for keys and values; entries yet to come are of no sequence."""
+        keys, values, positions = like
+        shape = (rows, keys.shape[1], room, keys.shape[3])
+        return AttentionState(keys.new_zeros(shape), values.new_zeros(shape), positions.new_full((rows, room), -1))
+
+    @classmethod
+    def put(cls, buffers: Any, rows: slice, state: Any) -> None:
+        """The first entries; those behind are emptied, lest something that is not finite remain."""
+        length = state.keys.shape[2]
+        keys, values, positions = (buffer[rows] for buffer in buffers)
+        keys.zero_()[:, :, :length] = state.keys
+        values.zero_()[:, :, :length] = state.values
+        positions.fill_(-1)[:, :length] = state.positions
+
+    @classmethod
+    def take(cls, buffers: Any, rows: slice, length: int) -> AttentionState:
+        keys, values, positions = (buffer[rows] for buffer in buffers)
+        return AttentionState(keys[:, :, :length].clone(), values[:, :, :length].clone(), positions[:, :length].clone())
+
+    @classmethod
+    def length(cls, state: Any) -> int:
+        entries: int = state.keys.shape[2]
+        return entries
+
+    @classmethod
+    def within(cls, buffers: Any, room: int) -> AttentionState:
+        keys, values, positions = buffers
+        return AttentionState(keys[:, :, :room], values[:, :, :room], positions[:, :room])
+
+    @classmethod
+    def join(cls, states: Sequence[Any]) -> Any:
+        """Of different lengths, too: they end together."""
+        longest = max(map(cls.length, states))
+
+        def lengthened(state: Any) -> AttentionState:
+            more = longest - cls.length(state)
+            keys, values = (F.pad(tensor, (0, 0, more, 0)) for tensor in state[:2])
+            return AttentionState(keys, values, F.pad(state.positions, (more, 0), value=-1))
+
+        return super().join([lengthened(state) for state in states])
+
+    @classmethod
+    def store(cls, buffers: Any, after: Any, live: int, place: Tensor) -> None:
+        """The new entry is the last."""
+        rows = torch.arange(live, device=place.device)
+        buffers.keys[rows, :, place] = after.keys[:, :, -1].to(buffers.keys.dtype)
+        buffers.values[rows, :, place] = after.values[:, :, -1].to(buffers.values.dtype)
+        buffers.positions[rows, place] = after.positions[:, -1]
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, seq_idx: Tensor | None = None

@@ -1,12 +1,19 @@
 """The dense feed-forward layer."""
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
 
 from ..ops.experts.reference import ACTIVATIONS
+from .layer import Layer, Result
 from .linear import Linear
+from .roles import Role, composed
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 
-class FeedForward(nn.Module):
+class FeedForward(Layer):
     """`down_proj(activation(up_proj(x)))`.
 
     Args:
@@ -27,9 +34,23 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
         self.down_proj = Linear(d_ff, d_out or d_model, bias=bias)
 
-    def residual_weights(self) -> list[Tensor]:
-        """The weights whose products are the layer's output."""
-        return [self.down_proj.weight]
+    @classmethod
+    def build(cls, config: "ModelConfig") -> Self:
+        """The layer of a model."""
+        return cls(config.d_model, config.d_ff, config.feedforward.activation, config.feedforward.bias)
+
+    @classmethod
+    def call(
+        cls, layer: Any, x: Tensor, state: Any = None, seq_idx: Tensor | None = None, record: Any = None
+    ) -> Result:
+        return layer(x), None, ()
+
+    def roles(self) -> dict[str, Role]:
+        """The paper draws both matrices."""
+        found = composed(self, "down_proj")
+        for name, projection in (("up_proj", self.up_proj), ("down_proj", self.down_proj)):
+            found[f"{name}.weight"] = found[f"{name}.weight"]._replace(fan_in=projection.in_features)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""

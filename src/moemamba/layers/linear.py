@@ -15,16 +15,6 @@ class Linear(nn.Linear):
         return ops.linear(input, self.weight, self.bias)
 
 
-def residual_weights(layer: nn.Module) -> list[Tensor]:
-    """The weights whose products are a layer's output: what a model writes into its residual stream.
-
-    A layer that knows says so itself, as `residual_weights()`; of a linear one it is the matrix.
-    """
-    if isinstance(layer, nn.Linear):
-        return [layer.weight]
-    return layer.residual_weights()  # type: ignore[no-any-return, operator]
-
-
 def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """`layer(x)` cut in two along its last dimension: (..., d) -> (..., f / 2) twice.
 

@@ -1,15 +1,23 @@
 """The Mamba layer: a selective state-space model between two projections (arXiv 2312.00752, section 3.4, figure 3)."""
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops.packing import without_padding
-from .linear import Linear, before_bias, beside, in_halves, residual_weights
+from .layer import Layer, Result
+from .linear import Linear, before_bias, beside, in_halves
+from .norm import norm_alone
 from .plain import plain, weights_alone
+from .roles import MATRIX, VECTOR, Role, composed
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+    from ..tensors import Stored
 
 
 class MambaState(NamedTuple):
@@ -19,6 +27,29 @@ class MambaState(NamedTuple):
     """(b, i, k-1) last inputs of the convolution, oldest first"""
     ssm: Tensor
     """(b, i, n) float32"""
+
+
+class StepWeights(NamedTuple):
+    """What `ops.mamba_step` reads of a layer, in its order."""
+
+    in_proj: Tensor
+    """(2i, d), the gate's rows last"""
+    conv_weight: Tensor
+    """(i, k)"""
+    conv_bias: Tensor
+    """(i,)"""
+    x_proj: Tensor
+    """(r + 2n, i), rows of dt, B and C"""
+    dt_proj: Tensor
+    """(i, r)"""
+    dt_bias: Tensor
+    """(i,)"""
+    A_log: Tensor
+    """(i, n)"""
+    D: Tensor
+    """(i,)"""
+    out_proj: Tensor
+    """(d, i)"""
 
 
 class CausalConv1d(nn.Module):
@@ -37,10 +68,10 @@ class CausalConv1d(nn.Module):
         return ops.causal_conv1d(x, self.weight.squeeze(1), self.bias, initial_state=state, seq_idx=seq_idx)
 
 
-class SelectiveSSM(nn.Module):
+class SelectiveSSM(Layer):
     """The heart of a Mamba layer: convolution, input-dependent dt, B and C, and the scan; no projections in or out."""
 
-    padding_is_zero = False  # True where whoever calls the layer sees to it, as the model does once for all layers
+    state_type, state_kind = MambaState, "mamba"
     DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # initial step sizes (section 3.6)
 
     def __init__(self, d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | None):
@@ -60,9 +91,21 @@ class SelectiveSSM(nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
 
-    def residual_weights(self) -> list[Tensor]:
-        """The weights whose products are the layer's output."""
-        return residual_weights(self.get_submodule("out_proj"))
+    def roles(self) -> dict[str, Role]:
+        """dt is computed in float32; the convolution and the state-space model act on channels one by one."""
+        return composed(self, "out_proj") | {
+            "conv1d.weight": MATRIX._replace(muon=False, float32=True),
+            "dt_proj.weight": MATRIX._replace(float32=True),
+            "dt_proj.bias": VECTOR,
+            "A_log": VECTOR,
+            "D": VECTOR,
+        }
+
+    @classmethod
+    def fit(cls, *stored: "Stored") -> bool:
+        conv, ssm = stored
+        shapes = len(conv.shape) == len(ssm.shape) == 3 and conv.shape[:2] == ssm.shape[:2]
+        return shapes and conv.dtype.is_floating_point and ssm.dtype.is_floating_point
 
     def scan(self, u: Tensor, z: Tensor, state: MambaState | None, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """u, gate z (b, l, i) -> y (b, l, i), state."""
@@ -95,11 +138,22 @@ class Mamba(SelectiveSSM):
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=False)
         self.out_proj = Linear(self.d_inner, d_model, bias=False)
 
+    @classmethod
+    def build(cls, config: "ModelConfig") -> Self:
+        """The layer of a model."""
+        return cls(config.d_model, **dataclasses.asdict(config.mamba))
+
+    @classmethod
+    def call(
+        cls, layer: Any, x: Tensor, state: Any = None, seq_idx: Tensor | None = None, record: Any = None
+    ) -> Result:
+        return *layer(x, state, seq_idx), ()
+
     def forward(
         self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d), and the state that continues it; zero output at padding."""
-        # On a GPU the step is fused where it is captured (inference/captured.py): alone, launching it takes the time.
+        # On a GPU the step is fused where it is captured (`step_with_norm`): alone, launching it takes the time.
         if state is not None and seq_idx is None and x.shape[1] == 1 and x.device.type == "cpu":
             weights = self.weights_of_step(x)
             if weights is not None:
@@ -111,7 +165,18 @@ class Mamba(SelectiveSSM):
         y, state = self.scan(u, z, state, seq_idx)
         return self.out_proj(y), state
 
-    def weights_of_step(self, x: Tensor) -> tuple[Tensor, ...] | None:
+    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int) -> Tensor | None:
+        """`x + step(norm(x))` in one kernel, where there is one."""
+        if ops.choose("mamba_step", x) == "cpu":
+            return None  # its kernel is that of the layer alone, which `forward` calls
+        weights, normed = self.weights_of_step(x), norm_alone(norm, x)
+        if weights is None or normed is None:
+            return None
+        weight, bias, eps = normed
+        conv, ssm = (buffer[:live] for buffer in buffers)
+        return ops.mamba_step(x, conv, ssm, *weights, weight, bias, eps=eps, in_place=True)[0]
+
+    def weights_of_step(self, x: Tensor) -> StepWeights | None:
         """What `ops.mamba_step` reads for an x (b, 1, d), where it may take the place of calling the children.
 
         That is where they are what they were built as, no gradient is wanted, and there are kernels for it.
@@ -121,14 +186,15 @@ class Mamba(SelectiveSSM):
         weights = self._step_weights()
         return weights if weights and ops.fuses_mamba_step(x, *weights) else None
 
-    def _step_weights(self) -> tuple[Tensor, ...]:
-        """All weights in the order of `ops.mamba_step`; nothing where calling the children may do more than it does."""
+    def _step_weights(self) -> StepWeights | None:
+        """All weights; None where calling the children may do more than `ops.mamba_step` does."""
         in_proj = weights_alone(self.in_proj, Linear, 1)
         conv1d = weights_alone(self.conv1d, CausalConv1d, 2)
         x_proj = weights_alone(self.x_proj, Linear, 1)
         dt_proj = weights_alone(self.dt_proj, Linear, 2)
         out_proj = weights_alone(self.out_proj, Linear, 1)
         if not (in_proj and conv1d and x_proj and dt_proj and out_proj):
-            return ()
+            return None
         taps, shift = conv1d
-        return (*in_proj, taps.squeeze(1), shift, *x_proj, *dt_proj, self.A_log, self.D, *out_proj)
+        inside = (*x_proj, *dt_proj, self.A_log, self.D)
+        return StepWeights._make((*in_proj, taps.squeeze(1), shift, *inside, *out_proj))

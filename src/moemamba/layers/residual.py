@@ -1,13 +1,15 @@
 """One residual sub-layer: a norm and the letters that share it."""
 
-import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..ops.arguments import autocast
-from ..state import MixerState
-from . import Attention, FeedForward, Mamba, MoE, RoutedMamba, RouterStats, make_norm
+from . import LAYERS, Choice, RouterStats, make_norm
+from .plain import plain
+from .roles import Role, composed, roles
 
 
 class Residual(nn.Module):
@@ -21,72 +23,73 @@ class Residual(nn.Module):
         super().__init__()
         self.letters = letters
         self.norm = make_norm(config.norm, config.d_model)
-        self.branches = nn.ModuleList(make_layer(config, letter) for letter in letters)
+        self.branches = nn.ModuleList(LAYERS[letter].build(config) for letter in letters)
         for layer in self.branches:
             layer.padding_is_zero = True  # type: ignore[assignment]  # the model sees to it
 
     def forward(
-        self, x: Tensor, y: Tensor | None, states: tuple[MixerState, ...] | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor, list[MixerState], list[RouterStats]]:
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        states: tuple[Any, ...] | None,
+        seq_idx: Tensor | None,
+        record: list[Choice] | None = None,
+    ) -> tuple[Tensor, Tensor, list[Any], list[RouterStats]]:
         """x (b, l, d) and what is still to be added to it -> the same; `states` begins with those of its mixers."""
         x = x if y is None else x + y
         y = None
         h = autocast(self.norm(x))  # the norm's float32 would otherwise be read by every branch
-        after: list[MixerState] = []
+        after: list[Any] = []
         stats: list[RouterStats] = []
         for letter, layer in zip(self.letters, self.branches, strict=True):
             x = x if y is None else x + y
-            before = None if states is None or letter not in "MAR" else states[len(after)]
-            match letter:
-                case "M" | "A":
-                    y, new = layer(h, before, seq_idx)
-                    after.append(new)
-                case "R":
-                    y, new, inner = layer(h, before, seq_idx)
-                    after.append(new)
-                    stats += inner
-                case "E":
-                    y, routed = layer(h, seq_idx)
-                    stats.append(routed)
-                case _:
-                    y = layer(h)
+            kind = LAYERS[letter]
+            before = None if states is None or kind.state_type is None else states[len(after)]
+            y, new, routed = kind.call(layer, h, before, seq_idx, record)
+            if kind.state_type is not None:
+                after.append(new)
+            stats += routed
         assert y is not None  # a sub-layer has one letter at least
         return x, y, after, stats
 
+    def roles(self) -> dict[str, Role]:
+        """The role of each parameter, by its name; what its layers write is what it writes."""
+        found = composed(self)
+        for number, layer in enumerate(self.branches):
+            found |= {f"branches.{number}.{name}": role for name, role in roles(layer).items()}
+        return found
 
-def make_layer(config: ModelConfig, letter: str) -> nn.Module:
-    """The module that a letter of the pattern stands for."""
-    mamba = dataclasses.asdict(config.mamba)
-    match letter:
-        case "M":
-            return Mamba(config.d_model, **mamba)
-        case "R":
-            shared = config.routed.routing == "shared"
-            inner = config.routed.experts
-            return RoutedMamba(
-                config.d_model,
-                inner.n_experts,
-                config.routed.projections,
-                shared,
-                **mamba,
-                d_expert=config.d_routed_expert,
-                top_k=inner.top_k,
-                activation=inner.activation,
-                capacity_factor=inner.capacity_factor,
-                n_shared_experts=inner.n_shared_experts,
-            )
-        case "E":
-            experts = config.experts
-            return MoE(
-                config.d_model,
-                experts.n_experts,
-                config.d_expert,
-                top_k=experts.top_k,
-                activation=experts.activation,
-                capacity_factor=experts.capacity_factor,
-                n_shared_experts=experts.n_shared_experts,
-            )
-        case "A":
-            return Attention(config.d_model, config.n_heads, config.attention.rope_base)
-        case _:
-            return FeedForward(config.d_model, config.d_ff, config.feedforward.activation, config.feedforward.bias)
+    def step(self, x: Tensor, buffers: Sequence[Any], live: int, place: Tensor) -> Tensor:
+        """One token of each of the rows 0..live-1, with the residual sum: x (live, 1, d) -> the same.
+
+        Args:
+            buffers: those of its mixers, overwritten; see `Layer.step`.
+            place: (live,) int64 tokens before this one.
+        """
+        mixers = iter(buffers)
+        own = [None if LAYERS[letter].state_type is None else next(mixers) for letter in self.letters]
+        if plain(self, Residual):
+            return self._step(x, own, live, place)
+        before = tuple(type(each)(*(buffer[:live] for buffer in each)) for each in buffers)
+        x, y, after, _ = self(x, None, before, None)
+        new = iter(after)
+        for letter, each in zip(self.letters, own, strict=True):
+            if each is not None:
+                LAYERS[letter].store(each, next(new), live, place)
+        return x + y
+
+    def _step(self, x: Tensor, buffers: list[Any], live: int, place: Tensor) -> Tensor:
+        """`step` of a sub-layer that is what it was built as, though its layers may not be."""
+        first = self.branches[0]
+        if len(self.branches) == 1 and isinstance(first, LAYERS[self.letters]):
+            y = first.step_with_norm(x, self.norm, buffers[0], live)
+            if y is not None:
+                return y
+        h = autocast(self.norm(x))
+        for letter, layer, own in zip(self.letters, self.branches, buffers, strict=True):
+            kind = LAYERS[letter]
+            if isinstance(layer, kind):
+                x = x + layer.step(h, own, live, place)
+            else:
+                x = x + kind.step_by_call(layer, h, own, live, place)
+        return x

@@ -1,15 +1,21 @@
 """Experts inside the Mamba block (MoE-Mamba, section 4.4; Routing Mamba, arXiv 2506.18145)."""
 
+import dataclasses
 from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
 from ..ops.packing import without_padding
+from .layer import Result
 from .linear import Linear
 from .mamba import MambaState, SelectiveSSM
 from .moe import MoE
 from .moe.experts import LinearExperts
-from .moe.router import Router, RouterStats
+from .moe.router import Choice, Router, RouterStats, note
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 
 class RoutedMamba(SelectiveSSM):
@@ -66,8 +72,35 @@ class RoutedMamba(SelectiveSSM):
         self.gate_proj = projection("gate", d_model, self.d_inner)
         self.out_proj = projection("out", self.d_inner, d_model)
 
+    @classmethod
+    def build(cls, config: "ModelConfig") -> Self:
+        """The layer of a model."""
+        routed, experts = config.routed, config.routed.experts
+        return cls(
+            config.d_model,
+            experts.n_experts,
+            routed.projections,
+            routed.routing == "shared",
+            **dataclasses.asdict(config.mamba),
+            d_expert=config.d_routed_expert,
+            top_k=experts.top_k,
+            activation=experts.activation,
+            capacity_factor=experts.capacity_factor,
+            n_shared_experts=experts.n_shared_experts,
+        )
+
+    @classmethod
+    def call(
+        cls, layer: Any, x: Tensor, state: Any = None, seq_idx: Tensor | None = None, record: Any = None
+    ) -> Result:
+        return layer(x, state, seq_idx) if record is None else layer(x, state, seq_idx, record)  # type: ignore[no-any-return]
+
     def forward(
-        self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
     ) -> tuple[Tensor, MambaState, tuple[RouterStats, ...]]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d), the state that continues it, and what each router did."""
         if not self.padding_is_zero:
@@ -77,13 +110,14 @@ class RoutedMamba(SelectiveSSM):
         if self.router is not None:
             routing = self.router(x, seq_idx)
             stats.append(routing.stats)
+            note(record, routing, x)
 
         def project(layer: nn.Module, x: Tensor, gated: bool = False) -> Tensor:
             y: Tensor
             if isinstance(layer, LinearExperts):
                 y = layer(x.flatten(0, 1), routing, gated).unflatten(0, x.shape[:2])
             elif isinstance(layer, MoE):
-                y, layer_stats = layer(x, seq_idx)
+                y, layer_stats = layer(x, seq_idx, record)
                 stats.append(layer_stats)
             else:
                 y = layer(x)

@@ -1,16 +1,24 @@
 """Sparse mixture of experts: a router that chooses, experts that compute (MoE-Mamba, section 3.1; arXiv 2101.03961)."""
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import ops
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
+from ..layer import Layer, Result
+from ..plain import plain
+from ..roles import Role, composed
 from .experts import Experts
-from .router import FEW, Choice, Router, RouterStats, Routing
+from .router import FEW, Choice, Router, RouterStats, Routing, note
+
+if TYPE_CHECKING:
+    from ...config import ModelConfig
 
 
-class MoE(nn.Module):
+class MoE(Layer):
     """A mixture-of-experts layer: every token passes through its `top_k` experts, weighed by the router's probability.
 
     Args:
@@ -23,8 +31,6 @@ class MoE(nn.Module):
         n_shared_experts: experts that every token visits besides, computed as one dense layer.
         d_out: width of the output; d_model if None.
     """
-
-    padding_is_zero = False  # True where whoever calls the layer sees to it
 
     def __init__(
         self,
@@ -46,20 +52,50 @@ class MoE(nn.Module):
         shared = n_shared_experts * d_expert
         self.shared = FeedForward(d_model, shared, activation, d_out=d_out) if shared else None
 
-    def residual_weights(self) -> list[Tensor]:
-        """The weights whose products are the layer's output."""
-        return [self.experts.down_proj, *([] if self.shared is None else self.shared.residual_weights())]
+    @classmethod
+    def build(cls, config: "ModelConfig") -> Self:
+        """The layer of a model."""
+        experts = config.experts
+        return cls(
+            config.d_model,
+            experts.n_experts,
+            config.d_expert,
+            top_k=experts.top_k,
+            activation=experts.activation,
+            capacity_factor=experts.capacity_factor,
+            n_shared_experts=experts.n_shared_experts,
+        )
 
-    def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+    @classmethod
+    def call(
+        cls, layer: Any, x: Tensor, state: Any = None, seq_idx: Tensor | None = None, record: Any = None
+    ) -> Result:
+        y, stats = layer(x, seq_idx) if record is None else layer(x, seq_idx, record)
+        return y, None, (stats,)
+
+    def roles(self) -> dict[str, Role]:
+        """The output is that of the experts, the shared ones too."""
+        return composed(self, "experts", "shared")
+
+    def forward(
+        self, x: Tensor, seq_idx: Tensor | None = None, record: list[Choice] | None = None
+    ) -> tuple[Tensor, RouterStats]:
         """x (b, l, d), seq_idx (b, l) -> y (b, l, d_out), zero where dropped or padding, and what the router did."""
         if not self.padding_is_zero:
             x = without_padding(x, seq_idx)
         routing: Routing = self.router(x, seq_idx)
+        note(record, routing, x)
         y: Tensor = self.experts(x.flatten(0, 1), routing).unflatten(0, x.shape[:2])
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if seq_idx is None else shared.masked_fill(seq_idx[..., None] < 0, 0))
         return y, routing.stats
+
+    def step(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> Tensor:
+        """Without what the router did, where the layer is what it was built as."""
+        if plain(self, MoE) and plain(self.router, Router) and not torch.is_autocast_enabled(x.device.type):
+            return self.serve(x)
+        return super().step(x, buffers, live, place)
 
     def serve(self, x: Tensor) -> Tensor:
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ... import ops
+from ..roles import MATRIX, Role
 from .exchange import held, visit_experts
 from .router import Choice, Routing
 
@@ -29,6 +30,14 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_experts, d_out, d_expert))
         nn.init.uniform_(self.up_proj, -1 / math.sqrt(d_model), 1 / math.sqrt(d_model))
         nn.init.uniform_(self.down_proj, -1 / math.sqrt(d_expert), 1 / math.sqrt(d_expert))
+
+    def roles(self) -> dict[str, Role]:
+        """The fan-in of the second matrix counts all experts, as that of MoE-Mamba's authors does."""
+        experts, _, hidden = self.down_proj.shape
+        return {
+            "up_proj": MATRIX._replace(fan_in=self.up_proj.shape[2]),
+            "down_proj": MATRIX._replace(fan_in=experts * hidden, writes_residual=True),
+        }
 
     def forward(self, x: Tensor, routing: Routing | Choice) -> Tensor:
         """x (t, d) -> (t, d_out)."""
@@ -58,9 +67,8 @@ class LinearExperts(nn.Module):
             return self._compute(x, routing.indices, gates)
         return visit_experts(x, routing.indices, gates, self.n_experts, self.group, self._compute)
 
-    def residual_weights(self) -> list[Tensor]:
-        """The weights whose products are the layer's output."""
-        return [self.weight]
+    def roles(self) -> dict[str, Role]:
+        return {"weight": MATRIX._replace(fan_in=self.weight.shape[2], writes_residual=True)}
 
     def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
         return ops.expert_linear(x, indices, gates, held(self.weight))

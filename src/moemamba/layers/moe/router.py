@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.arguments import sizes
+from ..roles import Role
 
 FEW = 256  # tokens up to which the router is one kernel, each of whose programs reads all of the weights
 
@@ -48,6 +49,12 @@ class Routing(NamedTuple):
     stats: RouterStats
 
 
+def note(record: list[Choice] | None, routing: Routing, x: Tensor) -> None:
+    """Append what was chosen for x (b, l, d) to a record, if there is one, as (b, l, k)."""
+    if record is not None:
+        record.append(Choice(*(part.detach().unflatten(0, x.shape[:2]) for part in routing[:2])))
+
+
 class Router(nn.Module):
     """Softmax top-k router, in float32 whatever the surrounding precision.
 
@@ -77,6 +84,10 @@ class Router(nn.Module):
         nn.init.uniform_(self.weight, -(d_model**-0.5), d_model**-0.5)
         # Added to the probabilities when choosing, never to the gates: loss-free balancing (arXiv 2408.15664).
         self.register_buffer("balance_bias", torch.zeros(n_experts))
+
+    def roles(self) -> dict[str, Role]:
+        """Its rows stand for experts, one by one."""
+        return {"weight": Role(muon=False, float32=True, fan_in=self.weight.shape[1])}
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Routing:
         """x (b, l, d), seq_idx (b, l) whose negative entries are not routed -> Routing."""

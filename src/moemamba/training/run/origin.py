@@ -13,6 +13,7 @@ from ...data.corpora import find_tokenizer
 from ...distributed.sharding import check, check_used, routing_groups
 from ...host import files
 from ...host.files import expanded, new_directory
+from ...letters import LETTERS
 from ...reading import read_config, to_dict
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
@@ -21,8 +22,6 @@ from .directory import Position, Run, read_position
 
 # What neither weights nor the function that a model computes depend on: fine-tuning may change it.
 FREE = {"init", "vocab_size", "capacity_factor", "balance_weight", "z_weight", "bias_rate"}
-# The letters that use a part of a configuration; what no layer uses may differ.
-USERS = {"mamba": "MR", "experts": "E", "routed": "R", "attention": "A", "feedforward": "F"}
 # What a branch may have otherwise than the run that it leaves.
 BRANCH = frozenset({"cooldown", "final_lr", "start", "branch"})
 
@@ -133,19 +132,14 @@ def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 def _function(config: ModelConfig) -> dict[str, Any]:
     """The fields that a model's function depends on, by name, widths that follow from others filled in."""
-    filled = {
-        "mamba.dt_rank": config.dt_rank,
-        "experts.d_expert": config.d_expert,
-        "routed.experts.d_expert": config.d_routed_expert,
-        "attention.n_heads": config.n_heads,
-        "feedforward.d_ff": config.d_ff,
-    }
-    used = {part for part, letters in USERS.items() if set(letters) & set(config.pattern)}
-    fields = dict(_flat(to_dict(config))) | filled
+    unused = {part for letter in LETTERS.values() for part in letter.parts} - set(config.parts)
+    fields = dict(_flat(to_dict(config)))
+    for letter in config.letters:
+        fields |= letter.widths(config)
     return {
         name: value
         for name, value in fields.items()
-        if name.rsplit(".", 1)[-1] not in FREE and (name.split(".")[0] in used or name.split(".")[0] not in USERS)
+        if name.rsplit(".", 1)[-1] not in FREE and name.split(".")[0] not in unused
     }
 
 

@@ -131,15 +131,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).reshape(matrices.shape).float()
 
 
-def takes_muon(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter of the model is a matrix between hidden layers, or a stack of such.
-
-    Not the embedding, head and routers, whose rows stand for tokens or experts one by one; not convolutions, A_log, D,
-    norms and biases, which act on channels one by one.
-    """
-    parts = set(name.split("."))
-    return parameter.ndim >= 2 and not parts & {"embedding", "head", "router", "conv1d", "norm", "A_log", "D", "bias"}
-
-
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -5,10 +5,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ...layers import roles
 from ..config import TrainConfig
-from .muon import Muon, takes_muon
-
-NEVER_DECAYS = {"A_log", "D", "bias"}
+from .muon import Muon
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -16,13 +15,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
     With `decay="matrices"` weights of two or more dimensions decay (projections, convolutions, experts, routers,
     embedding and head), but not `A_log`, `D`, biases and norms, as the authors of Mamba mark them. With "all", the
-    recipe of MoE-Mamba, everything decays. Muon takes what `takes_muon` says.
+    recipe of MoE-Mamba, everything decays. What is what, `layers.roles` says.
     """
-    muon = config.optimizer == "muon"
+    muon, role = config.optimizer == "muon", roles(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        matrix = muon and takes_muon(name, parameter)
-        groups.setdefault((matrix, config.decay == "all" or _decays(name, parameter)), []).append(parameter)
+        matrix, decays = muon and role[name].muon, config.decay == "all" or role[name].decays
+        groups.setdefault((matrix, decays), []).append(parameter)
     # Fused, an update can be withheld by a flag on the device; see `guard.apply`.
     return (Muon if muon else torch.optim.AdamW)(
         [
@@ -42,10 +41,6 @@ def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     for parameter in parameters:
         found.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
     return list(found.values())
-
-
-def _decays(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in NEVER_DECAYS
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,0 +1,80 @@
+"""E: a mixture of experts."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ..reading import validate
+from .letter import Letter
+from .options import Options
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+
+Activation = Literal["relu", "gelu", "silu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class ExpertsConfig(Options):
+    """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""
+
+    n_experts: int = 8
+    """experts of each layer, of which a token visits top_k"""
+    top_k: int = 1
+    """experts that each token is sent to"""
+    d_expert: int | None = None
+    """hidden width of an expert; if None, such that one expert has 6 d_model^2 weights, about one Mamba layer"""
+    activation: Activation = "swiglu"
+    """nonlinearity inside an expert"""
+    capacity_factor: float | None = None
+    """while training, an expert takes floor(capacity_factor * tokens * top_k / n_experts) choices and drops later ones;
+    None never drops"""
+    n_shared_experts: int = 0
+    """experts that every token visits, besides those that it is sent to"""
+    balance_weight: float = 0.01
+    """weight of the load-balance loss, which is 1 at perfect balance"""
+    z_weight: float = 0.001
+    """weight of the router's z-loss (arXiv 2202.08906, eq. 5)"""
+    bias_rate: float = 0.0
+    """loss-free balancing (arXiv 2408.15664): how far a step moves each expert's selection bias against its load"""
+
+    def __post_init__(self) -> None:
+        validate(
+            self,
+            positive=("n_experts", "top_k", "d_expert", "capacity_factor"),
+            not_negative=("n_shared_experts", "balance_weight", "z_weight", "bias_rate"),
+        )
+        if self.top_k > self.n_experts:
+            raise ValueError(f"top_k is {self.top_k}, more than n_experts = {self.n_experts}; choose at most that many")
+
+    def width(self, d_model: int) -> int:
+        """d_expert of the letter `E`."""
+        return self.d_expert or (2 if self.activation == "swiglu" else 3) * d_model
+
+    def parameters(self, d_in: int, d_out: int, d_expert: int) -> tuple[int, int]:
+        """(total, active) of a mixture of two-layer experts with its router."""
+        expert = d_in * up_rows(d_expert, self.activation) + d_expert * d_out
+        always = d_in * self.n_experts + self.n_shared_experts * expert  # the router, and what every token visits
+        return always + self.n_experts * expert, always + self.top_k * expert
+
+
+def up_rows(hidden: int, activation: str) -> int:
+    """Rows of the first matrix of a feed-forward network."""
+    return 2 * hidden if activation == "swiglu" else hidden
+
+
+class Experts(Letter):
+    name, parts = "experts", ("experts",)
+
+    def parameters(self, config: "ModelConfig") -> tuple[int, int]:
+        return config.experts.parameters(config.d_model, config.d_model, config.d_expert)
+
+    def routers(self, config: "ModelConfig") -> tuple[ExpertsConfig, ...]:
+        return (config.experts,)
+
+    def widths(self, config: "ModelConfig") -> dict[str, int]:
+        return {"experts.d_expert": config.d_expert}
+
+    def describe(self, config: "ModelConfig") -> str:
+        e = config.experts
+        shared = f" + {e.n_shared_experts} shared" if e.n_shared_experts else ""
+        return f"experts: {e.n_experts} × {config.d_expert} {e.activation}, top-{e.top_k}{shared}"
