@@ -12,6 +12,7 @@ SOURCE = Path(moemamba.__file__).parent
 # docs/design.md: a file may import from its own floor or from those below it.
 FLOORS = [
     {"host", "reading"},
+    {"letters"},
     {"config", "presets", "counting", "text"},
     {"device", "ops", "tensors"},
     {"layers"},

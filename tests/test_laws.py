@@ -226,6 +226,24 @@ def test_recomputation_changes_nothing_and_chooses_once(name):
     assert counter.calls == len(model.config.routers)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ROUTING)
+def test_a_record_holds_every_choice(name, training):
+    """As many as there are routers, in their order; what is not asked for changes nothing."""
+    model, tokens, record = build(name).train(training), tokens_of(3), []
+    expected, model.recompute = model(tokens), True
+    output = model(tokens, record=record)
+    assert_same({"logits": output.logits}, {"logits": expected.logits}, torch.float64)
+    assert len(record) == len(output.router)
+    for choice, stats, experts in zip(record, output.router, model.config.routers, strict=True):
+        assert choice.indices.shape == choice.gates.shape == (*tokens.shape, experts.top_k)
+        taken = torch.bincount(choice.indices.flatten(), minlength=experts.n_experts + 1)
+        dropped = int(taken[experts.n_experts])
+        assert dropped == round(stats.dropped.item() * taken.sum().item())
+        assert (taken[:-1] <= stats.load).all() and taken.sum() == stats.load.sum()
+        assert (choice.gates > 0).sum() == taken.sum() - dropped and not choice.gates.requires_grad
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_of_targets_is_cross_entropy_of_logits(name):
     model, tokens = build(name), tokens_of(2)

@@ -82,4 +82,4 @@ def test_the_laws_hold_for_it(package):
     """`test_laws` takes its letters from `LETTERS`."""
     said = python(package, "-c", ONLY_S, HERE / "test_laws.py")
     passed = int(said.rsplit(" passed", 1)[0].split()[-1])
-    assert passed >= 9, said
+    assert passed >= 8, said

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, Self
 
 from .letters import (
@@ -136,6 +137,21 @@ class ModelConfig:
         """The fields that hold options of letters of the pattern."""
         used = {part for letter in self.letters for part in letter.parts}
         return tuple(field.name for field in dataclasses.fields(self) if field.name in used)
+
+    def check_used(self, default: "ModelConfig") -> None:
+        """Whether the letters of the pattern use all that differs from a default.
+
+        Raises:
+            ValueError: a field of a part that would change nothing.
+        """
+        for place, part in vars(self).items():
+            if not isinstance(part, Options):
+                continue
+            names = part.unused() if place in self.parts else sorted(field.name for field in dataclasses.fields(part))  # type: ignore[arg-type]
+            for name in names:
+                given, usual = (attrgetter(f"{place}.{name}")(config) for config in (self, default))
+                if given != usual:
+                    raise ValueError(f"{place}.{name} {self._why_unused(name.rpartition('.')[2])}")
 
     def _why_unused(self, name: str) -> str:
         parts = (getattr(self, field.name) for field in dataclasses.fields(self))

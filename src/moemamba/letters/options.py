@@ -16,3 +16,7 @@ class Options:
     def names(self) -> set[str]:
         """Of the fields that `changed` may change."""
         return {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def unused(self) -> tuple[str, ...]:
+        """The fields, as "experts.activation", that mean nothing as the others are."""
+        return ()

@@ -51,6 +51,9 @@ class RoutedMambaConfig(Options):
     def names(self) -> set[str]:
         return super().names() | self.experts.names()
 
+    def unused(self) -> tuple[str, ...]:
+        return tuple(f"experts.{name}" for name in TWO_LAYER) if self.routing == "shared" else ()
+
     def width(self, d_model: int, d_inner: int) -> int:
         """d_expert: a two-layer expert has as many weights as the projection that it replaces."""
         gated = 1.5 if self.experts.activation == "swiglu" else 1.0

@@ -26,8 +26,8 @@ class Smoothing(Letter):
     name, parts = "smoothing", ("smoothing",)
 
     def check(self, config):
-        if width(config) > 99:
-            raise ValueError(f"d_smooth is {width(config)}; choose at most 99")
+        if width(config) > 999:
+            raise ValueError(f"d_smooth is {width(config)}; choose at most 999")
 
     def parameters(self, config):
         return ((2 * config.d_model + 1) * width(config),) * 2

@@ -28,7 +28,7 @@ def counting():
     assert flops_per_token(CONFIG, 0) - flops_per_token(others, 0) == 2 * (2 * 33 * 12 + 2 * 16 + 4 * 12)
     role = roles(model)["layers.0.branches.0.decay"]
     assert not role.decays and not role.muon and roles(model)["layers.0.branches.0.in_proj.weight"].muon
-    for changes, message in (({"d_smooth": 100}, "d_smooth is 100"), ({"d_smoth": 1}, "is no field")):
+    for changes, message in (({"d_smooth": 1000}, "d_smooth is 1000"), ({"d_smoth": 1}, "is no field")):
         try:
             CONFIG.replace(**changes)
         except ValueError as error:
