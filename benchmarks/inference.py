@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moemamba import MoEMamba, preset
-from moemamba.inference import Sampling, stream
+from moemamba.inference import Engine, Request, Sampling, stream
 
 try:
     from causal_conv1d import causal_conv1d_update
@@ -175,25 +175,23 @@ def first_token(model: MoEMamba, length: int) -> float:
 
 def profile(model: MoEMamba, batch: int) -> None:
     """Microseconds and calls of each kernel of eight tokens, the prompt's left out."""
-    from moemamba.inference.captured import claim
-
-    with torch.inference_mode():
-        state = model(torch.zeros(batch, PROMPT, dtype=torch.int64, device="cuda")).state
-        with claim(model, state, NEW, greedy=True) as decoder:
-            decoder.advance()
-            torch.cuda.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-                for _ in range(8):
-                    decoder.advance()
-                torch.cuda.synchronize()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(100):
-                decoder.index.zero_()
-                decoder.advance()
-            end.record()
-            torch.cuda.synchronize()
-    print(f"batch {batch}: {start.elapsed_time(end) * 10:.1f} us a replayed step")
+    engine = Engine(model, batch)
+    for _ in range(batch):
+        engine.submit(Request([0] * PROMPT, NEW, Sampling(temperature=0)))
+    for _ in range(8):  # the prompts, and steps that are not captured
+        engine.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(8):
+            engine.step()
+        torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(100):
+        engine.step()
+    end.record()
+    torch.cuda.synchronize()
+    print(f"batch {batch}: {start.elapsed_time(end) * 10:.1f} us a step")
     for event in sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)[:25]:
         print(f"{event.self_device_time_total / 8:9.1f} us {event.count / 8:6.1f} x {event.key[:80]}", flush=True)
 

@@ -6,10 +6,8 @@ from torch import nn
 
 from moemamba import ModelConfig, MoEMamba, generate, ops
 from moemamba.config import AttentionConfig
-from moemamba.inference import Sampling, captured, generation
-from moemamba.inference import draws as draws_
-from moemamba.inference.sampling import sample
-from moemamba.inference.stopping import Ending, read_stops
+from moemamba.inference import Engine, Request, Sampling, engine, generation, graph
+from moemamba.inference.stopping import read_stops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROMPTS = [[1, 2, 3], [9], [4, 4, 5, 6, 7, 8, 1]]
@@ -29,19 +27,29 @@ def build(pattern, **changes):
     return model
 
 
-def endings(stop, prompts):
-    stops = read_stops(stop, 29)
-    return [Ending(stops) for _ in prompts]
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Without a GPU nothing is captured but all else is the same: rows of padding, and a step that is ahead."""
+    monkeypatch.setattr(engine, "capturable", lambda model: True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(graph, "EAGER", 1 << 30)
 
 
-def decoded(model, count=12, sampling=GREEDY, prompts=PROMPTS, stop=(), seed=None):
-    """What `stream` yields on a GPU, row by row; without a GPU nothing is captured but all else is the same."""
-    seeds = None if seed is None else [(seed, row) for row in range(len(prompts))]
-    draws = None if seeds is None else draws_.Draws(seeds, list(map(len, prompts)), count, 29, DEVICE)
-    with torch.inference_mode():
-        hidden, state = generation._prefill(model, prompts, model.embedding.weight.device)
-        steps = list(generation._captured(model, hidden, state, count, sampling, endings(stop, prompts), draws))
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+def decoded(model, count=12, sampling=GREEDY, prompts=PROMPTS, stop=(), seed=None, slots=None, decoder=None):
+    """Each prompt's new tokens."""
+    decoder = decoder or Engine(model, slots or len(prompts))
+    requests = [
+        Request(prompt, count, sampling, read_stops(stop, 29), None if seed is None else (seed, row))
+        for row, prompt in enumerate(prompts)
+    ]
+    rows = {decoder.submit(request): [] for request in requests}
+    while decoder.busy:
+        for event in decoder.step():
+            if event.token is not None:
+                rows[event.request].append(event.token)
+            if event.kept is not None:
+                del rows[event.request][event.kept :]
+    return list(rows.values())
 
 
 def ordinary(model, count=12, stop=()):
@@ -65,29 +73,32 @@ def ordinary(model, count=12, stop=()):
 def test_tokens_are_those_of_ordinary_calls(pattern):
     model = build(pattern)
     expected = ordinary(model)
-    assert decoded(model) == expected
-    assert decoded(model) == expected  # again, from the same buffers
+    decoder = Engine(model, 3)
+    assert decoded(model, decoder=decoder) == expected
+    assert decoded(model, decoder=decoder) == expected  # again, from the same buffers
     assert decoded(model, 5) == [row[:5] for row in expected]
     stop = expected[1][3]
     assert decoded(model, stop=[stop]) == ordinary(model, stop=[stop])
+    for slots in (1, 2):  # rows that come when others have left
+        assert decoded(model, stop=[stop], slots=slots) == ordinary(model, stop=[stop])
 
 
 @PATTERNS
 def test_state_is_that_of_ordinary_calls(pattern):
     model = build(pattern)
     tokens = torch.tensor([[3, 4, 5], [6, 7, 8]], device=DEVICE)
+    decoder = Engine(model, 3)
+    for row in tokens.tolist():
+        decoder.submit(Request(row, 9, GREEDY))
+    found = [decoder.step() for _ in range(5)]
+    written = torch.tensor([[event.token for event in events] for events in found[1:]], device=DEVICE).T
     with torch.inference_mode():
-        state = model(tokens).state
-        with captured.claim(model, state, 4, greedy=True) as decoder:
-            list(decoder.tokens(tokens[:, 0], 4, lambda *_: None))
-            written = decoder.history[:4].T
-        for step in range(3):
-            state = model(written[:, step : step + 1], state).state
-        for buffers, mixer in zip(decoder.state.mixers, state.mixers, strict=True):
-            for buffer, tensor in zip(buffers, mixer, strict=True):
-                if buffer.shape != tensor.shape:  # attention's, with room to spare
-                    buffer = buffer[:, : tensor.shape[1]] if tensor.ndim == 2 else buffer[:, :, : tensor.shape[2]]
-                torch.testing.assert_close(buffer, tensor, rtol=2e-4, atol=2e-5)
+        state = model(torch.cat([tokens, written], 1)).state
+    for row in range(2):
+        own = decoder._rows.take(row)
+        for taken, mixer in zip(own.mixers, state.select([row]).mixers, strict=True):
+            for tensor, expected in zip(taken, mixer, strict=True):
+                torch.testing.assert_close(tensor, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_sampling_repeats_with_a_seed():
@@ -139,13 +150,13 @@ def test_layers_that_are_not_as_built_are_called():
 def test_two_at_once_do_not_share_buffers():
     model = build("M")
     expected = ordinary(model)
-    with torch.inference_mode():
-        runs = []
-        for _ in range(2):
-            hidden, state = generation._prefill(model, PROMPTS, model.embedding.weight.device)
-            runs.append(generation._captured(model, hidden, state, 12, GREEDY, endings((), PROMPTS), None))
-        pairs = list(zip(*runs, strict=True))
-    assert all(a == b for a, b in pairs) and [list(row) for row in zip(*(a for a, _ in pairs), strict=True)] == expected
+    decoders = [Engine(model, 3) for _ in range(2)]
+    rows = [{each.submit(Request(prompt, 12, GREEDY)): [] for prompt in PROMPTS} for each in decoders]
+    while any(each.busy for each in decoders):
+        for each, own in zip(decoders, rows, strict=True):
+            for event in each.step():
+                own[event.request].append(event.token)
+    assert [list(own.values()) for own in rows] == [expected] * 2
 
 
 @pytest.mark.gpu
@@ -157,22 +168,40 @@ def test_captured_equals_uncaptured(pattern, rows, dtype, monkeypatch):
     prompts = [[1 + row % 20, 2, 3] for row in range(rows)]
     results = []
     for capture in (True, False):
-        captured._idle.clear()
         if not capture:
-            monkeypatch.setattr(captured.Decoder, "capture", lambda self: None)
-        results.append(decoded(model, 20, prompts=prompts))
-        decoder = captured._idle[model]
-        assert (decoder.graph is not None) == capture
-        results[-1] = (results[-1], [tensor.clone() for mixer in decoder.state.mixers for tensor in mixer])
+            monkeypatch.setattr(graph, "EAGER", 1 << 30)
+        decoder = Engine(model, rows)
+        tokens = decoded(model, 20, prompts=prompts, decoder=decoder)
+        assert bool(decoder._stepper.graphs) == capture
+        results.append((tokens, [tensor.clone() for mixer in decoder._rows.mixers for tensor in mixer]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["ME", "AE"])
+def test_rows_leave_and_come(pattern, monkeypatch):
+    """From graph to graph, as others finish: the tokens of each prompt alone."""
+    monkeypatch.setattr(graph, "FEWER", 9)
+    model = build(pattern)
+    decoder = Engine(model, 6)
+    prompts = [[1 + row, 2, 3][: 1 + row % 3] for row in range(12)]
+    counts = [10 + 17 * row % 50 for row in range(12)]
+    rows = {decoder.submit(Request(*each, GREEDY)): [] for each in zip(prompts, counts, strict=True)}
+    while decoder.busy:
+        for event in decoder.step():
+            rows[event.request].append(event.token)
+    assert {key for key, _ in decoder._stepper.graphs} >= {4, 6}
+    alone = [decoded(model, count, prompts=[prompt])[0] for prompt, count in zip(prompts, counts, strict=True)]
+    assert list(rows.values()) == alone
 
 
 @pytest.mark.gpu
 def test_generate_uses_it_and_sees_new_weights():
     model = build("ME")
     first = generate(model, PROMPTS, 16, temperature=0)
-    assert captured._idle[model].graph is not None and first == ordinary(model, 16)
+    ((_, kept),) = generation._kept.idle
+    assert kept._stepper.graphs and first == ordinary(model, 16)
     with torch.no_grad():
         for parameter in model.parameters():  # in place, and moved
             parameter.mul_(0.7)
@@ -182,21 +211,19 @@ def test_generate_uses_it_and_sees_new_weights():
     assert seeded[0] == seeded[1] != seeded[2]
 
 
-def test_logits_are_sampled_as_before():
-    """Sampling outside the graph is `sample` on the model's logits."""
+def test_greedy_rows_beside_others():
+    """Each row has its own way to choose, and its own randomness: the tokens that it has alone."""
     model = build("M")
-    with torch.inference_mode():
-        output = model(torch.tensor([[3, 4]], device=DEVICE))
-        with captured.claim(model, output.state, 4, greedy=False) as decoder:
-            tokens = [
-                row[0] for row in decoder.tokens(output.logits[:, -1].argmax(-1), 4, lambda x, _: sample(x, GREEDY))
-            ]
-    assert tokens == ordinary_from([3, 4], model, 4)
+    kinds = [(GREEDY, None), (Sampling(top_k=5), (3, 0)), (GREEDY, (1, 0)), (Sampling(), (3, 1)), (Sampling(), (4, 0))]
+    requests = [Request([3, 4 + row], 12 + row, kind, seed=seed) for row, (kind, seed) in enumerate(kinds)]
 
+    def tokens(*several):
+        decoder = Engine(model, 4)
+        rows = {decoder.submit(request): [] for request in several}
+        while decoder.busy:
+            for event in decoder.step():
+                rows[event.request].append(event.token)
+        return list(rows.values())
 
-def ordinary_from(prompt, model, count):
-    tokens = list(prompt)
-    with torch.no_grad():
-        for _ in range(count):
-            tokens.append(int(model(torch.tensor([tokens], device=DEVICE)).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+    alone = [tokens(request)[0] for request in requests]
+    assert tokens(*requests) == alone and tokens(*requests[::-1]) == alone[::-1]

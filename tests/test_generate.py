@@ -8,7 +8,7 @@ import torch
 
 from moemamba import ModelConfig, MoEMamba, generate
 from moemamba.config import AttentionConfig
-from moemamba.inference import Sampling, generation, stream
+from moemamba.inference import Sampling, engine, stream
 from moemamba.inference.draws import Draws
 from moemamba.inference.sampling import sample
 
@@ -36,7 +36,7 @@ def slow_greedy(model, prompt, count):
 
 
 def test_greedy_is_a_full_forward_for_each_token(model, monkeypatch):
-    monkeypatch.setattr(generation, "PREFILL", 4)  # so that a prompt takes several calls
+    monkeypatch.setattr(engine, "PIECE", 4)  # so that a prompt takes several calls
     expected = [slow_greedy(model, prompt, 12) for prompt in PROMPTS]
     assert generate(model, PROMPTS, 12, temperature=0) == expected
     assert [generate(model, prompt, 12, temperature=0) for prompt in PROMPTS] == expected

@@ -1,6 +1,8 @@
 """Generation as others use it: any stop, a seed a row, from a model that is being trained, and what is refused."""
 
+import gc
 import threading
+from weakref import ref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from moemamba import ModelConfig, MoEMamba, generate
 from moemamba.config import AttentionConfig
-from moemamba.inference import Sampling, captured, generation, stream
+from moemamba.inference import Sampling, engine, generation, graph, stream
 from moemamba.inference.draws import Draws
 from moemamba.inference.evaluation import in_evaluation
 from moemamba.inference.stopping import Ending, read_stops
@@ -42,9 +44,14 @@ def model():
 def path(request, monkeypatch):
     """Both ways to take a step; without a GPU the second one only runs what a graph would record."""
     if request.param == "captured":
-        monkeypatch.setattr(generation, "capturable", lambda model: True)
-        monkeypatch.setattr(generation, "WORTHWHILE", 1)
+        as_on_a_gpu(monkeypatch)
     return request.param
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(engine, "capturable", lambda model: True)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(graph, "EAGER", 1 << 30)
 
 
 def kept(row, sequence):
@@ -266,18 +273,28 @@ def test_an_output_that_stops_being_finite(path):
         list(steps)
 
 
-def test_decoders_are_kept_between_calls(monkeypatch):
+def test_engines_are_kept_between_calls(monkeypatch):
     """Also those of a model in training mode, which is seen through a view that is gone after a call."""
-    monkeypatch.setattr(generation, "capturable", lambda model: True)
+    as_on_a_gpu(monkeypatch)
     made = []
-    init = captured.Decoder.__init__
-    monkeypatch.setattr(captured.Decoder, "__init__", lambda self, *args: made.append(1) or init(self, *args))
+    init = engine.Slots.__init__
+    monkeypatch.setattr(engine.Slots, "__init__", lambda self, *args: made.append(1) or init(self, *args))
     model = build("MAR").train()
     first = generate(model, PROMPTS, 12, temperature=0)
-    assert generate(model, PROMPTS, 12, temperature=0) == first and made == [1]
+    assert generate(model, PROMPTS[:1], 12, temperature=0) == first[:1] and made == [1]
     with torch.no_grad():
         model.norm.weight.mul_(-1)
     assert generate(model, PROMPTS, 12, temperature=0) != first and made == [1]
+    other = []
+    thread = threading.Thread(target=lambda model: other.append(generate(model, PROMPTS, 12)), args=(model,))
+    thread.start()
+    thread.join()
+    del thread
+    assert made == [1, 1], "another thread has an engine of its own"
+    kept = ref(generation._kept.idle[0][1])
+    del model
+    gc.collect()
+    assert kept() is None, "it goes with its model"
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,22 @@
 """Continue prompts: one prefill, then one token at a time, in constant time and memory each."""
 
+import threading
+from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from operator import index
 from typing import Any, overload
+from weakref import ref
 
-import torch
 from torch import Tensor
 
 from ..model import MoEMamba
-from ..state import State
 from ..text import Tokenizer
-from .captured import capturable, claim
 from .config import Sampling
-from .draws import Draws
-from .evaluation import expect_numbers, in_evaluation
-from .sampling import sample
-from .stopping import Ending, Stop, read_stops
+from .engine import Engine, Event, Request
+from .stopping import Stop, Stops, read_stops
 
-PREFILL = 2048  # prompt positions in one call, which bounds the memory of long prompts
-WORTHWHILE = 8  # tokens from which on a step is captured on a GPU, which takes about as long as a few steps
-
-Stops = Stop | Collection[Stop]
+Given = Stop | Collection[Stop]
 Seed = int | Sequence[int] | None
 
 
@@ -31,7 +26,7 @@ def generate(
     prompts: Sequence[int],
     max_new_tokens: int = ...,
     *,
-    stop: Stops = ...,
+    stop: Given = ...,
     seed: Seed = ...,
     tokenizer: Tokenizer | None = ...,
     **sampling: Any,
@@ -44,7 +39,7 @@ def generate(
     prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int = ...,
     *,
-    stop: Stops = ...,
+    stop: Given = ...,
     seed: Seed = ...,
     tokenizer: Tokenizer | None = ...,
     **sampling: Any,
@@ -56,7 +51,7 @@ def generate(
     prompts: Any,
     max_new_tokens: int = 128,
     *,
-    stop: Stops = (),
+    stop: Given = (),
     seed: Seed = None,
     tokenizer: Tokenizer | None = None,
     **sampling: Any,
@@ -88,14 +83,12 @@ def generate(
     single = isinstance(rows[0], int) if rows else getattr(prompts, "ndim", 1) == 1
     batch = [rows] if single else rows
     stops = read_stops(stop, model.config.vocab_size, tokenizer)
-    results, endings = [list[int]() for _ in batch], [Ending(stops) for _ in batch]
-    for tokens in _stream(model, batch, max_new_tokens, Sampling(**sampling), endings, seed):
-        for result, token in zip(results, tokens, strict=True):
-            if token is not None:
-                result.append(token)
-    for result, ending in zip(results, endings, strict=True):
-        ending.finish()
-        del result[len(result) if ending.kept is None else ending.kept :]
+    results = [list[int]() for _ in batch]
+    for event in _events(model, batch, max_new_tokens, Sampling(**sampling), stops, seed):
+        if event.token is not None:
+            results[event.request].append(event.token)
+        if event.kept is not None:
+            del results[event.request][event.kept :]
     return results[0] if single else results
 
 
@@ -110,7 +103,7 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     *,
-    stop: Stops = (),
+    stop: Given = (),
     seed: Seed = None,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[list[int | None]]:
@@ -119,32 +112,23 @@ def stream(
     The token that completes a stop is not yielded. Of a stop of several tokens those before it have been by then.
     """
     stops = read_stops(stop, model.config.vocab_size, tokenizer)
-    yield from _stream(model, prompts, max_new_tokens, sampling, [Ending(stops) for _ in prompts], seed)
-
-
-def _stream(
-    model: MoEMamba,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    endings: list[Ending],
-    seed: Seed,
-) -> Generator[list[int | None]]:
-    """`stream`, telling `endings`, one a row, of the tokens."""
-    for number, prompt in enumerate(prompts):
-        _check_prompt(number, prompt, model.config.vocab_size)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
-    seeds = None if seed is None else _seeds(_plain(seed), len(prompts))
-    if not prompts or max_new_tokens == 0:
-        return
-    with closing(_steps(model, prompts, max_new_tokens, sampling, endings, seeds)) as steps:
-        while True:
-            with torch.inference_mode():  # not while the caller has its turn, who may train
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+    queues: dict[int, deque[int]] = {row: deque() for row in range(len(prompts))}  # of rows that go on, or have some
+    ended = set[int]()
+    with closing(_events(model, prompts, max_new_tokens, sampling, stops, seed)) as events:
+        for event in events:
+            if event.token is not None:
+                queues[event.request].append(event.token)
+            if event.kept is not None:
+                ended.add(event.request)
+            for row in [row for row in ended if not queues.get(row, True)]:
+                del queues[row]
+            while queues and all(queues.values()):  # short prompts are read sooner, and may be ahead
+                step: list[int | None] = [None] * len(prompts)
+                for row, queue in list(queues.items()):
+                    step[row] = queue.popleft()
+                    if not queue and row in ended:
+                        del queues[row]
+                yield step
 
 
 def _check_prompt(number: int, prompt: Any, vocab_size: int) -> None:
@@ -175,95 +159,61 @@ def _seeds(seed: int | Sequence[int], rows: int) -> list[tuple[int, int]]:
     return found
 
 
-def _steps(
+def _events(
     model: MoEMamba,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    endings: list[Ending],
-    seeds: list[tuple[int, int]] | None,
-) -> Generator[list[int | None]]:
-    """`_stream`, of what has been checked."""
-    view = in_evaluation(model)
-    device = view.embedding.weight.device
-    draws = None
-    if seeds is not None and sampling.temperature > 0:
-        draws = Draws(seeds, list(map(len, prompts)), max_new_tokens, view.config.vocab_size, device)
-    hidden, state = _prefill(view, prompts, device)
-    if max_new_tokens >= WORTHWHILE and capturable(view):
-        yield from _captured(view, hidden, state, max_new_tokens, sampling, endings, draws, owner=model)
+    stops: Stops,
+    seed: Seed,
+) -> Generator[Event]:
+    """What an engine makes of all prompts; requests bear the numbers of their rows."""
+    for number, prompt in enumerate(prompts):
+        _check_prompt(number, prompt, model.config.vocab_size)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    seeds = [None] * len(prompts) if seed is None else _seeds(_plain(seed), len(prompts))
+    if not prompts or max_new_tokens == 0:
         return
-    live, chosen = list(range(len(prompts))), hidden.new_empty(0)
-    for count in range(max_new_tokens):
-        if count:
-            hidden, state, _ = view.backbone(chosen[:, None], state)
-        logits = view.head(hidden[:, -1])
-        expect_numbers(logits, count)
-        chosen = sample(logits, sampling, _drawn(draws, count))
-        step: list[int | None] = [None] * len(prompts)
-        going = []
-        for place, (row, token) in enumerate(zip(live, chosen.tolist(), strict=True)):
-            if not endings[row].push(token):
-                step[row] = token
-                going.append(place)
-        if not going:
-            return
-        yield step
-        if len(going) < len(live):
-            live = [live[place] for place in going]
-            keep = torch.tensor(going, device=device)
-            chosen, state = chosen[keep], state.select(keep)
-            if draws is not None:
-                draws.select(keep)
+    with _engine(model, len(prompts)) as engine:
+        requests = [
+            Request(prompt, max_new_tokens, sampling, stops, own) for prompt, own in zip(prompts, seeds, strict=True)
+        ]
+        rows = {engine.submit(request): row for row, request in enumerate(requests)}
+        try:
+            while engine.busy:
+                for event in engine.step():
+                    yield event._replace(request=rows[event.request])
+        finally:
+            engine.abort(*rows)
 
 
-def _captured(
-    model: MoEMamba,
-    hidden: Tensor,
-    state: State,
-    count: int,
-    sampling: Sampling,
-    endings: list[Ending],
-    draws: Draws | None,
-    owner: MoEMamba | None = None,
-) -> Iterator[list[int | None]]:
-    """`stream` from the prompt's hidden states on, each token but the first by a CUDA graph; rows that have stopped run
-    along until all have."""
-    logits = model.head(hidden[:, -1])
-    expect_numbers(logits, 0)
-    first = sample(logits, sampling, _drawn(draws, 0))
+class _Kept(threading.local):
+    """The engine of a thread's last call on a GPU, so that generating again captures nothing.
 
-    def choose(logits: Tensor, step: int) -> Tensor:
-        return sample(logits, sampling, _drawn(draws, step))
+    It goes with its model. Who uses several models in turns makes an `Engine` for each.
+    """
 
-    with claim(model, state, count, sampling.temperature == 0, owner or model) as decoder:
-        for tokens in decoder.tokens(first, count, choose):
-            step = [
-                token if ending.kept is None and not ending.push(token) else None
-                for ending, token in zip(endings, tokens, strict=True)
-            ]
-            if all(token is None for token in step):
-                return
-            yield step
+    def __init__(self) -> None:
+        self.idle: list[tuple[ref[MoEMamba], Engine]] = []  # one, unless it is in use
 
 
-def _drawn(draws: Draws | None, step: int) -> Tensor | None:
-    return None if draws is None else draws.at(step)
+_kept = _Kept()
 
 
-def _prefill(model: MoEMamba, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, State]:
-    """Hidden states whose last column is each prompt's last token (prompts are padded on the left), and the state."""
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    ragged = any(len(prompt) < longest for prompt in prompts)
-    seq_idx = (
-        torch.tensor([[-1] * (longest - len(prompt)) + [0] * len(prompt) for prompt in prompts], device=device)
-        if ragged
-        else None
-    )
-    state: State | None = None
-    for start in range(0, longest, PREFILL):
-        part = slice(start, start + PREFILL)
-        hidden, state, _ = model.backbone(tokens[:, part], state, None if seq_idx is None else seq_idx[:, part])
-    assert state is not None
-    return hidden, state
+@contextmanager
+def _engine(model: MoEMamba, rows: int) -> Iterator[Engine]:
+    """An engine for so many rows: on a GPU the one that this thread has used last, if it is of the model."""
+    idle = _kept.idle
+    engine = next((engine for known, engine in idle if known() is model and engine.slots >= rows), None)
+    idle.clear()  # nobody else may use it in the meantime, and its memory is free before the next one takes its own
+    if engine is None:
+        engine = Engine(model, rows)
+    else:
+        engine.renew(model)
+    try:
+        yield engine
+    finally:
+        if engine.captures:
+            engine.rest()
+            idle[:] = [(ref(model, lambda _: idle.clear()), engine)]

@@ -1,6 +1,7 @@
 """Causal self-attention with rotary positions."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -95,6 +96,28 @@ class Attention(Layer):
     def take(cls, buffers: Any, rows: slice, length: int) -> AttentionState:
         keys, values, positions = (buffer[rows] for buffer in buffers)
         return AttentionState(keys[:, :, :length].clone(), values[:, :, :length].clone(), positions[:, :length].clone())
+
+    @classmethod
+    def length(cls, state: Any) -> int:
+        entries: int = state.keys.shape[2]
+        return entries
+
+    @classmethod
+    def within(cls, buffers: Any, room: int) -> AttentionState:
+        keys, values, positions = buffers
+        return AttentionState(keys[:, :, :room], values[:, :, :room], positions[:, :room])
+
+    @classmethod
+    def join(cls, states: Sequence[Any]) -> Any:
+        """Of different lengths, too: they end together."""
+        longest = max(map(cls.length, states))
+
+        def lengthened(state: Any) -> AttentionState:
+            more = longest - cls.length(state)
+            keys, values = (F.pad(tensor, (0, 0, more, 0)) for tensor in state[:2])
+            return AttentionState(keys, values, F.pad(state.positions, (more, 0), value=-1))
+
+        return super().join([lengthened(state) for state in states])
 
     @classmethod
     def store(cls, buffers: Any, after: Any, live: int, place: Tensor) -> None:

@@ -1,8 +1,9 @@
 """What every layer of a pattern does, whatever its letter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from .roles import Role, composed
@@ -23,8 +24,8 @@ class Layer(nn.Module):
     names return what they have instead (`Mamba` no statistics, `MoE` no state); `call` is the one place that knows.
 
     An engine decodes many sequences from buffers, which hold a state of `rows` sequences with room for `room` tokens
-    each, and are changed in place: `allocate`, `put`, `take`, `step`. For a state that does not grow, and where nothing
-    is fused, a layer need not say anything about them.
+    each, and are changed in place: `allocate`, `put`, `take`, `move`, `within`, `step`. For a state that does not grow,
+    and where nothing is fused, a layer need not say anything about them.
 
     Attributes:
         state_type: what it remembers of b sequences, a NamedTuple of tensors (b, ...); None for nothing.
@@ -79,10 +80,25 @@ class Layer(nn.Module):
         return type(buffers)(*(buffer[rows].clone() for buffer in buffers))
 
     @classmethod
-    def move(cls, buffers: Any, source: int, target: int) -> None:
-        """Write one row over another."""
+    def move(cls, buffers: Any, source: Tensor, target: Tensor) -> None:
+        """Write some rows (k,) int64 over as many others."""
         for buffer in buffers:
-            buffer[target].copy_(buffer[source])
+            buffer.index_copy_(0, target, buffer[source])
+
+    @classmethod
+    def length(cls, state: Any) -> int:
+        """Entries of a state that grows with its sequence; 0 of one that does not."""
+        return 0
+
+    @classmethod
+    def within(cls, buffers: Any, room: int) -> Any:
+        """Views of buffers with room for no more than `room` tokens."""
+        return buffers
+
+    @classmethod
+    def join(cls, states: Sequence[Any]) -> Any:
+        """The rows of several states, one after the other."""
+        return type(states[0])(*(torch.cat(tensors) for tensors in zip(*states, strict=True)))
 
     @classmethod
     def store(cls, buffers: Any, after: Any, live: int, place: Tensor) -> None:

@@ -167,6 +167,8 @@ class Mamba(SelectiveSSM):
 
     def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int) -> Tensor | None:
         """`x + step(norm(x))` in one kernel, where there is one."""
+        if ops.choose("mamba_step", x) == "cpu":
+            return None  # its kernel is that of the layer alone, which `forward` calls
         weights, normed = self.weights_of_step(x), norm_alone(norm, x)
         if weights is None or normed is None:
             return None

@@ -89,7 +89,7 @@ def decode(model):
         for kind, buffer, mixer in zip(kinds, buffers, state.mixers, strict=True):
             kind.put(buffer, slice(row, row + 1), mixer)
     for kind, buffer in zip(kinds, buffers, strict=True):
-        kind.move(buffer, 2, 0)
+        kind.move(buffer, torch.tensor([2]), torch.tensor([0]))
     live, states = 2, [states[2], states[1]]
     place = torch.tensor([5, 4])
     for t in range(3):

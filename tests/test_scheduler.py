@@ -1,0 +1,122 @@
+"""The scheduler, whatever comes in whatever order: nobody is lost, every slot is freed, none starves."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moemamba.inference.scheduler import Scheduler
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 6)),  # a prompt's length, tokens to decode
+        st.tuples(st.just("abort"), st.integers(0, 20), st.just(0)),
+        st.tuples(st.just("step"), st.integers(1, 4), st.just(0)),
+    ),
+    max_size=30,
+)
+SIZES = st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
+
+
+class World:
+    """A scheduler with requests that decode some tokens each; every step is checked."""
+
+    def __init__(self, sizes):
+        self.scheduler, self.sizes = Scheduler(*sizes), sizes
+        self.lengths, self.wanted, self.read, self.begun, self.ended = {}, {}, {}, [], []
+
+    def add(self, length, wanted):
+        number = len(self.lengths)
+        self.lengths[number], self.wanted[number], self.read[number] = length, wanted, 0
+        self.scheduler.add(number, length)
+
+    def abort(self, number):
+        if number in self.lengths and number not in self.ended:
+            self.scheduler.finish(number)
+            self.ended.append(number)
+
+    def step(self):
+        slots, chunk, piece = self.sizes
+        live, parts = self.scheduler.live, None
+        parts = self.scheduler.plan()
+        assert sum(part.last - part.first for part in parts) <= chunk
+        assert len({part.request for part in parts}) == len(parts)
+        for number, first, last, ends in parts:
+            assert number not in self.ended and number not in live
+            assert first == self.read[number] and first < last <= min(first + piece, self.lengths[number])
+            self.read[number] = last
+            assert ends == (last == self.lengths[number])
+            self.begun += [number] if first == 0 else []
+        for number in live:  # every live row gets a token
+            assert number not in self.ended and self.read[number] == self.lengths[number]
+            self.wanted[number] -= 1
+            if self.wanted[number] == 0:
+                self.scheduler.finish(number)
+                self.ended.append(number)
+        assert 0 <= self.scheduler.free <= slots
+        assert bool(parts) or bool(live) or not self.scheduler.busy, "a step does something"
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(SIZES, ACTIONS)
+def test_no_request_is_lost_and_every_slot_is_freed(sizes, actions):
+    world = World(sizes)
+    for action, value, other in actions:
+        if action == "add":
+            world.add(value, other)
+        elif action == "abort":
+            world.abort(value)
+        else:
+            for _ in range(value):
+                world.step()
+    bound = sum(world.lengths.values()) + sum(world.wanted.values())
+    steps = 0
+    while world.scheduler.busy:
+        world.step()
+        steps += 1
+        assert steps <= bound, "none starves"
+    assert sorted(world.ended) == list(world.lengths) and world.scheduler.free == sizes[0]
+    assert world.begun == sorted(world.begun), "first come, first served"
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 12), st.integers(1, 60), st.integers(1, 6))
+def test_a_long_prompt_holds_up_no_short_one(chunk, length, others):
+    """A short prompt is read in as many steps as its share of the chunk allows, however long the others are."""
+    scheduler = Scheduler(others + 1, chunk, 1 << 20)
+    for number in range(others):
+        scheduler.add(number, 1 << 20)
+    scheduler.plan()
+    scheduler.add(others, length)
+    steps = 0
+    while others not in scheduler.live:
+        scheduler.plan()
+        steps += 1
+    share = max(chunk // (others + 1), 1)
+    turns = -(-(others + 1) // chunk)  # steps until everybody has had a turn
+    assert steps <= turns * -(-length // share)
+
+
+def test_prompts_share_a_chunk_as_their_ends_allow():
+    scheduler = Scheduler(8, 10, 6)
+    for number, length in enumerate((2, 20, 20, 20)):
+        scheduler.add(number, length)
+    assert [part.last - part.first for part in scheduler.plan()] == [2, 2, 3, 3]
+    assert {part.request: part.last - part.first for part in scheduler.plan()} == {1: 3, 2: 3, 3: 4}
+    scheduler.finish(1)
+    scheduler.finish(2)
+    (part,) = scheduler.plan()
+    assert part.request == 3 and part.last - part.first == 6, "no more than a piece"
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_sizes_that_cannot_be(sizes):
+    with pytest.raises(ValueError, match="it must be 1 or more"):
+        Scheduler(*sizes)
+
+
+def test_requests_that_are_not_known():
+    scheduler = Scheduler(1, 1, 1)
+    with pytest.raises(ValueError, match="request 3 is not known"):
+        scheduler.finish(3)
+    with pytest.raises(ValueError, match="prompt of 0 tokens"):
+        scheduler.add(1, 0)
