@@ -9,7 +9,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kit.cpu import floats, kernel, located, new, run, summing, traced
+from ..kit.cpu import floats, kernel, located, new, run, summing
+from ..kit.op import traced
 
 FEW = 3  # rows up to which streaming the weights is faster
 SMALL = 1 << 16  # weights below which it makes no difference, and PyTorch's call is the shorter

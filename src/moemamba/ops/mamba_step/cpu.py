@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..dense.cpu import FEW, product
-from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new, plain, sigmoid, softplus, summing, traced
+from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new, plain, sigmoid, softplus, summing
+from ..kit.op import traced
 from . import reference
 
 LANES = 16  # states that are taken at once: as many as a vector register holds, and as many as most models have
