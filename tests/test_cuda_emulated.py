@@ -16,6 +16,7 @@ import torch
 from doors import reference
 
 from moemamba.ops.conv import cuda as cuda_conv
+from moemamba.ops.kit import cuda as cuda_kit
 from moemamba.ops.scan import cuda as cuda_scan
 
 COMPILER = shutil.which("g++")
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None or sys.platform != "linux", rea
 
 
 class Emulated:
-    """Stands in for `cuda_runtime.Module`."""
+    """Stands in for `kit.cuda.Module`."""
 
     folder: Path
 
@@ -55,7 +56,7 @@ class Emulated:
 @pytest.fixture(autouse=True)
 def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     Emulated.folder = tmp_path
-    caches = (cuda_scan._module, cuda_scan._processors, cuda_conv._module, cuda_conv._parts)
+    caches = (cuda_scan._module, cuda_kit.processors, cuda_conv._module, cuda_conv._parts)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(cuda_scan, "Module", Emulated)
@@ -111,7 +112,7 @@ def test_equals_reference(shape: tuple[int, int, int, int], dtype: torch.dtype, 
 
     args = [inputs[name] for name in NAMES]
     found, found_final, starts = cuda_scan._forward(*args, marks, True, True)
-    gradients = cuda_scan._backward(dy, dfinal, *args, marks, starts, True)
+    gradients = cuda_scan._backward(dy, dfinal, *args, marks, True, starts)
 
     names = ("y", "final_state", *NAMES)
     for name, a, b in zip(names, (found, found_final, *gradients), (y, final, *expected), strict=True):

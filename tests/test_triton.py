@@ -225,8 +225,8 @@ def test_compiles_whole() -> None:
     with FakeTensorMode():
         x, weight = torch.empty(2, 9, 20), torch.empty(20, 4)
         u, A, B = torch.empty(2, 9, 20), torch.empty(20, 5), torch.empty(2, 9, 5)
-        scan = triton_scan._scan(u, u, A, B, B, None, None, None, None, None, True, True)
-        conv = triton_conv._conv(x, weight, None, None, None, None, None, True, False)
+        scan = triton_scan._forward(u, u, A, B, B, None, None, None, None, None, True, True)
+        conv = triton_conv._forward(x, weight, None, None, None, None, None, True, False)
     assert [t.shape for t in scan[:2]] == [(2, 9, 20), (2, 20, 5)]
     assert [t.shape for t in conv] == [(2, 9, 20), (2, 20, 3)]
 

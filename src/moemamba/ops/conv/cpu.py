@@ -30,9 +30,9 @@ from ..kit.cpu import (
     sigmoid,
     store_columns,
     summed,
-    traced,
     write,
 )
+from ..kit.op import gradient, op, where_given
 from ..packing import BEGIN, PADDING, position_marks
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -52,10 +52,8 @@ def causal_conv1d(
     dtype = x.dtype
     history = None if initial_state is None else cast(initial_state, dtype)
     x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
-    op = _forward if traced(x, weight, bias, history) else _run_forward
-    y, final_state = op(
-        x, weight, bias, history, activation == "silu", None if seq_idx is None else position_marks(seq_idx)
-    )
+    marks = None if seq_idx is None else position_marks(seq_idx)
+    y, final_state = _forward(x, weight, bias, history, activation == "silu", marks)
     return cast(y, dtype), cast(final_state, dtype)
 
 
@@ -224,10 +222,15 @@ def _conv_backward(
         store_columns(dbias, b * width + channel, count, dshift)
 
 
-# --- custom ops: what torch.compile and autograd see ---
+# --- what torch.compile and autograd see ---
 
 
-def _run_forward(
+def _outputs(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1), dtype=torch.float32)
+
+
+@op("cpu_causal_conv1d", fake=_outputs)
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor | None, silu: bool, marks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     (batch, _, width), k = x.shape, weight.shape[1]
@@ -248,31 +251,20 @@ def _run_forward(
     return y, final_state
 
 
-def _outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1), dtype=torch.float32)
-
-
-_forward = torch.library.custom_op("moemamba::cpu_causal_conv1d", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(x, weight)
-
-
-@torch.library.custom_op("moemamba::cpu_causal_conv1d_backward", mutates_args=())
+@gradient(_forward, outputs="y, final_state", of="x, weight, bias, history")
 def _backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     history: Tensor | None,
     silu: bool,
     marks: Tensor | None,
-    dy: Tensor,
-    dfinal_state: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x, weight, bias and history; those of absent arguments mean nothing."""
     (batch, _, width), k = x.shape, weight.shape[1]
+    dy = torch.zeros_like(x) if dy is None else readable(dy)
+    dfinal_state = new(batch, width, k - 1).zero_() if dfinal_state is None else plain(dfinal_state)
     dx = new(*x.shape, dtype=x.dtype)
     dweight, dbias, dhistory = (new(batch, width, *columns) for columns in ((k,), (), (k - 1,)))
     run(
@@ -293,24 +285,4 @@ def _backward(
         address(dbias, batch, width),
         address(dhistory, batch, width, k - 1),
     )
-    return [dx, summed(dweight), summed(dbias), dhistory]
-
-
-@_backward.register_fake
-def _(x: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
-    _, final_state = _outputs(x, weight)
-    return [x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(x.shape[2]), final_state]
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.silu, marks = inputs
-    ctx.save_for_backward(*tensors, marks)
-
-
-def _differentiate(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, marks = ctx.saved_tensors
-    gradients = _backward(*tensors, ctx.silu, marks, readable(dy), plain(dfinal_state))
-    return (*[None if t is None else g for t, g in zip(tensors, gradients, strict=True)], None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+    return where_given((x, weight, bias, history), dx, summed(dweight), summed(dbias), dhistory)

@@ -1,4 +1,4 @@
-// The gradients of the causal depthwise convolution over whole rows; compiled as one with cuda_elements.cu, which comes first.
+// The gradients of the causal depthwise convolution over whole rows; compiled as one with kit/elements.cu, which comes first.
 //
 //     out_t = bias + sum over j of weight_j x_{t-j}        y_t = silu(out_t)
 //
@@ -12,7 +12,7 @@
 
 constexpr int HISTORY = TAPS - 1, SUMS = TAPS + 1;
 
-// Laid out as cuda_conv.py packs it. x has strides, in bytes; every other tensor is contiguous.
+// Laid out as cuda.py packs it. x has strides, in bytes; every other tensor is contiguous.
 struct Conv {
     const void *dy, *x;
     const float *weight, *bias;

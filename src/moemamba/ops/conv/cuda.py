@@ -1,4 +1,4 @@
-"""The convolution's gradients on an NVIDIA GPU: how the kernels of `cuda_conv.cu` are launched.
+"""The convolution's gradients on an NVIDIA GPU: how the kernels of `cuda.cu` are launched.
 
 They hold for whole rows without a state before them, channels that can be loaded four together, and up to four taps;
 the Triton kernels hold for every other convolution, and for its forward pass.
@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kit.cuda import Module
-from ..scan.cuda import TYPES, _float, _processors
+from ..kit.cuda import TYPES, Module, plain, processors, source
 
 OWN = 4  # channels of a thread, loaded together
 AHEAD = 4  # positions whose loads are under way
@@ -20,7 +19,7 @@ TALL = 4  # warps of a block, which follow each other in time
 RESIDENT = 4  # blocks of a multiprocessor at a time
 TAPS = 4  # at most, since they are in registers
 
-# `struct Conv` of cuda_conv.cu.
+# `struct Conv` of cuda.cu.
 ARGUMENTS = struct.Struct("=9q6i")
 
 
@@ -43,9 +42,9 @@ def backward(
     dweight = torch.empty((width, count), dtype=torch.float32, device=x.device)
     dbias = None if bias is None else torch.empty((width,), dtype=torch.float32, device=x.device)
     columns = -(-width // (32 * OWN))
-    span, parts = _parts(batch * columns, length, _processors(device))
+    span, parts = _parts(batch * columns, length, processors(device))
     partial = torch.empty((batch, -(-parts // TALL), count + 1, width), dtype=torch.float32, device=x.device)
-    tensors = (dy, x, _float(weight), _float(bias), dx, partial, dweight, dbias)
+    tensors = (dy, x, plain(weight), plain(bias), dx, partial, dweight, dbias)
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     strides = [stride * x.element_size() for stride in x.stride()[:2]]
     arguments = ARGUMENTS.pack(*pointers, *strides, batch, length, width, span, parts)
@@ -69,9 +68,7 @@ def _parts(tiles: int, length: int, processors: int) -> tuple[int, int]:
 
 @functools.cache
 def _module(device: int, kind: int, taps: int, silu: bool) -> Module:
-    files = ("kit/elements.cu", "conv/cuda.cu")
-    source = "\n".join((Path(__file__).parent.parent / name).read_text(encoding="utf-8") for name in files)
     constants = {"TYPE": kind, "TAPS": taps, "SILU": int(silu)}
     constants |= {"OWN": OWN, "AHEAD": AHEAD, "TALL": TALL, "RESIDENT": RESIDENT}
     with torch.cuda.device(device):
-        return Module(source, constants, device)
+        return Module(source(Path(__file__).with_name("cuda.cu")), constants, device)

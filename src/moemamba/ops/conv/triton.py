@@ -1,9 +1,12 @@
 """The causal depthwise convolution on a GPU: SiLU, state and packed rows fused; a custom op with its gradient."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
+from ..kit.op import gradient, op, where_given
 from ..packing import boundaries, position_marks, taps
 from . import cuda as cuda_conv
 from .triton_kernels import backward_kernel, forward_kernel, sum_kernel
@@ -27,13 +30,11 @@ def causal_conv1d(
     seq_idx: Tensor | None,
     cuda: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `moemamba.ops.causal_conv1d`. With `cuda`, gradients are by the kernels of `cuda_conv.py` where they hold."""
+    """See `moemamba.ops.causal_conv1d`. With `cuda`, gradients are by the kernels of `cuda.py` where they hold."""
     marks = sources = resume = None
     if seq_idx is not None and seq_idx.shape[1]:
         marks, sources, resume = _packed(seq_idx, weight.shape[1])
     args = (x, weight, bias, initial_state, marks, sources, resume, activation == "silu", cuda)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _conv(*args)
     return _forward(*args)
 
 
@@ -66,6 +67,12 @@ def _packed(seq_idx: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return position_marks(seq_idx), sources.contiguous(), resume.to(torch.int32).contiguous()
 
 
+def _like_outputs(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, length, width = x.shape
+    return x.new_empty((batch, length, width)), x.new_empty((batch, width, weight.shape[1] - 1))
+
+
+@op("causal_conv1d", fake=_like_outputs)
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -99,9 +106,10 @@ def _forward(
     return y, final_state
 
 
+@gradient(_forward, outputs="y, final_state", of="x, weight, bias, initial_state")
 def _backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -112,15 +120,15 @@ def _backward(
     silu: bool,
     cuda: bool,
 ) -> list[Tensor]:
-    """Gradients of x, weight, bias, initial_state, in this order; empty where there is no such input."""
     (batch, length, width), count = x.shape, weight.shape[1]
     x = x if x.stride(-1) == 1 else x.contiguous()
     history = None if initial_state is None else initial_state.to(x.dtype).contiguous()
-    dy, weight = dy.contiguous(), weight.contiguous()
-    dfinal = None if dfinal is None else dfinal.contiguous()
+    dy, weight = torch.zeros_like(x) if dy is None else dy, weight.contiguous()
+    dy = dy.contiguous()
+    dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     if cuda and sources is None and history is None and cuda_conv.holds(dy, x, weight):
         dx, dweight, dbias = cuda_conv.backward(dy, dfinal, x, weight, bias, silu)
-        return [dx, dweight, dx.new_empty(0) if dbias is None else dbias, dx.new_empty(0)]
+        return where_given((x, weight, bias, None), dx, dweight, dbias, None)
     how = BACKWARD if sources is None else PACKED_BACKWARD
     tiles = triton.cdiv(width, how["I"])
     parts = batch * max(triton.cdiv(length, SEGMENT if sources is not None else how["S"] * how["T"]), 1)
@@ -143,45 +151,9 @@ def _backward(
     if width:
         programs = (count + 1) * triton.cdiv(width, SUM["I"])
         sum_kernel[(programs,)](partial, dweight, dbias, parts, width, TAPS=count, **SUM)
-    return [
-        dx,
-        dweight,
-        dx.new_empty(0) if dbias is None else dbias,
-        dx.new_empty(0) if initial_state is None else dhistory.to(initial_state.dtype, copy=True),
-    ]
+    dinitial = None if initial_state is None else dhistory.to(initial_state.dtype, copy=True)
+    return where_given((x, weight, bias, initial_state), dx, dweight, dbias, dinitial)
 
 
 def _power(count: int) -> int:
     return int(triton.next_power_of_2(count))
-
-
-_conv = torch.library.custom_op("moemamba::causal_conv1d", _forward, mutates_args=())
-_conv_backward = torch.library.custom_op("moemamba::causal_conv1d_backward", _backward, mutates_args=())
-
-
-@_conv.register_fake
-def _(x, weight, bias, initial_state, marks, sources, resume, silu, cuda):  # type: ignore[no-untyped-def]
-    batch, length, width = x.shape
-    return x.new_empty((batch, length, width)), x.new_empty((batch, width, weight.shape[1] - 1))
-
-
-@_conv_backward.register_fake
-def _(dy, dfinal, x, weight, bias, initial_state, marks, sources, resume, silu, cuda):  # type: ignore[no-untyped-def]
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, initial_state)]
-
-
-def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.silu, ctx.cuda = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
-    tensors = ctx.saved_tensors
-    dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    grads = _conv_backward(dy, dfinal, *tensors, ctx.silu, ctx.cuda)
-    present = [None if t is None else g for t, g in zip(tensors[:4], grads, strict=True)]
-    return (*present, None, None, None, None, None)
-
-
-_conv.register_autograd(_differentiate, setup_context=_remember)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of the causal depthwise convolution over whole rows; those of packed rows: `triton_conv_packed.py`.
+"""Triton kernels of the causal depthwise convolution over whole rows; those of packed rows: `triton_packed.py`.
 
 A program owns S runs of T positions and a tile of I channels, a warp to each run. A run is walked position by position
 with its window in registers, so that every row of x is read once, and the loads of K positions are issued together.
@@ -10,7 +10,7 @@ reach back into it.
 import triton
 import triton.language as tl
 
-from ..kit.triton import _sigmoid, _wide
+from ..kit.triton import sigmoid, wide_index
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def _place(length, width, S: tl.constexpr, T: tl.constexpr, I: tl.constexpr):
     channel = tl.program_id(0) % tiles * I + tl.arange(0, I)
     part = tl.program_id(0) // tiles
     start = (part % parts * S + tl.arange(0, S)) * T
-    return _wide(part // parts), _wide(part), start[:, None], channel[None, :], (channel < width)[None, :]
+    return wide_index(part // parts), wide_index(part), start[:, None], channel[None, :], (channel < width)[None, :]
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _taps(weight, channel, inside, TAPS: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _row(x, x_t, t, length, history, channel, inside, HISTORY: tl.constexpr):
     """Position t of x (pointers to position 0), or of the history before it, in float32; zeros where neither is."""
-    row = tl.load(x + _wide(t) * x_t, mask=inside & (t >= 0) & (t < length), other=0.0).to(tl.float32)
+    row = tl.load(x + wide_index(t) * x_t, mask=inside & (t >= 0) & (t < length), other=0.0).to(tl.float32)
     if history is not None:
         early = inside & (t < 0) & (t >= -HISTORY)
         row += tl.load(history + channel * HISTORY + t + HISTORY, mask=early, other=0.0).to(tl.float32)
@@ -68,15 +68,15 @@ def forward_kernel(
     for group in range(T // K):
         first, found = start + group * K, ()
         for k in tl.static_range(K):
-            found = found + (tl.load(x + _wide(first + k) * x_t, mask=inside & (first + k < length), other=0.0),)
+            found = found + (tl.load(x + wide_index(first + k) * x_t, mask=inside & (first + k < length), other=0.0),)
         for k in tl.static_range(K):
             row = found[k].to(tl.float32)
             out = offset + kernel[0] * row
             for back in tl.static_range(1, TAPS):
                 out += kernel[back] * window[back - 1]
             if SILU:
-                out *= _sigmoid(out)
-            to = y + _wide(first + k) * width
+                out *= sigmoid(out)
+            to = y + wide_index(first + k) * width
             tl.store(to, out.to(y.dtype.element_ty), mask=inside & (first + k < length))
             later = ()
             for back in tl.static_range(1, TAPS):
@@ -122,7 +122,7 @@ def backward_kernel(
     for k in tl.static_range(HISTORY):  # positions of the next run
         t = start + T + HISTORY - 1 - k
         oldest = _row(x, x_t, t - HISTORY, length, history, channel, inside, HISTORY)
-        dout = tl.load(dy + _wide(t) * width, mask=inside & (t < length), other=0.0).to(tl.float32)
+        dout = tl.load(dy + wide_index(t) * width, mask=inside & (t < length), other=0.0).to(tl.float32)
         window, dout = _through(window, oldest, dout, kernel, offset, SILU, TAPS)
         _, pending = _send(pending, dout, kernel, TAPS)
         window = _drop(window, TAPS)
@@ -130,7 +130,9 @@ def backward_kernel(
         first, rows, grads = start + T - 1 - group * K, (), ()
         for k in tl.static_range(K):
             rows = rows + (_row(x, x_t, first - k - HISTORY, length, history, channel, inside, HISTORY),)
-            grads = grads + (tl.load(dy + _wide(first - k) * width, mask=inside & (first - k < length), other=0.0),)
+            grads = grads + (
+                tl.load(dy + wide_index(first - k) * width, mask=inside & (first - k < length), other=0.0),
+            )
         for k in tl.static_range(K):
             t = first - k
             window, dout = _through(window, rows[k], grads[k].to(tl.float32), kernel, offset, SILU, TAPS)
@@ -143,7 +145,7 @@ def backward_kernel(
             if dfinal is not None:
                 mask = inside & (t >= length - HISTORY) & (t < length)
                 whole += tl.load(dfinal + t - length, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx + _wide(t) * width, whole.to(dx.dtype.element_ty), mask=inside & (t < length))
+            tl.store(dx + wide_index(t) * width, whole.to(dx.dtype.element_ty), mask=inside & (t < length))
     partial += part * (TAPS + 1) * width + channel
     for back in tl.static_range(TAPS):
         tl.store(partial + (HISTORY - back) * width, tl.sum(dkernel[back], 0)[None, :], mask=inside)
@@ -166,7 +168,7 @@ def _through(window, oldest, dout, kernel, offset, SILU: tl.constexpr, TAPS: tl.
         out = offset
         for back in tl.static_range(TAPS):
             out += kernel[back] * window[back]
-        open = _sigmoid(out)
+        open = sigmoid(out)
         dout *= open * (1.0 + out * (1.0 - open))
     return window, dout
 
@@ -204,7 +206,7 @@ def sum_kernel(partial, dweight, dbias, parts, width, TAPS: tl.constexpr, R: tl.
     total = tl.zeros((R, I), tl.float32)
     for first in range(0, parts, R):
         part = first + tl.arange(0, R)
-        rows = partial + (_wide(part) * (TAPS + 1) + tap)[:, None] * width + channel[None, :]
+        rows = partial + (wide_index(part) * (TAPS + 1) + tap)[:, None] * width + channel[None, :]
         total += tl.load(rows, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
     total = tl.sum(total, 0)
     tl.store(dweight + channel * TAPS + tap, total.to(dweight.dtype.element_ty), mask=inside & (tap < TAPS))

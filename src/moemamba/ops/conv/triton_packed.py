@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of the causal depthwise convolution over packed rows; those of whole rows: `triton_conv_kernels.py`.
+"""Triton kernels of the causal depthwise convolution over packed rows; those of whole rows: `triton_kernels.py`.
 
 A position's window is found by index: `source` is a row of x, or if negative a row of the history before it (-1 the
 last), or below that nothing, as `packing.taps` says. The forward pass takes a tile of positions and channels. The
@@ -10,13 +10,13 @@ them in order; rows that are read again come from the cache.
 import triton
 import triton.language as tl
 
-from ..kit.triton import BEGIN, PADDING, _sigmoid, _wide
+from ..kit.triton import BEGIN, PADDING, sigmoid, wide_index
 
 
 @triton.jit
 def _tokens(x, x_t, history, source, channel, inside, HISTORY: tl.constexpr):
     """Rows `source` of x in float32, or of history (i, k - 1) where negative, zeros where neither has them."""
-    tokens = tl.load(x + _wide(source) * x_t + channel, mask=inside & (source >= 0), other=0.0).to(tl.float32)
+    tokens = tl.load(x + wide_index(source) * x_t + channel, mask=inside & (source >= 0), other=0.0).to(tl.float32)
     if history is not None:
         early = inside & (source < 0) & (source >= -HISTORY)
         tokens += tl.load(history + channel * HISTORY + source + HISTORY, mask=early, other=0.0).to(tl.float32)
@@ -31,7 +31,7 @@ def packed_forward_kernel(
     HISTORY: tl.constexpr = TAPS - 1
     tiles = tl.cdiv(width, I)
     segments = tl.maximum(tl.cdiv(length, T), 1)
-    batch = _wide(tl.program_id(0) // tiles // segments)
+    batch = wide_index(tl.program_id(0) // tiles // segments)
     segment = tl.program_id(0) // tiles % segments
     channel = (tl.program_id(0) % tiles * I + tl.arange(0, I))[None, :]
     time = (segment * T + tl.arange(0, T))[:, None]
@@ -50,9 +50,9 @@ def packed_forward_kernel(
         tap = tl.load(weight + channel * TAPS + HISTORY - back, mask=inside, other=0.0).to(tl.float32)
         out += tap * _tokens(x, x_t, history, source, channel, live, HISTORY)
     if SILU:
-        out *= _sigmoid(out)
+        out *= sigmoid(out)
     out = tl.where(present, out, 0.0).to(y.dtype.element_ty)
-    tl.store(y + batch * length * width + _wide(time) * width + channel, out, mask=live)
+    tl.store(y + batch * length * width + wide_index(time) * width + channel, out, mask=live)
     if segment == segments - 1:  # the window of a position after the last is the state left behind
         final += batch * width * HISTORY
         for back in tl.static_range(1, TAPS):
@@ -75,7 +75,7 @@ def packed_backward_kernel(
     HISTORY: tl.constexpr = TAPS - 1
     tiles = tl.cdiv(width, I)
     segments = tl.maximum(tl.cdiv(length, segment_length), 1)
-    part = _wide(tl.program_id(0) // tiles)
+    part = wide_index(tl.program_id(0) // tiles)
     batch, segment = part // segments, (tl.program_id(0) // tiles) % segments
     channel = tl.program_id(0) % tiles * I + tl.arange(0, I)
     inside = channel < width
@@ -114,14 +114,14 @@ def packed_backward_kernel(
                 source = tl.load(sources + t * TAPS + back, mask=t >= start, other=-TAPS)
                 window = window + (_tokens(x, x_t, history, source, channel, live, HISTORY),)
             windows, found = windows + (window,), found + (mark,)
-            douts = douts + (tl.load(dy + _wide(t) * width + channel, mask=live, other=0.0).to(tl.float32),)
+            douts = douts + (tl.load(dy + wide_index(t) * width + channel, mask=live, other=0.0).to(tl.float32),)
         for k in tl.static_range(K):
             t = first - k
             out, dout = offset, douts[k]
             for back in tl.static_range(TAPS):
                 out += kernel[back] * windows[k][back]
             if SILU:
-                open = _sigmoid(out)
+                open = sigmoid(out)
                 dout *= open * (1.0 + out * (1.0 - open))
             dout = tl.where(found[k] == PADDING, 0.0, dout)
             own = tl.where(t < stop, dout, 0.0)  # positions after the segment count for another program
@@ -139,7 +139,7 @@ def packed_backward_kernel(
                 passed = passed + (tl.where(found[k] == PADDING, pending[back - 1], moved),)
             dkernel, pending = grown, passed
             whole = tl.where(found[k] == PADDING, 0.0, whole).to(dx.dtype.element_ty)
-            tl.store(dx + _wide(t) * width + channel, whole, mask=inside & (t >= start) & (t < stop))
+            tl.store(dx + wide_index(t) * width + channel, whole, mask=inside & (t >= start) & (t < stop))
     for back in tl.static_range(TAPS):
         tl.store(partial + (part * (TAPS + 1) + HISTORY - back) * width + channel, dkernel[back], mask=inside)
     tl.store(partial + (part * (TAPS + 1) + TAPS) * width + channel, doffset, mask=inside)

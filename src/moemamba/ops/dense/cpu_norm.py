@@ -1,12 +1,11 @@
 """RMSNorm on the CPU in one pass over each row; PyTorch's own is six operations there. A task is a block of rows."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import address, floats, kernel, located, new, plain, run, summed, traced
+from ..kit.cpu import address, floats, kernel, located, new, plain, run, summed
+from ..kit.op import gradient, op
 from . import reference
 
 ROWS = 32  # rows of a task: the gradient of the weight is summed within it first
@@ -18,8 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `moemamba.ops.rms_norm`."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return reference.rms_norm(x, weight, eps)
-    op = _forward if traced(x, weight) else _run_forward
-    y, _ = op(plain(x), plain(weight), eps)
+    y, _ = _forward(plain(x), plain(weight), eps)
     return y
 
 
@@ -63,10 +61,15 @@ def _norm_backward(
                 target[c] = s * (g[c] * w[c] - along * source[c])
 
 
-# --- custom ops: what torch.compile and autograd see ---
+# --- what torch.compile and autograd see ---
 
 
-def _run_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _like_outputs(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
+
+
+@op("cpu_rms_norm", fake=_like_outputs)
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y, and the scale of each row."""
     width = x.shape[-1]
     count = x.numel() // width
@@ -78,38 +81,12 @@ def _run_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     return y, scale
 
 
-_forward = torch.library.custom_op("moemamba::cpu_rms_norm", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
-
-
-@torch.library.custom_op("moemamba::cpu_rms_norm_backward", mutates_args=())
-def _backward(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> list[Tensor]:
-    """Gradients of x and weight."""
+@gradient(_forward, outputs="y, scale", of="x, weight")
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> list[Tensor]:
     count, width = scale.shape[0], x.shape[-1]
     blocks = -(-count // ROWS)
-    dx, dweight = new(*x.shape), new(blocks, width)
+    dy, dx, dweight = plain(dy), new(*x.shape), new(blocks, width)
     inputs = (address(x, *x.shape), address(weight, width), address(scale, count), address(dy, *x.shape))
     places = (*inputs, address(dx, *x.shape), address(dweight, blocks, width))
     run(_norm_backward, blocks, x.numel(), count, width, *places)
     return [dx, summed(dweight)]
-
-
-@_backward.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> list[Tensor]:
-    return [torch.empty_like(x), torch.empty_like(weight)]
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], output[1])
-
-
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, scale = ctx.saved_tensors
-    return (*_backward(x, weight, scale, plain(dy)), None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kit.op import op
+
 LAUNCH = {"ROWS": 64, "COLUMNS": 128, "DEPTH": 64, "num_warps": 4}
 
 
@@ -34,7 +36,11 @@ class _Beside(torch.autograd.Function):
         return _add_product(dx, dy, weight), dy.T @ x.reshape(-1, x.shape[-1])
 
 
-@torch.library.custom_op("moemamba::add_product", mutates_args=())
+def _like_dx(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(dx, memory_format=torch.contiguous_format)
+
+
+@op("add_product", fake=_like_dx)
 def _add_product(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """dx (..., d) + dy (t, f) @ weight (f, d), rounded once."""
     dx, dy, weight = dx.contiguous(), dy.contiguous(), weight.contiguous()
@@ -44,11 +50,6 @@ def _add_product(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
         tiles = triton.cdiv(tokens, LAUNCH["ROWS"]), triton.cdiv(width, LAUNCH["COLUMNS"])
         _kernel[(tiles[0] * tiles[1],)](dx, dy, weight, out, tokens, depth, width, **LAUNCH)
     return out
-
-
-@_add_product.register_fake
-def _(dx: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty_like(dx, memory_format=torch.contiguous_format)
 
 
 @triton.jit

@@ -4,13 +4,13 @@ A handful of tokens, as in generation, goes through its experts' matrices one by
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kit.cpu import new, traced
+from ..kit.cpu import new
 from ..kit.cpu.product import linear
+from ..kit.op import gradient, op, traced
 from .reference import ACTIVATIONS, dispatch
 
 FEW = 4  # choices up to which sorting them costs more than it saves
@@ -61,7 +61,11 @@ def _one_by_one(x: Tensor, indices: Tensor, gates: Tensor | None, shape: torch.S
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("moemamba::cpu_grouped_linear", mutates_args=())
+def _like_output(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@op("cpu_grouped_linear", fake=_like_output)
 def _grouped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[1])
     sizes = _sizes(x, counts)
@@ -79,34 +83,13 @@ def _sizes(x: Tensor, counts: Tensor) -> list[int]:
     return [*sizes, x.shape[0] - sum(sizes)]
 
 
-@_grouped.register_fake
-def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
-
-
-@torch.library.custom_op("moemamba::cpu_grouped_linear_backward", mutates_args=())
-def _backward(x: Tensor, weight: Tensor, counts: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dweight = torch.empty_like(x), weight.new_empty(weight.shape, dtype=x.dtype)
+@gradient(_grouped, outputs="y", of="x, weight")
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, counts: Tensor) -> list[Tensor]:
+    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=x.dtype)
     sizes = _sizes(x, counts)
     parts = (x.split(sizes), dy.split(sizes), dx.split(sizes), weight.unbind(), dweight.unbind())
     for rows, drows, out, matrix, dmatrix in zip(*parts, strict=False):
         torch.mm(drows, matrix.to(x.dtype), out=out)
         torch.mm(drows.t(), rows, out=dmatrix)
     dx[x.shape[0] - sizes[-1] :] = 0
-    return dx, dweight.to(weight.dtype)
-
-
-@_backward.register_fake
-def _(x: Tensor, weight: Tensor, counts: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *_backward(*ctx.saved_tensors, dy), None
-
-
-_grouped.register_autograd(_differentiate, setup_context=_keep_for_backward)
+    return [dx, dweight.to(weight.dtype)]

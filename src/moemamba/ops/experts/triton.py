@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import gradients_like
+from ..kit.op import gradient, op
 from ..kit.triton import blocks, programs, wide
 from . import triton_few as triton_experts_few
 from . import triton_kernels as kernels
@@ -27,7 +29,7 @@ def expert_feedforward(
     """See `moemamba.ops.expert_feedforward`."""
     if triton_experts_few.fits(x, indices):
         return triton_experts_few.expert_feedforward(x, indices, gates, up, down, activation)
-    return _feedforward(x, indices, gates, up, down, activation)[0]  # type: ignore[no-any-return]
+    return _feedforward(x, indices, gates, up, down, activation)[0]
 
 
 def _keeps_signs(x: Tensor, activation: str) -> bool:
@@ -40,7 +42,23 @@ def _keeps_copies(x: Tensor, up: Tensor, down: Tensor) -> bool:
     return x.dtype not in (up.dtype, down.dtype)
 
 
-@torch.library.custom_op("moemamba::expert_feedforward", mutates_args=())
+def _like_outputs(
+    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
+) -> tuple[Tensor, ...]:
+    n_experts, o, f = down.shape
+    order = products.fake_order(x, indices, up, down)
+    n_rows, d, width, groups = order.pairs.shape[0], wide(x.shape[1], x), wide(f, x), up.shape[1] // f
+    rows, kept = x.new_empty(n_rows, d), x.new_empty(n_rows, groups, width)
+    signs = order.bounds.new_empty(0)
+    if _keeps_signs(x, activation):
+        signs = products.room_for_signs(kept[:, 0], products.choose_tiles(x, indices.numel(), up, down))
+    copied = _keeps_copies(x, up, down)
+    wide_up = x.new_empty((n_experts, groups, width, d) if copied else 0)
+    wide_down = x.new_empty((n_experts, o, width) if copied else 0)
+    return x.new_empty(x.shape[0], o), rows, kept, signs, wide_up, wide_down, *order
+
+
+@op("expert_feedforward", fake=_like_outputs)
 def _feedforward(
     x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -82,38 +100,43 @@ def _feedforward(
     return products.sum_choices(out, indices.shape[1]), rows, kept, signs, wide_up, wide_down, *order
 
 
-@_feedforward.register_fake
-def _(
-    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
-) -> tuple[Tensor, ...]:
-    n_experts, o, f = down.shape
-    order = products.fake_order(x, indices, up, down)
-    n_rows, d, width, groups = order.pairs.shape[0], wide(x.shape[1], x), wide(f, x), up.shape[1] // f
-    rows, kept = x.new_empty(n_rows, d), x.new_empty(n_rows, groups, width)
-    signs = order.bounds.new_empty(0)
-    if _keeps_signs(x, activation):
-        signs = products.room_for_signs(kept[:, 0], products.choose_tiles(x, indices.numel(), up, down))
-    copied = _keeps_copies(x, up, down)
-    wide_up = x.new_empty((n_experts, groups, width, d) if copied else 0)
-    wide_down = x.new_empty((n_experts, o, width) if copied else 0)
-    return x.new_empty(x.shape[0], o), rows, kept, signs, wide_up, wide_down, *order
+def _like_gradients(
+    dy: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, *_: Any
+) -> list[Tensor]:
+    return [dy.new_empty(indices.shape[0], up.shape[2]), *gradients_like(gates, up, down)]
 
 
-@torch.library.custom_op("moemamba::expert_feedforward_backward", mutates_args=())
+@gradient(
+    _feedforward,
+    outputs="y, rows, kept, signs, wide_up, wide_down, pairs, experts, bounds",
+    of="x, gates, up, down",
+    fake=_like_gradients,
+)
 def _feedforward_backward(
-    dy: Tensor, kept: list[Tensor], gates: Tensor | None, up: Tensor, down: Tensor, activation: str, widths: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dgates (empty without gates), dup, ddown. widths: t, k, d."""
-    rows, before, signs, wide_up, wide_down, *places = kept
-    order, (tokens, top_k, d) = Order(*places), widths
+    dy: Tensor,
+    indices: Tensor,
+    gates: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    rows: Tensor,
+    kept: Tensor,
+    signs: Tensor,
+    wide_up: Tensor,
+    wide_down: Tensor,
+    pairs: Tensor,
+    experts: Tensor,
+    bounds: Tensor,
+) -> list[Tensor]:
+    order, (tokens, top_k), d = Order(pairs, experts, bounds), indices.shape, up.shape[2]
     tiles = products.choose_tiles(rows, tokens * top_k, up, down)
     if not _keeps_copies(rows, up, down):
         wide_up, wide_down = products.prepare(up, down, rows.dtype)
     n_experts, _, width, _ = wide_up.shape
     by_signs = _keeps_signs(rows, activation)
     dy_rows = products.gather(dy, gates if by_signs else None, order, top_k)
-    hidden = before[:, 0] if by_signs else rows.new_empty(rows.shape[0], width)
-    dbefore = torch.empty_like(before)
+    hidden = kept[:, 0] if by_signs else rows.new_empty(rows.shape[0], width)
+    dbefore = torch.empty_like(kept)
     whole, tiles = tiles, tiles._replace(columns=tiles.columns // (1 if by_signs else 2))  # more registers
     dgates = products.partial(gates, d if by_signs else width, tiles)
     if dgates is not None and not by_signs:
@@ -122,7 +145,7 @@ def _feedforward_backward(
     kernels.last_product_backward[programs(rows, tiles)](
         blocks(dy_rows, tiles.rows, tiles.depth),
         blocks(wide_down, 1, tiles.depth, tiles.columns),
-        None if by_signs else blocks(before, tiles.rows, 1, half),
+        None if by_signs else blocks(kept, tiles.rows, 1, half),
         signs if by_signs else None,
         blocks(dbefore, tiles.rows, 1, half),
         None if by_signs else blocks(hidden, tiles.rows, half),
@@ -148,30 +171,4 @@ def _feedforward_backward(
     dup = dup[:, :, : down.shape[2], :d].reshape(up.shape)
     ddown = products.weight_gradient(dy_rows, hidden, order, down.dtype, tiles)
     ddown = ddown[:, : down.shape[1], : down.shape[2]].contiguous()
-    return products.sum_choices(dx, top_k), products.sum_partial(dgates, gates, rows), dup, ddown
-
-
-@_feedforward_backward.register_fake
-def _(
-    dy: Tensor, kept: list[Tensor], gates: Tensor | None, up: Tensor, down: Tensor, activation: str, widths: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = kept[0]
-    dgates = rows.new_empty(0) if gates is None else gates.new_empty(gates.shape)
-    return rows.new_empty(widths[0], widths[2]), dgates, up.new_empty(up.shape), down.new_empty(down.shape)
-
-
-def _keep_feedforward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, indices, gates, up, down, ctx.activation = inputs
-    ctx.widths = [*indices.shape, x.shape[1]]
-    ctx.save_for_backward(*output[1:], gates, up, down)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_feedforward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    *kept, gates, up, down = ctx.saved_tensors
-    dx, dgates, dup, ddown = _feedforward_backward(dy, kept, gates, up, down, ctx.activation, ctx.widths)
-    return dx, None, None if gates is None else dgates, dup, ddown, None
-
-
-_feedforward.register_autograd(_differentiate_feedforward, setup_context=_keep_feedforward)
+    return [products.sum_choices(dx, top_k), products.sum_partial(dgates, gates, rows), dup, ddown]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kit.triton import _ready, launch, overlap
+from ..kit.triton import launch, overlap, ready
 
 FEW = 32  # choices up to which this is used: beyond, experts chosen more than once are better read once
 WEIGHTS = 8192  # that a program holds at once
@@ -57,7 +57,7 @@ def first_kernel(
     ACTIVATION: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """C hidden features of one choice."""
-    _ready(PDL)
+    ready(PDL)
     pair = tl.program_id(1)
     feature = tl.program_id(0) * C + tl.arange(0, C)
     expert = tl.load(indices + pair).to(tl.int64)
@@ -88,7 +88,7 @@ def last_kernel(
     C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """C output features of one token, over its choices; a dropped one has no hidden features."""
-    _ready(PDL)
+    ready(PDL)
     token = tl.program_id(1)
     feature = tl.program_id(0) * C + tl.arange(0, C)
     total = tl.zeros((C,), tl.float32)

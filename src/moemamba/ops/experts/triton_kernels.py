@@ -1,4 +1,4 @@
-"""The kernels of `triton_experts.py`: products of tiles of sorted rows with their expert's matrix.
+"""The kernels of `triton.py`: products of tiles of sorted rows with their expert's matrix.
 
 Operands are read through tensor descriptors (the tensor memory accelerator on Hopper), which give zeros beyond an edge,
 so no product masks anything; float32 operands are multiplied as three products of tf32 parts. The programs of the
@@ -12,7 +12,7 @@ first product), otherwise 1.
 import triton
 import triton.language as tl
 
-from ..kit.triton import _halves
+from ..kit.triton import halves
 
 WORDS = tl.constexpr(8)  # of signs a row and column tile
 TINY = tl.constexpr(2.0**-64)
@@ -114,7 +114,7 @@ def first_product(
         for k in range(0, depth, DEPTH):
             w = weight.load([expert, 0, column, k]).reshape(COLUMNS, DEPTH)
             product = tl.dot(x.load([row, k]), w.T, product, input_precision="tf32x3")
-        left, right = _halves(product)
+        left, right = halves(product)
         if ACTIVATION == "swiglu":  # the weights' tile holds rows of the gate, then the same rows of up
             before.store([row, 0, column], left.to(before.dtype).reshape(ROWS, 1, HALF))
             before.store([row, 1, column], right.to(before.dtype).reshape(ROWS, 1, HALF))
@@ -175,7 +175,7 @@ def last_product(
             expert < n_experts, product, 0.0
         )  # the rows of dropped pairs hold anything, x and inputs too
         pairs = tl.load(order + row + tl.arange(0, ROWS))
-        left, right = _halves(product)
+        left, right = halves(product)
         gate = _gates(gates, pairs)
         if dgates is not None:
             share = tl.sum(left * inputs.load([row, column]), 1)
@@ -235,7 +235,7 @@ def last_product_backward(
         for k in range(0, depth, DEPTH):
             w = weight.load([expert, k, column]).reshape(DEPTH, COLUMNS)
             product = tl.dot(dy.load([row, k]), w, product, input_precision="tf32x3")
-        left, right = _halves(product)
+        left, right = halves(product)
         if signs is not None:
             left = tl.where(_unpack(words, 0, HALF), left, 0.0)
             right = tl.where(_unpack(words, HALF // WORDS, HALF), right, 0.0)

@@ -1,4 +1,4 @@
-"""What the products of `triton_experts.py` and `triton_experts_linear.py` share: tiles, launches, and the rows' way."""
+"""What the products of `triton.py` and `triton_linear.py` share: tiles, launches, and the rows' way."""
 
 from typing import Any
 

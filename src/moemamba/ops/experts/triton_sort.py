@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kit.op import op
+
 BLOCK = 64  # pairs that one program ranks against each other
 
 
@@ -46,10 +48,10 @@ def sort_by_expert(indices: Tensor, n_experts: int, tile: int) -> Order:
 
 def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
     """See `moemamba.ops.places_in_queues`."""
-    return _places(queues, n_queues)  # type: ignore[no-any-return]
+    return _places(queues, n_queues)
 
 
-@torch.library.custom_op("moemamba::places_in_queues", mutates_args=())
+@op("places_in_queues", fake=lambda queues, n_queues: queues.new_empty(queues.shape))
 def _places(queues: Tensor, n_queues: int) -> Tensor:
     n_pairs = queues.shape[0]
     blocks = max(1, triton.cdiv(n_pairs, BLOCK))
@@ -59,11 +61,6 @@ def _places(queues: Tensor, n_queues: int) -> Tensor:
     place = torch.empty_like(queues)
     _place[(blocks,)](queues, counts, counts.cumsum(0, dtype=torch.int32), None, place, n_pairs, blocks, BLOCK=BLOCK)
     return place
-
-
-@_places.register_fake
-def _(queues: Tensor, n_queues: int) -> Tensor:
-    return queues.new_empty(queues.shape)
 
 
 @triton.jit

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, address, exp2, floats, kernel, new, run, traced, wants_grad
-from .gradients import keep_gradients, scale_gradients
+from ..kit.cpu import LOG2E, address, exp2, floats, kernel, new, run
+from ..kit.op import op, wants_grad
+from .gradients import scales_gradients
 
 LOGITS = 1 << 20  # that exist at once, about: 4 MB
 
@@ -18,8 +19,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """See `moemamba.ops.linear_cross_entropy`."""
-    op = _forward if traced(hidden, weight) else _run_forward
-    total, _, _ = op(hidden, weight, targets, ignore_index, wants_grad(hidden, weight))
+    total, _, _ = _forward(hidden, weight, targets, ignore_index, wants_grad(hidden, weight))
     return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
 
@@ -46,14 +46,24 @@ def _softmax(first: int, last: int, v: int, logits: int, counts: int, log_sum: i
                 x[c] *= share
 
 
-# --- custom ops: what torch.compile and autograd see ---
+# --- what torch.compile and autograd see ---
 
 
-def _run_forward(
+def _outputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, d = hidden.shape if gradients else (0, 0)
+    v = weight.shape[0] if gradients else 0
+    new = hidden.new_empty
+    return new((), dtype=torch.float32), new(rows, d), new(v, d, dtype=torch.float32)
+
+
+@op("cpu_linear_cross_entropy", fake=_outputs)
+def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss () float32 and, if wanted, its gradients: dhidden (t, d), and dweight (v, d) float32."""
-    v, (total, dhidden, dweight) = weight.shape[0], _outputs(hidden, weight, gradients)
+    v, (total, dhidden, dweight) = weight.shape[0], _outputs(hidden, weight, targets, ignore_index, gradients)
     total.zero_()
     dweight.zero_()
     matrix = weight.to(hidden.dtype)
@@ -75,21 +85,4 @@ def _run_forward(
     return total, dhidden, dweight
 
 
-def _outputs(hidden: Tensor, weight: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    rows, d = hidden.shape if gradients else (0, 0)
-    v = weight.shape[0] if gradients else 0
-    new = hidden.new_empty
-    return new((), dtype=torch.float32), new(rows, d), new(v, d, dtype=torch.float32)
-
-
-_forward = torch.library.custom_op("moemamba::cpu_linear_cross_entropy", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(hidden, weight, gradients)
-
-
-_forward.register_autograd(scale_gradients, setup_context=keep_gradients)
+scales_gradients(_forward)

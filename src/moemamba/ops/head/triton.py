@@ -11,10 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..kit.op import op, wants_grad
 from ..kit.triton import Tiles, aligned, blocks, multiprocessors
 from ..kit.triton import wide as whole_blocks
 from . import triton_kernels as kernels
-from .gradients import keep_gradients, scale_gradients
+from .gradients import scales_gradients
 
 RECOMPUTED = 128  # d_model up to which logits are computed anew
 MANY_WORDS = 6_000  # from here on the vocabulary keeps a GPU busy with what is computed anew, a block of it a program
@@ -37,11 +38,8 @@ RECOMPUTED_SCORES = {  # "rows" of what a program keeps, "columns" of what it wa
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """See `moemamba.ops.linear_cross_entropy`."""
-    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, _, _ = _cross_entropy(hidden, weight, targets, ignore_index, gradients)
-    if reduction == "mean":
-        return total / (targets != ignore_index).sum()  # type: ignore[no-any-return]
-    return total  # type: ignore[no-any-return]
+    total, _, _ = _cross_entropy(hidden, weight, targets, ignore_index, wants_grad(hidden, weight))
+    return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
 
 def choose_tiles(x: Tensor) -> str:
@@ -52,7 +50,14 @@ def choose_tiles(x: Tensor) -> str:
     return "hopper" if shared >= 228 << 10 else "ampere"
 
 
-@torch.library.custom_op("moemamba::linear_cross_entropy", mutates_args=())
+def _like_outputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dhidden, dweight = _empty_gradients(hidden, weight.shape[0], gradients)
+    return hidden.new_empty((), dtype=torch.float32), dhidden, dweight
+
+
+@op("linear_cross_entropy", fake=_like_outputs)
 def _cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,14 +78,6 @@ def _cross_entropy(
     if gradients:
         dhidden, dweight = dhidden[:, :d].to(hidden.dtype).contiguous(), dweight[:v, :d].contiguous()
     return losses.sum(), dhidden, dweight
-
-
-@_cross_entropy.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dhidden, dweight = _empty_gradients(hidden, weight.shape[0], gradients)
-    return hidden.new_empty((), dtype=torch.float32), dhidden, dweight
 
 
 def _empty_gradients(hidden: Tensor, v: int, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -193,4 +190,4 @@ def _widen(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return wide
 
 
-_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)
+scales_gradients(_cross_entropy)

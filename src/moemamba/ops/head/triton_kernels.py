@@ -10,7 +10,7 @@ Logarithms and exponents are to base 2. Letters besides the usual: rows, the tok
 import triton
 import triton.language as tl
 
-from ..kit.triton import _halves
+from ..kit.triton import halves
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def score(
             product = tl.dot(hidden.load([row, k]), weight.load([column, k]).T, product, input_precision="tf32x3")
         place = row + tl.arange(0, ROWS)
         given = tl.load(reference + place, mask=place < rows, other=float("inf"))
-        left, right = _halves(product)
+        left, right = halves(product)
         total = _powers(left, scores, given, row, column, v)
         total += _powers(right, scores, given, row, column + COLUMNS // 2, v)
         tl.store(sums + (tile // down).to(tl.int64) * rows + place, total, mask=place < rows)

@@ -13,10 +13,12 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...host.files import cache_folder, keep_recent, replace, used
 
 KEPT = 256  # compiled kernels in the cache, a few for each kind of GPU and version of the sources
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what `elements.cu` calls them
 SHARED_MEMORY_OPT_IN = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -38,6 +40,23 @@ def _why_not() -> str | None:
     except OSError as error:
         return f"the cuda backend needs NVRTC and the CUDA driver: {error}"
     return None
+
+
+def source(*files: Path) -> str:
+    """The text of kernels, after what all of them share."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in (Path(__file__).with_name("elements.cu"), *files))
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """Multiprocessors of a GPU."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """The same tensor as contiguous float32, if there is one."""
+    return None if tensor is None else tensor.float().contiguous()
 
 
 class _Attribute(ctypes.Structure):

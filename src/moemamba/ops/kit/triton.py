@@ -29,20 +29,20 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _wide(index):
+def wide_index(index):
     """An index as 64 bits, since offsets into large tensors do not fit 32."""
     return tl.full((), 0, tl.int64) + index
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     """1 / (1 + e^-x); rsqrt is one instruction, a division eight."""
     root = tl.rsqrt(1.0 + tl.exp2(-LOG2E * x))
     return root * root
 
 
 @triton.jit
-def _ready(PDL: tl.constexpr):
+def ready(PDL: tl.constexpr):
     """Wait for the kernel before; then the next may begin with what needs nothing of this one."""
     if PDL:
         gdc_wait()
@@ -50,14 +50,14 @@ def _ready(PDL: tl.constexpr):
 
 
 @triton.jit
-def _matrix(pointer, row, rows, column, columns):
+def matrix(pointer, row, rows, column, columns):
     """A tile of a (rows, columns) matrix; zeros outside."""
     where = pointer + row[:, None].to(tl.int64) * columns + column[None, :]
     return tl.load(where, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
 
 
 @triton.jit
-def _vector(pointer, place, size):
+def vector(pointer, place, size):
     return tl.load(pointer + place, mask=place < size, other=0.0).to(tl.float32)
 
 
@@ -117,6 +117,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _halves(x):
+def halves(x):
     """Left and right half of the columns."""
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()

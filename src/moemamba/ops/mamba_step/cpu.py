@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new, plain, sigmoid, softplus, summing, traced
+from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new, plain, sigmoid, softplus, summing
 from ..kit.cpu.product import FEW, product
+from ..kit.op import traced
 from . import reference
 
 LANES = 16  # states that are taken at once: as many as a vector register holds, and as many as most models have

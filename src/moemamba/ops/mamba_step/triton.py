@@ -1,4 +1,4 @@
-"""One decoded token on a GPU: how the kernels of `triton_step_kernels.py` are cut and launched.
+"""One decoded token on a GPU: how the kernels of `triton_kernels.py` are cut and launched.
 
 The host's choices depend on shapes alone, so that a CUDA graph can hold a step. No gradients: decoding has none.
 """

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import triton
 
 WIDEST = 8192  # d_inner that these kernels are cut for; wider layers fill the GPU with ordinary products
-MANY = 16  # rows from which a layer's projections are products of the library (`triton_step_many.py`)
+MANY = 16  # rows from which a layer's projections are products of the library (`triton_many.py`)
 
 
 class Cut(NamedTuple):

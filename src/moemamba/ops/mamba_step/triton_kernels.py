@@ -2,7 +2,7 @@
 """Triton kernels of one decoded token: three a Mamba layer, two for the most likely word.
 
 A token is a chain of short kernels, each of which waits for the one before, so what counts is how few there are and how
-little of each is waiting. Weights are asked for before `_ready`, while the kernel before still runs (programmatic
+little of each is waiting. Weights are asked for before `ready`, while the kernel before still runs (programmatic
 dependent launch, PDL); activations and states only after it. A kernel lets the next one begin once it has itself
 waited, so that no two kernels that are not neighbours ever run at the same time.
 
@@ -13,7 +13,7 @@ tensor cores. DEPTH times CHUNKS covers a sum's length.
 import triton
 import triton.language as tl
 
-from ..kit.triton import _matrix, _ready, _vector
+from ..kit.triton import matrix, ready, vector
 
 
 @triton.jit
@@ -34,9 +34,9 @@ def _moments(x, rows, batch, d, eps, NORM: tl.constexpr, DEPTH: tl.constexpr, CH
     square = tl.zeros((rows.shape[0],), tl.float32)
     if NORM == 2:
         for c in tl.static_range(CHUNKS):
-            mean += tl.sum(_matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32), 1) / d
+            mean += tl.sum(matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32), 1) / d
     for c in tl.static_range(CHUNKS):
-        v = _matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32) - mean[:, None]
+        v = matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32) - mean[:, None]
         v = tl.where((c * DEPTH + column < d)[None, :], v, 0.0)
         square += tl.sum(v * v, 1) / d
     return mean, tl.rsqrt(square + eps)
@@ -55,43 +55,43 @@ def enter_kernel(
     channel = tile * C + tl.arange(0, C)
     column, p = tl.arange(0, DEPTH), tl.arange(0, P)
     gate = in_proj + (tl.full((), 0, tl.int64) + width) * d  # in_proj's second half
-    wu = _matrix(in_proj, channel, width, column, d)
-    wz = _matrix(gate, channel, width, column, d)
-    wp = _matrix(x_proj, p, chosen, channel, width)
+    wu = matrix(in_proj, channel, width, column, d)
+    wz = matrix(gate, channel, width, column, d)
+    wp = matrix(x_proj, p, chosen, channel, width)
     total = tl.zeros((ROWS, C), tl.float32)
     if conv_bias is not None:
-        total += _vector(conv_bias, channel, width)[None, :]
+        total += vector(conv_bias, channel, width)[None, :]
     if NORM:
-        scale = _vector(norm_weight, column, d)
+        scale = vector(norm_weight, column, d)
         shift = tl.zeros((DEPTH,), tl.float32)
         if NORM == 2:
-            shift = _vector(norm_bias, column, d)
-    _ready(PDL)
+            shift = vector(norm_bias, column, d)
+    ready(PDL)
     if NORM:
         mean, inverse = _moments(x, rows, batch, d, eps, NORM, DEPTH, CHUNKS)
     u = tl.zeros((ROWS, C), tl.float32)
     z = tl.zeros((ROWS, C), tl.float32)
     for c in tl.static_range(CHUNKS):
-        h = _matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32)
+        h = matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32)
         if NORM:
             h = (h - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
             h = h.to(x.dtype.element_ty).to(tl.float32)
         u += _product(h, wu, DOT)
         z += _product(h, wz, DOT)
         if c + 1 < CHUNKS:
-            wu = _matrix(in_proj, channel, width, (c + 1) * DEPTH + column, d)
-            wz = _matrix(gate, channel, width, (c + 1) * DEPTH + column, d)
+            wu = matrix(in_proj, channel, width, (c + 1) * DEPTH + column, d)
+            wz = matrix(gate, channel, width, (c + 1) * DEPTH + column, d)
             if NORM:
-                scale = _vector(norm_weight, (c + 1) * DEPTH + column, d)
+                scale = vector(norm_weight, (c + 1) * DEPTH + column, d)
                 if NORM == 2:
-                    shift = _vector(norm_bias, (c + 1) * DEPTH + column, d)
+                    shift = vector(norm_bias, (c + 1) * DEPTH + column, d)
     inside = (rows < batch)[:, None] & (channel < width)[None, :]
     place = rows[:, None].to(tl.int64) * width + channel[None, :]
     u = u.to(x.dtype.element_ty).to(tl.float32)  # as the convolution's state holds it
-    total += u * _vector(conv_weight + TAPS - 1, channel * TAPS, width * TAPS - TAPS + 1)[None, :]
+    total += u * vector(conv_weight + TAPS - 1, channel * TAPS, width * TAPS - TAPS + 1)[None, :]
     for k in tl.static_range(TAPS - 1):
         old = tl.load(conv_before + place * (TAPS - 1) + k, mask=inside, other=0.0).to(tl.float32)
-        total += old * _vector(conv_weight + k, channel * TAPS, width * TAPS - TAPS + 1)[None, :]
+        total += old * vector(conv_weight + k, channel * TAPS, width * TAPS - TAPS + 1)[None, :]
         if k > 0:
             tl.store(conv_after + place * (TAPS - 1) + k - 1, old, mask=inside)
     if TAPS > 1:
@@ -114,11 +114,11 @@ def scan_kernel(
     channel = tl.program_id(0) * C + tl.arange(0, C)
     inside = channel < width
     t, k, n = tl.arange(0, T), tl.arange(0, R), tl.arange(0, N)
-    w = _matrix(dt_proj, channel, width, k, r).to(tl.float32)
-    A = -tl.exp(_matrix(A_log, channel, width, n, n_state).to(tl.float32))
-    D, bias = _vector(skip, channel, width), _vector(dt_bias, channel, width)
+    w = matrix(dt_proj, channel, width, k, r).to(tl.float32)
+    A = -tl.exp(matrix(A_log, channel, width, n, n_state).to(tl.float32))
+    D, bias = vector(skip, channel, width), vector(dt_bias, channel, width)
     states = inside[:, None] & (n < n_state)[None, :]
-    _ready(PDL)
+    ready(PDL)
     first = tl.program_id(1) * ROWS
     for row in range(first, tl.minimum(first + ROWS, batch)):
         base = parts + (t[:, None] * batch + row).to(tl.int64) * P
@@ -148,17 +148,17 @@ def leave_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(0) * C + tl.arange(0, C)
     column = tl.arange(0, DEPTH)
-    w = _matrix(weight, feature, d, column, width)
-    _ready(PDL)
+    w = matrix(weight, feature, d, column, width)
+    ready(PDL)
     inside = (rows < batch)[:, None] & (feature < d)[None, :]
     place = rows[:, None].to(tl.int64) * d + feature[None, :]
     total = tl.zeros((ROWS, C), tl.float32)
     if residual is not None:
         total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     for c in tl.static_range(CHUNKS):
-        total += _product(_matrix(y, rows, batch, c * DEPTH + column, width).to(tl.float32), w, DOT)
+        total += _product(matrix(y, rows, batch, c * DEPTH + column, width).to(tl.float32), w, DOT)
         if c + 1 < CHUNKS:
-            w = _matrix(weight, feature, d, (c + 1) * DEPTH + column, width)
+            w = matrix(weight, feature, d, (c + 1) * DEPTH + column, width)
     tl.store(out + place, total, mask=inside)
 
 
@@ -173,18 +173,18 @@ def best_kernel(
     column = tl.arange(0, DEPTH)
     total = tl.zeros((ROWS, C), tl.float32)
     if DOT:
-        _ready(PDL)
+        ready(PDL)
         for start in range(0, d, DEPTH):
-            a = _matrix(x, rows, batch, start + column, d)
-            b = _matrix(weight, word, words, start + column, d)
+            a = matrix(x, rows, batch, start + column, d)
+            b = matrix(weight, word, words, start + column, d)
             total = tl.dot(a, tl.trans(b), total, input_precision="tf32x3")
     else:
-        w = _matrix(weight, word, words, column, d)
-        _ready(PDL)
+        w = matrix(weight, word, words, column, d)
+        ready(PDL)
         for c in tl.static_range(CHUNKS):
-            total += _product(_matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32), w, DOT)
+            total += _product(matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32), w, DOT)
             if c + 1 < CHUNKS:
-                w = _matrix(weight, word, words, (c + 1) * DEPTH + column, d)
+                w = matrix(weight, word, words, (c + 1) * DEPTH + column, d)
     logits = total.to(x.dtype.element_ty).to(tl.float32)
     logits = tl.where((word < words)[None, :], logits, float("-inf"))
     top = tl.max(logits, 1)
@@ -199,7 +199,7 @@ def choose_kernel(best, index, token, tiles, batch, T: tl.constexpr, PDL: tl.con
     """The best of all tiles; the first of those that are equal."""
     row = tl.program_id(0)
     t = tl.arange(0, T)
-    _ready(PDL)
+    ready(PDL)
     top = tl.load(best + t.to(tl.int64) * batch + row, mask=t < tiles, other=float("-inf"))
     first = tl.load(index + t.to(tl.int64) * batch + row, mask=t < tiles, other=2147483647)
     chosen = tl.min(tl.where(top == tl.max(top, 0), first, 2147483647), 0)

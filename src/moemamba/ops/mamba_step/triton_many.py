@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kit.triton import _matrix, _ready, _vector, launch, overlap
+from ..kit.triton import launch, matrix, overlap, ready, vector
 from . import triton_cuts as cuts
 from .triton_kernels import _moments, _product
 
@@ -88,19 +88,19 @@ def norm_kernel(
     """The norm of a row; and a copy of the row, to which out_proj's product is added."""
     rows = tl.program_id(0) + tl.arange(0, 1)
     column = tl.arange(0, DEPTH)
-    scale = _vector(weight, column, d)
+    scale = vector(weight, column, d)
     shift = tl.zeros((DEPTH,), tl.float32)
     if NORM == 2:
-        shift = _vector(bias, column, d)
-    _ready(PDL)
+        shift = vector(bias, column, d)
+    ready(PDL)
     mean, inverse = _moments(x, rows, batch, d, eps, NORM, DEPTH, CHUNKS)
     for c in tl.static_range(CHUNKS):
         column = c * DEPTH + tl.arange(0, DEPTH)
         if c > 0:
-            scale = _vector(weight, column, d)
+            scale = vector(weight, column, d)
             if NORM == 2:
-                shift = _vector(bias, column, d)
-        v = _matrix(x, rows, batch, column, d)
+                shift = vector(bias, column, d)
+        v = matrix(x, rows, batch, column, d)
         place = rows[:, None].to(tl.int64) * d + column[None, :]
         inside = (rows < batch)[:, None] & (column < d)[None, :]
         tl.store(copy + place, v, mask=inside)
@@ -118,13 +118,13 @@ def convolve_kernel(
     inside, place = channel < width, row * width + channel
     total = tl.zeros((C,), tl.float32)
     if bias is not None:
-        total += _vector(bias, channel, width)
-    _ready(PDL)
+        total += vector(bias, channel, width)
+    ready(PDL)
     u = tl.load(uz + row * 2 * width + channel, mask=inside, other=0.0)
-    total += u.to(tl.float32) * _vector(weight + TAPS - 1, channel * TAPS, width * TAPS - TAPS + 1)
+    total += u.to(tl.float32) * vector(weight + TAPS - 1, channel * TAPS, width * TAPS - TAPS + 1)
     for k in tl.static_range(TAPS - 1):
         old = tl.load(before + place * (TAPS - 1) + k, mask=inside, other=0.0)
-        total += old.to(tl.float32) * _vector(weight + k, channel * TAPS, width * TAPS - TAPS + 1)
+        total += old.to(tl.float32) * vector(weight + k, channel * TAPS, width * TAPS - TAPS + 1)
         if k > 0:
             tl.store(after + place * (TAPS - 1) + k - 1, old, mask=inside)
     if TAPS > 1:
@@ -141,13 +141,13 @@ def share_kernel(
     share = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     p, channel = tl.arange(0, P), share * CHUNKS * C + tl.arange(0, C)
-    w = _matrix(x_proj, p, chosen, channel, width)
+    w = matrix(x_proj, p, chosen, channel, width)
     sums = tl.zeros((ROWS, P), tl.float32)
-    _ready(PDL)
+    ready(PDL)
     for c in tl.static_range(CHUNKS):
-        sums += _product(_matrix(u, rows, batch, channel + c * C, width), w, True)
+        sums += _product(matrix(u, rows, batch, channel + c * C, width), w, True)
         if c + 1 < CHUNKS:
-            w = _matrix(x_proj, p, chosen, channel + (c + 1) * C, width)
+            w = matrix(x_proj, p, chosen, channel + (c + 1) * C, width)
     where = parts + (share * batch + rows[:, None]).to(tl.int64) * P + p[None, :]
     tl.store(where, sums, mask=(rows < batch)[:, None] & (p < P)[None, :])
 
@@ -173,9 +173,9 @@ def widen_kernel(
     """dt = softplus(dt_proj x_proj's first rows), C channels; the first programs also write B and C, the rest of it."""
     channel = tl.program_id(0) * C + tl.arange(0, C)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    w = _matrix(dt_proj, channel, width, tl.arange(0, R), r)
-    bias = _vector(dt_bias, channel, width)
-    _ready(PDL)
+    w = matrix(dt_proj, channel, width, tl.arange(0, R), r)
+    bias = vector(dt_bias, channel, width)
+    ready(PDL)
     step = _product(_summed(parts, 0, rows, batch, r, shares, P, T, R), w, True) + bias[None, :]
     step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
     place = rows[:, None].to(tl.int64) * width + channel[None, :]
@@ -202,13 +202,13 @@ def recur_kernel(
     states = inside[:, :, None] & (n < n_state)[None, None, :]
     # Asked for early too: all kernels before `widen_kernel`, the one that this one overlaps, have ended.
     h = tl.load(before + cell, mask=states, other=0.0).to(tl.float32)
-    A = -tl.exp(_matrix(A_log, channel, width, n, n_state).to(tl.float32))
-    D = _vector(skip, channel, width)
-    _ready(PDL)
+    A = -tl.exp(matrix(A_log, channel, width, n, n_state).to(tl.float32))
+    D = vector(skip, channel, width)
+    ready(PDL)
     step = tl.load(dt + place, mask=inside, other=0.0)
     x = tl.load(u + place, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(uz + place + rows[:, None].to(tl.int64) * width + width, mask=inside, other=0.0).to(tl.float32)
-    B = _matrix(bc, rows, batch, n, 2 * n_state)
+    B = matrix(bc, rows, batch, n, 2 * n_state)
     Cs = tl.load(
         bc + rows[:, None].to(tl.int64) * 2 * n_state + n_state + n[None, :],
         mask=(rows < batch)[:, None] & (n < n_state)[None, :], other=0.0,

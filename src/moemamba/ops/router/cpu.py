@@ -6,7 +6,8 @@ For a single token the many small operations that this takes the place of cost m
 import numpy as np
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new, traced
+from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new
+from ..kit.op import traced
 from . import reference
 
 _ZERO, _ONE = np.float32(0), np.float32(1)

@@ -3,13 +3,12 @@
 Totals are sums of one program each, added up by a second kernel: no atomics, so that they are the same in every run.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kit.op import gradient, op
 from .triton_few import product, product_backward
 
 ELEMENTS = 4096  # of the logits that a program holds at once
@@ -27,7 +26,16 @@ def route_with_totals(
     return indices, gates, others[:, 1:], probabilities, z.squeeze(1), others[:, 0]
 
 
-@torch.library.custom_op("moemamba::route_with_totals", mutates_args=())
+def _like_outputs(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, valid: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, e = x.shape[0], weight.shape[0]
+    logits = x.new_empty(tokens, e, dtype=torch.float32)
+    indices = x.new_empty(tokens, top_k, dtype=torch.int64)
+    return indices, logits.new_empty(tokens, top_k), logits.new_empty(groups, 2 * e + 2), logits
+
+
+@op("route_with_totals", fake=_like_outputs)
 def _route(
     x: Tensor, weight: Tensor, bias: Tensor, top_k: int, valid: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,17 +54,7 @@ def _route(
     return indices, gates, parts.sum(1), logits
 
 
-@_route.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, valid: Tensor | None, groups: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, e = x.shape[0], weight.shape[0]
-    logits = x.new_empty(tokens, e, dtype=torch.float32)
-    indices = x.new_empty(tokens, top_k, dtype=torch.int64)
-    return indices, logits.new_empty(tokens, top_k), logits.new_empty(groups, 2 * e + 2), logits
-
-
-@torch.library.custom_op("moemamba::route_with_totals_backward", mutates_args=())
+@gradient(_route, outputs="indices, gates, totals, logits", of="x, weight")
 def _route_backward(
     dgates: Tensor | None,
     dtotals: Tensor | None,
@@ -65,8 +63,7 @@ def _route_backward(
     logits: Tensor,
     indices: Tensor,
     valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """dx and dweight."""
+) -> list[Tensor]:
     tokens, n_experts = logits.shape
     groups = 1 if dtotals is None else dtotals.shape[0]
     dlogits = torch.empty_like(logits, dtype=x.dtype)
@@ -88,37 +85,6 @@ def _route_backward(
             **tile,
         )
     return product_backward(dlogits, x, weight)
-
-
-@_route_backward.register_fake
-def _(
-    dgates: Tensor | None,
-    dtotals: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    indices: Tensor,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), weight.new_empty(weight.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, valid, _ = inputs
-    indices, _, _, logits = output
-    ctx.save_for_backward(x, weight, logits, indices, valid)
-    ctx.mark_non_differentiable(indices, logits)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(
-    ctx: Any, _: None, dgates: Tensor | None, dtotals: Tensor | None, __: None
-) -> tuple[Tensor | None, ...]:
-    dx, dweight = _route_backward(dgates, dtotals, *ctx.saved_tensors)
-    return dx, dweight, None, None, None, None
-
-
-_route.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _cut(size: int, groups: int, n_experts: int) -> tuple[dict[str, int], tuple[int, int]]:

@@ -1,13 +1,12 @@
 """A router on the GPU: its product, float32 from tokens of any dtype, never copied; or all that decoding needs."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kit.triton import _matrix, _ready, _vector, launch, overlap
+from ..kit.op import gradient, op
+from ..kit.triton import launch, matrix, overlap, ready, vector
 
 ROWS, COLUMNS = 128, 32  # of a program's tile
 ROUTED = 16384  # weights that a program of `route` holds at once
@@ -15,7 +14,7 @@ ROUTED = 16384  # weights that a program of `route` holds at once
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """See `moemamba.ops.linear_float32`."""
-    return _linear(x, weight)  # type: ignore[no-any-return]
+    return _linear(x, weight)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -34,45 +33,28 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def product_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def product_backward(dy: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
     """dx and dweight, each in its tensor's dtype, of dy in x's: products in that, accumulated in float32."""
     dx = torch.mm(dy, weight.to(x.dtype), out=torch.empty_like(x, memory_format=torch.contiguous_format))
     if x.is_cuda and x.dtype != torch.float32:
         dweight = torch.mm(dy.T, x, out_dtype=torch.float32)
     else:  # only CUDA has products of another dtype than their operands'
         dweight = dy.T.float() @ x.float()
-    return dx, dweight.to(weight.dtype)
+    return [dx, dweight.to(weight.dtype)]
 
 
-@torch.library.custom_op("moemamba::linear_float32", mutates_args=())
+def _like_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@op("linear_float32", fake=_like_product)
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return product(x, weight)
 
 
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("moemamba::linear_float32_backward", mutates_args=())
-def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+@gradient(_linear, outputs="y", of="x, weight")
+def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
     return product_backward(dy.to(x.dtype), x, weight)
-
-
-@_linear_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), weight.new_empty(weight.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return _linear_backward(dy, *ctx.saved_tensors)  # type: ignore[no-any-return]
-
-
-_linear.register_autograd(_differentiate, setup_context=_keep)
 
 
 @triton.jit
@@ -129,13 +111,13 @@ def _route(
     token = tl.program_id(0).to(tl.int64)
     expert, column = tl.arange(0, E), tl.arange(0, DEPTH)
     logits = tl.zeros((E,), tl.float32)
-    w = _matrix(weight, expert, n_experts, column, d)
-    _ready(PDL)
+    w = matrix(weight, expert, n_experts, column, d)
+    ready(PDL)
     for c in tl.static_range(CHUNKS):
-        v = _vector(x + token * d, c * DEPTH + column, d)
+        v = vector(x + token * d, c * DEPTH + column, d)
         logits += tl.sum(w.to(tl.float32) * v[None, :], 1)
         if c + 1 < CHUNKS:
-            w = _matrix(weight, expert, n_experts, (c + 1) * DEPTH + column, d)
+            w = matrix(weight, expert, n_experts, (c + 1) * DEPTH + column, d)
     logits = tl.where(expert < n_experts, logits, float("-inf"))
     likely = tl.exp(logits - tl.max(logits, 0))
     likely = likely / tl.sum(likely, 0)

@@ -4,12 +4,11 @@ The backward pass starts from states that the forward pass kept every `CHUNK` po
 dB and dC are summed over a tile's channels in the kernel and over tiles afterwards, in the tiles' order.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..kit.cpu import address, cast, new, plain, readable, rows, run, summed, traced, wants_grad
+from ..kit.cpu import address, cast, new, plain, readable, rows, run, summed
+from ..kit.op import gradient, op, wants_grad, where_given
 from ..packing import position_marks
 from .cpu_kernels import CHUNK, kernels, lanes
 
@@ -33,15 +32,26 @@ def selective_scan(
     A, D, dt_bias, initial_state = plain(A), plain(D), plain(dt_bias), plain(initial_state)
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     marks = None if seq_idx is None else position_marks(seq_idx)
-    op = _forward if traced(*tensors) else _run_forward
-    y, final_state, _ = op(*tensors, dt_softplus, marks, wants_grad(*tensors))
+    y, final_state, _ = _forward(*tensors, dt_softplus, marks, wants_grad(*tensors))
     return cast(y, dtype), final_state
 
 
-# --- custom ops: what torch.compile and autograd see ---
+# --- what torch.compile and autograd see ---
 
 
-def _run_forward(
+def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = u.shape
+    tile = lanes(width)
+    kept = (batch, -(-width // tile), -(-length // CHUNK), A.shape[1], tile) if keep else (0,)
+    return (
+        u.new_empty(u.shape),
+        u.new_empty((batch, width, A.shape[1]), dtype=torch.float32),
+        u.new_empty(kept, dtype=torch.float32),
+    )
+
+
+@op("cpu_selective_scan", fake=lambda u, dt, A, *rest: _outputs(u, A, rest[-1]))
+def _forward(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -73,27 +83,10 @@ def _run_forward(
     return y, final_state, kept
 
 
-def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = u.shape
-    tile = lanes(width)
-    kept = (batch, -(-width // tile), -(-length // CHUNK), A.shape[1], tile) if keep else (0,)
-    return (
-        u.new_empty(u.shape),
-        u.new_empty((batch, width, A.shape[1]), dtype=torch.float32),
-        u.new_empty(kept, dtype=torch.float32),
-    )
-
-
-_forward = torch.library.custom_op("moemamba::cpu_selective_scan", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(u, A, rest[-1])
-
-
-@torch.library.custom_op("moemamba::cpu_selective_scan_backward", mutates_args=())
+@gradient(_forward, outputs="y, final_state, kept", of="u, dt, A, B, C, D, z, dt_bias, initial_state")
 def _backward(
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -102,13 +95,13 @@ def _backward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    initial_state: Tensor | None,
     dt_softplus: bool,
     marks: Tensor | None,
     kept: Tensor,
-    dy: Tensor,
-    dfinal_state: Tensor,
 ) -> list[Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state; those of absent arguments mean nothing."""
+    dy = torch.zeros_like(u) if dy is None else readable(dy)
+    dfinal_state = plain(dfinal_state)
     (batch, length, width), n, tiles = u.shape, A.shape[1], kept.shape[1]
     du, ddt = new(*u.shape, dtype=u.dtype), new(*u.shape, dtype=dt.dtype)
     dz = None if z is None else new(*u.shape, dtype=z.dtype)
@@ -136,44 +129,5 @@ def _backward(
         *[address(t, batch, width) for t in (dD, dbias)],
         address(dstate, batch, width, n),
     )
-    sums = [summed(dA), summed(dB).to(B.dtype), summed(dC).to(C.dtype), summed(dD)]
-    return [du, ddt, *sums, du.new_empty(0) if dz is None else dz, summed(dbias), dstate]
-
-
-@_backward.register_fake
-def _(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    batch, _, width = u.shape
-    dvector = A.new_empty(width)
-    return [
-        *[torch.empty_like(t, memory_format=torch.contiguous_format) for t in (u, dt, A, B, C)],
-        dvector,
-        u.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format),
-        torch.empty_like(dvector),
-        A.new_empty(batch, width, A.shape[1]),
-    ]
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, initial_state, ctx.dt_softplus, marks, _ = inputs
-    ctx.has_initial_state = initial_state is not None
-    ctx.save_for_backward(*tensors, marks, output[2])
-
-
-def _differentiate(ctx: Any, dy: Tensor, dfinal_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, marks, kept = ctx.saved_tensors
-    inputs = (*tensors, ctx.dt_softplus, marks, kept, readable(dy), plain(dfinal_state))
-    *gradients, dstate = _backward(*inputs)
-    absent = [None if t is None else g for t, g in zip(tensors, gradients, strict=True)]
-    return (*absent, dstate if ctx.has_initial_state else None, None, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
+    sums = (summed(dA), summed(dB).to(B.dtype), summed(dC).to(C.dtype), summed(dD))
+    return where_given((u, dt, A, B, C, D, z, dt_bias, initial_state), du, ddt, *sums, dz, summed(dbias), dstate)

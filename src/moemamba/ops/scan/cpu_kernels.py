@@ -1,4 +1,4 @@
-"""The two kernels of `cpu_scan.py`. A task is a tile of channels of one row, walked through in chunks of time.
+"""The two kernels of `cpu.py`. A task is a tile of channels of one row, walked through in chunks of time.
 
 A chunk's inputs are fetched together, since a single position's work is too short to hide the memory behind, into
 (CHUNK, lanes) blocks; its states stay in the first cache. Lanes beyond a last tile's channels hold zeros or whatever

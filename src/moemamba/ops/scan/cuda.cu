@@ -1,4 +1,4 @@
-// The selective scan and its gradients for NVIDIA GPUs (sm_80 and later), compiled as one with cuda_elements.cu, which comes first.
+// The selective scan and its gradients for NVIDIA GPUs (sm_80 and later), compiled as one with kit/elements.cu, which comes first.
 //
 //     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t        y_t = (C_t h_t + D u_t) silu(z_t)
 //
@@ -21,7 +21,7 @@ constexpr bool PAIRED = ABREAST > 1;
 constexpr int PLAIN = 0, BEGIN = 1, PADDING = 2;
 #define INFINITE __int_as_float(0x7f800000)
 
-// Laid out as cuda_scan.py packs it. u, dt, z, B and C have strides, in bytes; every other tensor is contiguous.
+// Laid out as cuda.py packs it. u, dt, z, B and C have strides, in bytes; every other tensor is contiguous.
 struct Scan {
     const void *u, *dt, *z, *B, *C, *dy;
     const float *A, *D, *bias, *initial, *dfinal;

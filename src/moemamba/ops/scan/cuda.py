@@ -1,19 +1,19 @@
-"""The selective scan on an NVIDIA GPU: how the kernels of `cuda_scan.cu` are launched; a custom op with its gradient.
+"""The selective scan on an NVIDIA GPU: how the kernels of `cuda.cu` are launched; a custom op with its gradient.
 
-They hold for up to 16 states a channel and tensors of one dtype; `backends.py` knows who takes every other scan.
+They hold for up to 16 states a channel and tensors of one dtype; `choice.py` knows who takes every other scan.
 """
 
 import functools
 import math
 import struct
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import dense_rows, gradients_like
-from ..kit.cuda import Module
+from ..kit.cuda import TYPES, Module, plain, processors, source
+from ..kit.op import gradient, op
 from ..packing import position_marks
 
 STATES, STEPS = 16, 8
@@ -21,9 +21,8 @@ WALKERS = 128  # threads of a block that walks along time, two channels each
 CHUNK, TILE = 32, 64  # of the backward pass: positions between saved states, and channels of a block
 THREADS = 2 * TILE
 WALKS, TURNS = 4, 3  # blocks of a multiprocessor at a time, of a kernel that walks and of the backward one
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# `struct Scan` of cuda_scan.cu.
+# `struct Scan` of cuda.cu.
 POINTERS = (
     "u", "dt", "z", "B", "C", "dy", "A", "D", "bias", "initial", "dfinal", "marks", "entry", "totals", "starts",
     "y", "du", "ddt", "dz", "final", "dinitial", "dBC", "sums", "dA", "dD", "dbias", "dB", "dC",
@@ -50,10 +49,7 @@ def selective_scan(
         raise RuntimeError(reason)
     marks = None if seq_idx is None else position_marks(seq_idx)
     args = (u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y, final_state, _ = _scan(*args, torch.is_grad_enabled())
-    else:
-        y, final_state, _ = _forward(*args, False)
+    y, final_state, _ = _forward(*args, torch.is_grad_enabled())
     return y, final_state
 
 
@@ -98,7 +94,7 @@ class _Launcher:
         `tiles` blocks a part run, `resident` at a time; `walking` blocks find the summary of a part.
         """
         chunks = -(-self.counts[1] // CHUNK)
-        return _parts(tiles, walking, chunks, _processors(self.device), resident)
+        return _parts(tiles, walking, chunks, processors(self.device), resident)
 
     def __call__(
         self, kernels: list[tuple[str, int, int, int]], parts: int, span: int, waiting: bool, /, **more: Tensor
@@ -113,8 +109,7 @@ class _Launcher:
 
 @functools.cache
 def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, abreast: int, weighed: bool) -> Module:
-    files = ("kit/elements.cu", "scan/cuda.cu", "scan/cuda_backward.cu")
-    source = "\n".join((Path(__file__).parent.parent / name).read_text(encoding="utf-8") for name in files)
+    here = Path(__file__).parent
     constants = {
         "TYPE": kind,
         "MARKED": marked,
@@ -125,13 +120,8 @@ def _module(device: int, kind: int, marked: bool, gated: bool, softplus: bool, a
     }
     constants |= {"CHUNK": CHUNK, "TILE": TILE}
     with torch.cuda.device(device):
-        return Module(source, {name: int(value) for name, value in constants.items()}, device)
-
-
-@functools.cache
-def _processors(device: int) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
+        code = source(here / "cuda.cu", here / "cuda_backward.cu")
+        return Module(code, {name: int(value) for name, value in constants.items()}, device)
 
 
 @functools.cache
@@ -152,16 +142,17 @@ def _parts(tiles: int, walking: int, chunks: int, processors: int, resident: int
 
 
 def _walk_memory(threads: int, size: int, marked: bool) -> int:
-    """Bytes of a `struct Desk` of cuda_scan.cu for each warp: ring, B and C as they are and as floats, marks."""
+    """Bytes of a `struct Desk` of cuda.cu for each warp: ring, B and C as they are and as floats, marks."""
     weights = 2 * STEPS * 2 * STATES * size + (0 if size == 4 else STEPS * 2 * STATES * 4)
     return threads // 32 * (2 * 3 * STEPS * 64 * size + weights + (2 * STEPS * 4 if marked else 0))
 
 
 def _backward_memory() -> int:
-    """Bytes of `struct Block` of cuda_scan_backward.cu: warps' states, elements and results; weights; marks."""
+    """Bytes of `struct Block` of cuda_backward.cu: warps' states, elements and results; weights; marks."""
     return THREADS // 32 * (CHUNK // 4 * 1024 + 1024 + 1536) + CHUNK * (2 * STATES + 1) * 4
 
 
+@op("selective_scan_cuda", fake=lambda u, dt, A, *rest: _outputs(u, A.shape[1], rest[-1]))
 def _forward(
     u: Tensor,
     dt: Tensor,
@@ -182,8 +173,8 @@ def _forward(
     if u.numel() == 0:
         return y, final_state.zero_() if initial_state is None else final_state.copy_(initial_state), starts
     launch = _Launcher(
-        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C),
-        D=_float(D), z=None if z is None else dense_rows(z), bias=_float(dt_bias), initial=_float(initial_state),
+        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=plain(A), B=dense_rows(B), C=dense_rows(C),
+        D=plain(D), z=None if z is None else dense_rows(z), bias=plain(dt_bias), initial=plain(initial_state),
         y=y, final=final_state, starts=starts if save else None,
     )  # fmt: skip
     threads = WALKERS if length > 1 else 32
@@ -197,9 +188,10 @@ def _forward(
     return y, final_state, starts
 
 
+@gradient(_forward, outputs="y, final_state, starts", of="u, dt, A, B, C, D, z, dt_bias, initial_state")
 def _backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -210,23 +202,23 @@ def _backward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     marks: Tensor | None,
-    starts: Tensor,
     dt_softplus: bool,
+    starts: Tensor,
 ) -> list[Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order; empty where there is no such input."""
+    dy = torch.zeros_like(u) if dy is None else dy
     batch, length, width = u.shape
     grads = gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
     if u.numel() == 0:
-        for gradient in grads:
-            gradient.zero_()
-        if initial_state is not None and dfinal is not None:
-            grads[8].copy_(dfinal)
+        for grad in grads:
+            grad.zero_()
+        if initial_state is not None and dfinal_state is not None:
+            grads[8].copy_(dfinal_state)
         return grads
     dA, dD, dbias, dinitial = floats = [grads[k].float() for k in (2, 5, 7, 8)]
     launch = _Launcher(
-        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=_float(A), B=dense_rows(B), C=dense_rows(C),
-        D=_float(D), z=None if z is None else dense_rows(z), bias=_float(dt_bias), dy=dy.contiguous(),
-        dfinal=_float(dfinal), starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA,
+        marks, dt_softplus, u=dense_rows(u), dt=dense_rows(dt), A=plain(A), B=dense_rows(B), C=dense_rows(C),
+        D=plain(D), z=None if z is None else dense_rows(z), bias=plain(dt_bias), dy=dy.contiguous(),
+        dfinal=plain(dfinal_state), starts=starts, du=grads[0], ddt=grads[1], dz=grads[6], dinitial=dinitial, dA=dA,
         dB=grads[3], dC=grads[4], dD=dD, dbias=dbias,
     )  # fmt: skip
     tiles, walking = batch * -(-width // TILE), batch * -(-width // (2 * WALKERS))
@@ -256,10 +248,6 @@ def _in_lumps(x: Tensor) -> bool:
     return all(n % 16 == 0 for n in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size))
 
 
-def _float(x: Tensor | None) -> Any:
-    return None if x is None else x.float().contiguous()
-
-
 def _outputs(u: Tensor, n_state: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = u.shape
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
@@ -274,35 +262,3 @@ def _passed(u: Tensor, parts: int) -> dict[str, Tensor]:
         return {}
     entry = torch.empty((u.shape[0], parts, STATES, u.shape[2]), dtype=torch.float32, device=u.device)
     return {"entry": entry, "totals": torch.empty_like(entry[:, :, 0])}
-
-
-_scan = torch.library.custom_op("moemamba::selective_scan_cuda", _forward, mutates_args=())
-_scan_backward = torch.library.custom_op("moemamba::selective_scan_cuda_backward", _backward, mutates_args=())
-
-
-@_scan.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus, save):  # type: ignore[no-untyped-def]
-    return _outputs(u, A.shape[1], save)
-
-
-@_scan_backward.register_fake
-def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial_state, marks, starts, dt_softplus):  # type: ignore[no-untyped-def]
-    return gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
-
-
-def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.dt_softplus, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
-    *tensors, starts = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(tensors[0])
-    grads = _scan_backward(dy, dfinal, *tensors, starts, ctx.dt_softplus)
-    present = [None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)]
-    return (*present, None, None, None)
-
-
-_scan.register_autograd(_differentiate, setup_context=_remember)

@@ -1,4 +1,4 @@
-// The gradients of the selective scan; compiled as one with cuda_scan.cu, which comes first.
+// The gradients of the selective scan; compiled as one with cuda.cu, which comes first.
 //
 // A warp has 16 channels and works alone: lane l has channel l % 16 and states 8 (l / 16) to 8 (l / 16) + 7. Chunk by chunk, back
 // in time, it walks forward once, keeping the state before every group of GROUP positions in shared memory, and then takes group

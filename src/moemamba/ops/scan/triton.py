@@ -1,17 +1,18 @@
-"""The selective scan on a GPU: which kernels of `triton_scan_kernels.py` run, and how; a custom op with its gradient.
+"""The selective scan on a GPU: which kernels of `triton_kernels.py` run, and how; a custom op with its gradient.
 
 Where batch and channels fill the GPU, one program walks a tile of channels through all of time. Elsewhere time is cut
 into chunks that run side by side, after a pass that finds the state each begins with: decays are then computed twice,
 which pays where most of the GPU would idle. Nothing is summed by atomics: results repeat bit for bit.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ..arguments import dense_rows, gradients_like
+from ..kit.op import gradient, op
 from ..packing import position_marks
 from .triton_backward import backward_kernel, summarise_backward_kernel
 from .triton_kernels import GROUP, WIDEST, carry_kernel, forward_kernel, summarise_forward_kernel
@@ -78,13 +79,19 @@ def selective_scan(
     """See `moemamba.ops.selective_scan`."""
     marks = None if seq_idx is None else position_marks(seq_idx)
     args = (u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y, final_state, _ = _scan(*args, torch.is_grad_enabled())
-    else:  # the way through the dispatcher would take longer than a step of decoding
-        y, final_state, _ = _forward(*args, False)
+    y, final_state, _ = _forward(*args, torch.is_grad_enabled())
     return y, final_state
 
 
+def _like_outputs(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, width), n_state = u.shape, A.shape[1]
+    how = plan(batch, length, width, n_state)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    final_state = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
+    return y, final_state, _saved_states(u, how, n_state, rest[-1] or how.chunked)
+
+
+@op("selective_scan", fake=_like_outputs)
 def _forward(
     u: Tensor,
     dt: Tensor,
@@ -134,9 +141,10 @@ def _forward(
     return y, final_state, starts
 
 
+@gradient(_forward, outputs="y, final_state, starts", of="u, dt, A, B, C, D, z, dt_bias, initial_state")
 def _backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
+    dy: Tensor | None,
+    dfinal_state: Tensor | None,
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -147,10 +155,10 @@ def _backward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     marks: Tensor | None,
-    starts: Tensor,
     dt_softplus: bool,
+    starts: Tensor,
 ) -> list[Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state, in this order; empty where there is no such input."""
+    dy = torch.zeros_like(u) if dy is None else dy
     (batch, length, width), n_state = u.shape, A.shape[1]
     how = plan(batch, length, width, n_state)
     grads = gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
@@ -158,7 +166,7 @@ def _backward(
     dy, u, dt, natural = dy.contiguous(), dense_rows(u), dense_rows(dt), A.float().contiguous()
     z = None if z is None else dense_rows(z)
     B, C = dense_rows(B.float()), dense_rows(C.float())
-    dfinal = None if dfinal is None else dfinal.contiguous()
+    dfinal = None if dfinal_state is None else dfinal_state.contiguous()
     strides = (*dt.stride()[:2], *C.stride()[:2], *_strides(z))
     sizes = (length, width, n_state, how.chunk, 1)
     tiles, chunks = triton.cdiv(width, how.backward_tile), triton.cdiv(length, how.chunk)
@@ -227,39 +235,3 @@ def _saved_states(u: Tensor, how: Plan, n_state: int, needed: bool) -> Tensor:
     blocks = triton.cdiv(width, WIDEST.value) * (WIDEST.value // GROUP.value)
     chunks = triton.cdiv(length, how.chunk) if needed else 0
     return torch.empty((batch, chunks, blocks, how.states, GROUP.value), dtype=torch.float32, device=u.device)
-
-
-_scan = torch.library.custom_op("moemamba::selective_scan", _forward, mutates_args=())
-_scan_backward = torch.library.custom_op("moemamba::selective_scan_backward", _backward, mutates_args=())
-
-
-@_scan.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias, initial_state, marks, dt_softplus, save):  # type: ignore[no-untyped-def]
-    (batch, length, width), n_state = u.shape, A.shape[1]
-    how = plan(batch, length, width, n_state)
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    final_state = torch.empty((batch, width, n_state), dtype=torch.float32, device=u.device)
-    return y, final_state, _saved_states(u, how, n_state, save or how.chunked)
-
-
-@_scan_backward.register_fake
-def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial_state, marks, starts, dt_softplus):  # type: ignore[no-untyped-def]
-    return gradients_like(u, dt, A, B, C, D, z, dt_bias, initial_state)
-
-
-def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.dt_softplus, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
-    *tensors, starts = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(tensors[0])
-    grads = _scan_backward(dy, dfinal, *tensors, starts, ctx.dt_softplus)
-    present = [None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)]
-    return (*present, None, None, None)
-
-
-_scan.register_autograd(_differentiate, setup_context=_remember)

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""Triton kernels of the selective scan's backward pass; `triton_scan_kernels.py` says how tiles and chunks lie."""
+"""Triton kernels of the selective scan's backward pass; `triton_kernels.py` says how tiles and chunks lie."""
 
 import triton
 import triton.language as tl
 
-from ..kit.triton import BEGIN, LN2, LOG2E, PADDING, _sigmoid, _wide
+from ..kit.triton import BEGIN, LN2, LOG2E, PADDING, sigmoid, wide_index
 from .triton_kernels import (
     GROUP,
     WIDEST,
@@ -63,7 +63,7 @@ def summarise_backward_kernel(
             step, dout = _step(dts[k], step_bias, mark[k], SOFTPLUS), _input(dys[k], mark[k])
             if z is not None:
                 gate = zs[k].to(tl.float32)
-                dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
+                dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * sigmoid(gate))
             g += dout[:, None] * _weights(Cs[k], mark[k], marks is not None)
             g = _through(_decay(step, a2) * g, mark[k], marks is not None)
             total = tl.where(mark[k] == BEGIN, float("inf"), total + step)
@@ -127,8 +127,8 @@ def backward_kernel(
         z, dz = z + batch * z_b, dz + plane
     if marks is not None:
         marks += batch * length
-    dB = dBC + (_wide(tile) * batches + batch) * length * n_state
-    replay = scratch + _wide(tl.program_id(0)) * tl.cdiv(chunk, K) * (N * I)
+    dB = dBC + (wide_index(tile) * batches + batch) * length * n_state
+    replay = scratch + wide_index(tl.program_id(0)) * tl.cdiv(chunk, K) * (N * I)
     dskip = tl.zeros((I,), tl.float32)
     dstep_bias = tl.zeros((I,), tl.float32)
     a2, g, da = (), (), ()
@@ -188,7 +188,7 @@ def backward_kernel(
                 x, dout = _input(us[k], mark[k]), _input(dys[k], mark[k])
                 if z is not None:
                     gate = zs[k].to(tl.float32)
-                    dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * _sigmoid(gate))
+                    dout = tl.where(mark[k] == PADDING, 0.0, dout * gate * sigmoid(gate))
                 xs, steps, douts = xs + (x,), steps + (_step(dts[k], step_bias, mark[k], SOFTPLUS),), douts + (dout,)
                 outs, ddrives, dsteps = outs + (skip * x,), ddrives + (tl.zeros_like(x),), dsteps + (tl.zeros_like(x),)
             carried, grown = (), ()
@@ -229,17 +229,21 @@ def backward_kernel(
                 pair = tl.arange(0, T)[None, :]
                 states = j * M + term // 4
                 time = t + 2 * pair + term % 2
-                cell = _wide(time) * n_state + states + term // 2 % 2 * (_wide(tiles) * batches * length * n_state)
+                cell = (
+                    wide_index(time) * n_state
+                    + states
+                    + term // 2 % 2 * (wide_index(tiles) * batches * length * n_state)
+                )
                 tl.store(dB + cell, dBCs, mask=(states < n_state) & (time < stop) & (pair < K // 2))
                 carried, grown = carried + (adjoint,), grown + (da_j,)
             g, da = carried, grown
             for k in tl.static_range(K):
-                here = _wide(t + k) * width + offsets
+                here = wide_index(t + k) * width + offsets
                 live = inside & (t + k < stop)
                 dx = douts[k] * skip + steps[k] * ddrives[k]
                 dstep = dsteps[k] * LN2 + xs[k] * ddrives[k]
                 if SOFTPLUS:
-                    dstep *= _sigmoid(dts[k].to(tl.float32) + step_bias)
+                    dstep *= sigmoid(dts[k].to(tl.float32) + step_bias)
                 dstep = tl.where(mark[k] == PADDING, 0.0, dstep)
                 dskip += douts[k] * xs[k]
                 dstep_bias += dstep
@@ -247,7 +251,7 @@ def backward_kernel(
                 tl.store(ddt + here, dstep.to(ddt.dtype.element_ty), mask=live)
                 if z is not None:
                     gate = zs[k].to(tl.float32)
-                    open = _sigmoid(gate)
+                    open = sigmoid(gate)
                     dgate = dys[k].to(tl.float32) * outs[k] * open * (1.0 + gate * (1.0 - open))
                     tl.store(dz + here, tl.where(mark[k] == PADDING, 0.0, dgate).to(dz.dtype.element_ty), mask=live)
             us, dts, dys, zs, beginnings = next_us, next_dts, next_dys, next_zs, next_beginnings
@@ -256,5 +260,5 @@ def backward_kernel(
         if not CHUNKED:
             where, mask = _state_tile(dinitial, batch, width, n_state, channel, j * M + n, unit)
             tl.store(where, g[j], mask=mask)
-    tl.store(dD + _wide(part) * width + offsets, dskip, mask=inside)
-    tl.store(dbias + _wide(part) * width + offsets, dstep_bias, mask=inside)
+    tl.store(dD + wide_index(part) * width + offsets, dskip, mask=inside)
+    tl.store(dbias + wide_index(part) * width + offsets, dstep_bias, mask=inside)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of the selective scan; those of the backward pass are in `triton_scan_backward.py`.
+"""Triton kernels of the selective scan; those of the backward pass are in `triton_backward.py`.
 
 A program owns a tile of I channels with all their states, as (I, N) tiles in registers, and walks through time K
 positions at a go, the loads of later positions under way while it computes. Triton lays a tile out as it is loaded.
@@ -17,7 +17,7 @@ chunk after chunk. The same goes for the adjoint state in the backward pass, the
 import triton
 import triton.language as tl
 
-from ..kit.triton import BEGIN, LOG2E, PADDING, PLAIN, _sigmoid, _wide
+from ..kit.triton import BEGIN, LOG2E, PADDING, PLAIN, sigmoid, wide_index
 
 GROUP = tl.constexpr(16)  # channels whose states lie side by side in saved states
 WIDEST = tl.constexpr(64)  # channels that saved states are padded to a multiple of: the widest tile
@@ -46,14 +46,14 @@ def _place(length, width, chunk, CHUNKED: tl.constexpr, I: tl.constexpr):
     tile = tl.program_id(0) % tiles
     part = tl.program_id(0) // tiles
     if CHUNKED:
-        return tile, part % chunks, part % chunks + 1, _wide(part // chunks), chunks, tiles
-    return tile, 0, chunks, _wide(part), chunks, tiles
+        return tile, part % chunks, part % chunks + 1, wide_index(part // chunks), chunks, tiles
+    return tile, 0, chunks, wide_index(part), chunks, tiles
 
 
 @triton.jit
 def _row(pointer, stride, t, stop, offsets, inside):
     """The row of position t as it is in memory, zeros from `stop` on."""
-    return tl.load(pointer + _wide(t) * stride + offsets, mask=inside & (t < stop), other=0.0)
+    return tl.load(pointer + wide_index(t) * stride + offsets, mask=inside & (t < stop), other=0.0)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _saved(pointer, row, padded, tile, unit, I: tl.constexpr, N: tl.constexpr, M
     """Addresses of a tile's first M states in row of (rows, padded / GROUP, N, GROUP): only constants between them."""
     i, n = tl.arange(0, I)[:, None], tl.arange(0, M)[None, :]
     cells = (i // GROUP * (N * GROUP) + i % GROUP) * unit + n * GROUP
-    return pointer + (_wide(row) * padded + tile * I) * N + cells
+    return pointer + (wide_index(row) * padded + tile * I) * N + cells
 
 
 @triton.jit
@@ -197,9 +197,9 @@ def forward_kernel(
                 out = tl.sum(h * Cs[k].to(tl.float32)[None, :], axis=1) + skip * x
                 if z is not None:
                     gate = zs[k].to(tl.float32)
-                    out = out * gate * _sigmoid(gate)
+                    out = out * gate * sigmoid(gate)
                 out = tl.where(mark[k] == PADDING, 0.0, out).to(y.dtype.element_ty)
-                tl.store(y + _wide(t + k) * width + offsets, out, mask=inside & (t + k < stop))
+                tl.store(y + wide_index(t + k) * width + offsets, out, mask=inside & (t + k < stop))
                 next_us = next_us + (_row(u, u_t, t + K + k, stop, offsets, inside),)
                 next_dts = next_dts + (_row(dt, dt_t, t + K + k, stop, offsets, inside),)
                 next_Bs = next_Bs + (_row(B, B_t, t + K + k, stop, n, n < n_state),)
@@ -263,7 +263,7 @@ def carry_kernel(
     """
     size = tl.cdiv(width, WIDEST) * WIDEST * N
     blocks = tl.cdiv(size, BLOCK)
-    batch = _wide(tl.program_id(0) // blocks)
+    batch = wide_index(tl.program_id(0) // blocks)
     cell = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     channel, n = cell // (N * GROUP) * GROUP + cell % GROUP, cell // GROUP % N
     inside = (cell < size) & (channel < width) & (n < n_state)
@@ -276,12 +276,12 @@ def carry_kernel(
     for start in range(0, chunks, K):
         added, steps = (), ()
         for k in tl.static_range(K):  # loads that wait for nothing, all under way before the first is needed
-            c = _wide(chunks - 1 - start - k if REVERSED else start + k)
+            c = wide_index(chunks - 1 - start - k if REVERSED else start + k)
             mask = inside & (start + k < chunks)
             added = added + (tl.load(sums + c * size + cell, mask=mask, other=0.0),)
             steps = steps + (tl.load(totals + c * width + channel, mask=mask, other=0.0),)
         for k in tl.static_range(K):
-            c = _wide(chunks - 1 - start - k if REVERSED else start + k)
+            c = wide_index(chunks - 1 - start - k if REVERSED else start + k)
             tl.store(sums + c * size + cell, carry, mask=(cell < size) & (start + k < chunks))
             carry = tl.where(steps[k] == float("inf"), 0.0, tl.exp2(steps[k] * a2) * carry) + added[k]
     tl.store(last + batch * width * n_state + natural, carry, mask=inside)

@@ -17,8 +17,6 @@ from .memory import (
     rows,
     store_columns,
     summed,
-    traced,
-    wants_grad,
     write,
 )
 from .run import inner, kernel, run, summing
@@ -48,7 +46,5 @@ __all__ = [
     "store_columns",
     "summed",
     "summing",
-    "traced",
-    "wants_grad",
     "write",
 ]

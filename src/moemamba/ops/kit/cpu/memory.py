@@ -125,18 +125,6 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def traced(*tensors: Tensor | None) -> bool:
-    """Whether a call has to go through the dispatcher, where autograd and torch.compile see it.
-
-    A plain call skips it, because its overhead would be most of the time of generating a token.
-    """
-    return wants_grad(*tensors) or torch.compiler.is_compiling() or type(tensors[0]) is not Tensor
-
-
 def summed(parts: Tensor) -> Tensor:
     """The sum of a contiguous float32 tensor over its first dimension, in order, whatever the number of threads."""
     total = new(*parts.shape[1:])

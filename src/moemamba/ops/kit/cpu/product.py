@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import floats, located, new, traced
+from ..op import traced
+from .memory import floats, located, new
 from .run import kernel, run, summing
 
 FEW = 3  # rows up to which streaming the weights is faster
