@@ -157,7 +157,7 @@ def test_a_run_is_evaluated_and_resumed_from_elsewhere(tmp_path, monkeypatch, ca
     (tmp_path / "t.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"the run in \.\./r was trained on it: name a text with --data"):
         eval_command.main(["../r"])
-    with pytest.raises(ValueError, match="names no text"):
+    with pytest.raises(ValueError, match="--data is '', which names nothing"):
         eval_command.main(["../r", "--data", ""])
 
 

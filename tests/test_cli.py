@@ -270,7 +270,7 @@ def test_interrupted_training_says_how_to_go_on(text, tmp_path):
     while not list(where.glob("checkpoints/[0-9]*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=300)[1]
     assert process.returncode == 130
     assert f"Go on with: moemamba train --run {where} --resume" in errors
     assert "is saved" in errors

@@ -301,7 +301,7 @@ def test_a_signal_saves_and_says_how_to_go_on(config, tmp_path, number, status):
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == status, said
     assert f"--run {run} --resume" in said and "is saved" in said
     saved = max(int(folder.name) for folder in (run / "checkpoints").iterdir())

@@ -87,7 +87,7 @@ def test_all_runs_save_when_a_signal_comes(base: TrainConfig, tmp_path: Path, nu
     metrics = [out / name / "seed-0" / "metrics.jsonl" for name in "ab"]
     _until(lambda: all(path.exists() for path in metrics))
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     if number == signal.SIGTERM:
         assert process.returncode == 75
         assert "Go on with: moemamba compare" in said

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -236,6 +237,23 @@ class ModelConfig:
         for name in inner.keys() - used:
             raise ValueError(f"{name} {self._why_unused(name, result.pattern)}")
         return dataclasses.replace(result, **parts)
+
+    def check_used(self, default: "ModelConfig") -> None:
+        """Whether the letters of the pattern use all that differs from a default.
+
+        Raises:
+            ValueError: a field of a part that would change nothing.
+        """
+        for part, letters in {**PARTS, "routed": "R"}.items():
+            if not set(letters) & set(self.pattern):
+                self._check_same(part, getattr(self, part), getattr(default, part))
+        if "R" in self.pattern and self.routed.routing == "shared":
+            self._check_same("routed.experts", self.routed.experts, default.routed.experts, TWO_LAYER)
+
+    def _check_same(self, where: str, part: Any, default: Any, names: Iterable[str] = ()) -> None:
+        for name in names or sorted(_names(part)):
+            if getattr(part, name) != getattr(default, name):
+                raise ValueError(f"{where}.{name} {self._why_unused(name, self.pattern)}")
 
     def _why_unused(self, name: str, pattern: str) -> str:
         parts = (*(getattr(self, part) for part in PARTS), self.routed, self.routed.experts)

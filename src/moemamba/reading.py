@@ -27,7 +27,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
+        raise ValueError(f"{where} has the unknown key {shown(unknown[0])}; known keys are {', '.join(hints)}")
     loose = {field.name for field in dataclasses.fields(kind) if field.metadata.get("finite") is False}  # type: ignore[arg-type]
     fields = {
         name: value if name in loose and isinstance(value, float) else _convert(hints[name], value, f"{where}.{name}")

@@ -116,6 +116,8 @@ def _converted(hint: Any, text: str, name: str) -> Any:
             return kind(text)
         except ValueError:
             raise ValueError(f"{name} is {text!r}; expected {KINDS[kind]}") from None
+    if "place" in marks and not text.strip():  # an unset variable of a shell; as a path it would be this folder
+        raise ValueError(f"{name} is {text!r}, which names nothing; name a path, or . for the current folder")
     return str(expanded(text)) if "place" in marks and text.startswith("~") else text
 
 

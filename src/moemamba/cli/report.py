@@ -28,8 +28,6 @@ def main(arguments: Sequence[str]) -> None:
     from ..experiments.page.markdown import markdown
     from ..experiments.results.comparison import read_results
 
-    if "" in asked.runs:
-        raise ValueError("report was given an empty name; name the folder of a comparison")
     comparisons = [read_results(expanded(run)) for run in asked.runs]
     page = markdown(comparisons) if asked.out.endswith(".md") else report(comparisons)
     replace(expanded(asked.out), page)

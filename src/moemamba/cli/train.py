@@ -47,7 +47,9 @@ def read(arguments: Sequence[str]) -> Train:
         default = branched(branch, _given(arguments, "--steps")) or default
     elif start:
         default = started(default, start, named)
-    return parse(Train, arguments, "train [PRESET]", Train(default), GROUPS)
+    asked = parse(Train, arguments, "train [PRESET]", Train(default), GROUPS)
+    asked.config.model.check_used(default.model)
+    return asked
 
 
 def _given(arguments: Sequence[str], option: str) -> str | None:

@@ -73,8 +73,14 @@ def check_used(config: TrainConfig, size: int) -> None:
     """Whether a run that begins uses what it was asked for. One that goes on may do so in fewer processes.
 
     Raises:
-        ValueError: an option that one process would ignore.
+        ValueError: an option that would be ignored.
     """
+    if config.max_skips != TrainConfig.max_skips and config.on_failure != "skip":
+        raise ValueError(
+            f'max_skips is {config.max_skips}, which only on_failure = "skip" heeds; give both, or neither'
+        )
+    if config.cooldown != TrainConfig.cooldown and config.schedule != "wsd" and not config.branch:
+        raise ValueError(f'cooldown is {config.cooldown:g}, which only schedule = "wsd" has; give both, or neither')
     asked = {"expert_parallel": (config.expert_parallel, 1), "shard": (config.shard, "none")}
     for name, (value, alone) in asked.items():
         if size == 1 and value != alone:

@@ -49,7 +49,25 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module still is no more than what its class does."""
-    return why_not_plain(module, kind) is None
+    if type(module) is not kind:
+        return False
+    state = module.__dict__
+    hooked = (  # `why_not_plain` in one breath, since this is asked of every layer for every token
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
+    if hooked or "forward" in state:
+        return False
+    for parameter in state["_parameters"].values():
+        if parameter is not None and type(parameter) not in _TENSORS:
+            return False
+    return True
 
 
 def reasons(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .derivatives import transformed
+from .derivatives import may_be_transformed, transformed
 from .kit import cuda as cuda_runtime
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -87,10 +87,13 @@ def choose(op: str, *arguments: Any) -> str:
         if reason:
             raise RuntimeError(reason)
         return name
-    for natural in ("cuda", "triton") if device == "cuda" else ("cpu",):
-        if tensor.dtype != torch.float64 and op in KERNELS[natural] and why_not(natural, device) is None:
-            return "reference" if transformed(*arguments) else natural
+    for natural in _NATURAL.get(device, ()):
+        if op in KERNELS[natural] and tensor.dtype != torch.float64 and why_not(natural, device) is None:
+            return "reference" if may_be_transformed() and transformed(*arguments) else natural
     return "reference"
+
+
+_NATURAL = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def compute(op: str, *arguments: Any) -> Any:

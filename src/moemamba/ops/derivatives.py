@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_transforms_active = torch._C._are_functorch_transforms_active  # type: ignore[attr-defined]
+
+
+def may_be_transformed() -> bool:
+    """Whether `transformed` has to be asked at all; a matter of nanoseconds."""
+    return forward_ad._current_level >= 0 or _transforms_active()  # type: ignore[no-any-return]
+
 
 def transformed(*arguments: Any) -> bool:
     """Whether torch.func is at work here, or an argument carries a forward-mode derivative: kernels know of neither."""
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if _transforms_active():
         return True
     return forward_ad._current_level >= 0 and any(map(_is_dual, arguments))
 
@@ -20,7 +27,7 @@ def _is_dual(argument: Any) -> bool:
 
 def batched(tensor: Tensor) -> bool:
     """Whether vmap is at work on a tensor, so that its values cannot decide what is computed."""
-    if not torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if not _transforms_active():
         return False
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     while functorch.is_functorch_wrapped_tensor(tensor):

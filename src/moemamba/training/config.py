@@ -196,8 +196,10 @@ class TrainConfig:
                 "document to the next; leave one of them out"
             )
         weighted(self.data)
-        if self.validation is not None and not self.validation.strip():
-            raise ValueError('validation is "", which names no text; name one, or leave it out')
+        for name, what in (("validation", "text"), ("tokenizer", "tokenizer"), ("start", "model"), ("branch", "run")):
+            value = getattr(self, name)
+            if value is not None and not value.strip():  # an unset variable of a shell, seldom what is meant
+                raise ValueError(f"{name} is {value!r}, which names no {what}; name one, or leave it out")
         shares = {"warmup": 1.0, "cooldown": 1.0, "final_lr": 1.0, "beta1": 0.9999999, "beta2": 0.9999999}
         for name, most in shares.items():
             if getattr(self, name) > most:

@@ -6,6 +6,7 @@ PyTorch gives such a product to a routine for large matrices, which takes two to
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,7 +22,7 @@ _ZERO = np.float32(0)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `moemamba.ops.linear`."""
     few = x.numel() <= FEW * x.shape[-1] and weight.numel() >= SMALL
-    if not few or traced(x, weight, bias):
+    if not few or traced(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     width_out, width_in = weight.shape
     y = new(*x.shape[:-1], width_out)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import address, floats, kernel, new, plain, run, summed, traced
+from ..kit.cpu import address, floats, kernel, located, new, plain, run, summed, traced
 from . import reference
 
 ROWS = 32  # rows of a task: the gradient of the weight is summed within it first
@@ -71,7 +71,9 @@ def _run_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
     width = x.shape[-1]
     count = x.numel() // width
     y, scale = new(*x.shape), new(count)
-    places = (address(x, *x.shape), address(weight, width), address(y, *x.shape), address(scale, count))
+    places = located(x, weight, y, scale)
+    if places is None:
+        places = [address(x, *x.shape), address(weight, width), address(y, *x.shape), address(scale, count)]
     run(_norm, -(-count // ROWS), x.numel(), count, width, eps, *places)
     return y, scale
 

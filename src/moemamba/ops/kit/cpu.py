@@ -133,7 +133,7 @@ if hasattr(os, "register_at_fork"):
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Room for a kernel to write to."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=_HERE)
 
 
 def address(tensor: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> int:
@@ -175,13 +175,20 @@ def located(*tensors: Tensor | None) -> list[int] | None:
     for tensor in tensors:
         if tensor is None:
             places.append(0)
-        elif tensor.dtype is torch.float32 and tensor.is_contiguous() and _is_here(tensor):
+        elif (
+            type(tensor) in _PLAIN
+            and tensor.dtype is torch.float32
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and (forward_ad._current_level < 0 or _is_here(tensor))
+        ):
             places.append(tensor.data_ptr())
         else:
             return None
-    return None if torch.is_autocast_enabled("cpu") else places
+    return places
 
 
+_HERE = torch.device("cpu")
 _STREAMED = (torch.float32, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 

@@ -48,7 +48,7 @@ def mamba_step(
     weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
     (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
     before, places = (plain(conv_state), plain(ssm_state)), None
-    if norm_weight is None and not in_place and not traced(x, *weights):
+    if norm_weight is None and not in_place and not traced(x, *weights) and not torch.is_autocast_enabled("cpu"):
         after = (new(*x.shape), new(*before[0].shape), new(*before[1].shape))
         places = located(x, *before, *weights, *after)
     if places is None:

@@ -28,7 +28,7 @@ from ...host.files import (
 )
 from ...host.lock import Lock
 from ...model import MoEMamba
-from ...reading import from_dict, read_config, to_dict, validate
+from ...reading import from_dict, read_config, shown, to_dict, validate
 from ...tensors import write_tensors
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
@@ -314,7 +314,7 @@ def read_position(folder: Path) -> Position:
     file = folder / "training.json"
     values = read_json(file, POSITION_LIMIT)
     if unknown := sorted(values.keys() - {each.name for each in fields(Position)}):
-        raise CheckpointError(f"{file} has the unknown key {unknown[0]!r}; resume with the version that wrote it")
+        raise CheckpointError(f"{file} has the unknown key {shown(unknown[0])}; resume with the version that wrote it")
     try:
         position = from_dict(Position, values, "position")
         if not {"step", "seconds", "content"} <= values.keys() or position.step != int(folder.name):
