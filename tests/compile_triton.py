@@ -9,11 +9,11 @@ import json
 import sys
 
 import torch
+from doors import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moemamba.ops import triton
 from moemamba.ops.experts import triton_products as triton_experts_products
 from moemamba.ops.head import triton as triton_cross_entropy
 from moemamba.ops.mamba_step import triton as step
@@ -93,10 +93,10 @@ for dtype in (torch.bfloat16, torch.float32):
             triton.linear_cross_entropy(hidden, draw(99, d), targets, -100, "mean")
 for dtype in (torch.bfloat16, torch.float32):
     differentiate(triton.linear_beside(draw(2, 70, 96, dtype=dtype), draw(40, 96, dtype=dtype))[1])
-differentiate(triton.linear_float32(draw(48, 32), draw(4, 32, dtype=torch.float32)))
+differentiate(triton.router_logits(draw(48, 32), draw(4, 32, dtype=torch.float32)))
 for n_experts, top_k in ((5, 2), (32, 1), (128, 4)):
     valid, bias = torch.ones(48), torch.zeros(n_experts)
-    _, gates, _, probabilities, z, _ = triton.route_with_totals(
+    _, gates, _, probabilities, z, _ = triton.router(
         draw(48, 32), draw(n_experts, 32, dtype=torch.float32), bias, top_k, valid, 2
     )
     differentiate(torch.cat([gates.flatten(), probabilities.flatten(), z]))
@@ -126,7 +126,7 @@ with torch.no_grad():
             triton.linear_argmax(x[:, 0], draw(50257, 512, dtype=dtype))
 for n_experts, top_k in ((32, 1), (128, 4)):
     with torch.no_grad():
-        triton.route(draw(9, 512), draw(n_experts, 512), draw(n_experts, dtype=torch.float32), top_k)
+        triton.router_choices(draw(9, 512), draw(n_experts, 512), draw(n_experts, dtype=torch.float32), top_k)
 for activation in ("relu", "gelu", "silu", "swiglu"):
     up, down = draw(4, 128 if activation == "swiglu" else 64, 32), draw(4, 32, 64)
     for choices in (1, 2):

@@ -12,24 +12,26 @@ import torch
 
 from moemamba import TrainConfig, ops, preset, train
 from moemamba.config import ExpertsConfig, ModelConfig
-from moemamba.experiments.compare.comparing import compare
-from moemamba.experiments.compare.contender import Contender, parse_contender, parse_contenders
-from moemamba.experiments.page.chart import shade, ticks
-from moemamba.experiments.page.html import report
-from moemamba.experiments.page.markdown import markdown
+from moemamba.counting import count_parameters
+from moemamba.experiments.compare import Contender, compare, parse_contender, parse_contenders
+from moemamba.experiments.page import cells, count, html_page, markdown, signed, times
+from moemamba.experiments.page.chart import shade
 from moemamba.experiments.page.section import Grid, section
-from moemamba.experiments.results.comparison import (
+from moemamba.experiments.page.svg import ticks
+from moemamba.experiments.results import (
     Comparison,
+    History,
+    RunResult,
     Spread,
-    cells,
-    count,
+    crossing,
+    read_history,
     read_results,
-    signed,
+    smoothed,
+    smoothing,
+    speed_up,
     summarise,
-    times,
+    thinned,
 )
-from moemamba.experiments.results.history import History, crossing, read_history, smoothed, smoothing, speed_up
-from moemamba.experiments.results.record import Run, thinned
 from moemamba.reading import to_dict
 
 MAMBA = ModelConfig("M", 1, 16)
@@ -101,13 +103,13 @@ def test_history_of_a_run_that_still_writes(tmp_path):
 # Figures
 
 
-def fake_run(model: str, seed: int, *losses: float) -> Run:
+def fake_run(model: str, seed: int, *losses: float) -> RunResult:
     train = [{"step": 10 * (k + 1), "loss": loss, "tokens_per_second": 100.0 + seed} for k, loss in enumerate(losses)]
     evaluation = [
         {"step": 10 * (k + 1), "loss": loss, "bits_per_byte": loss / math.log(2), "accuracy": 1 / (1 + loss)}
         for k, loss in enumerate(losses)
     ]
-    return Run.condensed(model, seed, "finished", History(train, evaluation, []), 15)  # so short: not smoothed
+    return RunResult.condensed(model, seed, "finished", History(train, evaluation, []), 15)  # so short: not smoothed
 
 
 def test_differences_are_paired_by_seed():
@@ -209,7 +211,7 @@ def test_contender_from_a_file(tmp_path):
         (["mamba-tiny"], "two models or more"),
         (["mamba-tiny", "mamba-tiny"], "two models are called 'mamba-tiny'"),
         (["a=mamba-tiny", "b=mamba-tinny"], "no preset 'mamba-tinny'"),
-        (["a=mamba-tiny", "b=mamba-tiny,d_stat=3"], "d_stat does not name"),
+        (["a=mamba-tiny", "b=mamba-tiny,d_stat=3"], "d_stat is no field of the configuration"),
         (["a=mamba-tiny", "b=mamba-tiny,mamba.d_stat=3"], r"model.mamba has the unknown key 'd_stat'"),
         (["a=mamba-tiny", "b=mamba-tiny,mambo.d_state=3"], "model has the unknown key 'mambo'"),
         (["a=mamba-tiny", "b=mamba-tiny,d_state"], "write FIELD=VALUE"),
@@ -281,6 +283,14 @@ def test_seeds_change_weights_and_data(compared):
     assert [(config["seed"], config["data_seed"]) for config in configs] == [(0, 0), (1, 1)]
 
 
+def test_runs_write_down_the_size_of_their_corpus(compared, base):
+    found, _ = compared
+    assert {run.train_tokens for run in found.runs} == {found.train_tokens}
+    tokens = base.steps * base.batch_size * base.context
+    assert found.train_tokens and found.epochs(found.rows[0]) == tokens / found.train_tokens
+    assert f"{tokens / found.train_tokens:.3g}" in str(section(found).parts)
+
+
 def test_results_hold_all_figures(compared):
     comparison, out = compared
     results = json.loads((out / "results.json").read_text())
@@ -300,7 +310,7 @@ def test_pages_come_from_results_alone(compared):
     comparison, out = compared
     again = read_results(out / "results.json")
     assert again == comparison
-    assert report([again]) == (out / "report.html").read_text()
+    assert html_page([again]) == (out / "report.html").read_text()
     assert markdown([again]) == (out / "results.md").read_text()
     history = read_history(out / "moe" / "seed-1")
     run = next(run for run in again.runs if (run.model, run.seed) == ("moe", 1))
@@ -328,9 +338,9 @@ def test_results_stay_small():
         "balance": 1.01234,
     }
     router = [{"step": k, "layers": [{"name": f"layers.{n}", **layer} for n in range(24)]} for k in range(1, 2001)]
-    run = Run.condensed("model", 0, "finished", History(lines, evaluation, router), 2000)
+    run = RunResult.condensed("model", 0, "finished", History(lines, evaluation, router), 2000)
     assert len(json.dumps(run.to_dict(), separators=(",", ":"))) < 65_000
-    assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    assert RunResult.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
 class Outline(HTMLParser):
@@ -454,3 +464,22 @@ def test_results_outlive_their_runs(base, compared, tmp_path, capsys):
         (tmp_path / "results.json").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"results.json is damaged or of another version"):
             compare([CONTENDERS[0], CONTENDERS[2]], base, 1, tmp_path, silent=True)
+
+
+def test_active_chooses_the_width_of_experts():
+    """Within 1% of the budget, whatever else is changed, in every kind of layer that has experts."""
+    changes = "d_model=128,n_blocks=4,n_experts=32"
+    for text in (f"moe-mamba-25m,active=0.93M,{changes}", f"moe-mamba-25m-plus,{changes},active=930000"):
+        contender = parse_contender(text)
+        assert contender.recipe == {}
+        assert abs(count_parameters(contender.model).active / 0.93e6 - 1) <= 0.01
+    few = parse_contender("moe-mamba-25m,d_model=128,active=0.93M,n_blocks=4,n_experts=4").model  # a smaller router
+    assert few.experts.d_expert > parse_contender(f"moe-mamba-25m,active=0.93M,{changes}").model.experts.d_expert
+    for text, why in {
+        "mamba-25m,active=1M": "needs experts",
+        "moe-mamba-tiny,active=10": "within 1% by d_expert; the nearest is",
+        "moe-mamba-tiny,active=much": "expected a number of parameters",
+        "moe-mamba-tiny,active=0": "expected a number of parameters",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            parse_contender(text)

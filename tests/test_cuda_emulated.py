@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from doors import reference
 
-from moemamba.ops import reference
 from moemamba.ops.conv import cuda as cuda_conv
 from moemamba.ops.scan import cuda as cuda_scan
 

@@ -9,7 +9,7 @@ import pytest
 
 from moemamba.cli import COMMANDS, train
 from moemamba.distributed.sharding import check
-from moemamba.experiments.compare.contender import parse_contenders
+from moemamba.experiments.compare import parse_contenders
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = re.compile(r"python -m moemamba (.*?)'", re.S)
@@ -59,8 +59,8 @@ def test_the_command_is_taken(size, words, monkeypatch, tmp_path):
     module = import_module(f"moemamba.cli.{name}")
     parse = module.parse
 
-    def only_parse(*asked):
-        raise Parsed(parse(*asked))
+    def only_parse(*asked, **more):
+        raise Parsed(parse(*asked, **more))
 
     monkeypatch.setattr(module, "parse", only_parse)
     with pytest.raises(Parsed) as parsed:

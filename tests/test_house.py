@@ -40,6 +40,8 @@ ROOMS = {
     "cli": "checkpoint data device distributed experiments inference model ops training",
     "__main__": "cli",
 }
+# Folders of a room in order: each sees those before it.
+STACKS = {"moemamba.experiments": ("results", "page", "compare", "paper")}
 FOLDER = 15  # files in a folder
 PEERS = {"cli": 25, "letters": 25, "layers": 25}  # those of files of one kind
 DRAWERS = {"utils", "util", "common", "helpers", "registry", "misc", "shared", "base", "core", "tools"}
@@ -185,6 +187,13 @@ def test_imports_go_down():
     assert not [f"{each}" for each in across if not allowed(room(each.by), room(each.module))]
 
 
+@pytest.mark.parametrize(("folder", "order"), STACKS.items())
+def test_folders_stand_on_those_before_them(folder, order):
+    inner = [each for each in imports() if each.by.startswith(f"{folder}.") and each.module.startswith(f"{folder}.")]
+    places = [[order.index(name.split(".")[2]) for name in (each.by, each.module)] for each in inner]
+    assert not [f"{each}" for each, (by, other) in zip(inner, places, strict=True) if other > by]
+
+
 def test_no_circle():
     graph = {module: set() for module in modules() if module != "moemamba"}
     for each in imports():
@@ -269,6 +278,10 @@ def test_public_names():
     assert {"selective_scan", "causal_conv1d", "backend"} <= set(moemamba.ops.__all__)
     assert "grouped_linear" not in moemamba.ops.__all__
     assert moemamba.layers.Mamba and moemamba.layers.MoE
+
+
+def test_one_version():
+    assert f"\nversion: {moemamba.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_ground_imports_no_torch():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from moemamba import ops
 from moemamba.ops import packing
+from moemamba.ops.experts import grouped_linear
 from moemamba.ops.head import reference as head_reference
 from moemamba.ops.scan import reference as scan_reference
 
@@ -133,7 +134,7 @@ def test_expert_ops_gradcheck(activation):
 
 def test_grouped_linear_is_a_loop_over_groups():
     x, weight = torch.randn(7, 4, **f64), torch.randn(3, 5, 4, **f64)
-    y = ops.grouped_linear(x, weight, torch.tensor([2, 0, 3]))
+    y = grouped_linear(x, weight, torch.tensor([2, 0, 3]))
     expected = [*(weight[0] @ row for row in x[:2]), *(weight[2] @ row for row in x[2:5]), *torch.zeros(2, 5, **f64)]
     torch.testing.assert_close(y, torch.stack(expected))
 
@@ -198,7 +199,7 @@ def test_arguments_may_lie_in_memory_in_any_order(backend):
         (ops.causal_conv1d, conv | {"seq_idx": SEQ_IDX}),
         (ops.expert_linear, experts | {"indices": indices}),
         (ops.expert_feedforward, feed | {"indices": indices}),
-        (ops.route_with_totals, router | {"top_k": 2, "groups": 2}),
+        (ops.router, router | {"top_k": 2, "groups": 2}),
     ]:
         lain = {
             "scattered": {k: scattered(t) if isinstance(t, torch.Tensor) else t for k, t in inputs.items()},
@@ -220,7 +221,7 @@ def test_float64_stays_itself_under_autocast():
     calls = (
         lambda: ops.expert_feedforward(x, indices, None, up, down),
         lambda: ops.expert_linear(x, indices, None, up),
-        lambda: ops.grouped_linear(x, up, torch.tensor([1, 2, 1])),
+        lambda: grouped_linear(x, up, torch.tensor([1, 2, 1])),
         lambda: ops.linear_cross_entropy(x, up.flatten(0, 1), targets),
     )
     expected = [call() for call in calls]
@@ -236,9 +237,9 @@ def test_float64_stays_itself_under_autocast():
         (lambda x: ops.expert_linear(x[None], x.long(), None, x[None]), r"x has shape \(1, 4, 4\); expected \(t, d\)"),
         (lambda x: ops.expert_feedforward(x, x.long(), None, x, x), r"up has shape \(4, 4\); expected \(e, f, d\)"),
         (lambda x: ops.linear_cross_entropy(x[None], x, x), r"hidden has shape \(1, 4, 4\); expected \(t, d\)"),
-        (lambda x: ops.route(x, x, x[0], 5), "top_k is 5; of 4 experts a token can choose 1 to 4"),
-        (lambda x: ops.route_with_stats(x, x[0], 5), "top_k is 5; of 4 experts"),
-        (lambda x: ops.route_with_totals(x, x, x[0], 0), "top_k is 0; of 4 experts"),
+        (lambda x: ops.router_choices(x, x, x[0], 5), "top_k is 5; of 4 experts a token can choose 1 to 4"),
+        (lambda x: ops.router_means(x, x, x[0], 5), "top_k is 5; of 4 experts"),
+        (lambda x: ops.router(x, x, x[0], 0), "top_k is 0; of 4 experts"),
     ],
 )
 def test_a_wrong_number_of_dimensions_or_choices_is_named(call, message):

@@ -15,9 +15,10 @@ from moemamba.cli import run
 from moemamba.cli.outcome import tell
 from moemamba.experiments.compare import comparing as compare
 from moemamba.experiments.page import html as report
-from moemamba.experiments.page.chart import Line, line_chart
+from moemamba.experiments.page.chart import Chart, Line
 from moemamba.experiments.page.html import FAILED
-from moemamba.experiments.results.comparison import read_results
+from moemamba.experiments.page.svg import line_chart
+from moemamba.experiments.results import read_results
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 COMMAND = re.compile(r"`moemamba report\s+docs/results/\{([\w,-]+)\} --out docs/results/results\.html`")
@@ -42,7 +43,7 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_every_colour_of_text_has_contrast(scheme: int) -> None:
     """WCAG AA, 4.5, on both backgrounds."""
-    style = files("moemamba.experiments").joinpath("report.css").read_text(encoding="utf-8")
+    style = files("moemamba.experiments.page").joinpath("page.css").read_text(encoding="utf-8")
     block = re.findall(r":root \{[^}]*\}", style)[scheme]
     colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
     assert len(colours) == 13
@@ -70,7 +71,7 @@ class Outline(HTMLParser):
 @pytest.mark.parametrize("several", [1, 2])
 def test_headings_skip_no_level_and_keys_scroll(several: int) -> None:
     outline = Outline()
-    page = report.report([comparison()] * several)
+    page = report.html_page([comparison()] * several)
     outline.feed(page)
     assert outline.levels[0] == 1
     assert all(after <= before + 1 for before, after in zip(outline.levels, outline.levels[1:], strict=False))
@@ -80,7 +81,7 @@ def test_headings_skip_no_level_and_keys_scroll(several: int) -> None:
 
 
 def test_a_sweeps_tooltips_name_the_number_of_experts() -> None:
-    page = report.report([comparison()])
+    page = report.html_page([comparison()])
     tips = re.findall(r"<title>(experts, [^<]*)</title>", page)
     assert [tip.split(":")[0] for tip in tips] == [
         *("experts, here at 4", "experts, here at 8", "experts, the paper at 4", "experts, the paper at 8")
@@ -89,7 +90,7 @@ def test_a_sweeps_tooltips_name_the_number_of_experts() -> None:
 
 
 def test_shares_of_routers_are_over_steps() -> None:
-    page = report.report([comparison()])
+    page = report.html_page([comparison()])
     shares = re.findall(r"<svg[^>]*><title>Shares of .*?</svg>", page)
     assert shares
     assert all(">steps<" in drawing and ">tokens<" not in drawing for drawing in shares)
@@ -97,7 +98,7 @@ def test_shares_of_routers_are_over_steps() -> None:
 
 @pytest.mark.parametrize("level", [0.0, 0.02, 0.5, 1.0])
 def test_a_levels_label_keeps_off_the_axis(level: float) -> None:
-    drawing = line_chart([Line("a", 0, [(0, 0.0), (1, 1.0)])], "t", y_range=(0, 1), level=(level, "final"), height=300)
+    drawing = line_chart(Chart("t", "t", [Line("a", 0, [(0, 0.0), (1, 1.0)])], y_range=(0, 1), level=(level, "final")))
     (y,) = re.findall(r'y="([\d.]+)">final', drawing)
     assert float(y) < 300 - 36 - 3
 
@@ -111,7 +112,7 @@ def fails(*_: object) -> list[str]:
 
 def test_a_figure_that_fails_leaves_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "curves", fails)
-    page = report.report([comparison()])
+    page = report.html_page([comparison()])
     assert f"{FAILED}: ZeroDivisionError no such thing" in page
     assert "Loss by number of experts" in page
 
@@ -121,7 +122,7 @@ def test_a_page_that_fails_leaves_the_results(
 ) -> None:
     found = comparison()
     (tmp_path / "report.html").write_text("before")
-    monkeypatch.setattr(compare, "report", fails)
+    monkeypatch.setattr(compare, "html_page", fails)
     found.write(tmp_path / "results.json")
     compare._write_pages(found, tmp_path)
     assert "report.html is not written (no such thing); `moemamba report" in capsys.readouterr().err

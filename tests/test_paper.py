@@ -11,9 +11,10 @@ import pytest
 
 from moemamba.cli import run
 from moemamba.counting import count_parameters
-from moemamba.experiments.paper.tables import FRACTIONS, SCALES, TABLES, Claim
-from moemamba.experiments.results.claims import verdict
-from moemamba.experiments.results.comparison import Spread, read_results
+from moemamba.experiments.page import verdict
+from moemamba.experiments.paper import SCALES, TABLES
+from moemamba.experiments.paper.tables import FRACTIONS
+from moemamba.experiments.results import Claim, Spread, read_results
 
 
 def test_models_at_the_papers_scale_have_its_sizes() -> None:

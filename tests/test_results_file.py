@@ -14,14 +14,20 @@ from typing import Any
 import pytest
 
 from moemamba.config import ExpertsConfig, ModelConfig
+from moemamba.experiments.page import html_page, markdown
 from moemamba.experiments.page.escaping import html, markdown_text
-from moemamba.experiments.page.html import FAILED, report
-from moemamba.experiments.page.markdown import markdown
-from moemamba.experiments.paper.tables import Claim
-from moemamba.experiments.results.comparison import Comparison, read_results, summarise
-from moemamba.experiments.results.history import History, read_history
-from moemamba.experiments.results.record import Run
-from moemamba.experiments.results.reproduction import Reproduction, Tuning
+from moemamba.experiments.page.html import FAILED
+from moemamba.experiments.results import (
+    Claim,
+    Comparison,
+    History,
+    Reproduction,
+    RunResult,
+    Tuning,
+    read_history,
+    read_results,
+    summarise,
+)
 
 MARK = "<img src=x onerror=alert(1)>'\"|`MARK`\n# MARK\n\n| MARK | [MARK](javascript:0) \x1b]0;MARK\x07 \ud800"
 VALUES = [
@@ -36,7 +42,7 @@ MODELS = {
 }
 
 
-def run_of(model: str, seed: int) -> Run:
+def run_of(model: str, seed: int) -> RunResult:
     steps = (10, 20, 30)
     loss = {step: 5 - step / 10 - len(model) / 100 + seed / 50 for step in steps}
     train = [{"step": step, "loss": loss[step], "tokens_per_second": 100.0 + seed} for step in steps]
@@ -47,7 +53,7 @@ def run_of(model: str, seed: int) -> Run:
     ]
     layer = {"name": "layers.1", "load": [0.5, 0.25, 0.25, 0.0], "entropy": 1.0, "dropped": 0.1, "balance": 1.1}
     router = [{"step": step, "layers": [layer]} for step in steps] if model != "mamba" else []
-    return Run.condensed(model, seed, "finished", History(train, held_out, router), 15)
+    return RunResult.condensed(model, seed, "finished", History(train, held_out, router), 15)
 
 
 def comparison() -> Comparison:
@@ -90,7 +96,7 @@ class Page(HTMLParser):
 def pages(path: Path) -> str:
     """The page of a file and its markdown, looked through for the file's text where it would be markup."""
     found = read_results(path)
-    page, text = report([found]), markdown([found])
+    page, text = html_page([found]), markdown([found])
     assert FAILED not in page
     assert not re.search(r" d=\"[^\"]*(nan|inf)| [xy12]*=\"(nan|-?inf)", page)
     if "MARK" not in path.read_text(errors="replace"):
@@ -304,12 +310,28 @@ def test_lines_of_metrics_that_are_no_events(tmp_path: Path) -> None:
     bad += ['{"kind": "train", "step": 1, "loss": 9}', '{"kind": "evaluation", "step": 1e99, "loss": 9}']
     bad += ['{"kind": "router", "step": 1, "layers": 3}', '{"kind": "router", "step": 0, "layers": [{"load": "x"}]}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(good))
-    whole = Run.condensed("m", 0, "finished", read_history(tmp_path), 2)
+    whole = RunResult.condensed("m", 0, "finished", read_history(tmp_path), 2)
     lines = [line for place, line in enumerate(good) for line in ([line, *bad] if place > 1 else [line])]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert Run.condensed("m", 0, "finished", read_history(tmp_path), 2) == whole
+    assert RunResult.condensed("m", 0, "finished", read_history(tmp_path), 2) == whole
     assert len(whole.router) == 1
     (tmp_path / "metrics.jsonl").write_text("\n".join([*good, '{"kind": "evaluation", "step": 3, "loss": NaN}']))
-    lost = Run.condensed("m", 0, "finished", read_history(tmp_path), 2)
-    assert (lost.state, [step for step, _ in lost.curve]) == ("diverged", [1, 2])
-    assert Run.from_dict(json.loads(json.dumps(lost.to_dict()))) == lost
+    lost = RunResult.condensed("m", 0, "finished", read_history(tmp_path), 2)
+    assert (lost.status, [step for step, _ in lost.curve]) == ("diverged", [1, 2])
+    assert RunResult.from_dict(json.loads(json.dumps(lost.to_dict()))) == lost
+
+
+def test_epochs_are_shown_where_the_runs_know_their_corpus(tmp_path: Path) -> None:
+    found = comparison()
+    assert "epochs" not in markdown([found]) and "train_tokens" not in json.dumps(found.to_dict())
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "data", "step": 0, "train_tokens": 960}\n')
+    assert read_history(tmp_path).data == [{"kind": "data", "step": 0, "train_tokens": 960}]
+    runs = [dataclasses.replace(run, train_tokens=960) for run in found.runs]
+    known = dataclasses.replace(found, runs=runs)
+    known.write(tmp_path / "results.json")
+    again = read_results(tmp_path)
+    assert again.runs[0].train_tokens == again.train_tokens == 960
+    assert again.epochs(again.rows[0]) == 2.0
+    for page in (markdown([again]), html_page([again])):
+        assert "epochs" in page
+    assert "| mamba | 25.00% | 2.0000 | 0.1 | 2 |" in markdown([again])

@@ -13,7 +13,7 @@ import torch
 
 from moemamba import ModelConfig, TrainConfig
 from moemamba.experiments.compare.runs import Task, carry_out, environments
-from moemamba.experiments.results.history import read_history
+from moemamba.experiments.results import read_history
 
 
 @pytest.fixture

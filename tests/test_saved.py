@@ -20,8 +20,7 @@ from moemamba.cli.info import costs
 from moemamba.config import ExpertsConfig
 from moemamba.counting import memory, require_memory, size
 from moemamba.distributed.processes import Processes
-from moemamba.experiments.compare.comparing import compare
-from moemamba.experiments.compare.contender import parse_contenders
+from moemamba.experiments.compare import compare, parse_contenders
 from moemamba.host.files import replace
 from moemamba.host.lock import Lock
 from moemamba.host.memory import limit

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from doors import cpu, reference
 from torch import nn
 
 from moemamba import ModelConfig, MoEMamba, ops
 from moemamba.layers import Mamba, mamba
 from moemamba.layers.linear import Linear
-from moemamba.ops import cpu, reference
-from moemamba.ops.dense import cpu as cpu_linear
+from moemamba.ops.kit.cpu import product as cpu_linear
 
 
 @pytest.fixture(autouse=True)

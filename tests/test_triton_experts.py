@@ -3,16 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import reference
 from torch import Tensor
 
 from moemamba import ops
-from moemamba.ops import reference
 
 pytest.importorskip("triton")
 
+from moemamba.ops.experts import ACTIVATIONS, grouped_linear, places_in_queues, triton_sort
 from moemamba.ops.experts import triton_products as products
-from moemamba.ops.experts import triton_sort
 from moemamba.ops.head import triton as triton_cross_entropy
+from moemamba.ops.router import linear_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
@@ -64,7 +65,7 @@ def double_loop(x, indices, gates, up, down, activation):
         for choice in range(indices.shape[1]):
             expert = indices[token, choice]
             if expert < up.shape[0]:
-                h = reference.ACTIVATIONS[activation](up[expert] @ x[token])
+                h = ACTIVATIONS[activation](up[expert] @ x[token])
                 y = y + (gates[token, choice] if gates is not None else 1) * (down[expert] @ h)
         rows.append(y)
     return torch.stack(rows)
@@ -105,7 +106,7 @@ def compare_feedforward(tensors, indices, activation, tolerance=1e-5, loop=True)
         assert_same(triton_feedforward(indices, activation), loops, tensors, tolerance)
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_feedforward(activation, top_k):
     tensors, indices = make(top_k=top_k, activation=activation)
@@ -188,7 +189,7 @@ def test_grouped_linear():
 
     def run(x, weight):
         with ops.backend("triton"):
-            return ops.grouped_linear(x, weight, counts)
+            return grouped_linear(x, weight, counts)
 
     assert_same(run, lambda x, weight: reference.grouped_linear(x, weight, counts), tensors)
     with torch.no_grad():
@@ -214,7 +215,7 @@ def test_sort_is_stable(n_pairs):
 def test_places_in_queues(n_entries):
     queues = torch.randint(0, 5, (n_entries,), device=DEVICE)
     with ops.backend("triton"):
-        places = ops.places_in_queues(queues, 7)
+        places = places_in_queues(queues, 7)
     assert places.equal(reference.places_in_queues(queues, 7))
     assert places.tolist() == [queues[:i].eq(queues[i]).sum().item() for i in range(n_entries)]
 
@@ -227,9 +228,9 @@ def test_linear_float32(sizes):
 
     def run(x, weight):
         with ops.backend("triton"), torch.autocast(DEVICE, torch.bfloat16):
-            return ops.linear_float32(x, weight)
+            return linear_float32(x, weight)
 
-    assert_same(run, reference.linear_float32, {"x": x, "weight": weight}, tolerance=2e-3)
+    assert_same(run, reference.router_logits, {"x": x, "weight": weight}, tolerance=2e-3)
     with torch.no_grad():  # gradients are products in float16, the logits are not
         torch.testing.assert_close(run(x, weight), x.float() @ weight.T, rtol=1e-5, atol=1e-4)
 
@@ -330,7 +331,7 @@ def test_compile_without_graph_breaks():
 
 
 @gpu
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("tokens", [64, 5000])
 def test_feedforward_on_a_gpu(activation, top_k, tokens):

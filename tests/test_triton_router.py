@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from doors import reference
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moemamba import ops
 from moemamba.model import _keep_choices
-from moemamba.ops import reference
 
 pytest.importorskip("triton")
 
@@ -39,7 +39,7 @@ def results(route, x, weight, bias, valid, top_k, groups, wanted=(1, 3, 4)):
 
 def triton(*args):
     with ops.backend("triton"):
-        return ops.route_with_totals(*args)
+        return ops.router(*args)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def triton(*args):
 )
 def test_route_with_totals(tokens, n_experts, top_k, groups, padding):
     x, weight, bias, valid = make(tokens, n_experts=n_experts, padding=padding)
-    expected, expected_gradients = results(reference.route_with_totals, x, weight, bias, valid, top_k, groups)
+    expected, expected_gradients = results(reference.router, x, weight, bias, valid, top_k, groups)
     got, gradients = results(triton, x, weight, bias, valid, top_k, groups)
     for name, a, b in zip(TOTALS, got, expected, strict=True):
         assert a.dtype == b.dtype, name
@@ -60,7 +60,7 @@ def test_route_with_totals(tokens, n_experts, top_k, groups, padding):
 @pytest.mark.parametrize("wanted", [(1,), (3,), (4,), (3, 4)])
 def test_gradients_from_some_of_the_outputs(wanted):
     x, weight, bias, valid = make()
-    expected = results(reference.route_with_totals, x, weight, bias, valid, 2, 2, wanted)[1]
+    expected = results(reference.router, x, weight, bias, valid, 2, 2, wanted)[1]
     for a, b in zip(results(triton, x, weight, bias, valid, 2, 2, wanted)[1], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -98,8 +98,8 @@ def test_compile_without_graph_breaks():
     x, weight, bias, valid = make()
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     with ops.backend("triton"):
-        compiled = torch.compile(ops.route_with_totals, fullgraph=True, backend=backend)
-        routes = (ops.route_with_totals, compiled)
+        compiled = torch.compile(ops.router, fullgraph=True, backend=backend)
+        routes = (ops.router, compiled)
         plain, traced = ((*r[0], *r[1]) for r in [results(route, x, weight, bias, valid, 2, 2) for route in routes])
     for a, b in zip(plain, traced, strict=True):
         torch.testing.assert_close(a, b)

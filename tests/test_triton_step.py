@@ -141,22 +141,26 @@ def test_equal_words_give_the_first():
 
 @DTYPES
 @pytest.mark.parametrize(("tokens", "n_experts", "top_k"), [(1, 32, 1), (5, 6, 3), (40, 19, 2)])
+@torch.no_grad()
 def test_route_chooses_as_the_reference(tokens, n_experts, top_k, dtype, monkeypatch):
     monkeypatch.setattr(triton_router, "ROUTED", 512)  # so that sums come in parts
     torch.manual_seed(0)
     x, weight = torch.randn(tokens, 45, device=DEVICE).to(dtype), torch.randn(n_experts, 45, device=DEVICE)
     bias = torch.randn(n_experts, device=DEVICE) / n_experts
     with ops.backend("triton"):
-        indices, gates = ops.route(x, weight, bias, top_k)
+        indices, gates = ops.router_choices(x, weight, bias, top_k)
     with ops.backend("reference"):
-        expected = ops.route(x.double(), weight.double(), bias.double(), top_k)
+        expected = ops.router_choices(x.double(), weight.double(), bias.double(), top_k)
     assert torch.equal(indices, expected[0])
     torch.testing.assert_close(gates.double(), expected[1], rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
 def test_route_takes_the_first_of_equals():
     with ops.backend("triton"):
-        indices, gates = ops.route(*(torch.zeros(shape, device=DEVICE) for shape in ((3, 16), (7, 16), (7,))), 2)
+        indices, gates = ops.router_choices(
+            *(torch.zeros(shape, device=DEVICE) for shape in ((3, 16), (7, 16), (7,))), 2
+        )
     assert indices.tolist() == [[0, 1]] * 3
     torch.testing.assert_close(gates, torch.full_like(gates, 1 / 7))
 

@@ -37,8 +37,8 @@ class MoEMamba(nn.Module):
 
     Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
 
-    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, and the backend
-    whose kernels it calls: `moemamba.ops.cpu` for a model that was on the CPU.
+    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, after
+    `ops.load_kernels` of the backend whose kernels it calls: "cpu" for a model that was on the CPU.
 
     Attributes:
         recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..config import ModelConfig
-from ..experiments.compare.contender import parse_contenders
+from ..experiments.compare import parse_contenders
 from ..host.files import expanded
 from ..training.config import GROUPS, TrainConfig
 from .options import Hidden, Merged, Place, Positional
@@ -30,8 +30,8 @@ class Compare:
 
     models: Positional[tuple[str, ...]]
     """two or more, the baseline first: PRESET, NAME=PRESET or NAME=config.json, each with changes behind commas if
-    wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002; one with steps of its own has a schedule of that
-    length"""
+    wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002; active=0.93M chooses d_expert for so many active
+    parameters; one with steps of its own has a schedule of that length"""
     seeds: int = 2
     """runs of each model; seed k draws other weights and another order of the data, alike for all models"""
     jobs: int = 1
@@ -44,7 +44,7 @@ class Compare:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Compare, arguments, "compare", groups=GROUPS)
     contenders = parse_contenders(asked.models)
-    from ..experiments.compare.comparing import compare
+    from ..experiments.compare import compare
     from .outcome import tell
 
     out, command = expanded(asked.out), shlex.join(["moemamba", "compare", *arguments])

@@ -5,12 +5,11 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .. import __version__
 from .info import size
 from .terminal import parse, show, show_json
-
-OPTIMISED = ("cuda", "triton", "cpu")  # backends besides the reference, the first that can run is chosen
 
 
 @dataclass(frozen=True)
@@ -21,24 +20,23 @@ class Doctor:
     """print one JSON object in place of tables"""
 
 
-OPS, REASONS = ("op", "device", "backend", "has kernels too"), ("device", "backend", "whether it can run")
-
-
 def main(arguments: Sequence[str]) -> None:
     if parse(Doctor, arguments, "doctor").json:
-        show_json(
-            {
-                "versions": dict(versions()),
-                "ops": [dict(zip(OPS, row, strict=True)) for row in backends()],
-                "backends": [dict(zip(REASONS, row, strict=True)) for row in reasons()],
-            }
-        )
+        show_json({"versions": dict(versions()), "ops": ops(), "backends": backends()})
         return
     show(versions())
     print()
-    show(backends(), OPS)
-    print()
-    show(reasons(), REASONS)
+    show(
+        [
+            row
+            for op in ops()
+            for row in (
+                (op["op"], op["device"], op["backend"], op["computes"]),
+                *(("", "", door, why) for door, why in op["other doors"].items()),
+            )
+        ],
+        ("op", "device", "backend", "computes, or why not"),
+    )
 
 
 def versions() -> list[tuple[str, str]]:
@@ -65,30 +63,33 @@ def versions() -> list[tuple[str, str]]:
     return rows
 
 
-def backends() -> list[tuple[str, ...]]:
-    """One row for each op on each kind of device."""
+def ops() -> list[dict[str, Any]]:
+    """For each op on each kind of device the backend that is chosen, and of each other door why it is not."""
     import torch
 
-    from .. import ops
-    from ..ops.choice import KERNELS
+    from ..ops.choice import OPS, choose, why_not
 
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for device in _devices():
-        for op in sorted({op for kernels in KERNELS.values() for op in kernels}):
-            used = ops.choose(op, torch.empty(0, device=device))
-            others = [name for name in OPTIMISED if name != used and op in KERNELS[name]]
-            rows.append((op, device, used, ", ".join(others)))
+        for name, op in sorted(OPS.items()):
+            used, others = choose(name, torch.empty(0, device=device)), {}
+            for backend, door in op.doors.items():
+                if backend != used:
+                    asked = f'{used} goes before it; ops.backend("{backend}") asks for it'
+                    others[backend] = why_not(backend, device) or door.why_not(device) or asked
+            computes = op.doors[used].holds if used in op.doors else "both directions"
+            rows.append({"op": name, "device": device, "backend": used, "computes": computes, "other doors": others})
     return rows
 
 
-def reasons() -> list[tuple[str, ...]]:
+def backends() -> list[dict[str, str]]:
     """For each kind of device, why a backend does not run there, or when it does."""
-    from .. import ops
+    from ..ops.choice import BACKENDS
 
     return [
-        (device, name, ops.why_not(name, device) or "yes, where it has a kernel")
+        {"device": device, "backend": name, "whether it can run": backend.why_not(device) or "yes, where it has a door"}
         for device in _devices()
-        for name in OPTIMISED
+        for name, backend in BACKENDS.items()
     ]
 
 

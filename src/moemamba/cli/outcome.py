@@ -4,9 +4,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from ..experiments.page.section import STEPS_NOTES, loss_notes
-from ..experiments.results.claims import says, verdict
-from ..experiments.results.comparison import HEADER, Comparison, cells
+from ..experiments.page import HEADER, STEPS_NOTES, cells, loss_notes, says, verdict
+from ..experiments.results import Comparison
 from .terminal import show
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..experiments.paper.tables import SCALES, TABLES
+from ..experiments.paper import SCALES, TABLES
 from ..host.files import expanded
 from ..training.config import TrainConfig
 from .options import Place, Positional
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         device=asked.device,
         compile=asked.compile,
     )
-    from ..experiments.paper.reproduce import plan, reproduce
+    from ..experiments.paper import plan, reproduce
     from .outcome import tell
 
     out = expanded(asked.out or f"runs/paper-{asked.table}-{asked.scale}")

@@ -16,6 +16,8 @@ class Asked:
     """folders that `moemamba paper` or `moemamba compare` wrote, or their results.json, in the page's order"""
     out: Place = "results.html"
     """the page; .md writes its words and tables as markdown"""
+    figures: Place | None = None
+    """folder for every figure of the page as PNG and SVG, drawn with matplotlib (the extra plots)"""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -24,11 +26,15 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("report needs the folder of a comparison, such as runs/paper-main-laptop")
     if not asked.out.endswith((".html", ".md")):
         raise ValueError(f"out is {asked.out!r}; it must end in .html or .md")
-    from ..experiments.page.html import report
-    from ..experiments.page.markdown import markdown
-    from ..experiments.results.comparison import read_results
+    from ..experiments.page import html_page, markdown, require_matplotlib, write_figures
+    from ..experiments.results import read_results
 
+    if asked.figures is not None:
+        require_matplotlib()
     comparisons = [read_results(expanded(run)) for run in asked.runs]
-    page = markdown(comparisons) if asked.out.endswith(".md") else report(comparisons)
+    page = markdown(comparisons) if asked.out.endswith(".md") else html_page(comparisons)
     replace(expanded(asked.out), page)
     line(f"report: {asked.out}")
+    if asked.figures is not None:
+        drawn = write_figures(comparisons, expanded(asked.figures))
+        line(f"figures: {len(drawn)} files in {asked.figures}")

@@ -35,6 +35,11 @@ class Corpora:
             return self.parts[0].content
         return digest([(part.content, round(share, 6)) for part, share in zip(self.parts, self.shares, strict=True)])
 
+    @property
+    def train_tokens(self) -> int:
+        """Of all parts, each counted once."""
+        return sum(len(part.train.ids) for part in self.parts)
+
     def rows(self, config: TrainConfig) -> Rows:
         """What a run reads of them."""
         rows = [make_rows(part.train, config) for part in self.parts]

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..ops.experts.reference import ACTIVATIONS
+from ..ops.experts import ACTIVATIONS
 from .linear import Linear
 
 

@@ -1,8 +1,9 @@
 """Pure functions on tensors: the operations that the layers are made of.
 
-Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch, `reference.py`), "cpu"
-(compiled loops, `cpu_*.py`), "triton" (GPU kernels, `triton_*.py`) or "cuda" (`cuda_*`: on NVIDIA GPUs the scan and the
-convolution's gradients). All compute the same function with the same gradients. The fastest that can run is chosen
+Each function here checks its arguments and hands them to a backend: "reference" (plain PyTorch), "cpu" (compiled
+loops), "triton" (GPU kernels) or "cuda" (on NVIDIA GPUs the scan and the convolution's gradients). A folder is a family
+of ops: its face `__init__.py`, which declares a door for each backend that has kernels, `reference.py`, which says what
+they mean, and the kernels. All compute the same function with the same gradients. The fastest that can run is chosen
 from the tensors; `backend("reference")` overrides the choice. The kernels know the backward pass alone: under
 torch.func, and where an argument carries a forward-mode derivative, the choice is the reference, which is right there.
 
@@ -13,17 +14,20 @@ Letters, here and everywhere: b batch, l length, t tokens (b times l), d d_model
 top_k, r dt_rank, e n_experts, f d_expert, v vocabulary. Upper-case A, B, C, D are only the state-space model's.
 """
 
+import warnings
+from importlib import import_module
 from types import TracebackType
+from typing import Any
 
 from .attention import attention
-from .choice import BACKENDS, available, bound, choose, force, why_not
+from .choice import BACKENDS, available, bound, choose, force, load_kernels, why_not
 from .conv import causal_conv1d
 from .dense import linear, linear_beside, rms_norm
 from .derivatives import transformed
-from .experts import expert_feedforward, expert_linear, grouped_linear
+from .experts import expert_feedforward, expert_linear
 from .head import linear_argmax, linear_cross_entropy
 from .mamba_step import fuses_mamba_step, mamba_step
-from .router import linear_float32, places_in_queues, route, route_with_stats, route_with_totals
+from .router import router, router_choices, router_means
 from .scan import selective_scan
 
 __all__ = [
@@ -37,18 +41,16 @@ __all__ = [
     "expert_feedforward",
     "expert_linear",
     "fuses_mamba_step",
-    "grouped_linear",
     "linear",
     "linear_argmax",
     "linear_beside",
     "linear_cross_entropy",
-    "linear_float32",
+    "load_kernels",
     "mamba_step",
-    "places_in_queues",
     "rms_norm",
-    "route",
-    "route_with_stats",
-    "route_with_totals",
+    "router",
+    "router_choices",
+    "router_means",
     "selective_scan",
     "transformed",
     "why_not",
@@ -76,3 +78,23 @@ class backend:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         force(self.previous)
+
+
+# Names of version 0.1, which go with the next: the family whose face holds each, and what takes its place.
+_OLD = {
+    "grouped_linear": ("experts", "grouped_linear", "ops.expert_linear"),
+    "linear_float32": ("router", "linear_float32", "ops.router"),
+    "places_in_queues": ("experts", "places_in_queues", "layers.moe.router.arrival"),
+    "route": ("router", "router_choices", "ops.router_choices"),
+    "route_with_stats": ("router", "route_with_stats", "ops.router_means"),
+    "route_with_totals": ("router", "router", "ops.router"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OLD:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    family, function, instead = _OLD[name]
+    message = f"moemamba.ops.{name} will be gone in the next version; use moemamba.{instead}"
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return getattr(import_module(f"{__name__}.{family}"), function)

@@ -1,11 +1,14 @@
-"""Which backend an op uses: the fastest that can run, unless one is asked for by name."""
+"""Which backend an op uses: the fastest that can run, unless one is asked for by name.
+
+A backend is a line in `BACKENDS`, and what its kernels share is a file in `kit/`. An op is known by what its family
+declares: its reference, and a door for each backend that has kernels for it.
+"""
 
 import importlib.util
 import os
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,49 +16,80 @@ from torch import Tensor
 from .derivatives import may_be_transformed, transformed
 from .kit import cuda as cuda_runtime
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-INSTALLED = {
-    "cpu": importlib.util.find_spec("numba") is not None,
-    "triton": importlib.util.find_spec("triton") is not None,
+
+class Backend(NamedTuple):
+    """Where kernels of one kind can run."""
+
+    why_not: Callable[[str], str | None]
+    """why it cannot run on a kind of device ("cpu", "cuda"): one sentence with the remedy, or None if it can"""
+    natural: tuple[str, ...] = ()
+    """kinds of device where it is chosen without being asked for"""
+
+
+class Door(NamedTuple):
+    """A backend's way into one op."""
+
+    load: Callable[[], Callable[..., Any]]
+    """imports the kernels and returns the function, whose arguments are the reference's. By a statement within it,
+    since kernels take their time to load, and torch.compile traces import statements"""
+    holds: str = "both directions"
+    """what its kernels compute of the op: both directions, no gradient, or the gradient alone"""
+    why_not: Callable[[str], str | None] = lambda device: None
+    """why it cannot run where its backend can, by kind of device"""
+
+
+class Op(NamedTuple):
+    reference: Callable[..., Any]
+    doors: dict[str, Door]
+    """by backend, the fastest first"""
+
+
+_INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("numba", "triton")}
+
+
+def _why_not_cpu(device: str) -> str | None:
+    if not _INSTALLED["numba"]:
+        return "the cpu backend needs the package numba: pip install numba"
+    if device != "cpu":
+        return f"the cpu backend runs on CPU tensors, and these are on {device}; move the model to the CPU"
+    return None
+
+
+def _why_not_triton(device: str) -> str | None:
+    if not _INSTALLED["triton"]:
+        return "the triton backend needs the package triton, which comes with PyTorch's CUDA builds on Linux"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            f"the triton backend runs on CUDA tensors, and these are on {device}; move the model to a GPU, or set "
+            "TRITON_INTERPRET=1 to step through the kernels on the CPU"
+        )
+    return None
+
+
+def _why_not_cuda(device: str) -> str | None:
+    if device != "cuda":
+        return f"the cuda backend runs on CUDA tensors, and these are on {device}; move the model to a GPU"
+    return cuda_runtime.why_not()
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(lambda device: None),
+    "cpu": Backend(_why_not_cpu, natural=("cpu",)),
+    "triton": Backend(_why_not_triton, natural=("cuda",)),
+    "cuda": Backend(_why_not_cuda, natural=("cuda",)),
 }
 
-# The ops that a backend has kernels for; others run on the reference.
-KERNELS: dict[str, tuple[str, ...]] = {
-    "reference": (),
-    "cpu": (
-        "causal_conv1d",
-        "expert_feedforward",
-        "expert_linear",
-        "grouped_linear",
-        "linear",
-        "linear_cross_entropy",
-        "mamba_step",
-        "rms_norm",
-        "route_with_stats",
-        "selective_scan",
-    ),
-    "triton": (
-        "causal_conv1d",
-        "expert_feedforward",
-        "expert_linear",
-        "grouped_linear",
-        "linear_argmax",
-        "linear_beside",
-        "linear_cross_entropy",
-        "linear_float32",
-        "mamba_step",
-        "places_in_queues",
-        "route",
-        "route_with_totals",
-        "selective_scan",
-    ),
-    # The convolution's gradients alone are CUDA C++; its forward pass is Triton's.
-    "cuda": ("causal_conv1d", "selective_scan") if INSTALLED["triton"] else ("selective_scan",),
-}
+OPS: dict[str, Op] = {}
+
+
+def declare(op: str, reference: Callable[..., Any], **doors: Door) -> None:
+    """What a family says of an op when it is imported: what it means, and its doors, the fastest first."""
+    OPS[op] = Op(reference, doors)
+
 
 _forced: ContextVar[str | None] = ContextVar("moemamba_backend", default=None)
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 # torch.compile cannot read the variable: what is compiled keeps the choice that it was compiled with.
@@ -75,11 +109,13 @@ def choose(op: str, *arguments: Any) -> str:
         RuntimeError: the backend asked for by `ops.backend` has no way to do this here.
     """
     tensor: Tensor = arguments[0]
-    device, name = tensor.device.type, forced()
+    device, name, doors = tensor.device.type, forced(), OPS[op].doors
     if name is not None:
-        if op not in KERNELS[name]:
+        if name not in doors:
             return "reference"
         reason = why_not(name, device)
+        if reason is None and doors[name].why_not(device):
+            return "reference"
         if reason is None and tensor.dtype == torch.float64:
             reason = f'the {name} backend accumulates in float32; use ops.backend("reference") for float64'
         if reason is None and transformed(*arguments):
@@ -87,78 +123,34 @@ def choose(op: str, *arguments: Any) -> str:
         if reason:
             raise RuntimeError(reason)
         return name
-    for natural in _NATURAL.get(device, ()):
-        if op in KERNELS[natural] and tensor.dtype != torch.float64 and why_not(natural, device) is None:
-            return "reference" if may_be_transformed() and transformed(*arguments) else natural
+    if tensor.dtype != torch.float64:
+        for natural in doors:
+            runs = device in BACKENDS[natural].natural and why_not(natural, device) is None
+            if runs and doors[natural].why_not(device) is None:
+                return "reference" if may_be_transformed() and transformed(*arguments) else natural
     return "reference"
-
-
-_NATURAL = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def compute(op: str, *arguments: Any) -> Any:
     """Call `op` in the backend chosen for its arguments: they have the same order in every backend."""
-    return _implementation(op, choose(op, *arguments))(*arguments)
+    return implementation(op, choose(op, *arguments))(*arguments)
 
 
-def _implementation(op: str, name: str) -> Callable[..., Any]:
-    backend: ModuleType
-    match name:  # imported here, since kernels take their time to load; torch.compile traces imports
-        case "cpu":
-            from . import cpu
-
-            backend = cpu
-        case "triton":
-            from . import triton
-
-            backend = triton
-        case "cuda" if op == "causal_conv1d":
-            from .conv.triton import conv_with_cuda
-
-            return conv_with_cuda
-        case "cuda":
-            from .scan import cuda as cuda_scan
-
-            return _scan_where_it_holds if forced() is None else cuda_scan.selective_scan
-        case _:
-            from . import reference
-
-            backend = reference
-    return getattr(backend, op)  # type: ignore[no-any-return]
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """The function that computes an op in a backend that has a door for it, or in the reference."""
+    return OPS[op].reference if name == "reference" else OPS[op].doors[name].load()
 
 
-def _scan_where_it_holds(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *rest: Any
-) -> Any:
-    """The scan in CUDA where nobody asked for it: what its kernels do not cover, others do."""
-    from .scan import cuda as cuda_scan
-
-    covered = cuda_scan.why_not(u, dt, A, B, C, z) is None
-    other = "triton" if INSTALLED["triton"] else "reference"
-    scan = cuda_scan.selective_scan if covered else _implementation("selective_scan", other)
-    return scan(u, dt, A, B, C, D, z, *rest)
+def load_kernels(name: str) -> None:
+    """Import all kernels of a backend, so that PyTorch knows its ops by name: `torch.export.load` needs them."""
+    for op in OPS.values():
+        if name in op.doors:
+            op.doors[name].load()
 
 
 def why_not(name: str, device: str) -> str | None:
     """Why a backend cannot run on a device ("cpu", "cuda"): one sentence with the remedy, or None if it can."""
-    if name == "triton":
-        if not INSTALLED["triton"]:
-            return "the triton backend needs the package triton, which comes with PyTorch's CUDA builds on Linux"
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return (
-                f"the triton backend runs on CUDA tensors, and these are on {device}; move the model to a GPU, or set "
-                "TRITON_INTERPRET=1 to step through the kernels on the CPU"
-            )
-    if name == "cuda":
-        if device != "cuda":
-            return f"the cuda backend runs on CUDA tensors, and these are on {device}; move the model to a GPU"
-        return cuda_runtime.why_not()
-    if name == "cpu":
-        if not INSTALLED["cpu"]:
-            return "the cpu backend needs the package numba: pip install numba"
-        if device != "cpu":
-            return f"the cpu backend runs on CPU tensors, and these are on {device}; move the model to the CPU"
-    return None
+    return BACKENDS[name].why_not(device)
 
 
 def available(name: str) -> str | None:

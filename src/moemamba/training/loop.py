@@ -112,6 +112,7 @@ def _train(
     optimizer = make_optimizer(model, config)
     if not resume:
         processes.once(lambda: begin(run, config, tokenizer, corpora.content))
+        run.log("data", step=0, train_tokens=corpora.train_tokens)
     if config.branch:
         processes.once(lambda: plant(run, Path(str(config.branch))))
     position = Position(content=corpora.content)

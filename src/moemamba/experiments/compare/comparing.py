@@ -21,13 +21,17 @@ from ...host.files import replace
 from ...host.progress import Report
 from ...reading import read_config
 from ...training.config import TrainConfig
-from ..page.html import report
-from ..page.markdown import markdown
-from ..results.comparison import Comparison, read_results, summarise
-from ..results.history import History, read_history
-from ..results.record import Run
-from ..results.reproduction import Reproduction
-from ..results.stored import State
+from ..page import html_page, markdown
+from ..results import (
+    Comparison,
+    History,
+    Reproduction,
+    RunResult,
+    Status,
+    read_history,
+    read_results,
+    summarise,
+)
 from .contender import Contender
 from .runs import Task, carry_out
 
@@ -79,7 +83,7 @@ def compare(
     _tell_of_lost_runs(out, configs, silent)
     tasks = []
     for k, ((contender, seed), config, resume) in enumerate(zip(plan, configs, begun, strict=True), start=1):
-        if _read(contender, seed, config).state == "unfinished":
+        if _read(contender, seed, config).status == "unfinished":
             tasks.append(Task(config, resume, f"[{k}/{len(plan)}] {contender.name}, seed {seed}"))
     try:
         carry_out(tasks, jobs, silent)
@@ -116,7 +120,7 @@ def _write(
 
 def _write_pages(comparison: Comparison, out: Path) -> None:
     """What is made of `results.json`, which is complete by now: a page that cannot be made loses nothing."""
-    for name, page in (("results.md", markdown), ("report.html", report)):
+    for name, page in (("results.md", markdown), ("report.html", html_page)):
         try:
             replace(out / name, page([comparison]))
         except Exception as error:
@@ -125,17 +129,17 @@ def _write_pages(comparison: Comparison, out: Path) -> None:
                 print(text.encode("ascii", "backslashreplace").decode(), file=sys.stderr)
 
 
-def _read(contender: Contender, seed: int, config: TrainConfig) -> Run:
+def _read(contender: Contender, seed: int, config: TrainConfig) -> RunResult:
     """A run as it stands."""
     path = Path(config.run)
-    state: State = "unfinished"
+    status: Status = "unfinished"
     history = read_history(path) if (path / "metrics.jsonl").exists() else History([], [], [])
     if history.failure:
-        state = "diverged"
+        status = "diverged"
     elif history.evaluation and history.evaluation[-1]["step"] == config.steps:
         saved = (path / "checkpoints" / f"{config.steps:08d}").is_dir()
-        state = "finished" if saved else "unfinished"
-    return Run.condensed(contender.name, seed, state, history, config.steps)
+        status = "finished" if saved else "unfinished"
+    return RunResult.condensed(contender.name, seed, status, history, config.steps)
 
 
 def _config(contender: Contender, base: TrainConfig, seed: int, out: Path) -> TrainConfig:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ModelConfig
+from ...counting import count_parameters
 from ...host.files import expanded
 from ...presets import preset
-from ...reading import from_dict, read_config, shown, to_dict
+from ...reading import from_dict, read_config, to_dict
 from ...training.config import TrainConfig
+from ..results import check_name
 
 # What may differ between models in training: their recipe, and their steps, which are a schedule of its own on the
 # batches that the others begin with; never the data or its order.
@@ -30,6 +32,8 @@ RECIPE = (
     "clip",
 )
 
+CLOSE = 0.01  # how near `active` must be met
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -44,17 +48,12 @@ class Contender:
         check_name(self.name)
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError if a model cannot be called so: its runs lie in a folder of its name."""
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise ValueError(f"{shown(name)} cannot name a model's folder; use letters, digits, and any of - _ . +")
-
-
 def parse_contender(text: str) -> Contender:
     """`mamba-tiny`, `NAME=PRESET`, `NAME=config.json`, each with changes behind: `wide=moe-mamba-tiny,n_experts=32`.
 
     Changes are fields of the model's configuration (`routed.experts.n_experts=4` where the last name alone is not
-    enough; lists as in JSON, `routed.projections=["conv","out"]`) or of its recipe.
+    enough; lists as in JSON, `routed.projections=["conv","out"]`) or of its recipe. `active=0.93M` chooses `d_expert`
+    for so many active parameters, counted without embedding and head, once all else is known.
 
     Raises:
         ValueError: no such preset or field, or a value that cannot work.
@@ -64,16 +63,20 @@ def parse_contender(text: str) -> Contender:
     name, named, source = source.rpartition("=")
     model = read_config(ModelConfig, expanded(source)) if source.endswith(".json") else preset(source)
     recipe: dict[str, Any] = {}
+    active: float | None = None
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"{change!r} in {text!r} is not a change; write FIELD=VALUE")
-        if key in RECIPE:
+        if key == "active":
+            active = _amount(value)
+        elif key in RECIPE:
             recipe[key] = _value(value)
         elif key in {field.name for field in fields(TrainConfig)}:
             raise ValueError(f"{key} must be the same for all models; give --{key.replace('_', '-')} instead")
         else:
             model = _changed(model, key, _value(value))
+    model = model if active is None else sized(model, active)
     return Contender(name if named else Path(source).stem, model, recipe)
 
 
@@ -87,6 +90,32 @@ def parse_contenders(texts: Sequence[str]) -> list[Contender]:
     if twice:
         raise ValueError(f"two models are called {twice[0]!r}; give one another name: NAME={twice[0]}")
     return contenders
+
+
+def sized(model: ModelConfig, active: float) -> ModelConfig:
+    """The model with the width of experts, `d_expert`, that comes nearest to a number of active parameters.
+
+    Raises:
+        ValueError: it has no experts, or comes no nearer than 1%.
+    """
+    if not model.routers:
+        raise ValueError(f"active = {active:,.0f} needs experts, whose width it chooses; {model.pattern!r} has none")
+    one, two = (count_parameters(model.replace(d_expert=width)).active for width in (1, 2))
+    nearest = model.replace(d_expert=max(1, 1 + round((active - one) / (two - one))))
+    found = count_parameters(nearest).active
+    if abs(found - active) > CLOSE * active:
+        raise ValueError(
+            f"active = {active:,.0f} cannot be met within {CLOSE:.0%} by d_expert; the nearest is {found:,}"
+        )
+    return nearest
+
+
+def _amount(text: str) -> float:
+    """`0.93M` -> 930000.0"""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", text)
+    if not found or not float(found[1]):
+        raise ValueError(f"active is {text!r}; expected a number of parameters, such as 930000 or 0.93M")
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]]
 
 
 def _changed(model: ModelConfig, key: str, value: Any) -> ModelConfig:

@@ -1,1 +1,23 @@
 """Comparisons as pages: words and drawings."""
+
+from .html import html_page
+from .markdown import markdown
+from .plots import require_matplotlib, write_figures
+from .section import STEPS_NOTES, loss_notes
+from .wording import HEADER, cells, count, says, signed, times, verdict
+
+__all__ = [
+    "HEADER",
+    "STEPS_NOTES",
+    "cells",
+    "count",
+    "html_page",
+    "loss_notes",
+    "markdown",
+    "require_matplotlib",
+    "says",
+    "signed",
+    "times",
+    "verdict",
+    "write_figures",
+]

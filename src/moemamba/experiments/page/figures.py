@@ -1,17 +1,15 @@
-"""The figures of a comparison, as HTML: loss and speed-up over tokens, loss by number of experts, routing."""
+"""The charts of a comparison: loss and speed-up over tokens, loss by number of experts, routing."""
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
-from ..results.comparison import Comparison, count
-from ..results.history import Curve, smoothing, speed_up
-from ..results.record import Run
-from .chart import COLOURS, Line, line_chart, style
-from .escaping import html
+from ..results import Comparison, Curve, RunResult, smoothing, speed_up
+from .chart import COLOURS, Chart, Line
+from .wording import count
 
 
-def curves(found: Comparison) -> list[str]:
+def curves(found: Comparison) -> list[Chart]:
     """Loss over tokens and over time, held-out and in training, and the speed-up over tokens."""
     rows, steps = found.rows, found.settings["steps"]
     runs = _finished(found)
@@ -31,51 +29,49 @@ def curves(found: Comparison) -> list[str]:
     begin = steps * found.step_tokens / 10
     window, alpha = _window(held_out, begin), smoothing(steps)
     return [
-        figure(
+        Chart(
             "Held-out loss",
-            line_chart(held_out, "Held-out loss over tokens", y_range=window, y_label="nats per token", level=target),
+            "Held-out loss over tokens",
+            held_out,
             "Mean over the seeds, and the band between the lowest and the highest.",
+            y_range=window,
+            y_label="nats per token",
+            level=target,
         ),
-        figure(
+        Chart(
             "Speed-up",
-            line_chart(
-                faster,
-                "Speed-up over tokens",
-                y_range=_window([*faster, Line("", 0, [(begin, 1.0)])], begin),
-                x_label="tokens of the baseline",
-                y_label="times fewer tokens than the baseline",
-                y_format="{:.2f}×".format,
-                level=(1.0, ""),
-            ),
+            "Speed-up over tokens",
+            faster,
             "Tokens of the baseline over tokens of each model to the lowest held-out loss that the baseline had "
             "reached by then (the paper's appendix D).",
+            y_range=_window([*faster, Line("", 0, [(begin, 1.0)])], begin),
+            x_label="tokens of the baseline",
+            y_label="times fewer tokens than the baseline",
+            y_format="{:.2f}×".format,
+            level=(1.0, ""),
         ),
-        figure(
+        Chart(
             "Training loss",
-            line_chart(
-                training,
-                "Training loss over tokens",
-                y_range=_window(training, begin),
-                y_label="nats per token",
-            ),
+            "Training loss over tokens",
+            training,
             f"Language-model loss alone, exponential moving average with weight {alpha:.2g} a step.",
+            y_range=_window(training, begin),
+            y_label="nats per token",
         ),
-        figure(
+        Chart(
             "Held-out loss over time",
-            line_chart(
-                timed,
-                "Held-out loss over seconds of training",
-                y_range=window,
-                x_label="seconds",
-                y_label="nats per token",
-                level=target,
-            ),
+            "Held-out loss over seconds of training",
+            timed,
             "At each model's median speed on the machine named below: equal tokens are not equal time.",
+            y_range=window,
+            x_label="seconds",
+            y_label="nats per token",
+            level=target,
         ),
     ]
 
 
-def sweeps(found: Comparison) -> list[str]:
+def sweeps(found: Comparison) -> list[Chart]:
     """Loss by number of experts, where several models are called NAME-N: here, and as the paper has it."""
     groups: dict[str, list[int]] = {}
     for row in found.rows:
@@ -98,62 +94,51 @@ def sweeps(found: Comparison) -> list[str]:
         paper = [(numbers.index(n), loss) for n in own if (loss := printed.get(f"{name}-{n}")) is not None]
         if paper and baseline in printed:
             lines.append(Line(f"{name}, the paper", k + 1 + COLOURS, [(x, y - printed[baseline]) for x, y in paper]))
-    drawing = line_chart(
-        lines,
-        "Loss by number of experts",
-        y_label=f"nats per token above {baseline}",
-        y_format=lambda nats: f"{nats:+.4f}".replace("-", "−"),
-        level=(0.0, baseline),
-        categories=[(f"{n}", size[n]) for n in numbers],
-    )
-    caption = (
-        f"Final loss minus {baseline}'s: here held-out, with the seeds' range; the paper's is smoothed training loss. "
-        "Below each number of experts are the total parameters."
-    )
-    return [figure("Loss by number of experts", legend((line.colour, line.name) for line in lines) + drawing, caption)]
+    return [
+        Chart(
+            "Loss by number of experts",
+            "Loss by number of experts",
+            lines,
+            f"Final loss minus {baseline}'s: here held-out, with the seeds' range; the paper's is smoothed training "
+            "loss. Below each number of experts are the total parameters.",
+            y_label=f"nats per token above {baseline}",
+            y_format=lambda nats: f"{nats:+.4f}".replace("-", "−"),
+            level=(0.0, baseline),
+            categories=[(f"{n}", size[n]) for n in numbers],
+            keys=True,
+        )
+    ]
 
 
-def routing(found: Comparison) -> list[str]:
+def routing(found: Comparison) -> list[Chart]:
     """Busiest experts and dropped choices over training, of the models that have routers."""
 
-    def busiest(run: Run) -> Curve:
+    def busiest(run: RunResult) -> Curve:
         return [(line["step"], max(max(layer["load"]) for layer in line["layers"])) for line in run.router]
 
-    def dropped(run: Run) -> Curve:
+    def dropped(run: RunResult) -> Curve:
         return [(line["step"], statistics.fmean(at["dropped"] for at in line["layers"])) for line in run.router]
 
     busy, drops = ([line for line in _lines(found, curve, dots=False) if line.points] for curve in (busiest, dropped))
     if not busy:
         return []
     drops = [line for line in drops if any(share > 0 for _, share in line.points)]
-    figures = [
-        figure(
+    charts = [
+        Chart(
             "Busiest expert",
-            line_chart(
-                busy,
-                "Load of the busiest expert over tokens",
-                y_range=_window([*busy, Line("", 0, [(0, 1.0)])], 0),
-                y_label="times its even share",
-                level=(1.0, ""),
-            ),
+            "Load of the busiest expert over tokens",
+            busy,
             "Of all layers, in times of its even share of the tokens.",
+            y_range=_window([*busy, Line("", 0, [(0, 1.0)])], 0),
+            y_label="times its even share",
+            level=(1.0, ""),
         )
     ]
     if drops:
-        drawing = line_chart(drops, "Choices dropped over tokens", y_label="share of choices", y_format="{:.2%}".format)
-        figures.append(figure("Dropped", drawing, "Mean over layers of the share of choices beyond experts' capacity."))
-    return figures
-
-
-def figure(title: str, drawing: str, caption: str) -> str:
-    """A drawing with its name and what it shows; the name is no heading, as figures stand on several levels."""
-    return f"<figure><p class='name'>{html(title)}</p>{drawing}<figcaption>{html(caption)}</figcaption></figure>"
-
-
-def legend(names: Iterable[tuple[int, str]]) -> str:
-    """Names of lines by their colour."""
-    items = "".join(f"<li><i class='{style(index)}'></i>{html(name)}</li>" for index, name in names)
-    return f"<ul class='legend'>{items}</ul>"
+        caption = "Mean over layers of the share of choices beyond experts' capacity."
+        title, form = "Choices dropped over tokens", "{:.2%}".format
+        charts.append(Chart("Dropped", title, drops, caption, y_label="share of choices", y_format=form))
+    return charts
 
 
 def over_seeds(name: str, colour: int, curves: Sequence[Curve], *, dots: bool = True) -> Line:
@@ -166,11 +151,11 @@ def over_seeds(name: str, colour: int, curves: Sequence[Curve], *, dots: bool = 
     return Line(name, colour, mean, low if len(at) > 1 else (), high if len(at) > 1 else (), dots)
 
 
-def _finished(found: Comparison) -> dict[str, list[Run]]:
+def _finished(found: Comparison) -> dict[str, list[RunResult]]:
     return {row.name: [run for run in found.runs if run.model == row.name and run.finished] for row in found.rows}
 
 
-def _lines(found: Comparison, curve: Callable[[Run], Curve], *, dots: bool = True) -> list[Line]:
+def _lines(found: Comparison, curve: Callable[[RunResult], Curve], *, dots: bool = True) -> list[Line]:
     """A line over tokens for each model."""
     return [
         over_seeds(name, k, [_tokens(found, curve(run)) for run in runs], dots=dots)

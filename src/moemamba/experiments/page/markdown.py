@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from ..results.comparison import Comparison
+from ..results import Comparison
 from .escaping import markdown_text
 from .section import Grid, section
 

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..results.claims import Measure, says, verdict
-from ..results.comparison import HEADER, Comparison, Row, cells, signed
-from ..results.reproduction import Reproduction
+from ..results import Comparison, Reproduction, Row
+from .wording import HEADER, Measure, cells, says, signed, verdict
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def headline(row: Row) -> str:
     d = row.difference
     if row.missing or not d.values:
         return f"{row.name}: {row.verdict}."
-    if not row.verdict.startswith(("lower", "higher")) and d.std is not None:
+    if d.std is not None and not d.clear:
         return f"{row.name} shows no clear difference from the baseline: {signed(d)} nats per token."
     side = "below" if d.mean < 0 else "above"
     text = f"{row.name} ends {abs(d.mean):.3f} nats per token {side} the baseline ({row.verdict})"
@@ -140,13 +139,19 @@ def _results(found: Comparison) -> Grid:
 
 
 def _besides(found: Comparison) -> Grid:
-    """What is measured beside the losses, and each model's learning rate."""
-    keys = ("accuracy", "bits/byte")
+    """What is measured beside the losses, each model's learning rate, and how often it read the corpus if known."""
+    keys, texts = ("accuracy", "bits/byte"), _cells(found)
+    read = {row.name: found.epochs(row) for row in found.rows} if found.train_tokens else {}
     rows = [
-        (name, *(row[key] for key in keys), f"{found.setting(name, 'learning_rate'):g}")
-        for name, row in _cells(found).items()
+        (
+            row.name,
+            *(texts[row.name][key] for key in keys),
+            f"{found.setting(row.name, 'learning_rate'):g}",
+            *((f"{epochs:.3g}" if (epochs := read[row.name]) else "–",) if read else ()),
+        )
+        for row in found.rows
     ]
-    return Grid(("model", *keys, "learning rate"), rows)
+    return Grid(("model", *keys, "learning rate", *(("epochs",) if read else ())), rows)
 
 
 def _steps(found: Comparison) -> list[str | Grid]:

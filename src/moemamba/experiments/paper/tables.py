@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from ...config import ModelConfig, RoutedMambaConfig
 from ...presets import preset
-from ..compare.contender import Contender
+from ..compare import Contender
+from ..results import Claim
 
 PAPER_WIDTH, PAPER_BLOCKS = 512, 8  # of the 25M models
 FRACTIONS = {"1-5": (2 / 3, 2560, 19), "2-4": (4 / 3, 2048, 24), "3-3": (2.0, 1536, 32), "4-2": (8 / 3, 1024, 48)}
@@ -67,16 +68,6 @@ class Entry:
         """The model at a scale, with the first learning rate of `rates`."""
         recipe = {**self.recipe, "learning_rate": self.rates(scale)[0]}
         return Contender(self.name, scaled(preset(self.preset).replace(**self.changes), scale), recipe)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One model is said to be better than another."""
-
-    better: str
-    worse: str
-    accuracy: bool = False
-    """in its share of tokens predicted right, not in its loss"""
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from pathlib import Path
 from ...host.files import write_json
 from ...host.progress import Report
 from ...training.config import TrainConfig
-from ..compare.comparing import compare
-from ..compare.contender import Contender
-from ..results.reproduction import Tuning
+from ..compare import Contender, compare
+from ..results import Tuning
 
 EXTENSIONS = 2  # how often a grid is widened by a factor of two, if its best rate lies at its edge
 
@@ -59,7 +58,7 @@ def tune(
     return found
 
 
-def apply(contenders: Sequence[Contender], found: Mapping[str, Tuning]) -> list[Contender]:
+def tuned(contenders: Sequence[Contender], found: Mapping[str, Tuning]) -> list[Contender]:
     """The contenders, those that were tuned with their learning rate."""
     return [
         replace(c, recipe={**c.recipe, "learning_rate": found[c.name].chosen}) if c.name in found else c

@@ -7,13 +7,10 @@ from typing import Any, Self
 
 from ...host.files import FileError, read_json, replace
 from ...reading import shown
-from .record import Run
+from .record import RunResult
 from .reproduction import Reproduction
-from .row import HEADER, Row, cells, summarise
-from .spread import Spread, count, signed, times
+from .row import Row, summarise
 from .stored import stored
-
-__all__ = ["HEADER", "Comparison", "Row", "Spread", "cells", "count", "read_results", "signed", "summarise", "times"]
 
 FORMAT = 2  # of results.json
 SIZE = 1 << 26  # of its bytes at most; a run takes about 60 kB
@@ -25,7 +22,7 @@ class Comparison:
 
     rows: list[Row]
     """the first is the baseline"""
-    runs: list[Run]
+    runs: list[RunResult]
     settings: dict[str, Any]
     """what all runs share: data, budget, schedule"""
     recipes: dict[str, dict[str, Any]]
@@ -42,6 +39,15 @@ class Comparison:
     def step_tokens(self) -> int:
         """Tokens of a step."""
         return int(self.settings["batch_size"] * self.settings["context"])
+
+    @property
+    def train_tokens(self) -> int | None:
+        """Tokens of the corpus that all runs read; None if none of them says."""
+        return next((run.train_tokens for run in self.runs if run.train_tokens), None)
+
+    def epochs(self, row: Row) -> float | None:
+        """How often a model's runs read the corpus."""
+        return row.steps * self.step_tokens / self.train_tokens if self.train_tokens and row.steps else None
 
     def setting(self, model: str, name: str) -> Any:
         """One model's value of a setting, such as its learning rate."""
@@ -72,7 +78,7 @@ class Comparison:
                 f"its format is {shown(values.get('format'))}, not {FORMAT}; run its command again where the runs are"
             )
         found = stored(values)
-        runs = [Run.of(run) for run in found.runs]
+        runs = [RunResult.of(run) for run in found.runs]
         models = {model.name: model.config for model in found.models}
         return cls(
             summarise(runs, models, found.settings["context"]),

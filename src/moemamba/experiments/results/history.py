@@ -23,6 +23,8 @@ class History:
     router: list[dict[str, Any]]
     failure: list[dict[str, Any]] = field(default_factory=list)
     """where the run diverged; a resumption takes the line away"""
+    data: list[dict[str, Any]] = field(default_factory=list)
+    """what it read"""
 
     def curve(self, kind: str, key: str) -> list[tuple[float, float]]:
         """(step, value) of one figure, such as `curve("evaluation", "loss")`; lines without it, or in which it is no
@@ -39,7 +41,7 @@ def read_history(run: Path) -> History:
     """
     path = run / "metrics.jsonl"
     lines = read_text(path, SIZE).splitlines()
-    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "router": [], "failure": []}
+    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "router": [], "failure": [], "data": []}
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
@@ -50,7 +52,7 @@ def read_history(run: Path) -> History:
         before = kinds.get(str(line.get("kind"))) if isinstance(line, dict) else None
         if before is not None and _follows(line.get("step"), before):
             before.append(line)
-    return History(kinds["train"], kinds["evaluation"], kinds["router"], kinds["failure"])
+    return History(**kinds)
 
 
 def _follows(step: Any, before: list[dict[str, Any]]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from ...reading import from_dict
 from .history import Curve, History, smoothed, smoothing
-from .stored import Layer, State, StoredRun, is_figure
+from .stored import Layer, Status, StoredRun, is_figure
 
 EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte", "accuracy", "drop_gap")
 MEANS = ("entropy", "dropped", "balance")  # of a router, over steps
@@ -18,12 +18,12 @@ LINES = 60  # about each router at most
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResult:
     """One training run of a comparison, its curves thinned and its figures rounded."""
 
     model: str
     seed: int
-    state: State
+    status: Status
     evaluation: Sequence[dict[str, float]]
     """lines of `EVALUATION`: tokens trained on, seconds of work, held-out loss in nats per token, dropless; `drop_gap`
     is what the capacity limits of training would add to it, where there are any"""
@@ -36,22 +36,24 @@ class Run:
     """median over the run: the first lines hold compilation and the machine's other work"""
     peak_memory: float | None = None
     """bytes, on a GPU"""
+    train_tokens: int | None = None
+    """of its corpus; None if the run did not write it down"""
 
     @classmethod
-    def condensed(cls, model: str, seed: int, state: State, history: History, steps: int) -> Self:
+    def condensed(cls, model: str, seed: int, status: Status, history: History, steps: int) -> Self:
         """What is kept of a history; `steps` are those of the whole run."""
         evaluation = [
             {key: round(line[key], 6) for key in EVALUATION if is_figure(line.get(key))}
             for line in history.evaluation
             if is_figure(line.get("loss"))
         ]
-        if state == "finished" and (not evaluation or evaluation[-1]["step"] != history.evaluation[-1]["step"]):
-            state = "diverged"  # its last loss is no number
+        if status == "finished" and (not evaluation or evaluation[-1]["step"] != history.evaluation[-1]["step"]):
+            status = "diverged"  # its last loss is no number
         training = smoothed(history.curve("train", "loss"), smoothing(steps))
         return cls(
             model,
             seed,
-            state,
+            status,
             evaluation,
             [(step, round(loss, 5)) for step, loss in thinned(training, POINTS)],
             _router(history.router),
@@ -59,11 +61,12 @@ class Run:
                 [speed for _, speed in history.curve("train", "tokens_per_second") if speed > 0] or [math.nan]
             ),
             max((peak for _, peak in history.curve("train", "peak_memory")), default=None),
+            next((int(tokens) for _, tokens in history.curve("data", "train_tokens") if tokens >= 1), None),
         )
 
     @property
     def finished(self) -> bool:
-        return self.state == "finished"
+        return self.status == "finished"
 
     @property
     def curve(self) -> Curve:
@@ -76,9 +79,10 @@ class Run:
         return {
             "model": self.model,
             "seed": self.seed,
-            "state": self.state,
+            "state": self.status,
             "tokens_per_second": None if math.isnan(self.tokens_per_second) else self.tokens_per_second,
             "peak_memory": self.peak_memory,
+            **({"train_tokens": self.train_tokens} if self.train_tokens else {}),
             "evaluation": {
                 key: [line.get(key) for line in self.evaluation]
                 for key in EVALUATION
@@ -121,6 +125,7 @@ class Run:
             ],
             math.nan if run.tokens_per_second is None else run.tokens_per_second,
             run.peak_memory,
+            run.train_tokens,
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from ..paper.tables import Claim
+from .claims import Claim
 from .stored import StoredPaper, rates
 
 

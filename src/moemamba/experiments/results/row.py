@@ -1,7 +1,6 @@
 """What is said about one model of a comparison: spreads over seeds, paired differences, steps to equal loss."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +9,10 @@ from ...config import ModelConfig
 from ...counting import ParameterCount, count_parameters, flops_per_token
 from ...reading import to_dict
 from .history import Curve, crossing
-from .record import Run
-from .spread import Spread, count, signed, times
+from .record import RunResult
+from .spread import Spread
 
-STATES = ("diverged", "unfinished")  # of runs that do not count
+UNCOUNTED = ("diverged", "unfinished")  # runs that no figure is of
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,9 @@ class Row:
         seeds, d = len(self.difference.values), self.difference
         if self.missing or not seeds:
             return self.missing or "no baseline to compare with"
-        side = "lower" if d.mean < 0 else "higher"
         if seeds == 1:
-            return f"{side if d.mean else 'equal'}, one seed"
-        return f"{side} with each of {seeds} seeds" if d.clear else "no clear difference"
+            return f"{d.side}, one seed"
+        return f"{d.side} with each of {seeds} seeds" if d.clear else "no clear difference"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -105,7 +103,7 @@ class Row:
         }
 
 
-def summarise(runs: list[Run], configs: dict[str, ModelConfig], context: int) -> list[Row]:
+def summarise(runs: list[RunResult], configs: dict[str, ModelConfig], context: int) -> list[Row]:
     """One row for each model of `configs`, the first of which is the baseline. Only finished runs count."""
     by_model = {name: sorted((r for r in runs if r.model == name), key=lambda r: r.seed) for name in configs}
     baseline = {run.seed: run for run in next(iter(by_model.values())) if run.finished}
@@ -113,13 +111,13 @@ def summarise(runs: list[Run], configs: dict[str, ModelConfig], context: int) ->
     return [replace(row, own_schedule=bool(rows[0].steps and row.steps and row.steps != rows[0].steps)) for row in rows]
 
 
-def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, Run], context: int) -> Row:
+def _row(name: str, config: ModelConfig, every: list[RunResult], baseline: dict[int, RunResult], context: int) -> Row:
     runs = [run for run in every if run.finished]
     pairs = [(run, baseline[run.seed]) for run in runs if run.seed in baseline]
     steps, ratios = _faster([(ours.curve, theirs.curve) for ours, theirs in pairs])
     capped = [(_capped(ours), _capped(theirs)) for ours, theirs in pairs]
     training = [(ours.training, theirs.training) for ours, theirs in pairs]
-    others = [f"{n} of {len(every)} {state}" for state in STATES if (n := sum(run.state == state for run in every))]
+    others = [f"{n} of {len(every)} {kind}" for kind in UNCOUNTED if (n := sum(run.status == kind for run in every))]
     return Row(
         name=name,
         config=config,
@@ -147,12 +145,12 @@ def _row(name: str, config: ModelConfig, every: list[Run], baseline: dict[int, R
     )
 
 
-def _last(runs: Sequence[Run], key: str) -> Spread:
+def _last(runs: Sequence[RunResult], key: str) -> Spread:
     """One of the last held-out figures of runs, of those that have it."""
     return Spread(tuple(value for run in runs if (value := run.evaluation[-1].get(key)) is not None))
 
 
-def _capped(run: Run) -> Curve:
+def _capped(run: RunResult) -> Curve:
     """Held-out loss with the capacity limits of training, by step."""
     return [(line["step"], line["loss"] + line.get("drop_gap", 0.0)) for line in run.evaluation]
 
@@ -162,7 +160,7 @@ def _difference(pairs: Sequence[tuple[Curve, Curve]]) -> Spread:
     return Spread(tuple(round(ours[-1][1] - theirs[-1][1], 6) for ours, theirs in pairs if ours and theirs))
 
 
-def _in_time(ratios: Spread | None, pairs: Sequence[tuple[Run, Run]]) -> Spread | None:
+def _in_time(ratios: Spread | None, pairs: Sequence[tuple[RunResult, RunResult]]) -> Spread | None:
     """Speed-ups in steps, times how many more tokens a second the runs read; None if a speed is unknown."""
     paces = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in pairs]
     if ratios is None or any(map(math.isnan, paces)):
@@ -178,63 +176,11 @@ def _faster(pairs: Sequence[tuple[Curve, Curve]]) -> tuple[tuple[float | None, .
     return steps, Spread(tuple(ratios)) if ratios and len(ratios) == len(pairs) else None
 
 
-HEADER = (
-    "model",
-    "parameters",
-    "active",
-    "held-out loss",
-    "vs baseline",
-    "steps to its loss",
-    "speed-up",
-    "training loss",
-    "speed-up by it",
-    "accuracy",
-    "bits/byte",
-    "tokens/s",
-    "with capacity",
-    "speed-up with it",
-    "speed-up in time",
-)
-
-
-def cells(rows: list[Row]) -> list[tuple[str, ...]]:
-    """The table's text, one tuple of cells for each row, under `HEADER`."""
-    return [
-        (
-            row.name,
-            count(row.parameters.total),
-            count(row.parameters.active),
-            _loss(row),
-            "baseline" if row is rows[0] else signed(row.difference),
-            _steps(row.steps_to_baseline, row.steps),
-            times(row.speed_up),
-            _mean(row.training_loss, ".4f"),
-            times(row.training_speed_up),
-            _mean(row.accuracy, ".2%"),
-            _mean(row.bits_per_byte, ".4f"),
-            _mean(row.tokens_per_second, ",.0f"),
-            _mean(row.capped_loss, ".4f"),
-            times(row.capped_speed_up),
-            times(row.time_speed_up),
-        )
-        for row in rows
-    ]
-
-
-def _loss(row: Row) -> str:
-    spread = f" ± {row.loss.std:.4f}" if row.loss.std is not None else ""
-    parts = [f"{row.loss.mean:.4f}{spread}"] if row.loss.values else []
-    return "; ".join([*parts, *([row.missing] if row.missing else [])])
-
-
-def _mean(spread: Spread, form: str) -> str:
-    return format(spread.mean, form) if spread.values else "–"
-
-
-def _steps(reached: tuple[float | None, ...], steps: int) -> str:
-    values = [value for value in reached if value is not None]
-    if not reached:
-        return "–"
-    if len(values) == len(reached):
-        return f"{statistics.fmean(values):,.0f}"
-    return f"> {steps:,}" + (f" ({len(values)} of {len(reached)} did)" if values else "")
+def paired(first: Row, second: Row, figure: str) -> Spread:
+    """One figure of a row, such as "loss", minus another row's with the same seed; empty where they share none."""
+    sides = (getattr(row, figure).values for row in (first, second))
+    ours, theirs = (
+        dict(zip(row.seeds, values, strict=True)) if len(values) == len(row.seeds) else {}
+        for row, values in zip((first, second), sides, strict=True)
+    )
+    return Spread(tuple(value - theirs[seed] for seed, value in ours.items() if seed in theirs))

@@ -1,4 +1,4 @@
-"""One figure over the seeds, and figures as text."""
+"""One figure over the seeds."""
 
 import math
 import statistics
@@ -36,6 +36,11 @@ class Spread:
         return error is not None and self.low * self.high > 0 and abs(self.mean) > 2 * error
 
     @property
+    def side(self) -> str:
+        """Of a difference: "lower", "higher" or "equal"."""
+        return "lower" if self.mean < 0 else "higher" if self.mean > 0 else "equal"
+
+    @property
     def low(self) -> float:
         return min(self.values, default=math.nan)
 
@@ -47,28 +52,3 @@ class Spread:
         if not self.values:
             return {"values": []}
         return {"values": list(self.values), "mean": self.mean, "std": self.std, "low": self.low, "high": self.high}
-
-
-def signed(difference: Spread) -> str:
-    """`-0.0612 (-0.0660 … -0.0555)`: mean, then lowest and highest of the seeds; with real minus signs."""
-    if not difference.values:
-        return "–"
-    text = f"{difference.mean:+.4f}"
-    if difference.std is not None:
-        text += f" ({difference.low:+.4f} … {difference.high:+.4f})"
-    return text.replace("-", "−")
-
-
-def times(ratio: Spread | None) -> str:
-    """`1.46× (1.44 … 1.49)`"""
-    if ratio is None or not ratio.values:
-        return "–"
-    return f"{ratio.mean:.2f}×" + (f" ({ratio.low:.2f} … {ratio.high:.2f})" if ratio.std is not None else "")
-
-
-def count(n: float) -> str:
-    """27131904 -> `27.1M`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.0f}"

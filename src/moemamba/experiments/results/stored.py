@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from ...config import ModelConfig
 from ...reading import from_dict, shown
-from ..compare.contender import check_name
-from ..paper.tables import Claim
+from .claims import Claim
 
-State = Literal["finished", "diverged", "unfinished"]
+Status = Literal["finished", "diverged", "unfinished"]  # of a run
 SIZE = (1e-18, 1e18)  # of any number in the file but 0: products and quotients of them stay finite
 ANY_SIZE = (0.0, 1e300)  # of a setting, which is only shown
 TEXT, DEPTH = 100_000, 10  # characters of a text, levels of nesting
@@ -88,14 +87,18 @@ class StoredRun:
 
     model: str
     seed: int
-    state: State
+    state: Status
     tokens_per_second: float | None
     peak_memory: float | None
     evaluation: Evaluation
     training: Training
     router: Router
+    train_tokens: int | None = None
+    """of its corpus; older files do not say"""
 
     def __post_init__(self) -> None:
+        if self.train_tokens is not None and not self.train_tokens > 0:
+            raise ValueError(f"train_tokens is {self.train_tokens}; it must be greater than 0, or absent")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         if self.tokens_per_second is not None and not self.tokens_per_second > 0:
@@ -233,6 +236,12 @@ def check_lengths(length: int, columns: dict[str, Sequence[Any]]) -> None:
     for name, column in columns.items():
         if len(column) != length:
             raise ValueError(f"{name} has {len(column)} entries; expected {length}, as many as there are steps")
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if a model cannot be called so: its runs lie in a folder of its name."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError(f"{shown(name)} cannot name a model's folder; use letters, digits, and any of - _ . +")
 
 
 def check_known(where: str, names: Iterable[str], known: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from ... import ops
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
 from .experts import Experts
-from .router import FEW, Choice, Router, RouterStats, Routing
+from .router import Choice, Router, RouterStats, Routing
 
 
 class MoE(nn.Module):
@@ -65,9 +65,6 @@ class MoE(nn.Module):
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
         with torch.autocast(x.device.type, enabled=False):
             router, tokens = self.router, x.flatten(0, 1)
-            if tokens.shape[0] <= FEW and not torch.is_grad_enabled():
-                choice = Choice(*ops.route(tokens, router.weight, router.balance_bias, router.top_k))
-            else:
-                choice = router.choose(tokens)
+            choice = Choice(*ops.router_choices(tokens, router.weight, router.balance_bias, router.top_k))
         y: Tensor = self.experts(x.flatten(0, 1), choice).unflatten(0, x.shape[:2])
         return y if self.shared is None else y + self.shared(x)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.arguments import sizes
-
-FEW = 256  # tokens up to which the router is one kernel, each of whose programs reads all of the weights
+from ...ops.experts import places_in_queues
 
 
 class RouterStats(NamedTuple):
@@ -84,10 +83,10 @@ class Router(nn.Module):
         if (
             not self.training
             and seq_idx is None
-            and ops.choose("route_with_stats", x, self.weight) == "cpu"
+            and ops.choose("router_means", x, self.weight) != "reference"
             and not torch.is_grad_enabled()
         ):
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(x.device.type, enabled=False):
                 return self._route_all(x)
         groups, across = (self.groups, self.across) if self.training else (1, None)
         if batch % groups:
@@ -95,7 +94,7 @@ class Router(nn.Module):
         rows, size = batch // groups, batch // groups * length
         valid = None if seq_idx is None else (seq_idx.flatten() >= 0).to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            indices, gates, own, *totals = ops.route_with_totals(
+            indices, gates, own, *totals = ops.router(
                 x.flatten(0, 1), self.weight, self.balance_bias, self.top_k, valid, groups
             )
             load = own
@@ -131,16 +130,11 @@ class Router(nn.Module):
             )
             return Routing(indices, gates, stats)
 
-    def choose(self, x: Tensor) -> Choice:
-        """x (t, d) -> the choices, of which none is dropped."""
-        return Choice(*ops.route_with_totals(x, self.weight, self.balance_bias, self.top_k)[:2])
-
     def _route_all(self, x: Tensor) -> Routing:
         """As `forward` where nothing is dropped, padded or differentiated, by one kernel: for a token of generation the
         statistics would otherwise cost more than its experts."""
-        logits = ops.linear_float32(x.flatten(0, 1), self.weight)
-        indices, gates, balance_loss, z_loss, load, entropy = ops.route_with_stats(
-            logits, self.balance_bias, self.top_k
+        indices, gates, balance_loss, z_loss, load, entropy = ops.router_means(
+            x.flatten(0, 1), self.weight, self.balance_bias, self.top_k
         )
         stats = RouterStats(balance_loss, z_loss, load, dropped=entropy.new_zeros(()), entropy=entropy)
         return Routing(indices, gates, stats)
@@ -171,7 +165,7 @@ def arrival(indices: Tensor, n_experts: int, groups: int = 1, earlier: Tensor | 
     queues = groups * (n_experts + 1)
     group = torch.arange(groups, device=indices.device).repeat_interleave(indices.shape[0] // groups)
     in_time = (indices + group[:, None, None] * (n_experts + 1)).transpose(0, 1)  # (l, b, k)
-    place = ops.places_in_queues(in_time.flatten(), queues)
+    place = places_in_queues(in_time.flatten(), queues)
     if earlier is not None:
         place = place + F.pad(earlier, (0, 1)).gather(1, indices.transpose(0, 1).flatten(1)).flatten()
     return place.view_as(in_time).transpose(0, 1)

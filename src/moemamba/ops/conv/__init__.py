@@ -1,9 +1,13 @@
-"""TODO"""
+"""The causal depthwise convolution."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..arguments import dense, expect, sizes
-from ..choice import compute
+from ..choice import Door, compute, declare, why_not
+from . import reference
 
 
 def causal_conv1d(
@@ -37,3 +41,31 @@ def causal_conv1d(
     expect("seq_idx", seq_idx, (batch, length))
     args = (x, weight, dense(bias), activation, initial_state, dense(seq_idx))
     return compute("causal_conv1d", *args)
+
+
+def _cpu() -> Callable[..., Any]:
+    from .cpu import causal_conv1d
+
+    return causal_conv1d
+
+
+def _triton() -> Callable[..., Any]:
+    from .triton import causal_conv1d
+
+    return causal_conv1d
+
+
+def _cuda() -> Callable[..., Any]:
+    from .triton import conv_with_cuda
+
+    return conv_with_cuda
+
+
+declare(
+    "causal_conv1d",
+    reference.causal_conv1d,
+    cpu=Door(_cpu),
+    # The forward pass of this door is Triton's, so that it needs both.
+    cuda=Door(_cuda, holds="the gradient alone", why_not=lambda device: why_not("triton", device)),
+    triton=Door(_triton),
+)

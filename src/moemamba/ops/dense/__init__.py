@@ -1,9 +1,13 @@
-"""TODO"""
+"""Linear layers and the norm."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..arguments import expect
-from ..choice import compute
+from ..choice import Door, compute, declare
+from . import reference
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,3 +51,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """
     expect("weight", weight, (x.shape[-1],))
     return compute("rms_norm", x, weight, eps)  # type: ignore[no-any-return]
+
+
+def _linear_cpu() -> Callable[..., Any]:
+    from ..kit.cpu.product import linear
+
+    return linear
+
+
+def _linear_beside_triton() -> Callable[..., Any]:
+    from .triton import linear_beside
+
+    return linear_beside
+
+
+def _rms_norm_cpu() -> Callable[..., Any]:
+    from .cpu_norm import rms_norm
+
+    return rms_norm
+
+
+declare("linear", reference.linear, cpu=Door(_linear_cpu))
+declare("linear_beside", reference.linear_beside, triton=Door(_linear_beside_triton))
+declare("rms_norm", reference.rms_norm, cpu=Door(_rms_norm_cpu))

@@ -1,10 +1,14 @@
-"""TODO"""
+"""Expert layers: matrix products of rows sorted by who takes them."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..arguments import autocast, dense, expect, sizes
-from ..choice import compute
+from ..choice import Door, compute, declare
 from . import reference
+from .reference import ACTIVATIONS as ACTIVATIONS  # what layers compute alone too
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -58,8 +62,8 @@ def expert_feedforward(
     Returns:
         (t, o) in x's dtype; zero for a token whose every choice was dropped.
     """
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; known are {', '.join(reference.ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
     tokens, d = sizes("x", x, "t, d")
     n_experts, rows, _ = sizes("up", up, "e, f, d")
     expect("up", up, (n_experts, rows, d))
@@ -68,3 +72,67 @@ def expert_feedforward(
     expect("gates", gates, tuple(indices.shape))
     x = autocast(x)
     return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation)
+
+
+def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
+    """How many entries before each one equal it: the place of each in the queue that it names.
+
+    Args:
+        queues: (t,) int64, less than n_queues.
+    Returns:
+        (t,) int64.
+    """
+    return compute("places_in_queues", queues, n_queues)  # type: ignore[no-any-return]
+
+
+def _feedforward_cpu() -> Callable[..., Any]:
+    from .cpu import expert_feedforward
+
+    return expert_feedforward
+
+
+def _feedforward_triton() -> Callable[..., Any]:
+    from .triton import expert_feedforward
+
+    return expert_feedforward
+
+
+def _linear_cpu() -> Callable[..., Any]:
+    from .cpu import expert_linear
+
+    return expert_linear
+
+
+def _linear_triton() -> Callable[..., Any]:
+    from .triton_linear import expert_linear
+
+    return expert_linear
+
+
+def _grouped_cpu() -> Callable[..., Any]:
+    from .cpu import grouped_linear
+
+    return grouped_linear
+
+
+def _grouped_triton() -> Callable[..., Any]:
+    from .triton_linear import grouped_linear
+
+    return grouped_linear
+
+
+def _places_triton() -> Callable[..., Any]:
+    from .triton_sort import places_in_queues
+
+    return places_in_queues
+
+
+declare(
+    "expert_feedforward",
+    reference.expert_feedforward,
+    cpu=Door(_feedforward_cpu),
+    triton=Door(_feedforward_triton),
+)
+declare("expert_linear", reference.expert_linear, cpu=Door(_linear_cpu), triton=Door(_linear_triton))
+declare("grouped_linear", reference.grouped_linear, cpu=Door(_grouped_cpu), triton=Door(_grouped_triton))
+declare("places_in_queues", reference.places_in_queues, triton=Door(_places_triton, holds="no gradient"))

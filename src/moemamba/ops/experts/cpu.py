@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dense.cpu import linear
 from ..kit.cpu import new, traced
+from ..kit.cpu.product import linear
 from .reference import ACTIVATIONS, dispatch
 
 FEW = 4  # choices up to which sorting them costs more than it saves

@@ -89,3 +89,13 @@ def _dispatch_to_all(
 def _all_of(e: int, n_experts: int, rows: int, device: torch.device) -> Tensor:
     """Counts (e,) that give all rows to one expert."""
     return torch.tensor([rows * (e == other) for other in range(n_experts)], device=device)
+
+
+def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
+    """See `moemamba.ops.experts.places_in_queues`."""
+    order = queues.argsort(stable=True)
+    chosen = queues[order]
+    first = torch.searchsorted(chosen, torch.arange(n_queues, device=queues.device))
+    place = torch.empty_like(queues)
+    place[order] = torch.arange(queues.numel(), device=queues.device) - first[chosen]
+    return place

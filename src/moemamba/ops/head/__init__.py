@@ -1,9 +1,13 @@
-"""TODO"""
+"""The vocabulary head: its loss, and the most likely token."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..arguments import autocast, expect, sizes
-from ..choice import compute
+from ..choice import Door, compute, declare
+from . import reference
 
 
 def linear_cross_entropy(
@@ -39,3 +43,25 @@ def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
     """
     expect("weight", weight, (weight.shape[0], x.shape[1]))
     return compute("linear_argmax", x, weight)  # type: ignore[no-any-return]
+
+
+def _loss_cpu() -> Callable[..., Any]:
+    from .cpu import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _loss_triton() -> Callable[..., Any]:
+    from .triton import linear_cross_entropy
+
+    return linear_cross_entropy
+
+
+def _argmax_triton() -> Callable[..., Any]:
+    from ..mamba_step.triton import linear_argmax
+
+    return linear_argmax
+
+
+declare("linear_cross_entropy", reference.linear_cross_entropy, cpu=Door(_loss_cpu), triton=Door(_loss_triton))
+declare("linear_argmax", reference.linear_argmax, triton=Door(_argmax_triton, holds="no gradient"))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kit.recompute import _recomputed
+from ..kit.recompute import recomputed
 
 LOSS_CHUNK = 1024  # tokens whose logits exist at once
 
@@ -20,7 +20,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     total = torch.zeros((), dtype=dtype, device=hidden.device)
     hidden = hidden.masked_fill((targets == ignore_index)[:, None], 0)  # be it not a number
     for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-        total = total + _recomputed(_summed_loss, h, weight, t, ignore_index, dtype)
+        total = total + recomputed(_summed_loss, h, weight, t, ignore_index, dtype)
     if reduction == "mean":
         return total / (targets != ignore_index).sum()
     return total

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from ..derivatives import transformed
 
 
-def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """Call `function`; if gradients are wanted, keep its inputs alone and compute it again in the backward pass.
 
     Not under torch.func or in forward mode, which cannot: memory then grows with the length.

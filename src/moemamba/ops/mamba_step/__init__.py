@@ -1,9 +1,13 @@
-"""TODO"""
+"""One position of a whole Mamba layer."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..arguments import expect
-from ..choice import choose, compute
+from ..choice import Door, choose, compute, declare
+from . import reference
 
 
 def mamba_step(
@@ -70,13 +74,40 @@ def mamba_step(
 
 def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:
     """Whether `mamba_step` has kernels of its own for such an x (b, 1, d) and weights, in `mamba_step`'s order."""
-    match choose("mamba_step", x):  # imports are here, since kernels take their time to load
-        case "cpu":
-            from .cpu import fits as fits_cpu
+    fits = _FITS.get(choose("mamba_step", x))
+    return fits is not None and fits(x, weights)
 
-            return fits_cpu(x)
-        case "triton":
-            from .triton import fits
 
-            return fits(x, weights)
-    return False
+def _fits_cpu(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+    from .cpu import fits
+
+    return fits(x)
+
+
+def _fits_triton(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+    from .triton import fits
+
+    return fits(x, weights)
+
+
+_FITS = {"cpu": _fits_cpu, "triton": _fits_triton}
+
+
+def _cpu() -> Callable[..., Any]:
+    from .cpu import mamba_step
+
+    return mamba_step
+
+
+def _triton() -> Callable[..., Any]:
+    from .triton import mamba_step
+
+    return mamba_step
+
+
+declare(
+    "mamba_step",
+    reference.mamba_step,
+    cpu=Door(_cpu, holds="no gradient"),
+    triton=Door(_triton, holds="no gradient"),
+)

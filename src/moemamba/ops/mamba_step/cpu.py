@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dense.cpu import FEW, product
 from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new, plain, sigmoid, softplus, summing, traced
+from ..kit.cpu.product import FEW, product
 from . import reference
 
 LANES = 16  # states that are taken at once: as many as a vector register holds, and as many as most models have

@@ -59,13 +59,3 @@ def route_with_totals(
     each = (probabilities, log_z.square()[:, None], entropy[:, None])
     probabilities, z, entropy = (total(values) for values in each)
     return indices, gates, load, probabilities, z.squeeze(1), entropy.squeeze(1)
-
-
-def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
-    """See `moemamba.ops.places_in_queues`."""
-    order = queues.argsort(stable=True)
-    chosen = queues[order]
-    first = torch.searchsorted(chosen, torch.arange(n_queues, device=queues.device))
-    place = torch.empty_like(queues)
-    place[order] = torch.arange(queues.numel(), device=queues.device) - first[chosen]
-    return place

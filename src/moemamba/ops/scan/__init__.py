@@ -1,9 +1,13 @@
-"""TODO"""
+"""The selective state-space scan."""
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ..arguments import dense, expect, sizes
-from ..choice import compute
+from ..choice import Door, compute, declare, forced, why_not
+from . import reference
 
 
 def selective_scan(
@@ -50,3 +54,38 @@ def selective_scan(
     expect("seq_idx", seq_idx, (batch, length))
     D, dt_bias, seq_idx = dense(D), dense(dt_bias), dense(seq_idx)
     return compute("selective_scan", u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, seq_idx)
+
+
+def _cpu() -> Callable[..., Any]:
+    from .cpu import selective_scan
+
+    return selective_scan
+
+
+def _triton() -> Callable[..., Any]:
+    from .triton import selective_scan
+
+    return selective_scan
+
+
+def _cuda() -> Callable[..., Any]:
+    from .cuda import selective_scan
+
+    return selective_scan if forced() == "cuda" else _where_cuda_holds
+
+
+def _where_cuda_holds(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, *rest: Any
+) -> Any:
+    """The scan in CUDA where nobody asked for it: what its kernels do not cover, others do."""
+    from .cuda import selective_scan
+    from .cuda import why_not as why_not_these
+
+    if why_not_these(u, dt, A, B, C, z) is None:
+        scan: Callable[..., Any] = selective_scan
+    else:
+        scan = reference.selective_scan if why_not("triton", u.device.type) else _triton()
+    return scan(u, dt, A, B, C, D, z, *rest)
+
+
+declare("selective_scan", reference.selective_scan, cpu=Door(_cpu), cuda=Door(_cuda), triton=Door(_triton))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kit.recompute import _recomputed
+from ..kit.recompute import recomputed
 from ..packing import boundaries
 
 SCAN_CHUNK = 32  # positions whose (b, chunk, i, n) tensors exist at once
@@ -39,7 +39,7 @@ def selective_scan(
     for chunk in (slice(start, start + SCAN_CHUNK) for start in range(0, length, SCAN_CHUNK)):
         inputs = [None if t is None else t[:, chunk] for t in (u, dt, B, C, z, valid, starts)]
         args = (state, *inputs, A, D, dt_bias, dt_softplus, dtype)
-        y, state = _recomputed(_scan_chunk, *args)
+        y, state = recomputed(_scan_chunk, *args)
         outputs.append(y)
     return torch.cat(outputs, dim=1) if outputs else torch.zeros_like(u), state
 

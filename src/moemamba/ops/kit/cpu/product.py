@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kit.cpu import floats, kernel, located, new, run, summing, traced
+from .memory import floats, located, new, traced
+from .run import kernel, run, summing
 
 FEW = 3  # rows up to which streaming the weights is faster
 SMALL = 1 << 16  # weights below which it makes no difference, and PyTorch's call is the shorter

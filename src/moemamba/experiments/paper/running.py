@@ -7,12 +7,11 @@ from pathlib import Path
 
 from ...counting import count_parameters
 from ...training.config import TrainConfig
-from ..compare.comparing import compare
-from ..compare.contender import Contender
-from ..results.comparison import Comparison, count
-from ..results.reproduction import Reproduction, Tuning
+from ..compare import Contender, compare
+from ..page import count
+from ..results import Comparison, Reproduction, Tuning
 from .tables import Scale, Table
-from .tuning import apply, named, tune
+from .tuning import named, tune, tuned
 
 
 def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
@@ -113,7 +112,7 @@ def reproduce(
             short = replace(base, steps=steps, eval_every=steps, save_every=steps, log_every=10)
         unsure = [contender for contender in contenders if contender.name in rates]
         tunings = tune(unsure, rates, short, out / "tuning", jobs=jobs, command=command, silent=silent)
-        contenders = apply(contenders, tunings)
+        contenders = tuned(contenders, tunings)
         if short is base:
             _take([contender for contender in contenders if contender.name in tunings], out)
     paper = Reproduction(
@@ -127,9 +126,9 @@ def reproduce(
     return compare(contenders, base, scale.seeds, out, jobs=jobs, command=command, paper=paper, silent=silent)
 
 
-def _take(tuned: Sequence[Contender], out: Path) -> None:
+def _take(contenders: Sequence[Contender], out: Path) -> None:
     """Copy the tuning's run of each contender to where the comparison looks for its run with seed 0."""
-    for contender in tuned:
+    for contender in contenders:
         source = out / "tuning" / named(contender.name, contender.recipe["learning_rate"]) / "seed-0"
         place = out / contender.name / "seed-0"
         if not place.exists():

@@ -1,134 +1,28 @@
-"""What the CPU kernels share: compiling once, running over threads, and float32 arithmetic that LLVM vectorises.
+"""Tensors for kernels, and what kernels read and write.
 
-A kernel is a numba function `kernel(first, last, *arguments)` that does the tasks first .. last - 1 of a list that the
-work was cut into. The cut depends on the shapes alone and tasks share no output, so that results are bit for bit the
-same for every number of threads. Tensors are handed over as addresses, so that each kernel is compiled exactly once,
-for every dtype, layout and absent argument, and so that a call costs microseconds (it is made for every token).
+Tensors are handed over as addresses, so that each kernel is compiled exactly once, for every dtype, layout and absent
+argument, and so that a call costs microseconds (it is made for every token). Kernels see nothing else: the functions up
+to `located` are the only ones that make tensors for them and hand them over, whatever torch's default dtype and device.
 """
 
-import hashlib
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import carray, types  # type: ignore[attr-defined]  # carray is public, but not in __all__
-from numba.core import event
-from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ...host.files import cache_folder, expanded, keep_recent, used, writable
-from ...host.terminal import say
+from .arithmetic import FLOAT, bits, from_bits, instruction
+from .run import inner, kernel
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
-KEPT = 4  # states of the sources whose compiled kernels are kept
-WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes tens
 
-_config: Any = numba.config
 Rows = tuple[int, int, int, int]
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
-# `contract` lets multiplication and addition fuse; nothing that could change what infinities and NaN do.
-FAST = {"contract", "nsz"}
-
-
-def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile at the first call, for this machine's vector units, and keep the result on disk if that can be."""
-    folder = _cache_folder()
-    before, _config.CACHE_DIR = _config.CACHE_DIR, folder
-    try:
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST | {"reassoc"}}
-        compiled = numba.njit(cache=bool(folder), **options)(function)
-    finally:
-        _config.CACHE_DIR = before
-    _kernels.add(function.__qualname__)
-    return compiled  # type: ignore[no-any-return]
-
-
-@cache
-def _cache_folder() -> str:
-    """Where compiled kernels are kept, or nothing if no place can be written to.
-
-    A folder for each state of the sources, since numba takes a kernel's own file alone as a sign of change, and not
-    those whose functions and constants are compiled into it.
-    """
-    here = Path(__file__).parent.parent
-    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.rglob("cpu*.py")))).hexdigest()[:16]
-    # Not in the package's own folder, unless there is no other: what pip has not installed it does not remove.
-    own = [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else []
-    others = [folder for folder in (cache_folder(), expanded("~/.cache/moemamba")) if folder and folder.is_absolute()]
-    others.sort(key=lambda base: not (base / f"kernels-{sources}").is_dir())  # first where they are compiled already
-    bases = [*own, *others, here / "__pycache__"]
-    for base in bases:
-        if writable(folder := base / f"kernels-{sources}"):
-            used(folder)
-            keep_recent(base, r"kernels-[0-9a-f]{16}", KEPT)
-            return str(folder)
-    return ""
-
-
-def inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that kernels call. Without numba's check for division by zero, which would keep loops scalar."""
-    return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
-
-
-def summing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As `inner`, but sums may be taken in any order, as those in kernels may, so that they are vectorised."""
-    return numba.njit(fastmath=FAST | {"reassoc"}, error_model="numpy")(function)  # type: ignore[no-any-return]
-
-
-_kernels: set[str] = set()
-
-
-class _Announce(event.Listener):  # type: ignore[misc]
-    """Say what the pause is when a kernel has to be compiled; one that is read from the cache stays silent."""
-
-    said = False
-
-    def on_start(self, event: Any) -> None:
-        function = event.data["dispatcher"].py_func
-        if not self.said and function.__module__.startswith(__package__) and function.__qualname__ in _kernels:
-            self.said = True
-            say("moemamba: compiling the CPU kernels, once (10 s to a minute)")
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-event.register("numba:compile", _Announce())
-
-
-def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
-    threads = min(torch.get_num_threads(), tasks)
-    if threads == 1 or work < WORTH_THREADS:
-        compiled(0, tasks, *arguments)
-        return
-    bounds = [tasks * i // threads for i in range(threads + 1)]
-    others = [_pool().submit(compiled, *bounds[i : i + 2], *arguments) for i in range(1, threads)]
-    compiled(*bounds[:2], *arguments)
-    for other in others:
-        other.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="moemamba")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-# Kernels see nothing but addresses: the functions from here to `located` are the only ones that make tensors for them
-# and hand them over, whatever torch's default dtype and device are.
+_ZERO = np.float32(0)
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -250,32 +144,13 @@ def summed(parts: Tensor) -> Tensor:
     return total
 
 
-# --- inside kernels: memory ---
+# --- inside kernels ---
 
-
-def _instruction(argument: Any, result: Any, emit: Callable[[Any, Any], Any]) -> Any:
-    """A function for kernels that is a single LLVM instruction: `emit(builder, value)` writes it."""
-
-    def describe(context: Any, x: Any) -> Any:
-        return result(argument), lambda context, builder, signature, values: emit(builder, values[0])
-
-    return intrinsic(describe)
-
-
-_FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
-_nearest = _instruction(
-    types.float32, types.float32, lambda b, x: b.call(b.module.declare_intrinsic("llvm.nearbyint", [_FLOAT]), [x])
-)
-_integer = _instruction(types.float32, types.uint32, lambda b, x: b.fptosi(x, _INT32))
-_bits = _instruction(types.float32, types.uint32, lambda b, x: b.bitcast(x, _INT32))
-_from_bits = _instruction(types.uint32, types.float32, lambda b, x: b.bitcast(x, _FLOAT))
-_float_pointer = _instruction(
-    types.int64, types.CPointer(types.float32), lambda b, x: b.inttoptr(x, _FLOAT.as_pointer())
-)
-_half_pointer = _instruction(
+_float_pointer = instruction(types.int64, types.CPointer(types.float32), lambda b, x: b.inttoptr(x, FLOAT.as_pointer()))
+_half_pointer = instruction(
     types.int64, types.CPointer(types.uint16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
 )
-_byte_pointer = _instruction(
+_byte_pointer = instruction(
     types.int64, types.CPointer(types.uint8), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer())
 )
 
@@ -305,7 +180,7 @@ def read(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) -
         else:
             halves = carray(_half_pointer(place), count)
             for c in range(count):
-                block[j, c] = _from_bits(np.uint32(halves[c]) << np.uint32(16))
+                block[j, c] = from_bits(np.uint32(halves[c]) << np.uint32(16))
 
 
 @inner
@@ -321,8 +196,8 @@ def write(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) 
         else:
             halves = carray(_half_pointer(place), count)
             for c in range(count):
-                bits = _bits(block[j, c])
-                rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                raw = bits(block[j, c])
+                rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
                 halves[c] = np.uint16(rounded if block[j, c] == block[j, c] else np.uint32(0x7FC0))
 
 
@@ -357,45 +232,3 @@ def _sum(first: int, last: int, count: int, size: int, parts: int, total: int) -
         source = floats(parts + 4 * size * part, (size,))
         for c in range(size):
             target[c] += source[c]
-
-
-# --- inside kernels: arithmetic ---
-
-LOG2E = np.float32(1.4426950408889634)
-LN2 = np.float32(0.6931471805599453)
-_ZERO, _ONE, _TWO = np.float32(0), np.float32(1), np.float32(2)
-_LOWEST, _HIGHEST = np.float32(-126), np.float32(127)
-# 2^x = 1 + x p(x) on [-1/2, 1/2], fitted for the largest relative error: 9e-8, and exact at zero.
-_P0, _P1, _P2, _P3, _P4 = map(
-    np.float32,
-    (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472731307149),
-)
-# atanh(s) = s q(s²) / 2 on [0, 1/3]: 4e-9.
-_Q0, _Q1, _Q2, _Q3, _Q4 = map(
-    np.float32, (2.0, 0.6666631698608398, 0.40024909377098083, 0.27960604429244995, 0.2817833423614502)
-)
-
-
-@inner
-def exp2(x: Any) -> Any:
-    """2^x, flushed to 2^-126 and capped at 2^127; NaN stays NaN."""
-    x = _LOWEST if x < _LOWEST else x
-    x = _HIGHEST if x > _HIGHEST else x
-    whole = _nearest(x)
-    x = x - whole
-    p = ((((_P4 * x + _P3) * x + _P2) * x + _P1) * x + _P0) * x + _ONE
-    return _from_bits(_bits(p) + (_integer(whole) << np.uint32(23)))
-
-
-@inner
-def sigmoid(x: Any) -> Any:
-    return _ONE / (_ONE + exp2(-LOG2E * x))
-
-
-@inner
-def softplus(x: Any) -> Any:
-    """log(1 + e^x) = max(x, 0) + log(1 + y) with y = e^-|x|, and log(1 + y) = 2 atanh(y / (2 + y))."""
-    y = exp2(-LOG2E * abs(x))
-    s = y / (_TWO + y)
-    q = s * s
-    return max(x, _ZERO) + s * ((((_Q4 * q + _Q3) * q + _Q2) * q + _Q1) * q + _Q0)

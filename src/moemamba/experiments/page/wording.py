@@ -1,0 +1,126 @@
+"""Figures and verdicts as text."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+from ..results import Claim, Row, Spread, paired
+
+Measure = Literal["loss", "capped_loss", "training_loss"]
+
+
+HEADER = (
+    "model",
+    "parameters",
+    "active",
+    "held-out loss",
+    "vs baseline",
+    "steps to its loss",
+    "speed-up",
+    "training loss",
+    "speed-up by it",
+    "accuracy",
+    "bits/byte",
+    "tokens/s",
+    "with capacity",
+    "speed-up with it",
+    "speed-up in time",
+)
+
+
+def cells(rows: list[Row]) -> list[tuple[str, ...]]:
+    """The table's text, one tuple of cells for each row, under `HEADER`."""
+    return [
+        (
+            row.name,
+            count(row.parameters.total),
+            count(row.parameters.active),
+            _loss(row),
+            "baseline" if row is rows[0] else signed(row.difference),
+            _steps(row.steps_to_baseline, row.steps),
+            times(row.speed_up),
+            _mean(row.training_loss, ".4f"),
+            times(row.training_speed_up),
+            _mean(row.accuracy, ".2%"),
+            _mean(row.bits_per_byte, ".4f"),
+            _mean(row.tokens_per_second, ",.0f"),
+            _mean(row.capped_loss, ".4f"),
+            times(row.capped_speed_up),
+            times(row.time_speed_up),
+        )
+        for row in rows
+    ]
+
+
+def _loss(row: Row) -> str:
+    spread = f" ± {row.loss.std:.4f}" if row.loss.std is not None else ""
+    parts = [f"{row.loss.mean:.4f}{spread}"] if row.loss.values else []
+    return "; ".join([*parts, *([row.missing] if row.missing else [])])
+
+
+def _mean(spread: Spread, form: str) -> str:
+    return format(spread.mean, form) if spread.values else "–"
+
+
+def _steps(reached: tuple[float | None, ...], steps: int) -> str:
+    values = [value for value in reached if value is not None]
+    if not reached:
+        return "–"
+    if len(values) == len(reached):
+        return f"{statistics.fmean(values):,.0f}"
+    return f"> {steps:,}" + (f" ({len(values)} of {len(reached)} did)" if values else "")
+
+
+def signed(difference: Spread) -> str:
+    """`-0.0612 (-0.0660 … -0.0555)`: mean, then lowest and highest of the seeds; with real minus signs."""
+    if not difference.values:
+        return "–"
+    text = f"{difference.mean:+.4f}"
+    if difference.std is not None:
+        text += f" ({difference.low:+.4f} … {difference.high:+.4f})"
+    return text.replace("-", "−")
+
+
+def times(ratio: Spread | None) -> str:
+    """`1.46× (1.44 … 1.49)`"""
+    if ratio is None or not ratio.values:
+        return "–"
+    return f"{ratio.mean:.2f}×" + (f" ({ratio.low:.2f} … {ratio.high:.2f})" if ratio.std is not None else "")
+
+
+def count(n: float) -> str:
+    """27131904 -> `27.1M`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def says(claim: Claim) -> str:
+    """A claim in words."""
+    return f"{claim.better} {'more accurate than' if claim.accuracy else 'below'} {claim.worse}"
+
+
+def verdict(claim: Claim, rows: Sequence[Row], measure: Measure = "loss") -> str:
+    """What the runs say of a claim: "confirmed", "contradicted" or "no clear difference", with the difference and its
+    standard error; with one seed only which side is lower (or more accurate), since its noise is unknown.
+
+    Differences are paired by seed; `Spread.clear` says which stand out.
+
+    Args:
+        measure: of a claim on loss: held-out, held-out with the capacity limits of training, or smoothed training loss.
+    """
+    by_name = {row.name: row for row in rows}
+    better, worse = by_name[claim.better], by_name[claim.worse]
+    d = paired(better, worse, "accuracy" if claim.accuracy else measure)
+    if not d.values:
+        return f"not to be judged ({', '.join(f'{row.name}: {row.missing}' for row in (better, worse) if row.missing)})"
+    form, unit = (".2%", "") if claim.accuracy else (".4f", " nats")
+    mean, error = format(d.mean, f"+{form}"), d.standard_error
+    if error is None:
+        side = "no difference" if d.side == "equal" else d.side
+        return f"{side}, one seed ({mean}{unit})".replace("-", "−")
+    found = "no clear difference"
+    if d.clear:
+        found = "confirmed" if (d.side == "higher") == claim.accuracy else "contradicted"
+    return f"{found} ({mean} ± {error:{form}}{unit}, {len(d.values)} seeds)".replace("-", "−")

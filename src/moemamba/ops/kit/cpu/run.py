@@ -1,0 +1,124 @@
+"""Compiling a kernel once, and running it over threads.
+
+A kernel is a numba function `kernel(first, last, *arguments)` that does the tasks first .. last - 1 of a list that the
+work was cut into. The cut depends on the shapes alone and tasks share no output, so that results are bit for bit the
+same for every number of threads.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from numba.core import event
+
+from ....host.files import cache_folder, expanded, keep_recent, used, writable
+from ....host.terminal import say
+
+KEPT = 4  # states of the sources whose compiled kernels are kept
+WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes tens
+
+# `contract` lets multiplication and addition fuse; nothing that could change what infinities and NaN do.
+FAST = {"contract", "nsz"}
+
+_config: Any = numba.config
+_OPS = Path(__file__).parents[2]
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile at the first call, for this machine's vector units, and keep the result on disk if that can be."""
+    folder = _cache_folder()
+    before, _config.CACHE_DIR = _config.CACHE_DIR, folder
+    try:
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST | {"reassoc"}}
+        compiled = numba.njit(cache=bool(folder), **options)(function)
+    finally:
+        _config.CACHE_DIR = before
+    _kernels.add(function.__qualname__)
+    return compiled  # type: ignore[no-any-return]
+
+
+@cache
+def _cache_folder() -> str:
+    """Where compiled kernels are kept, or nothing if no place can be written to.
+
+    A folder for each state of the sources, since numba takes a kernel's own file alone as a sign of change, and not
+    those whose functions and constants are compiled into it.
+    """
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in kernel_sources())).hexdigest()[:16]
+    # Not in the package's own folder, unless there is no other: what pip has not installed it does not remove.
+    own = [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else []
+    others = [folder for folder in (cache_folder(), expanded("~/.cache/moemamba")) if folder and folder.is_absolute()]
+    others.sort(key=lambda base: not (base / f"kernels-{sources}").is_dir())  # first where they are compiled already
+    bases = [*own, *others, _OPS / "__pycache__"]
+    for base in bases:
+        if writable(folder := base / f"kernels-{sources}"):
+            used(folder)
+            keep_recent(base, r"kernels-[0-9a-f]{16}", KEPT)
+            return str(folder)
+    return ""
+
+
+def kernel_sources() -> list[Path]:
+    """The files whose functions and constants are compiled into kernels."""
+    own = [path for path in _OPS.rglob("*.py") if any(part.startswith("cpu") for part in path.relative_to(_OPS).parts)]
+    return sorted([*own, _OPS / "packing.py"])
+
+
+def inner(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that kernels call. Without numba's check for division by zero, which would keep loops scalar."""
+    return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
+def summing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `inner`, but sums may be taken in any order, as those in kernels may, so that they are vectorised."""
+    return numba.njit(fastmath=FAST | {"reassoc"}, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+
+_kernels: set[str] = set()
+_PACKAGE = __name__.removesuffix("kit.cpu.run")
+
+
+class _Announce(event.Listener):  # type: ignore[misc]
+    """Say what the pause is when a kernel has to be compiled; one that is read from the cache stays silent."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        function = event.data["dispatcher"].py_func
+        if not self.said and function.__module__.startswith(_PACKAGE) and function.__qualname__ in _kernels:
+            self.said = True
+            say("moemamba: compiling the CPU kernels, once (10 s to a minute)")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Announce())
+
+
+def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
+    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
+    threads = min(torch.get_num_threads(), tasks)
+    if threads == 1 or work < WORTH_THREADS:
+        compiled(0, tasks, *arguments)
+        return
+    bounds = [tasks * i // threads for i in range(threads + 1)]
+    others = [_pool().submit(compiled, *bounds[i : i + 2], *arguments) for i in range(1, threads)]
+    compiled(*bounds[:2], *arguments)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="moemamba")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

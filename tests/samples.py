@@ -1,0 +1,117 @@
+"""Arguments of every op, in the order in which its face hands them on: what the tests of doors are generated from."""
+
+import torch
+
+CONSTANT = {"valid"}  # floating, but no op has a gradient of it
+
+
+def _packed(batch, length):
+    seq_idx = (torch.rand(batch, length) < 0.2).cumsum(1)
+    return seq_idx.masked_fill(torch.rand(batch, length) < 0.2, -1).int()
+
+
+def selective_scan():
+    b, l, i, n = 2, 37, 11, 5  # noqa: E741
+    u, dt, z = torch.randn(3, b, l, i)
+    B, C = torch.randn(2, b, l, n)
+    x = {"u": u, "dt": dt, "A": -torch.rand(i, n) - 0.1, "B": B, "C": C, "D": torch.randn(i), "z": z}
+    x |= {"dt_bias": torch.randn(i), "dt_softplus": True, "initial_state": torch.randn(b, i, n)}
+    yield x | {"seq_idx": _packed(b, l)}
+    yield x | {"D": None, "z": None, "dt_bias": None, "dt_softplus": True, "initial_state": None, "seq_idx": None}
+
+
+def causal_conv1d():
+    x = {"x": torch.randn(2, 19, 8), "weight": torch.randn(8, 4), "bias": torch.randn(8), "activation": "silu"}
+    yield x | {"initial_state": torch.randn(2, 8, 3), "seq_idx": _packed(2, 19)}
+    yield x | {"bias": None, "activation": None, "initial_state": None, "seq_idx": None}
+
+
+def linear():
+    yield {
+        "x": torch.randn(3, 64),
+        "weight": torch.randn(1100, 64),
+        "bias": torch.randn(1100),
+    }  # large enough to stream
+    yield {"x": torch.randn(2, 5, 7), "weight": torch.randn(4, 7), "bias": None}
+
+
+def linear_beside():
+    yield {"x": torch.randn(2, 9, 16), "weight": torch.randn(7, 16)}
+
+
+def rms_norm():
+    yield {"x": torch.randn(3, 13, 21), "weight": torch.randn(21), "eps": 1e-5}
+
+
+def _choices(tokens, top_k, n_experts):
+    """With dropped ones, and expert 1 empty."""
+    indices = torch.rand(tokens, n_experts + 1).argsort(1)[:, :top_k]
+    return indices.masked_fill(indices == 1, n_experts)
+
+
+def expert_feedforward():
+    for activation, rows in (("relu", 6), ("swiglu", 12)):
+        x = {"x": torch.randn(17, 8), "indices": _choices(17, 2, 4), "gates": torch.rand(17, 2)}
+        yield x | {"up": torch.randn(4, rows, 8), "down": torch.randn(4, 8, 6), "activation": activation}
+
+
+def expert_linear():
+    x = {"x": torch.randn(17, 8), "indices": _choices(17, 2, 4), "gates": torch.rand(17, 2)}
+    yield x | {"weight": torch.randn(4, 6, 8)}
+    yield x | {"gates": None, "weight": torch.randn(4, 6, 8)}
+
+
+def grouped_linear():
+    yield {"x": torch.randn(9, 8), "weight": torch.randn(3, 6, 8), "counts": torch.tensor([2, 0, 5])}
+
+
+def places_in_queues():
+    yield {"queues": torch.randint(0, 5, (150,)), "n_queues": 6}
+
+
+def linear_cross_entropy():
+    x = {"hidden": torch.randn(23, 16), "weight": torch.randn(37, 16), "targets": torch.randint(0, 37, (23,))}
+    x["targets"][3:7] = -100
+    yield from (x | {"ignore_index": -100, "reduction": reduction} for reduction in ("mean", "sum"))
+
+
+def linear_argmax():
+    yield {"x": torch.randn(3, 16), "weight": torch.randn(200, 16)}
+
+
+def mamba_step():
+    b, d, i, n, k, r = 2, 16, 32, 5, 4, 3
+    shapes = {"x": (b, 1, d), "conv_state": (b, i, k - 1), "ssm_state": (b, i, n), "in_proj": (2 * i, d)}
+    shapes |= {"conv_weight": (i, k), "conv_bias": (i,), "x_proj": (r + 2 * n, i), "dt_proj": (i, r), "dt_bias": (i,)}
+    shapes |= {"A_log": (i, n), "D": (i,), "out_proj": (d, i)}
+    x = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
+    yield x | {"norm_weight": None, "norm_bias": None, "eps": 1e-5, "in_place": False}
+    yield x | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "eps": 1e-5, "in_place": False}
+
+
+def _router(tokens):
+    return {"x": torch.randn(tokens, 16), "weight": torch.randn(5, 16)}
+
+
+def router():
+    x = _router(24) | {"bias": torch.randn(5) / 5, "top_k": 2}
+    yield x | {"valid": (torch.rand(24) < 0.8).float(), "groups": 3}
+    yield x | {"top_k": 1, "valid": None, "groups": 1}
+
+
+def router_choices():
+    yield _router(7) | {"bias": torch.randn(5) / 5, "top_k": 2}
+
+
+def router_means():
+    yield {"logits": torch.randn(7, 5), "bias": torch.randn(5) / 5, "top_k": 2}
+
+
+def router_logits():
+    yield _router(7)
+
+
+def of(op):
+    """The samples of an op by its name: dicts of its arguments."""
+    torch.manual_seed(0)
+    return list(globals()[op]())
