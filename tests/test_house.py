@@ -360,7 +360,8 @@ HISTORY = {"CHANGELOG.md", "docs/log.md"}  # what they speak of may be gone
 def test_documents_name_files_that_exist(path):
     """A path with a folder lies in the repository or, shortened, in the package."""
     named = [name for name in FILE.findall(path.read_text(encoding="utf-8")) if "/" in name]
+    named = [name for name in named if not re.search(r"\bx\b", name)]  # the one that a reader is going to add
     places = (ROOT, SOURCE, path.parent)
-    run = {"checkpoints", "runs", "gpt2", "letters.txt"}  # files of the reader
+    run = {"checkpoints", "runs", "gpt2"}  # files of the reader
     missing = [n for n in named if n.split("/")[0] not in run and not any((place / n).exists() for place in places)]
     assert not missing
