@@ -59,8 +59,8 @@ def test_the_command_is_taken(size, words, monkeypatch, tmp_path):
     module = import_module(f"moemamba.cli.{name}")
     parse = module.parse
 
-    def only_parse(*asked):
-        raise Parsed(parse(*asked))
+    def only_parse(*asked, **more):
+        raise Parsed(parse(*asked, **more))
 
     monkeypatch.setattr(module, "parse", only_parse)
     with pytest.raises(Parsed) as parsed:

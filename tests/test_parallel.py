@@ -326,7 +326,7 @@ def test_an_error_of_writing_surfaces(base, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("moemamba.training.run.save_file", full)
+    monkeypatch.setattr("moemamba.training.run.write_tensors", full)
     with pytest.raises(OSError, match="disk full"):
         train(dataclasses.replace(base, run=str(tmp_path / "run")), report=SILENT)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
