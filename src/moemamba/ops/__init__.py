@@ -25,8 +25,8 @@ from .conv import causal_conv1d
 from .dense import linear, linear_beside, rms_norm
 from .derivatives import transformed
 from .experts import expert_feedforward, expert_linear
-from .head import linear_argmax, linear_cross_entropy
-from .mamba_step import fuses_mamba_step, mamba_step
+from .head import linear_cross_entropy
+from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step
 from .router import router, router_choices, router_means
 from .scan import selective_scan
 

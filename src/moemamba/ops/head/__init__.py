@@ -1,4 +1,4 @@
-"""The vocabulary head: its loss, and the most likely token."""
+"""The vocabulary head: its loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,19 +32,6 @@ def linear_cross_entropy(
     return compute("linear_cross_entropy", hidden, weight, targets, ignore_index, reduction)
 
 
-def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
-    """The largest entry of `x @ weight.T` in each row, as x's dtype rounds it: the most likely token. No gradients.
-
-    Args:
-        x: (b, d).
-        weight: (v, d).
-    Returns:
-        (b,) int64.
-    """
-    expect("weight", weight, (weight.shape[0], x.shape[1]))
-    return compute("linear_argmax", x, weight)  # type: ignore[no-any-return]
-
-
 def _loss_cpu() -> Callable[..., Any]:
     from .cpu import linear_cross_entropy
 
@@ -57,11 +44,4 @@ def _loss_triton() -> Callable[..., Any]:
     return linear_cross_entropy
 
 
-def _argmax_triton() -> Callable[..., Any]:
-    from ..mamba_step.triton import linear_argmax
-
-    return linear_argmax
-
-
 declare("linear_cross_entropy", reference.linear_cross_entropy, cpu=Door(_loss_cpu), triton=Door(_loss_triton))
-declare("linear_argmax", reference.linear_argmax, triton=Door(_argmax_triton, holds="no gradient"))

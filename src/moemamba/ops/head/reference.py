@@ -1,4 +1,4 @@
-"""The head's loss and choice in plain PyTorch: what they mean."""
+"""The head's loss in plain PyTorch: what it means."""
 
 import torch
 import torch.nn.functional as F
@@ -7,11 +7,6 @@ from torch import Tensor
 from ..kit.recompute import recomputed
 
 LOSS_CHUNK = 1024  # tokens whose logits exist at once
-
-
-def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
-    """See `moemamba.ops.linear_argmax`."""
-    return F.linear(x, weight.to(x.dtype)).argmax(dim=-1)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""One position of a whole Mamba layer."""
+"""One position of a whole Mamba layer, and the most likely token after the last."""
 
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +72,19 @@ def mamba_step(
     return compute("mamba_step", x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
 
 
+def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
+    """The largest entry of `x @ weight.T` in each row, as x's dtype rounds it: the most likely token. No gradients.
+
+    Args:
+        x: (b, d).
+        weight: (v, d).
+    Returns:
+        (b,) int64.
+    """
+    expect("weight", weight, (weight.shape[0], x.shape[1]))
+    return compute("linear_argmax", x, weight)  # type: ignore[no-any-return]
+
+
 def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:
     """Whether `mamba_step` has kernels of its own for such an x (b, 1, d) and weights, in `mamba_step`'s order."""
     fits = _FITS.get(choose("mamba_step", x))
@@ -99,6 +112,12 @@ def _cpu() -> Callable[..., Any]:
     return mamba_step
 
 
+def _argmax_triton() -> Callable[..., Any]:
+    from .triton import linear_argmax
+
+    return linear_argmax
+
+
 def _triton() -> Callable[..., Any]:
     from .triton import mamba_step
 
@@ -111,3 +130,4 @@ declare(
     cpu=Door(_cpu, holds="no gradient"),
     triton=Door(_triton, holds="no gradient"),
 )
+declare("linear_argmax", reference.linear_argmax, triton=Door(_argmax_triton, holds="no gradient"))

@@ -45,3 +45,8 @@ def mamba_step(
     if in_place:
         conv_after, ssm_after = conv_state.copy_(conv_after), ssm_state.copy_(ssm_after)
     return y if norm_weight is None else x + y, conv_after, ssm_after
+
+
+def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
+    """See `moemamba.ops.linear_argmax`."""
+    return F.linear(x, weight.to(x.dtype)).argmax(dim=-1)
