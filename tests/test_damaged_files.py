@@ -204,7 +204,7 @@ def test_metrics(tmp_path, seed):
         lines = "".join(f"{json.dumps(value)}\n" for _, _, value in change).encode()
         run.log.file.write_bytes(edited((FIRST / "run" / "metrics.jsonl").read_bytes(), edit) + lines + b'{"step": 3')
         run.log.forget_after(8)
-        for line in run.log.file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in run.log.file.read_bytes().split(b"\n")[:-1]:
             assert json.loads(line)["step"] <= 8
 
 

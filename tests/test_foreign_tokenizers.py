@@ -322,7 +322,7 @@ def test_changed_files_work_or_say_why_not(tmp_path):
         except ValueError as error:
             assert len(str(error)) > 20 and "\n" not in str(error)[:60]
             outcomes["refused"] += 1
-    assert min(outcomes.values()) > 200, outcomes
+    assert min(outcomes.values()) > sum(outcomes.values()) / 30 > 10, outcomes
 
 
 def use(tokenizer):

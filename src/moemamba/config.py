@@ -17,7 +17,7 @@ from .letters import (
     Projection,
     RoutedMambaConfig,
 )
-from .reading import validate
+from .reading import shown, validate
 
 __all__ = [
     "Activation",
@@ -178,9 +178,11 @@ def parse_pattern(pattern: str) -> tuple[str, ...]:
             layers.append(letter)
         else:
             raise ValueError(
-                f"pattern {pattern!r} has {letter!r} at position {position}; use the letters "
+                f"pattern {shown(pattern)} has {letter!r} at position {position}; use the letters "
                 f"{', '.join(f'{k} ({v.name})' for k, v in LETTERS.items())} and groups such as (ME)"
             )
     if group is not None or not layers:
-        raise ValueError(f"pattern {pattern!r} {'lacks a closing parenthesis' if layers or group else 'has no layer'}")
+        raise ValueError(
+            f"pattern {shown(pattern)} {'lacks a closing parenthesis' if layers or group else 'has no layer'}"
+        )
     return tuple(layers)

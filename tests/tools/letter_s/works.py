@@ -14,6 +14,7 @@ from moemamba.distributed import sharding
 from moemamba.distributed.processes import Processes
 from moemamba.host.progress import Report
 from moemamba.layers import LAYERS, roles
+from moemamba.training.spread import build
 
 folder = sys.argv[1]
 CONFIG = mm.ModelConfig("SA", 2, 16, vocab_size=257, attention=AttentionConfig(2)).replace(d_smooth=12)
@@ -108,9 +109,9 @@ def decode(model):
 
 def gradients(processes, rows, dtype=torch.float32):
     config = mm.TrainConfig(model=CONFIG, shard="parameters" if processes.distributed else "none", batch_size=4)
-    model = sharding.build(config, processes, dtype)
+    model = build(config, processes, dtype)
     (sharding.summing(model, processes)(TOKENS[rows], targets=TOKENS[rows]).loss * len(TOKENS[rows]) / 4).backward()
-    return {name: sharding.whole(p.grad) for name, p in model.named_parameters()}, model
+    return {name: sharding.gathered(p.grad) for name, p in model.named_parameters()}, model
 
 
 def sharded(rank, folder):
