@@ -280,7 +280,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypat
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"n_blocks": 3}')
     assert "× 3" in call("info", "~/model")[1]
-    with pytest.raises(ValueError, match="there is no model at .*nowhere"):
+    with pytest.raises(ValueError, match=r"there is no model at .*nowhere"):
         load("~/nowhere")
     assert not (tmp_path / "~").exists()
 
