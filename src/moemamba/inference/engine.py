@@ -73,6 +73,19 @@ class _Run:
         return self.request.max_new_tokens - self.launched
 
 
+class _Outlook:
+    """What a step asks of the live requests, counted on while they stay the same: there may be hundreds."""
+
+    def __init__(self, live: Sequence[_Run]):
+        self.runs = tuple(live)
+        self.most, self.least = max(run.left for run in live), min(run.left for run in live)
+        self.greedy = all(run.sampling.temperature == 0 for run in live)
+
+    def launch(self) -> None:
+        """Each gets a token more."""
+        self.most, self.least = self.most - 1, self.least - 1
+
+
 class _Flight(NamedTuple):
     """Tokens that a GPU may still be computing."""
 
@@ -138,7 +151,8 @@ class Engine:
             self._stepper = Stepper(self._rows, captures, padded=captures)
             self._ahead = captures
         self._live: list[_Run] = []  # row by row
-        self._chooser: Chooser | None = None  # of the live rows as they are
+        self._outlook: _Outlook | None = None  # of the live rows as they are
+        self._chooser: Chooser | None = None  # likewise
         self._flights: list[_Flight] = []
         self._steps = 0
 
@@ -198,16 +212,19 @@ class Engine:
     def _decode(self) -> None:
         """Launch the next token of the live rows."""
         assert self._model is not None
-        runs, left = tuple(self._live), max(run.left for run in self._live)
-        greedy = self._ahead and all(run.sampling.temperature == 0 for run in runs)
+        if self._outlook is None:
+            self._outlook = _Outlook(self._live)
+        runs, left = self._outlook.runs, self._outlook.most
+        greedy = self._ahead and self._outlook.greedy
         hidden, logits = self._stepper.step(self._model, greedy, left)
         if logits is not None:
             if self._chooser is None:
                 self._chooser = Chooser(runs, left, self._model.config.vocab_size, self._device)
             self._rows.tokens[: len(runs)] = self._chooser(logits)
         self._steps += 1
-        looks = not self._ahead or self._steps % CHECK == 0 or any(run.left == 1 for run in runs)
+        looks = not self._ahead or self._steps % CHECK == 0 or self._outlook.least == 1
         output = logits if not self._ahead and logits is not None else hidden
+        self._outlook.launch()
         self._launch(runs, self._rows.tokens[: len(runs)], output if looks else None)
 
     def _read(self, parts: list[Part]) -> None:
@@ -235,7 +252,7 @@ class Engine:
             if len(own):
                 self._rows.put(state, own)
         self._live += ended
-        self._chooser = None
+        self._outlook = self._chooser = None
         self._launch(tuple(ended), tokens, logits)
 
     def _launch(self, runs: tuple[_Run, ...], tokens: Tensor, output: Tensor | None) -> None:
@@ -252,27 +269,29 @@ class Engine:
         else:
             tokens = tokens.clone()  # the next step overwrites them
         self._flights.append(_Flight(runs, tokens, largest, ready))
-        self._release([run for run in runs if run.left == 0])
+        self._release([run for run in runs if run.launched == run.request.max_new_tokens])
 
-    def _land(self, flight: _Flight) -> Iterable[Event]:
+    def _land(self, flight: _Flight) -> list[Event]:
         """The events of tokens that have been launched."""
         if flight.ready is not None:
             flight.ready.synchronize()
         if flight.largest is not None:
             expect_numbers(flight.largest, max(run.count for run in flight.runs))
+        events = []
         for run, token in zip(flight.runs, flight.tokens.tolist(), strict=True):
             if run.ended:
                 continue  # launched before its end was known
-            run.count += 1
+            run.count = count = run.count + 1
             run.ended = stopped = run.ending.push(token)
-            if not stopped and run.count == run.request.max_new_tokens:
+            kept = None
+            if not stopped and count == run.request.max_new_tokens:
                 run.ending.finish()
                 run.ended = True
-            kept = None
             if run.ended:
-                kept = run.count if run.ending.kept is None else run.ending.kept
+                kept = count if run.ending.kept is None else run.ending.kept
                 del self._runs[run.number]
-            yield Event(run.number, None if stopped else token, kept)
+            events.append(Event(run.number, None if stopped else token, kept))
+        return events
 
     def _release(self, runs: Iterable[_Run]) -> None:
         """Free the slots of requests that need them no longer."""
@@ -286,7 +305,7 @@ class Engine:
         for new, old in self._rows.drop(rows):
             self._live[new] = self._live[old]
         del self._live[self._rows.live :]
-        self._chooser = None
+        self._outlook = self._chooser = None
 
 
 def _fetched(tensor: Tensor) -> Tensor:

@@ -84,11 +84,12 @@ def generate(
     batch = [rows] if single else rows
     stops = read_stops(stop, model.config.vocab_size, tokenizer)
     results = [list[int]() for _ in batch]
-    for event in _events(model, batch, max_new_tokens, Sampling(**sampling), stops, seed):
-        if event.token is not None:
-            results[event.request].append(event.token)
-        if event.kept is not None:
-            del results[event.request][event.kept :]
+    for events in _events(model, batch, max_new_tokens, Sampling(**sampling), stops, seed):
+        for row, token, kept in events:
+            if token is not None:
+                results[row].append(token)
+            if kept is not None:
+                del results[row][kept:]
     return results[0] if single else results
 
 
@@ -114,12 +115,13 @@ def stream(
     stops = read_stops(stop, model.config.vocab_size, tokenizer)
     queues: dict[int, deque[int]] = {row: deque() for row in range(len(prompts))}  # of rows that go on, or have some
     ended = set[int]()
-    with closing(_events(model, prompts, max_new_tokens, sampling, stops, seed)) as events:
-        for event in events:
-            if event.token is not None:
-                queues[event.request].append(event.token)
-            if event.kept is not None:
-                ended.add(event.request)
+    with closing(_events(model, prompts, max_new_tokens, sampling, stops, seed)) as steps:
+        for events in steps:
+            for row, token, kept in events:
+                if token is not None:
+                    queues[row].append(token)
+                if kept is not None:
+                    ended.add(row)
             for row in [row for row in ended if not queues.get(row, True)]:
                 del queues[row]
             while queues and all(queues.values()):  # short prompts are read sooner, and may be ahead
@@ -166,8 +168,8 @@ def _events(
     sampling: Sampling,
     stops: Stops,
     seed: Seed,
-) -> Generator[Event]:
-    """What an engine makes of all prompts; requests bear the numbers of their rows."""
+) -> Generator[list[Event]]:
+    """What each step of an engine makes of all prompts; requests bear the numbers of their rows."""
     for number, prompt in enumerate(prompts):
         _check_prompt(number, prompt, model.config.vocab_size)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -182,8 +184,7 @@ def _events(
         rows = {engine.submit(request): row for row, request in enumerate(requests)}
         try:
             while engine.busy:
-                for event in engine.step():
-                    yield event._replace(request=rows[event.request])
+                yield [Event(rows[request], token, kept) for request, token, kept in engine.step()]
         finally:
             engine.abort(*rows)
 

@@ -67,9 +67,12 @@ class Ending:
         self._recent: list[int] = []
         self._longest = max(map(len, stops.sequences), default=0)
         self._text = _Text(stops.texts, stops.tokenizer) if stops.tokenizer and stops.texts else None
+        self._never = not (stops.tokens or self._longest or self._text)
 
     def push(self, token: int) -> bool:
         """Whether the row ends with this token."""
+        if self._never:
+            return False
         self._count += 1
         if token in self._stops.tokens:
             self.kept = self._count - 1
