@@ -22,6 +22,7 @@ from moemamba.host.progress import Report
 from moemamba.training.spread import build, check
 from moemamba.training.update.loss import losses
 
+pytestmark = pytest.mark.slow
 SILENT = Report(silent=True)
 EXPERTS = ExpertsConfig(4, bias_rate=0.01)
 MODEL = ModelConfig("MER", 1, 16, experts=EXPERTS, routed=RoutedMambaConfig(experts=ExpertsConfig(4)))

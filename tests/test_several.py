@@ -21,6 +21,7 @@ from moemamba.host.progress import Report
 from moemamba.host.stop import Interrupted
 from moemamba.training import loop
 
+pytestmark = pytest.mark.slow
 SILENT = Report(silent=True)
 MODEL = ModelConfig("ME", 1, 16, experts=ExpertsConfig(4))
 SHARED = {"shard": "parameters", "expert_parallel": 2}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("capability", "shared_memory"), [(90, 227 << 10), (80, 99 << 10)], ids=["hopper", "ampere"])
