@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and a shell")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and a shell"),
+]
 
 # Small tensors need neither threads nor compiled kernels; a user without a home is one that the system does not know.
 START = (

@@ -14,6 +14,7 @@ import pytest
 
 import moemamba
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 LETTER = HERE / "tools" / "letter_s"
 LINES = [  # the file, the line that it has, and what is added behind that
