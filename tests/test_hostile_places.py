@@ -186,8 +186,8 @@ def test_a_closed_terminal_saves_and_the_same_command_goes_on(number, command, m
 
 
 def wait_for_steps(run: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    deadline, log = time.monotonic() + 120, run / "metrics.jsonl"
+    while not (log.exists() and '"kind": "train"' in log.read_text()) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 WRITTEN = {".py", ".cu", ".css", ".html", ".js"}  # by people: the limits of length are for these
 
 # The rooms that need no torch, in order: each imports from those before it.
-GROUND = ("host", "reading", "marks", "letters", "config", "counting", "presets", "text")
+GROUND = ("host", "reading", "marks", "letters", "config", "counting", "presets", "text", "tokenizer")
 # The rooms above, in order: what else than the ground each may import, of which every room stands before it.
 ROOMS = {
     "device": "",

@@ -104,3 +104,12 @@ def test_needs_no_torch():
     program = "import sys, moemamba.text, moemamba.training.config; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_the_former_name_warns():
+    import moemamba.tokenizer as former
+
+    with pytest.warns(DeprecationWarning, match="import load_tokenizer from there"):
+        assert former.load_tokenizer("bytes").vocab_size == 257
+    with pytest.raises(AttributeError):
+        former.nothing  # noqa: B018
