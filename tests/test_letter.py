@@ -51,7 +51,11 @@ def package(tmp_path_factory):
         (at,) = [number for number, text in enumerate(lines) if text.startswith(behind)]
         lines.insert(at + 1, line)
         (copy / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return root, os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return root, os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{HERE / 'tools'}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 def python(package, *arguments):

@@ -34,7 +34,7 @@ class Emulated:
 
     def __init__(self, source: str, constants: dict[str, int], device: int):
         parts = [f"#define {name} {value}" for name, value in constants.items()]
-        parts += [f'#include "{Path(__file__).with_name("emulate_cuda.h")}"', source]
+        parts += [f'#include "{Path(__file__).parents[1] / "tools" / "emulate_cuda.h"}"', source]
         parts += [
             f'extern "C" void start_{name}(int blocks, int threads, const void* s)'
             f" {{ run_grid([](const void* s) {{ {name}(*(const {struct}*)s); }}, s, blocks, threads); }}"

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from test_results_file import comparison
+from comparisons import comparison
 
 from moemamba.cli import run
 from moemamba.cli.outcome import tell
@@ -20,7 +20,7 @@ from moemamba.experiments.page.html import FAILED
 from moemamba.experiments.page.svg import line_chart
 from moemamba.experiments.results import read_results
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 COMMAND = re.compile(r"`moemamba report\s+docs/results/\{([\w,-]+)\} --out docs/results/results\.html`")
 
 

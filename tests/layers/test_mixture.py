@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_data import fake_tokens
+from documents import fake_tokens
 
 from moemamba import ModelConfig, TrainConfig, train
 from moemamba.data.batches import Batches, Mixture, Windows

@@ -1,4 +1,4 @@
-"""Compile what the Triton backend launches for a GPU that need not be there: `python tests/compile_triton.py 90`.
+"""Compile what the Triton backend launches for a GPU that need not be there: `python tests/tools/compile_triton.py 90`.
 
 The interpreter accepts programs that the compiler refuses. So here the ops run on CPU tensors while every launch is
 turned into a compilation for the compute capability given; their results mean nothing. Prints the shared memory that

@@ -11,9 +11,9 @@ import sys
 
 import numpy as np
 import pytest
+from documents import texts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import texts_of
 
 from moemamba.data.documents import Documents
 from moemamba.data.preparation import prepare

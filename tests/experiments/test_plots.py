@@ -7,7 +7,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from test_results_file import comparison
+from comparisons import comparison
 
 from moemamba.cli import run
 from moemamba.experiments.page import html_page, plots, write_figures

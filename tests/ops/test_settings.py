@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_laws import MODELS, build, tokens_of
+from models import MODELS, build, tokens_of
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap

@@ -1,16 +1,16 @@
 """From text to batches: nothing lost, nothing stale, and every batch a pure function of its step."""
 
-import itertools
 import json
 import os
 
 import numpy as np
 import pytest
 import torch
+from documents import fake_tokens, texts_of, write_folder
 
 from moemamba import TrainConfig
 from moemamba.data import preparation
-from moemamba.data.batches import Batches, Tokens, Windows, permute, sequential
+from moemamba.data.batches import Batches, Windows, permute, sequential
 from moemamba.data.corpora import open_corpora
 from moemamba.data.documents import Documents, is_held_out
 from moemamba.data.preparation import HELD_OUT, cache_directory, prepare
@@ -18,20 +18,6 @@ from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer, train_bpe
 
 BYTES = ByteTokenizer()
-
-
-def fake_tokens(lengths):
-    """Documents of the given lengths, end mark included; every id is its place, modulo 256."""
-    ends = np.cumsum(lengths)
-    ids = (np.arange(ends[-1]) % 256).astype(np.uint16)
-    ids[ends - 1] = 256
-    return Tokens(ids, ends.astype(np.int64), int(ends[-1]) - len(lengths))
-
-
-def texts_of(tokens):
-    ends = [0, *tokens.ends.tolist()]
-    assert all(tokens.ids[end - 1] == BYTES.end_of_text for end in ends[1:])
-    return [BYTES.decode(tokens.ids[first : last - 1]) for first, last in itertools.pairwise(ends)]
 
 
 # Documents
@@ -115,14 +101,6 @@ def test_missing_source(tmp_path):
 
 
 # Tokens on disk
-
-
-def write_folder(folder, count=200):
-    folder.mkdir()
-    texts = [f"document {k}: {'x' * (k % 7)}é" for k in range(count)]
-    for k, text in enumerate(texts):
-        (folder / f"{k:04d}.txt").write_text(text, encoding="utf-8")
-    return texts
 
 
 def test_every_document_is_kept_once(tmp_path):

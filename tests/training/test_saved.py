@@ -31,7 +31,7 @@ from moemamba.text import ByteTokenizer
 from moemamba.training.run import RunDirectory, read_position, restore, restoring
 from moemamba.training.update.optim import make_optimizer
 
-FIRST = Path(__file__).parent / "fixtures" / "v0.1"
+FIRST = Path(__file__).parents[1] / "fixtures" / "v0.1"
 SILENT = Report(silent=True)
 
 

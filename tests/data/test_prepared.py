@@ -7,9 +7,9 @@ import struct
 
 import numpy as np
 import pytest
+from documents import write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import write_folder
 
 from moemamba.data import prepared
 from moemamba.data.batches import Batches, SampledDocuments, Windows

@@ -1,0 +1,36 @@
+"""A model for every letter of the pattern, and their ways to mix."""
+
+import torch
+
+from moemamba import ModelConfig, MoEMamba
+from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, RoutedMambaConfig
+from moemamba.counting import state_bytes
+from moemamba.letters import LETTERS
+
+CAPACITY = ExpertsConfig(4, capacity_factor=1.0, activation="relu")
+MODELS = {
+    **{letter: ModelConfig(letter) for letter in LETTERS},
+    "F biases": ModelConfig("F", feedforward=FeedForwardConfig(bias=True)),
+    "R shared": ModelConfig("R", routed=RoutedMambaConfig(experts=ExpertsConfig(4, top_k=2))),
+    "R independent": ModelConfig("R", routed=RoutedMambaConfig(("gate", "out"), "independent", ExpertsConfig(3))),
+    "(ME)": ModelConfig("(ME)", experts=ExpertsConfig(4, top_k=2, n_shared_experts=1)),
+    "mixed": ModelConfig("ME(MA)R", n_blocks=1, experts=CAPACITY),
+}
+MIXING = [name for name, config in MODELS.items() if state_bytes(config, 1)]
+ROUTING = [name for name, config in MODELS.items() if config.routers]
+BACKENDS = [("reference", torch.float64), ("cpu", torch.float32)]
+LENGTH, PROBE = 9, 3
+
+
+def build(name, dtype=torch.float64):
+    config = MODELS[name].replace(d_model=16, vocab_size=31, attention=AttentionConfig(2))
+    torch.manual_seed(7)
+    model = MoEMamba(config.replace(n_blocks=min(2, config.n_blocks))).to(dtype).eval()
+    with torch.no_grad():  # away from the special values of the initialisation
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def tokens_of(rows, length=LENGTH + PROBE):
+    return torch.randint(0, 31, (rows, length), generator=torch.Generator().manual_seed(3))
