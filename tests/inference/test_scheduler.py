@@ -118,5 +118,3 @@ def test_requests_that_are_not_known():
     scheduler = Scheduler(1, 1, 1)
     with pytest.raises(ValueError, match="request 3 is not known"):
         scheduler.finish(3)
-    with pytest.raises(ValueError, match="prompt of 0 tokens"):
-        scheduler.add(1, 0)

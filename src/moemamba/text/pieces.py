@@ -8,7 +8,8 @@ is asked at the end, with all ids.
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
 
 class Pieces(Protocol):
     """Text of ids that come one by one; all pieces together are the text of all ids."""
+
+    def follow(self, ids: Iterable[int]) -> None:
+        """Begin after a text of these ids, which is not returned: the first letters may depend on it."""
 
     def push(self, token: int) -> str:
         """The text that this token settles, perhaps none."""
@@ -35,6 +39,10 @@ class Utf8:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    def follow(self, ids: Iterable[int]) -> None:
+        for token in ids:
+            self.push(token)
+
     def push(self, token: int) -> str:
         return self._decoder.decode(bytes((token,))) if 0 <= token < 256 else ""
 
@@ -47,6 +55,9 @@ class Held:
 
     def __init__(self, decode: Callable[[list[int]], str]):
         self._decode, self._ids = decode, list[int]()
+
+    def follow(self, ids: Iterable[int]) -> None:
+        """As if there were none: what all of them are is not known in parts."""
 
     def push(self, token: int) -> str:
         self._ids.append(token)
@@ -70,6 +81,10 @@ class Step:
     def push(self, text: str) -> list[str]:
         decode, self._decode = self._decode, self._later
         return [decode(text)]
+
+    def settle(self) -> bool:
+        """Forget what is held back of a whole text; False where that cannot be told from what is to come."""
+        return True
 
     def finish(self) -> list[str]:
         return []
@@ -110,6 +125,12 @@ class ByteFallback(Step):
         self._run.append(int(byte[1], 16))
         return []
 
+    def settle(self) -> bool:
+        with suppress(UnicodeDecodeError):  # half a character waits for the rest
+            self._run.decode()
+            self._run.clear()
+        return True
+
     def finish(self) -> list[str]:
         run, self._run = bytes(self._run), bytearray()
         if not run:
@@ -129,6 +150,9 @@ class Words(Step):
     def push(self, text: str) -> list[str]:
         before, self._last = self._last, [text]
         return [self._all([*before, ""])] if before else []
+
+    def settle(self) -> bool:
+        return False
 
     def finish(self) -> list[str]:
         return [self._all(self._last)] if self._last else []
@@ -160,6 +184,13 @@ class Trained:
     def __init__(self, inner: tokenizers.Tokenizer, special: set[str], steps: list[Step]):
         self._name, self._special, self._steps = inner.id_to_token, special, steps
         self._plain = len(steps) == 1 and isinstance(steps[0], ByteLevel)  # most are, and it is one string
+
+    def follow(self, ids: Iterable[int]) -> None:
+        if all(step.settle() for step in self._steps):
+            for token in ids:
+                self.push(token)
+            for step in self._steps:
+                step.settle()
 
     def push(self, token: int) -> str:
         name = self._name(token) if 0 <= token < 1 << 32 else None
