@@ -1,6 +1,7 @@
 """Models on disk: directories that are complete or absent, whatever happens while they are written."""
 
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .model import MoEMamba
 from .reading import from_dict, to_dict
-from .tensors import TensorFile, differences, not_finite, write_tensors
+from .tensors import CHECKSUMS, TensorFile, differences, not_finite, write_tensors
 from .text import Tokenizer, load_tokenizer
 
 TOKENIZER_LIMIT = 200_000_000
@@ -78,6 +79,19 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
             f"{_instead(stored.file)}"
         )
     return model.eval(), _read_tokenizer(folder, config)
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """Of each tensor of a model that `load` has loaded; those of its bytes where the file has none."""
+    stored = open_weights(folder)
+    values = files.parse_json(stored.metadata.get(CHECKSUMS, "{}"), str(stored.file))
+    if isinstance(values, dict) and values.keys() == stored.keys():
+        return {name: int(value) for name, value in values.items()}
+    return {name: zlib.crc32(_bytes(tensor[...])) for name, tensor in stored.items()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def find_model(path: Path) -> Path:

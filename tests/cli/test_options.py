@@ -31,6 +31,7 @@ KINDS = {
     "paper": "Paper",
     "report": "Asked",
     "generate": "Generate",
+    "serve": "Serve",
     "eval": "Eval",
     "info": "Info",
     "doctor": "Doctor",

@@ -319,7 +319,9 @@ class Engine:
             kept = count if run.ending.kept is None else run.ending.kept
             del self._runs[run.number]
         reading, run.reading = run.reading, None
-        return Event(run.number, None if stopped else token, kept, found, reading)
+        if stopped:
+            return Event(run.number, None, kept, found, reading, ended_by=token)
+        return Event(run.number, token, kept, found, reading)
 
     def _release(self, runs: Iterable[Run]) -> None:
         """Free the slots of requests that need them no longer."""

@@ -99,6 +99,7 @@ class Reader:
         if request.whole:
             if start is not None and request.prompt_logprobs is not None and request.prompt:
                 run.scores = score_prompt(self.model, start.hidden[None], request.prompt[:1], request.prompt_logprobs)
+            run.saves = frozenset([len(request.prompt)]) if self.cache is not None else frozenset()
             self._scheduler.begin(run.number, 0)
             return
         if (leader := self._leaders.setdefault(run.key, run)) is not run:

@@ -95,6 +95,8 @@ class Event(NamedTuple):
     """with the first event of a request that asked for something of the kind, or that only reads"""
     failure: str | None = None
     """why the request ended early"""
+    ended_by: int | None = None
+    """the token that completes a stop"""
 
 
 class Run:

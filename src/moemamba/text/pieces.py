@@ -228,6 +228,24 @@ def pieces_of(decoder: Any) -> list[Step] | None:
     return steps
 
 
+def speller(decoder: Any) -> Callable[[str], bytes]:
+    """What a decoder of the library makes of the name of a token that others stand before."""
+    steps = pieces_of(decoder) or []
+    if any(isinstance(step, ByteLevel) for step in steps):
+        return _raw
+    bytewise = any(isinstance(step, ByteFallback) for step in steps)
+
+    def spell(name: str) -> bytes:
+        byte = _BYTE.fullmatch(name) if bytewise else None
+        if byte is not None:
+            return bytes((int(byte[1], 16),))
+        if decoder is None:
+            return f" {name}".encode()
+        return str(decoder.decode(["x", name, "x"])).removeprefix("x").removesuffix("x").encode()
+
+    return spell
+
+
 def _after_fuse(part: dict[str, Any]) -> Step | None:
     """A decoder of one string, which comes in pieces."""
     if part["type"] == "Strip" and not part["stop"]:
