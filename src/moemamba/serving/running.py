@@ -19,6 +19,7 @@ from .guard import LOOPBACK
 from .service import Service
 
 Say = Callable[[str], None]
+Until = Callable[[asyncio.Event], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -71,21 +72,51 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"--port is {port}; it must be from 0 to 65535") from None
 
 
-def serve(place: Place, limits: Limits, load: Callable[[Say], dict[str, Any]], say: Say) -> None:
-    """Answer until a signal says stop; what is under way then is answered first.
+@contextlib.contextmanager
+def signals(stop: asyncio.Event) -> Iterator[None]:
+    """While entered, SIGTERM and SIGINT set the event; a second one ends the process as it would have."""
+    loop = asyncio.get_running_loop()
+    before: dict[int, Any] = {}
+
+    def receive(number: int, _: object) -> None:
+        restore()
+        loop.call_soon_threadsafe(stop.set)
+
+    def restore() -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def serve(
+    place: Place, limits: Limits, load: Callable[[Say], dict[str, Any]], say: Say, until: Until = signals
+) -> None:
+    """Answer until it is to stop; what is under way then is answered first.
 
     Args:
         load: makes the arguments of `Service`, and says what it does meanwhile.
         say: shows a line.
+        until: while entered, sets the event once the server has to stop.
     Raises:
         OSError, ValueError: what `listen` and `load` raise.
     """
     with listen(place.host, place.port) as bound:
-        asyncio.run(_serve(bound, place, limits, load, say))
+        asyncio.run(_serve(bound, place, limits, load, say, until))
 
 
 async def _serve(
-    bound: socket.socket, place: Place, limits: Limits, load: Callable[[Say], dict[str, Any]], say: Say
+    bound: socket.socket,
+    place: Place,
+    limits: Limits,
+    load: Callable[[Say], dict[str, Any]],
+    say: Say,
+    until: Until,
 ) -> None:
     server = Server()
     app = make_app(server, hosts=place.names, key=place.key, origins=place.origins, most=limits.max_body)
@@ -101,7 +132,7 @@ async def _serve(
     web = _Uvicorn(config)
     answering = asyncio.create_task(web.serve([bound]))
     stop = asyncio.Event()
-    with _signals(stop):
+    with until(stop):
         try:
             await _begin(server, limits, load, say, stop, place, bound.getsockname()[1])
             if server.service is not None:
@@ -182,26 +213,3 @@ async def _in_thread(load: Callable[[Say], dict[str, Any]], tell: Say) -> dict[s
 
     threading.Thread(target=work, daemon=True, name="load").start()
     return await found
-
-
-@contextlib.contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """While entered, SIGTERM and SIGINT set the event; a second one ends the process as it would have."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    loop = asyncio.get_running_loop()
-    before: dict[int, Any] = {}
-
-    def receive(number: int, _: object) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        loop.call_soon_threadsafe(stop.set)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, receive)
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

@@ -96,7 +96,8 @@ class States:
     def expire(self) -> None:
         """Let go what has not been used for long."""
         now = self._clock()
-        self._kept = {name: kept for name, kept in self._kept.items() if now - kept.used <= self.seconds}
+        for kept in [kept for kept in self._kept.values() if now - kept.used > self.seconds]:
+            del self._kept[kept.id]
 
     def shown(self, kept: Kept, model: str, fingerprint: str) -> dict[str, Any]:
         """A state as clients see it."""
