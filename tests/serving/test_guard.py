@@ -107,7 +107,8 @@ JSON = st.recursive(
 )
 NAMES = [
     "model", "prompt", "max_tokens", "temperature", "top_p", "n", "stop", "stream", "stream_options", "logprobs",
-    "echo", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "suffix", "best_of", "user", "top_k", "min_p",
+    "echo", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "suffix", "best_of", "user", "top_k",
+    "min_p",
     "stop_token_ids", "ignore_eos", "return_token_ids", "return_routed_experts", "state", "return_state",
     "response_format", "messages", "tokens", "from", "copies", "top_logprobs", "tools",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -66,7 +67,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(f"{host}:{port} cannot be used ({reason}); choose another with --port, or 0 for any") from error
     except OverflowError:
         raise ValueError(f"--port is {port}; it must be from 0 to 65535") from None
