@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..host.terminal import say
+from ..reading import validate
 from ..serving.config import Limits
 from .options import Merged, Place, Positional, Repeated
 from .terminal import parse
@@ -39,11 +40,14 @@ class Serve:
     device: str = "auto"
     """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
 
+    def __post_init__(self) -> None:
+        validate(self, not_negative=("drain",))
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"port is {self.port}; it must be from 0 to 65535")
+
 
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Serve, arguments, "serve")
-    if not asked.drain >= 0:
-        raise ValueError(f"--drain is {asked.drain:g}; it must be 0 or more")
     from ..checkpoint import find_model
     from ..host.files import expanded
 

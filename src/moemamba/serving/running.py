@@ -69,8 +69,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(f"{host}:{port} cannot be used ({reason}); choose another with --port, or 0 for any") from error
-    except OverflowError:
-        raise ValueError(f"--port is {port}; it must be from 0 to 65535") from None
 
 
 @contextlib.contextmanager
