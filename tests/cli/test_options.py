@@ -31,6 +31,7 @@ KINDS = {
     "paper": "Paper",
     "report": "Asked",
     "generate": "Generate",
+    "chat": "Chat",
     "serve": "Serve",
     "eval": "Eval",
     "info": "Info",

@@ -23,12 +23,19 @@ COMMANDS = {
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
     "report": "COMPARISON ...       comparisons that were run, on one page",
     "generate": "RUN                  continue a prompt",
+    "chat": "RUN                  talk with a model, or write a text in turns, in the terminal",
     "serve": "RUN                  answer requests over HTTP as OpenAI's API does, with a page to look at",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
     "doctor": "                     versions, devices, and which backend each op uses and why",
 }
-PRINTS = {"generate", "eval", "info", "doctor"}  # what they print is all that they do: they end with their reader
+PRINTS = {
+    "generate",
+    "chat",
+    "eval",
+    "info",
+    "doctor",
+}  # what they print is all that they do: they end with their reader
 
 
 def main() -> None:
