@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +25,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     Raises:
         ValueError: an unknown key, a value of the wrong type or one that cannot work, named with its place.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where} has the unknown key {shown(unknown[0])}; known keys are {', '.join(hints)}")
@@ -89,13 +90,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         _convert(hint, getattr(config, name), name)
     for name in positive + not_negative:
         value = getattr(config, name)
         if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
             bound = "greater than 0" if name in positive else "0 or more"
             raise ValueError(f"{name} is {value}; it must be {bound}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, which take longer to find than to check."""
+    return typing.get_type_hints(kind)
 
 
 def shown(value: Any) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import random
 import secrets
 import time
 from collections import deque
@@ -93,6 +94,7 @@ class Service:
         self.created = int(time.time())
         self.fingerprint = _fingerprint(model, checksums)
         self.draining = False
+        self._random = random.Random(secrets.randbits(256))  # asks the system once, not for each request
         self.metrics = Metrics()
         self.spelling = Spelling(tokenizer)
         self.grammars = Grammars(tokenizer)
@@ -185,7 +187,11 @@ class Service:
 
     def seed(self, asked: int | None, sample: int) -> tuple[int, int]:
         """Of a sample: what was asked for, or something that nobody knows before."""
-        return (secrets.randbits(64) if asked is None else asked % (1 << 64)), sample
+        return (self._random.getrandbits(64) if asked is None else asked % (1 << 64)), sample
+
+    def name_of(self, prefix: str) -> str:
+        """A name for an answer, which no other has."""
+        return f"{prefix}{self._random.getrandbits(96):024x}"
 
     def _deliver(self, batch: Batch) -> None:
         """From the worker's thread."""

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import json
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -45,7 +44,7 @@ class Job:
             limit = service.limits.max_choices
             raise invalid(f"{len(prompts)} prompts times n = {body.n} are more than the {limit} answers of a request")
         self.most = most
-        self.id = f"{self.prefix}{secrets.token_hex(12)}"
+        self.id = service.name_of(self.prefix)
         self.created = int(time.time())
         self.endings = body.endings(service.tokenizer.end_of_text, service.vocabulary)
         self.choices: list[Choice] = []
