@@ -3,7 +3,6 @@
 import dataclasses
 import types
 import typing
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +11,7 @@ from .host.files import read_json
 LARGEST = 1e300  # of a number that a field can hold; infinity and what is not a number are none
 
 Config = TypeVar("Config")
+_KNOWN: dict[Any, dict[str, Any]] = {}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -99,10 +99,11 @@ def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple
             raise ValueError(f"{name} is {value}; it must be {bound}")
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, which take longer to find than to check."""
-    return typing.get_type_hints(kind)
+    if kind not in _KNOWN:
+        _KNOWN[kind] = typing.get_type_hints(kind)
+    return _KNOWN[kind]
 
 
 def shown(value: Any) -> str:
