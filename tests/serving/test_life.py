@@ -113,7 +113,7 @@ class Day:
 
     def __init__(self, server, clients, seed=0):
         self.server, self.clients, self.draw = server, clients, random.Random(seed)
-        self.counts = {"done": 0, "left": 0, "full": 0, "stopping": 0}
+        self.counts = dict.fromkeys(("done", "left", "full", "stopping", "lost"), 0)
         self.lost = []
 
     def asked(self):
@@ -123,12 +123,12 @@ class Day:
         return json.dumps(body)
 
     async def one(self):
+        """What became of one request."""
         body, leaves = self.asked(), self.draw.random() < 0.2
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
         except OSError:
-            self.counts["stopping"] += 1
-            return
+            return "stopping"
         head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: "
         writer.write(f"{head}{len(body)}\r\n\r\n{body}".encode())
         answer = b""
@@ -137,30 +137,29 @@ class Day:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(reader.read(1 << 20), self.draw.random() * 0.2)
                 writer.transport.abort()
-                self.counts["left"] += 1
-                return
+                return "left"
             while piece := await reader.read(1 << 16):
                 answer += piece
         writer.close()
-        self.note(body, answer)
-
-    def note(self, body, answer):
         status = answer[9:12]
         if status == b"200" and (b"data: [DONE]" in answer or b'"usage":{' in answer):
-            self.counts["done"] += 1
-        elif status == b"429":
-            self.counts["full"] += 1
-        elif status == b"503" or not answer:
-            self.counts["stopping"] += 1
-        else:
-            self.lost.append((body, answer))
+            return "done"
+        if status == b"429":
+            return "full"
+        if status == b"503" or not answer:
+            return "stopping"
+        self.lost.append((body, answer))
+        return "lost"
 
     async def go(self, count):
         left = iter(range(count))
 
         async def client():
             for _ in left:
-                await self.one()
+                while (found := await self.one()) == "full":
+                    self.counts["full"] += 1
+                    await asyncio.sleep(0.1 * self.draw.random())  # and come again
+                self.counts[found] += 1
 
         await asyncio.gather(*(client() for _ in range(self.clients)))
 
@@ -188,7 +187,8 @@ def a_day(run, count, clients):
 
         async def ended():
             working = asyncio.create_task(day.go(count // 3))
-            while day.counts["done"] < count // 2:
+            enough = day.counts["done"] + count // 10
+            while day.counts["done"] < enough:
                 await asyncio.sleep(0.01)
             made.send_signal(signal.SIGTERM)
             await working
