@@ -1,0 +1,227 @@
+// Routing: which experts the tokens of a text visit, in which layer, with which gate.
+
+import { $, count, fit, h, layerOf, many, percent, rove, short, shown } from "./dom.js";
+import { attempt, get, post } from "./api.js";
+import { remember } from "./link.js";
+import { hue, Score } from "./score.js";
+import { bar } from "./tokens.js";
+
+let score = null;
+let found = null;
+let state = null;
+let read = null; // the text that is shown
+let shares = []; // of each layer: choices of each expert in this text
+let reading = 0;
+
+export function begin(model) {
+  score = new Score($("score"));
+  if (!model.routers.length) $("read-text").placeholder = "This model has no experts, so there is nothing to see here.";
+  $("read-text").addEventListener("input", () => fit($("read-text")));
+  $("reading").onsubmit = (event) => { event.preventDefault(); attempt(look); };
+  $("read-text").onkeydown = (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    attempt(look);
+  };
+  $("read-after").lastElementChild.onclick = () => follow(null);
+  $("score").addEventListener("pointermove", (event) => point(score.under(event)));
+  $("score").addEventListener("click", (event) => {
+    const place = score.under(event);
+    if (!place) return;
+    point(place);
+    choose(place[1], place[2]);
+  });
+  $("score").addEventListener("keydown", keys);
+  $("table").addEventListener("toggle", () => { if ($("table").open) table(); });
+  rove($("experts"), () => Math.max(...(found?.n_experts ?? [1])));
+}
+
+export async function show(values, again) {
+  fit($("read-text"));
+  if (again) return score.soon();
+  follow(values.state ?? null);
+  if (values.text === undefined) return;
+  if (values.text !== read) {
+    $("read-text").value = values.text;
+    fit($("read-text"));
+    await look();
+  }
+  if (!found) return;
+  const number = (name, end) => (values[name] !== undefined && values[name] >= 0 && values[name] < end ? Number(values[name]) : null);
+  const layer = number("layer", score.layers);
+  const expert = layer === null ? null : number("expert", found.n_experts[layer]);
+  const token = number("token", score.tokens);
+  if (token !== null) point([token, layer ?? 0]);
+  if (expert !== null && `${score.only}` !== `${[layer, expert]}`) choose(layer, expert);
+}
+
+const link = () => remember("routing", {
+  text: read, state, token: score.at, ...(score.only && { layer: score.only[0], expert: score.only[1] }),
+});
+
+function follow(id) {
+  if (state !== id) read = null;
+  state = id;
+  $("read-after").hidden = !id;
+  $("read-after").firstElementChild.textContent = id && `after state ${short(id)}`;
+}
+
+async function look() {
+  const text = $("read-text").value, own = ++reading;
+  $("read-told").textContent = "reading";
+  let answer;
+  try {
+    answer = await post("/v1/routing", { prompt: text, ...(state && { state }) });
+  } finally {
+    if (own === reading) $("read-told").textContent = "";
+  }
+  if (own !== reading) return; // another text has been asked for meanwhile
+  if (!answer.layers.length) {
+    $("read-told").textContent = "This model has no experts.";
+    return;
+  }
+  read = text;
+  found = answer;
+  found.numbers = found.layers.map(layerOf);
+  $("found").hidden = false;
+  $("read-told").textContent = `${many(found.tokens.length, "token")} through ${many(found.layers.length, "layer")}`;
+  const began = performance.now();
+  score.set(found);
+  performance.measure("routing drawn", { start: began });
+  tally();
+  experts();
+  $("expert").replaceChildren();
+  $("token").replaceChildren(h("p", { className: "soft" }, "Point at a token, or walk with the arrow keys."));
+  if ($("table").open) table();
+  link();
+}
+
+function tally() {
+  shares = found.n_experts.map((n) => new Array(n).fill(0));
+  const { experts: all } = score.found;
+  for (let i = 0; i < all.length; i++) if (all[i] >= 0) shares[Math.floor(i / score.k) % score.layers][all[i]]++;
+}
+
+const sum = (values) => values.reduce((a, b) => a + b, 0);
+
+/** A bar for each expert of each layer. */
+function experts() {
+  $("experts").replaceChildren(...shares.map((own, layer) => {
+    const most = Math.max(...own), all = sum(own);
+    const bars = own.map((value, expert) => {
+      const button = h("button", { tabIndex: layer + expert ? -1 : 0, onclick: () => choose(layer, expert) });
+      button.title = `Layer ${found.numbers[layer]}, expert ${expert}: ${percent(value / all)}`;
+      button.ariaLabel = button.title;
+      button.style.setProperty("--part", most ? value / most : 0);
+      button.style.setProperty("--hue", hue(expert, own.length));
+      button.dataset.place = `${layer},${expert}`;
+      return button;
+    });
+    return h("div", { className: "row" }, h("span", { className: "soft" }, found.numbers[layer]), h("div", {}, ...bars));
+  }));
+}
+
+/** Show a token: its layers, experts and gates. */
+function point(place) {
+  if (!place || !found) return;
+  const [token, layer] = place;
+  if (score.at === token && score.layer === layer) return;
+  score.at = token;
+  score.layer = layer;
+  score.soon();
+  const p = found.token_logprobs[token];
+  $("token").replaceChildren(
+    h("h2", {}, h("code", {}, shown(found.strings[token]))),
+    h("p", { className: "soft" }, `token ${count(token + 1)} of ${count(score.tokens)}${p === null ? "" : `, which had ${percent(Math.exp(p))}`}`),
+    h("table", {}, h("tbody", {}, ...found.layers.map((_, l) => line(token, l)))));
+}
+
+function line(token, layer) {
+  const own = score.choices(token, layer);
+  return h("tr", { className: layer === score.layer ? "chosen" : "" },
+    h("th", { scope: "row", title: found.layers[layer] }, found.numbers[layer]),
+    h("td", {}, ...own.map(([expert, gate]) => {
+      const dot = h("i", { className: "dot" });
+      dot.style.background = hue(expert, found.n_experts[layer]);
+      return h("span", { className: "visit" }, dot, `${expert}`, bar(gate), percent(gate));
+    })));
+}
+
+/** Show one expert: its load and its tokens; once more lets it go. */
+function choose(layer, expert) {
+  if (expert === null) return;
+  const same = score.only?.[0] === layer && score.only[1] === expert;
+  score.only = same ? null : [layer, expert];
+  for (const each of $("experts").querySelectorAll("button")) each.setAttribute("aria-pressed", each.dataset.place === `${score.only}`);
+  score.draw();
+  link();
+  if (same) return $("expert").replaceChildren();
+  const visits = new Map();
+  for (let i = 0; i < score.tokens; i++) {
+    const gate = score.choices(i, layer).find(([e]) => e === expert)?.[1];
+    if (gate === undefined) continue;
+    const own = visits.get(found.strings[i]) ?? { count: 0, gate: 0, first: i };
+    visits.set(found.strings[i], { ...own, count: own.count + 1, gate: own.gate + gate });
+  }
+  const often = [...visits].sort((a, b) => b[1].count - a[1].count || b[1].gate - a[1].gate);
+  const served = h("dd", {}, "–");
+  $("expert").replaceChildren(
+    h("h2", {}, `Layer ${found.numbers[layer]}, expert ${expert}`),
+    h("dl", {},
+      h("dt", {}, "of this text"), h("dd", {}, percent(shares[layer][expert] / sum(shares[layer]))),
+      h("dt", {}, "an even share"), h("dd", {}, percent(1 / found.n_experts[layer])),
+      h("dt", {}, "of all prompts"), served),
+    h("p", { className: "words" }, ...often.slice(0, 60).map(([text, own]) => h("button", {
+      className: "word", title: `mean gate ${percent(own.gate / own.count)}; goes to the first`,
+      onclick: () => reveal(own.first, layer),
+    }, shown(text), h("small", {}, own.count > 1 ? ` ${own.count}` : "")))),
+    h("p", { className: "soft" }, often.length > 60 ? `and ${many(often.length - 60, "other token")}` : often.length ? "" : "no token of this text"));
+  attempt(async () => {
+    const load = (await get("/v1/stats")).experts[layer]?.load ?? [];
+    if (sum(load)) served.textContent = percent(load[expert] / sum(load));
+  });
+}
+
+function reveal(token, layer) {
+  point([token, layer]);
+  const top = $("score").getBoundingClientRect().top + score.lineOf(token) * score.line;
+  if (top < 60 || top + score.line > innerHeight) scrollBy({ top: top - innerHeight / 3 });
+  link();
+}
+
+function keys(event) {
+  if (!found) return;
+  const at = score.at ?? -1, row = score.lineOf(Math.max(at, 0));
+  const page = (by) => Math.min(Math.max((score.first[row + by] ?? (by > 0 ? score.tokens - 1 : 0)), 0), score.tokens - 1);
+  let place = null;
+  switch (event.key) {
+    case "ArrowRight": place = [Math.min(at + 1, score.tokens - 1), score.layer]; break;
+    case "ArrowLeft": place = [Math.max(at - 1, 0), score.layer]; break;
+    case "ArrowDown": place = [Math.max(at, 0), Math.min(score.layer + 1, score.layers - 1)]; break;
+    case "ArrowUp": place = [Math.max(at, 0), Math.max(score.layer - 1, 0)]; break;
+    case "PageDown": place = [page(1), score.layer]; break;
+    case "PageUp": place = [page(-1), score.layer]; break;
+    case "Home": place = [0, score.layer]; break;
+    case "End": place = [score.tokens - 1, score.layer]; break;
+    case "Enter": case " ":
+      if (at >= 0) choose(score.layer, score.choices(at, score.layer)[0]?.[0] ?? null);
+      break;
+    case "Escape": if (score.only) choose(...score.only); break;
+    default: return;
+  }
+  event.preventDefault();
+  if (place) reveal(...place);
+}
+
+const LONGEST = 1000;
+
+/** The same as text, for who does not see the map. */
+function table() {
+  const rows = Array.from({ length: Math.min(score.tokens, LONGEST) }, (_, i) => h("tr", {},
+    h("th", { scope: "row" }, shown(found.strings[i])),
+    ...found.layers.map((_, l) => h("td", {}, score.choices(i, l).map(([e, gate]) => `${e} (${percent(gate)})`).join(" ")))));
+  const head = h("tr", {}, h("th", { scope: "col" }, "Token"), ...found.numbers.map((n) => h("th", { scope: "col" }, `Layer ${n}`)));
+  $("table").lastElementChild.replaceChildren(
+    h("table", {}, h("caption", {}, `Experts, and their gates${score.tokens > LONGEST ? `, of the first ${count(LONGEST)} tokens` : ""}`),
+      h("thead", {}, head), h("tbody", {}, ...rows)));
+}
