@@ -13,11 +13,15 @@ export function h(tag, props = {}, ...children) {
   return node;
 }
 
-/** A text area as tall as its text. */
-export function fit(area) {
-  area.style.height = "auto";
-  area.style.height = `${area.scrollHeight + 2}px`;
+/** Says which state a text follows, and lets it follow none. */
+export function chip(box, id, clear) {
+  box.hidden = !id;
+  box.firstElementChild.textContent = id && `after state ${short(id)}`;
+  box.lastElementChild.onclick = clear;
 }
+
+/** Enter with Ctrl or the command key. */
+export const sends = (event) => event.key === "Enter" && (event.ctrlKey || event.metaKey);
 
 export const count = (value) => Math.round(value).toLocaleString("en");
 export const many = (value, word) => `${count(value)} ${word}${value === 1 ? "" : "s"}`;
@@ -29,7 +33,7 @@ export function percent(value) {
 
 export function bytes(value) {
   if (value < 1000) return many(value, "byte");
-  return value < 1e6 ? `${(value / 1e3).toFixed(0)} kB` : `${(value / 1e6).toFixed(1)} MB`;
+  return value < 1e6 ? `${count(value / 1e3)} kB` : `${(value / 1e6).toFixed(value < 1e7 ? 1 : 0)} MB`;
 }
 
 /** A token as it is shown by itself: white space is made visible. */
@@ -55,12 +59,11 @@ export function sharp(canvas, width, height) {
 }
 
 /** Arrow keys among buttons, of which the last used one is in the tab order. */
-export function rove(box, step) {
+export function rove(box) {
   box.addEventListener("keydown", (event) => {
-    const all = [...box.querySelectorAll("button")];
-    const at = all.indexOf(document.activeElement);
-    const moves = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: step(at), ArrowUp: -step(at - 1) };
-    const next = { Home: 0, End: all.length - 1 }[event.key] ?? at + (moves[event.key] ?? NaN);
+    const all = [...box.querySelectorAll("button")], at = all.indexOf(document.activeElement);
+    const row = box.firstElementChild.querySelectorAll("button").length;
+    const next = at + ({ ArrowRight: 1, ArrowLeft: -1, ArrowDown: row, ArrowUp: -row }[event.key] ?? NaN);
     if (at < 0 || !all[next]) return;
     event.preventDefault();
     all[at].tabIndex = -1;

@@ -1,6 +1,6 @@
 // Routing: which experts the tokens of a text visit, in which layer, with which gate.
 
-import { $, count, fit, h, layerOf, many, percent, rove, short, shown } from "./dom.js";
+import { $, chip, count, h, layerOf, many, percent, rove, sends, shown } from "./dom.js";
 import { attempt, get, post } from "./api.js";
 import { remember } from "./link.js";
 import { hue, Score } from "./score.js";
@@ -16,14 +16,10 @@ let reading = 0;
 export function begin(model) {
   score = new Score($("score"));
   if (!model.routers.length) $("read-text").placeholder = "This model has no experts, so there is nothing to see here.";
-  $("read-text").addEventListener("input", () => fit($("read-text")));
   $("reading").onsubmit = (event) => { event.preventDefault(); attempt(look); };
   $("read-text").onkeydown = (event) => {
-    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
-    event.preventDefault();
-    attempt(look);
+    if (sends(event)) attempt(look);
   };
-  $("read-after").lastElementChild.onclick = () => follow(null);
   $("score").addEventListener("pointermove", (event) => point(score.under(event)));
   $("score").addEventListener("click", (event) => {
     const place = score.under(event);
@@ -32,18 +28,15 @@ export function begin(model) {
     choose(place[1], place[2]);
   });
   $("score").addEventListener("keydown", keys);
-  $("table").addEventListener("toggle", () => { if ($("table").open) table(); });
-  rove($("experts"), () => Math.max(...(found?.n_experts ?? [1])));
+  rove($("experts"));
 }
 
 export async function show(values, again) {
-  fit($("read-text"));
   if (again) return score.soon();
   follow(values.state ?? null);
   if (values.text === undefined) return;
   if (values.text !== read) {
     $("read-text").value = values.text;
-    fit($("read-text"));
     await look();
   }
   if (!found) return;
@@ -62,8 +55,7 @@ const link = () => remember("routing", {
 function follow(id) {
   if (state !== id) read = null;
   state = id;
-  $("read-after").hidden = !id;
-  $("read-after").firstElementChild.textContent = id && `after state ${short(id)}`;
+  chip($("read-after"), id, () => follow(null));
 }
 
 async function look() {
@@ -92,7 +84,6 @@ async function look() {
   experts();
   $("expert").replaceChildren();
   $("token").replaceChildren(h("p", { className: "soft" }, "Point at a token, or walk with the arrow keys."));
-  if ($("table").open) table();
   link();
 }
 
@@ -191,37 +182,16 @@ function reveal(token, layer) {
 
 function keys(event) {
   if (!found) return;
-  const at = score.at ?? -1, row = score.lineOf(Math.max(at, 0));
-  const page = (by) => Math.min(Math.max((score.first[row + by] ?? (by > 0 ? score.tokens - 1 : 0)), 0), score.tokens - 1);
-  let place = null;
-  switch (event.key) {
-    case "ArrowRight": place = [Math.min(at + 1, score.tokens - 1), score.layer]; break;
-    case "ArrowLeft": place = [Math.max(at - 1, 0), score.layer]; break;
-    case "ArrowDown": place = [Math.max(at, 0), Math.min(score.layer + 1, score.layers - 1)]; break;
-    case "ArrowUp": place = [Math.max(at, 0), Math.max(score.layer - 1, 0)]; break;
-    case "PageDown": place = [page(1), score.layer]; break;
-    case "PageUp": place = [page(-1), score.layer]; break;
-    case "Home": place = [0, score.layer]; break;
-    case "End": place = [score.tokens - 1, score.layer]; break;
-    case "Enter": case " ":
-      if (at >= 0) choose(score.layer, score.choices(at, score.layer)[0]?.[0] ?? null);
-      break;
-    case "Escape": if (score.only) choose(...score.only); break;
-    default: return;
-  }
+  const at = score.at ?? -1, row = score.lineOf(Math.max(at, 0)), { layer } = score;
+  const places = {
+    ArrowRight: [at + 1, layer], ArrowLeft: [at - 1, layer], ArrowDown: [at, layer + 1], ArrowUp: [at, layer - 1],
+    PageDown: [score.first[row + 1] ?? Infinity, layer], PageUp: [score.first[row - 1] ?? 0, layer],
+    Home: [0, layer], End: [Infinity, layer],
+  };
+  const place = places[event.key];
+  if (place) reveal(...place.map((each, i) => Math.max(0, Math.min(each, (i ? score.layers : score.tokens) - 1))));
+  else if (event.key === "Escape" && score.only) choose(...score.only);
+  else if (event.key === "Enter" && at >= 0) choose(layer, score.choices(at, layer)[0]?.[0] ?? null);
+  else return;
   event.preventDefault();
-  if (place) reveal(...place);
-}
-
-const LONGEST = 1000;
-
-/** The same as text, for who does not see the map. */
-function table() {
-  const rows = Array.from({ length: Math.min(score.tokens, LONGEST) }, (_, i) => h("tr", {},
-    h("th", { scope: "row" }, shown(found.strings[i])),
-    ...found.layers.map((_, l) => h("td", {}, score.choices(i, l).map(([e, gate]) => `${e} (${percent(gate)})`).join(" ")))));
-  const head = h("tr", {}, h("th", { scope: "col" }, "Token"), ...found.numbers.map((n) => h("th", { scope: "col" }, `Layer ${n}`)));
-  $("table").lastElementChild.replaceChildren(
-    h("table", {}, h("caption", {}, `Experts, and their gates${score.tokens > LONGEST ? `, of the first ${count(LONGEST)} tokens` : ""}`),
-      h("thead", {}, head), h("tbody", {}, ...rows)));
 }

@@ -8,23 +8,18 @@ const FONT = 'ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", mono
 
 /** Arrays from the base64 of little-endian int16 and float16. */
 export function decode(found) {
-  const raw = (text) => Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
-  const view = (data) => new DataView(data.buffer);
-  const length = found.shape.reduce((a, b) => a * b, 1);
-  const experts = new Int16Array(length), gates = new Float32Array(length);
-  const a = view(raw(found.experts)), b = view(raw(found.gates));
-  for (let i = 0; i < length; i++) {
-    experts[i] = a.getInt16(2 * i, true);
-    gates[i] = half(b.getUint16(2 * i, true));
-  }
-  return { experts, gates };
+  const raw = (text) => Uint8Array.from(atob(text), (each) => each.charCodeAt(0)).buffer;
+  return { experts: new Int16Array(raw(found.experts)), gates: Float32Array.from(new Uint16Array(raw(found.gates)), half) };
 }
 
+/** The number that 16 bits spell; gates are neither negative nor infinite. */
 function half(bits) {
-  const exponent = (bits >> 10) & 31, fraction = bits & 1023, sign = bits >> 15 ? -1 : 1;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);
+  const exponent = bits >> 10, fraction = (bits & 1023) / 1024;
+  return exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction;
 }
+
+/** A space before a word keeps its place, without a mark. */
+const spelled = (text) => (/^ +\S/.test(text) ? " " : "") + shown(text.replace(/^ +(?=\S)/, ""));
 
 /** The colour of an expert: hues as far from each other as there are experts, all of one strength. */
 export function hue(expert, count) {
@@ -73,7 +68,7 @@ export class Score {
       const text = this.found.strings[i];
       let w = widths.get(text);
       if (w === undefined) {
-        w = Math.min(Math.max(12, Math.ceil(pen.measureText(shown(text)).width) + 5), Math.max(this.width - GUTTER, 40), 180);
+        w = Math.min(Math.max(12, Math.ceil(pen.measureText(spelled(text)).width) + 5), Math.max(this.width - GUTTER, 40), 180);
         widths.set(text, w);
       }
       if (x + w > this.width && x > GUTTER) {
@@ -89,13 +84,7 @@ export class Score {
   }
 
   lineOf(token) {
-    let low = 0, high = this.first.length - 1;
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (this.first[middle] <= token) low = middle;
-      else high = middle - 1;
-    }
-    return low;
+    return this.first.findLastIndex((first) => first <= token);
   }
 
   soon() {
@@ -137,7 +126,7 @@ export class Score {
             if (expert < 0) continue;
             const height = sum > 0 ? ((cell - 1) * gates[place + j]) / sum : (cell - 1) / k;
             const hidden = this.only && (this.only[0] !== l || this.only[1] !== expert);
-            pen.globalAlpha = hidden ? 1 : 0.3 + 0.7 * Math.min(1, Math.max(0, sum));
+            pen.globalAlpha = hidden ? 1 : 0.35 + 0.65 * Math.sqrt(Math.min(1, sum));
             pen.fillStyle = hidden ? line : colors[l][expert];
             pen.fillRect(x, above, w, Math.min(height, left));
             above += height;
@@ -151,7 +140,7 @@ export class Score {
         const quiet = this.only && !this.visits(i, ...this.only);
         pen.fillStyle = quiet ? soft : ink;
         pen.globalAlpha = quiet ? 0.55 : 1;
-        pen.fillText(shown(strings[i]), this.x[i] + 1, y + 14, this.w[i] - 2);
+        pen.fillText(spelled(strings[i]), this.x[i] + 1, y + 14, this.w[i] - 2);
       }
       pen.globalAlpha = 1;
       if (this.at !== null && this.at >= first && this.at < last) {
@@ -173,8 +162,7 @@ export class Score {
 
   visits(token, layer, expert) {
     const place = (token * this.layers + layer) * this.k;
-    for (let j = 0; j < this.k; j++) if (this.found.experts[place + j] === expert) return true;
-    return false;
+    return this.found.experts.subarray(place, place + this.k).includes(expert);
   }
 
   /** [token, layer, expert] below a pointer; null where there is nothing. */

@@ -1,6 +1,6 @@
 // States: what the model knows after a text, kept on the server as a tree; each is gone on from as often as you like.
 
-import { $, bytes, fit, h, many, short } from "./dom.js";
+import { $, bytes, chip, h, many, sends, short } from "./dom.js";
 import { ask, attempt, get, post } from "./api.js";
 import { remember, visit } from "./link.js";
 
@@ -8,14 +8,10 @@ let chosen = null;
 let from = null;
 
 export function begin() {
-  $("state-text").addEventListener("input", () => fit($("state-text")));
   $("new-state").onsubmit = (event) => { event.preventDefault(); attempt(read); };
-  $("state-text").onkeydown = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) attempt(read);
-  };
+  $("state-text").onkeydown = (event) => { if (sends(event)) attempt(read); };
   $("upload").onclick = () => $("file").click();
   $("file").onchange = () => attempt(upload);
-  $("state-after").lastElementChild.onclick = () => follow(null);
 }
 
 export async function show(values) {
@@ -28,15 +24,13 @@ const link = () => remember("states", { state: chosen, from });
 
 function follow(id) {
   from = id;
-  $("state-after").hidden = !id;
-  $("state-after").firstElementChild.textContent = id && `after state ${short(id)}`;
+  chip($("state-after"), id, () => follow(null));
   link();
 }
 
 async function read() {
   const made = await post("/v1/states", { prompt: $("state-text").value, ...(from && { from }) });
   $("state-text").value = "";
-  fit($("state-text"));
   chosen = made.id;
   follow(null);
   await list(`read ${many(made.tokens, "token")}`);

@@ -1,6 +1,6 @@
 // Write: a text that the model continues as you watch, or a conversation where it has a template for one.
 
-import { $, count, fit, h, many, short } from "./dom.js";
+import { $, chip, count, h, many, sends, short } from "./dom.js";
 import { attempt, complain, content, post, stream } from "./api.js";
 import { remember, visit } from "./link.js";
 import * as settings from "./settings.js";
@@ -21,18 +21,17 @@ export function begin(model) {
   settings.begin(model, () => { shade(); link(); });
   inspect($("story"));
   inspect($("turns"));
-  $("prompt").addEventListener("input", () => { fit($("prompt")); link(); });
+  $("prompt").addEventListener("input", link);
   $("go").onclick = () => (writing ? writing.abort() : go());
   $("again").onclick = () => (now.chat ? answerAgain() : write(now.base, null));
   $("edit").onclick = edit;
   $("story").ondblclick = edit;
   $("keep").onclick = () => attempt(keep);
   $("route").onclick = () => visit("routing", { text: now.base + now.made, state: now.state });
-  $("after").lastElementChild.onclick = () => { now.state = null; frame(); link(); };
   for (const each of $("mode").children) each.onclick = () => { now.chat = each.value === "chat"; edit(); };
   $("write").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !writing) go();
-    else if (event.key === "Enter" && !event.shiftKey && now.chat && event.target === $("prompt") && !writing) go();
+    const says = now.chat && event.key === "Enter" && !event.shiftKey && event.target === $("prompt");
+    if (!writing && (sends(event) || says)) go();
     else if (event.key === "Escape") writing ? writing.abort() : peek(null);
     else return;
     event.preventDefault();
@@ -43,7 +42,7 @@ export function begin(model) {
 
 /** Shows what a link says; a link of a text that was written has it written again, which gives the same. */
 export function show(values, again) {
-  if (again || writing) return fit($("prompt"));
+  if (again || writing) return;
   settings.restore({ ...values, seed: values.wrote ? values.fixed && values.seed : values.seed });
   now.chat = values.chat === "1" && !$("mode").hidden;
   now.state = values.state ?? null;
@@ -53,7 +52,6 @@ export function show(values, again) {
   $("prompt").value = values.text ?? "";
   Object.assign(now, { base: "", made: "", seed: null });
   frame();
-  fit($("prompt"));
   if (values.wrote && !now.chat) return write(values.text ?? "", Number(values.seed));
 }
 
@@ -79,8 +77,7 @@ function frame() {
   $("again").hidden = Boolean(writing) || (now.chat ? now.turns.at(-1)?.role !== "assistant" : !wrote);
   $("edit").hidden = Boolean(writing) || !wrote || now.chat;
   $("keep").hidden = $("route").hidden = Boolean(writing) || now.chat;
-  $("after").hidden = !now.state;
-  $("after").firstElementChild.textContent = now.state && `after state ${short(now.state)}`;
+  chip($("after"), now.state, () => { now.state = null; frame(); link(); });
   for (const each of $("mode").children) each.setAttribute("aria-pressed", (each.value === "chat") === now.chat);
   $("write").classList.toggle("busy", Boolean(writing));
   shade();
@@ -95,9 +92,7 @@ function edit() {
   peek(null);
   $("told").textContent = "";
   frame();
-  fit($("prompt"));
   $("prompt").focus();
-  $("prompt").setSelectionRange($("prompt").value.length, $("prompt").value.length);
   link();
 }
 
@@ -135,7 +130,6 @@ function say(text) {
     now.turns.push(message);
     $("turns").append(turn(message));
     $("prompt").value = "";
-    fit($("prompt"));
     await respond(asked);
   });
 }
@@ -216,7 +210,7 @@ function account({ began, first, tokens, finish, usage }) {
     many(usage?.completion_tokens ?? tokens, "token"),
     first && tokens > 1 && `${count((tokens - 1) / Math.max(seconds, 1e-3))} a second`,
     first && `first after ${count(first - began)} ms`,
-    cached && `${count(cached)} of ${count(usage.prompt_tokens)} were known`,
+    cached && `${count(cached)} of ${count(usage.prompt_tokens)} before were known`,
     { length: "", stop: "ended by itself", stopped: "stopped", "broken off": "broken off" }[finish],
     now.chat ? "" : `seed ${now.seed}`,
   ].filter(Boolean).join(" · ");
