@@ -30,11 +30,15 @@ export function ofAnswer(text, scores, decoder) {
   return whole ? found : text ? [{ text }] : []; // a stop may have cut the text within a token
 }
 
-/** Add tokens to an element; bytes of one character are shown together. */
+/** Add tokens to an element; those that spell one character together are shown as one. */
 export function append(box, tokens) {
-  for (const token of tokens) {
+  let held = null;
+  for (let token of tokens) {
+    if (held) token = { ...token, name: held.name + token.name, p: held.p * token.p };
+    held = token.text ? null : token;
+    if (held) continue;
     const span = h("span", { className: "token", textContent: token.text });
-    if (token.p !== undefined) span.style.setProperty("--doubt", Math.min(1, -Math.log10(token.p || 1e-9) / 4).toFixed(2));
+    span.style.setProperty("--doubt", Math.min(1, -Math.log10(token.p ?? 1) / 4));
     kept.set(span, token);
     box.append(span);
   }

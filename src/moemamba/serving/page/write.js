@@ -112,12 +112,13 @@ function write(base, seed) {
     const body = { ...asked, prompt: base, seed: now.seed, logprobs: 5, ...(now.state && { state: now.state }) };
     let before = 0;
     link();
-    await follow("/v1/completions", body, $("story"), (choice) => {
+    const finish = await follow("/v1/completions", body, $("story"), (choice) => {
       const found = ofCompletion(choice.text, choice.logprobs, before);
       before += [...choice.text].length;
       now.made += choice.text;
       return found;
     });
+    if (finish === "broken off" && !now.made) edit();
   });
 }
 
@@ -201,6 +202,7 @@ async function follow(path, body, box, take) {
     $("told").textContent = account({ began, first, tokens, finish, usage });
     frame();
   }
+  return finish;
 }
 
 function account({ began, first, tokens, finish, usage }) {
