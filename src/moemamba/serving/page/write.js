@@ -101,13 +101,13 @@ function go() {
   return write(now.seed === null ? $("prompt").value : now.base + now.made, null);
 }
 
-const draw = () => crypto.getRandomValues(new Uint32Array(1))[0];
+const anySeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 /** Continue a text; with the seed of the form, or any, if none is given. */
 function write(base, seed) {
   return attempt(async () => {
     const asked = settings.asked();
-    Object.assign(now, { base, made: "", seed: seed ?? asked.seed ?? draw() });
+    Object.assign(now, { base, made: "", seed: seed ?? asked.seed ?? anySeed() });
     $("story").replaceChildren(h("span", { className: "given" }, base));
     const body = { ...asked, prompt: base, seed: now.seed, logprobs: 5, ...(now.state && { state: now.state }) };
     let before = 0;
@@ -147,7 +147,7 @@ async function respond(asked) {
   const item = turn(answer);
   $("turns").append(item);
   $("turns").hidden = false;
-  const body = { seed: draw(), ...asked, messages, logprobs: true, top_logprobs: 5, ...(now.state && { state: now.state }) };
+  const body = { seed: anySeed(), ...asked, messages, logprobs: true, top_logprobs: 5, ...(now.state && { state: now.state }) };
   const decoder = new TextDecoder();
   try {
     await follow("/v1/chat/completions", body, item.lastElementChild, (choice) => {
@@ -172,31 +172,37 @@ async function follow(path, body, box, take) {
   writing = new AbortController();
   const voice = new Voice($("heard"));
   const began = performance.now();
-  let first = null, tokens = 0, finish = null, usage = null;
+  let first = null, tokens = 0, finish = null, usage = null, fresh = [], drawing = 0;
+  const draw = () => { // once a frame, however fast they come
+    drawing = 0;
+    const follows = innerHeight + scrollY > document.documentElement.scrollHeight - 40;
+    append(box, fresh);
+    fresh = [];
+    $("told").textContent = many(tokens, "token");
+    if (follows) scrollTo({ top: document.documentElement.scrollHeight });
+  };
   frame();
-  $("told").textContent = "";
+  $("told").ariaLive = "off"; // figures that run are not read out
   try {
     for await (const event of stream(path, body, writing.signal)) {
       usage = event.usage ?? usage;
       const choice = event.choices[0];
       if (!choice) continue;
-      const follows = innerHeight + scrollY > document.documentElement.scrollHeight - 40;
       const found = take(choice);
-      append(box, found);
+      fresh.push(...found);
       voice.add(found.map((each) => each.text).join(""));
-      const fresh = found.filter((each) => each.p !== undefined).length;
-      if (fresh) first ??= performance.now();
-      tokens += fresh;
+      tokens += found.filter((each) => each.p !== undefined).length;
+      if (tokens) first ??= performance.now();
       finish = choice.finish_reason ?? finish;
-      $("told").ariaLive = "off"; // figures that run are not read out
-      $("told").textContent = many(tokens, "token");
-      if (follows) scrollTo({ top: document.documentElement.scrollHeight });
+      drawing ||= requestAnimationFrame(draw);
     }
   } catch (error) {
     finish = error.name === "AbortError" ? "stopped" : "broken off";
     if (finish !== "stopped") complain(error);
   } finally {
     writing = null;
+    cancelAnimationFrame(drawing);
+    draw();
     voice.say();
     $("told").ariaLive = "polite";
     $("told").textContent = account({ began, first, tokens, finish, usage });
