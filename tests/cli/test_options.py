@@ -27,6 +27,7 @@ from moemamba.training.spread import check_used
 KINDS = {
     "train": "Train",
     "prepare": "Prepare",
+    "convert": "Convert",
     "compare": "Compare",
     "paper": "Paper",
     "report": "Asked",

@@ -19,6 +19,7 @@ from .mistakes import DONE, IMPOSSIBLE, answer, together
 COMMANDS = {
     "train": "[PRESET]             train a model",
     "prepare": "DATA                 tokenise a text once, for runs to come",
+    "convert": "FOLDER|FILE          a model of another program as one of ours",
     "compare": "MODEL MODEL ...      train models on the same batches over seeds; a table and a report",
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
     "report": "COMPARISON ...       comparisons that were run, on one page",

@@ -44,7 +44,7 @@ def admit(
     if not resume:
         check_used(config, size)
     tokenizer = origin.tokenizer() if origin else find_tokenizer(config.reads())
-    model = config.model.replace(vocab_size=tokenizer.vocab_size)
+    model = config.model.replace(vocab_size=_vocabulary(config, begun if origin else None, tokenizer))
     config = replace(config, model=model, routing_groups=routing_groups(config, size))
     if resume:
         run.check_unchanged(config)
@@ -53,6 +53,16 @@ def admit(
     elif config.start:
         check_start(config, tokenizer)
     return begun, config, tokenizer
+
+
+def _vocabulary(config: TrainConfig, begun: TrainConfig | None, tokenizer: Tokenizer) -> int:
+    """Tokens that the model knows: those of the tokenizer, or more where the weights that it goes on with have more."""
+    if begun:
+        return max(begun.model.vocab_size, tokenizer.vocab_size)
+    if config.start:
+        own = read_config(ModelConfig, Path(config.start) / "config.json")
+        return max(own.vocab_size, tokenizer.vocab_size)
+    return tokenizer.vocab_size
 
 
 def begin(run: RunDirectory, config: TrainConfig, tokenizer: Tokenizer, content: str) -> None:
