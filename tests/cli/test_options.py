@@ -28,6 +28,7 @@ KINDS = {
     "train": "Train",
     "prepare": "Prepare",
     "convert": "Convert",
+    "export": "Export",
     "compare": "Compare",
     "paper": "Paper",
     "report": "Asked",

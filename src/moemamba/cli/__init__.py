@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "MODEL MODEL ...      train models on the same batches over seeds; a table and a report",
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
     "report": "COMPARISON ...       comparisons that were run, on one page",
+    "export": "RUN                  a model in the format of another program",
     "generate": "RUN                  continue a prompt",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",

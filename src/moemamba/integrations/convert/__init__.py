@@ -6,15 +6,17 @@ from pathlib import Path
 from ...checkpoint import write_model
 from ...config import ModelConfig
 from ...host.files import expanded, new_directory, replace
+from .blackmamba import BlackMamba
 from .format import Format
 from .gathering import gather, scatter
+from .jamba import Jamba
 from .keys import Keys
-from .mamba import Mamba, StateSpaces
+from .mamba import FalconMamba, Mamba, StateSpaces
 from .source import TEMPLATE, Source
 
 __all__ = ["FORMATS", "TEMPLATE", "Converted", "Format", "convert", "find_format", "gather", "scatter"]
 
-FORMATS: dict[str, Format] = {each.name: each for each in (Mamba(), StateSpaces())}
+FORMATS: dict[str, Format] = {each.name: each for each in (Mamba(), FalconMamba(), Jamba(), BlackMamba(), StateSpaces())}
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,12 @@ from ...config import ModelConfig
 from .keys import Keys
 from .table import Entry
 
-MIXER = (
-    "in_proj.weight",
-    "conv1d.weight",
-    "conv1d.bias",
-    "x_proj.weight",
-    "dt_proj.weight",
-    "dt_proj.bias",
-    "A_log",
-    "D",
-    "out_proj.weight",
-)
-"""the parameters of a Mamba layer, which all programs call as mamba_ssm does"""
+
+def mixer(config: ModelConfig) -> list[str]:
+    """The parameters of a Mamba layer, which all programs call as mamba_ssm does."""
+    names = ["in_proj.weight", "conv1d.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D"]
+    names += ["conv1d.bias"] if config.mamba.conv_bias else []
+    return [*names, "out_proj.weight"] + (["in_proj.bias", "out_proj.bias"] if config.mamba.proj_bias else [])
 
 
 class Format:
@@ -44,17 +38,17 @@ class Format:
         raise NotImplementedError
 
     def table(self, config: ModelConfig) -> list[Entry]:
-        """The names of a model's tensors. Of tied embeddings the head is `copies`."""
+        """The names of a model's tensors. Of tied embeddings the head is one of `copies`."""
         raise NotImplementedError
+
+    def zeros(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Tensors of zeros that they have besides, by name, with their shapes, when a model goes out."""
+        return {}
 
     def copies(self, config: ModelConfig) -> dict[str, str]:
         """Names of theirs that may be there besides, and that they must then equal."""
         return {}
 
-    def missing(self, config: ModelConfig) -> list[str]:
-        """What of a model this format has no place for, a sentence each; empty if it has one for all."""
-        raise NotImplementedError
-
     def describe(self, config: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model of which nothing is `missing`."""
+        """The config.json of a model, which `portability` says has one."""
         raise NotImplementedError
