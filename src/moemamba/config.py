@@ -17,6 +17,7 @@ from .letters import (
     Projection,
     RoutedMambaConfig,
 )
+from .marks import later
 from .reading import shown, validate
 
 __all__ = [
@@ -67,10 +68,21 @@ class ModelConfig:
     init: Literal["default", "paper"] = "default"
     """initial weights: default draws from a normal distribution and scales residual outputs down with depth; paper is
     MoE-Mamba's truncated normal"""
+    norm_eps: float = later(1e-5)
+    """added to the variance, or the mean square, in every norm"""
+    final_norm_kind: Literal["rmsnorm", "layernorm"] | None = later(None)
+    """normalisation before the head; as before each layer if None"""
+    head_bias: bool = later(False)
+    """a bias of the projection to the vocabulary"""
 
     def __post_init__(self) -> None:
-        validate(self, positive=("n_blocks", "d_model", "vocab_size"))
+        validate(self, positive=("n_blocks", "d_model", "vocab_size", "norm_eps"))
         parse_pattern(self.pattern)
+        if self.final_norm_kind and not self.final_norm:
+            raise ValueError(
+                f"final_norm_kind is {self.final_norm_kind!r}, but there is no norm before the head; "
+                "set final_norm to True, or final_norm_kind to None"
+            )
         for letter in self.letters:
             letter.check(self)
 
@@ -113,6 +125,14 @@ class ModelConfig:
     @property
     def n_heads(self) -> int:
         return self.attention.heads(self.d_model)
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.attention.kv_heads(self.d_model)
+
+    @property
+    def inner_norm_eps(self) -> float:
+        return self.mamba.inner_norm_eps or self.norm_eps
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed.

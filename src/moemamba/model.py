@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from . import ops
 from .config import ModelConfig
 from .initialisation import initialise
-from .layers import LAYERS, Choice, Router, RouterStats, make_norm
+from .layers import LAYERS, Choice, Router, RouterStats, final_norm
 from .layers.head import Head
 from .layers.residual import Residual
 from .layers.roles import Role, composed
@@ -53,8 +53,8 @@ class MoEMamba(nn.Module):
         self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
-        self.norm = make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
-        self.head = Head(config.d_model, config.vocab_size, bias=False)
+        self.norm = final_norm(config)
+        self.head = Head(config.d_model, config.vocab_size, bias=config.head_bias)
         initialise(self)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class RunDirectory:
 
     def check_unchanged(self, config: TrainConfig, where: Change = "on resume") -> None:
         """Raises ValueError if an option differs that must not there: it would change the course of the run."""
-        then, now = dict(_flat(to_dict(self.config()))), dict(_flat(to_dict(config)))
+        then, now = dict(_flat(asdict(self.config()))), dict(_flat(asdict(config)))
         then["routing_groups"] = then["routing_groups"] or then["accumulate"]  # None in runs of older versions
         free = changeable(TrainConfig, where)
         for name, value in now.items():

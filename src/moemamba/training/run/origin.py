@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...data.corpora import find_tokenizer
 from ...host import files
 from ...host.files import expanded, new_directory
 from ...letters import LETTERS
-from ...reading import read_config, to_dict
+from ...reading import read_config
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
 from ..spread import check, check_used, routing_groups
@@ -144,7 +144,7 @@ def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
 def _function(config: ModelConfig) -> dict[str, Any]:
     """The fields that a model's function depends on, by name, widths that follow from others filled in."""
     unused = {part for letter in LETTERS.values() for part in letter.parts} - set(config.parts)
-    fields = dict(_flat(to_dict(config)))
+    fields = dict(_flat(asdict(config)))
     for letter in config.letters:
         fields |= letter.widths(config)
     return {
