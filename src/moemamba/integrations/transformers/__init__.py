@@ -8,7 +8,6 @@ what `save_pretrained` has written; `moemamba.load` opens all of these too. `acc
 models.
 """
 
-# ruff: noqa: E402
 from importlib.util import find_spec
 
 if find_spec("transformers") is None:

@@ -45,7 +45,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
 
     def __init__(self, config: MoEMambaConfig):
         super().__init__(config)
-        native = self.built(config)
+        native = MoEMamba(config.native())
         self.model = MoEMambaModel(config, native)
         self.lm_head: nn.Module = native.head
         self.drawn()

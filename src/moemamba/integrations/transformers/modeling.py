@@ -43,10 +43,6 @@ class MoEMambaPreTrainedModel(Folder, PreTrainedModel):  # type: ignore[misc]
         *("A_log", ".D", "dt_proj.bias", "router.weight", "router.bias", "balance_bias")
     }
 
-    def built(self, config: MoEMambaConfig) -> MoEMamba:
-        """Our model, whose modules are to become this one's."""
-        return MoEMamba(config.native())
-
     def drawn(self) -> None:
         """Say that the constructor has drawn all weights, but for what lies on the meta device and waits for a file."""
         for module in self.modules():
@@ -82,14 +78,15 @@ class MoEMambaModel(MoEMambaPreTrainedModel, Backbone):
 
     def __init__(self, config: MoEMambaConfig, native: MoEMamba | None = None):
         super().__init__(config)
-        native = native or self.built(config)
+        native = native or MoEMamba(config.native())
         self.routers = native.config.routers
-        self.embedding, self.layers, self.norm = native.embedding, native.layers, native.norm
+        self.embedding: nn.Embedding = native.embedding
+        self.layers, self.norm = native.layers, native.norm
         self.collected = Collected()
         self.drawn()
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
