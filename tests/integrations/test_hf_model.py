@@ -188,6 +188,8 @@ def generated_with(model, x):
 
 def test_without_transformers_one_sentence_says_what_to_install():
     code = "import sys; sys.modules['transformers'] = None\nimport moemamba.integrations.transformers"
-    code = code.replace("sys.modules['transformers'] = None", "import importlib.util as u; u.find_spec = lambda n: None")
+    code = code.replace(
+        "sys.modules['transformers'] = None", "import importlib.util as u; u.find_spec = lambda n: None"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].endswith("needs the package transformers: pip install 'moemamba[hf]'")

@@ -118,9 +118,9 @@ def test_balancing_by_a_bias(tmp_path):
     model = build(experts=ExpertsConfig(4, top_k=2, bias_rate=0.125))
     with pytest.warns(UserWarning, match=re.escape("callbacks=[moemamba.integrations.transformers.BalanceBias()]")):
         model.train()(tokens(), labels=tokens())
-    trainer(tmp_path, model, [BalanceBias()], gradient_accumulation_steps=2, max_steps=2).train()
+    trainer(tmp_path, model, [BalanceBias()], gradient_accumulation_steps=2, max_steps=1).train()
     biases = torch.stack([module.balance_bias for module in model.modules() if isinstance(module, Router)])
-    assert set((biases * 8).unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0, 2.0} and biases.abs().sum() > 0
+    assert set(biases.unique().tolist()) <= {-0.125, 0.0, 0.125} and biases.abs().sum() > 0  # one step of two parts
 
 
 @pytest.fixture
@@ -204,14 +204,12 @@ def test_supervised_fine_tuning_with_the_balance_loss(way, tmp_path, peft):
     data = datasets.Dataset.from_list(rows)
     run = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=own, peft_config=lora)
     assert (next(iter(run.get_train_dataloader()))["labels"] == -100).any()
-    seen = []
-    for module in run.model.modules():
-        if isinstance(module, Router):
-            module.register_forward_hook(lambda module, inputs, out: seen.append(out.stats.balance_loss))
-    handle = torch.autograd.graph.register_multi_grad_hook  # the balance loss is differentiated, whoever makes the loss
     reached = []
-    for loss in seen:
-        handle([loss], lambda gradients: reached.append(gradients))
+    routers = [module for module in run.model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.register_forward_hook(
+            lambda _, inputs, out: out.stats.balance_loss.register_hook(reached.append) and None
+        )
     run.train()
-    assert len(logged(run)) == 3 and all(torch.isfinite(torch.tensor(logged(run))))
-    assert seen and all(loss.requires_grad for loss in seen)
+    assert len(logged(run)) == 3 and torch.tensor(logged(run)).isfinite().all()
+    assert reached == [1.0] * 3 * len(routers)  # balance_weight, whoever makes the loss

@@ -48,11 +48,12 @@ FIGURES = {
 CONTEXT = 1024
 
 
-def model_card(config: ModelConfig, run: Path | None = None) -> str:
+def model_card(config: ModelConfig, run: Path | None = None, place: str = "FOLDER") -> str:
     """Markdown.
 
     Args:
         run: the directory of the training run; its last evaluation is shown.
+        place: what opens the model.
     """
     count = count_parameters(config)
     layers = [
@@ -75,7 +76,7 @@ def model_card(config: ModelConfig, run: Path | None = None) -> str:
         _table(["", "what it is"], facts),
         _table(["layer", "what"], layers),
         _quality(run),
-        USE,
+        USE.replace("FOLDER", place),
     ]
     return "\n".join(part for part in parts if part)
 

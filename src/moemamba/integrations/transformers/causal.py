@@ -19,6 +19,10 @@ from .configuration import MoEMambaConfig
 from .modeling import MoEMambaModel, MoEMambaPreTrainedModel
 
 
+IN_FILES = {"head": "lm_head"} | {name: f"model.{name}" for name in ("embedding", "layers", "norm")}
+"""the names of our modules in files, which are those of `moemamba.save`, and in the model"""
+
+
 @dataclass
 class MoEMambaCausalLMOutput(ModelOutput):  # type: ignore[misc]
     """What `MoEMambaForCausalLM` returns."""
@@ -32,6 +36,14 @@ class MoEMambaCausalLMOutput(ModelOutput):  # type: ignore[misc]
     aux_loss: Tensor | None = None
     """() the routers' losses, weighed"""
     router: tuple[RouterStats, ...] | None = None
+
+
+def _from_files(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Rename what was read from a file as it lies there, as Trainer reads its checkpoints."""
+    for name in list(state_dict):
+        first, dot, rest = name.removeprefix(prefix).partition(".")
+        if dot and name.startswith(prefix) and (now := IN_FILES.get(first)):
+            state_dict[f"{prefix}{now}.{rest}"] = state_dict.pop(name)
 
 
 class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -48,6 +60,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
         native = MoEMamba(config.native())
         self.model = MoEMambaModel(config, native)
         self.lm_head: nn.Module = native.head
+        self.register_load_state_dict_pre_hook(_from_files)
         self.drawn()
         self.post_init()
 
@@ -114,7 +127,6 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEMambaCausalLMOutput | tuple[Any, ...]:
         """
@@ -125,7 +137,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
             logits_to_keep: that many last positions get logits (0: all), or those of these numbers.
             others: see `MoEMambaModel.forward`.
         """
-        targets = shift_labels
+        targets = kwargs.pop("shift_labels", None)  # no argument by name: Trainer would expect it in every batch
         if labels is not None and targets is None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         out = self.model(

@@ -2,10 +2,11 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from ...checkpoint import find_model
-from ...host.files import expanded
+from ...host.files import expanded, replace
 from .card import model_card
 from .configuration import CODE
 
@@ -43,11 +44,47 @@ class Folder:
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: what is saved refers to the package's code anyway, which is not copied."""
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload what `save_pretrained` writes to a repository, which is made if there is none.
+
+        Its model card is written where the repository has none yet. The tokenizer goes up by its own `push_to_hub`.
+
+        Args:
+            kwargs: of `save_pretrained`.
+        Returns:
+            huggingface_hub's CommitInfo.
+        """
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as place:
+            folder = Path(place)
+            replace(folder / "README.md", model_card(self.config.native(), self.run, repo_id))
+            self.save_pretrained(folder, **kwargs)
+            if hub.file_exists(repo_id, "README.md", revision=revision):
+                (folder / "README.md").unlink()
+            about = {"commit_message": commit_message, "commit_description": commit_description}
+            return hub.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, **about
+            )
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with a model card if there is none, and code for `trust_remote_code`."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{CODE}.py").write_text(REMOTE, encoding="utf-8")
+        replace(folder / f"{CODE}.py", REMOTE)
         if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(model_card(self.config.native(), self.run), encoding="utf-8")
+            replace(folder / "README.md", model_card(self.config.native(), self.run))
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]

@@ -5,7 +5,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from ...config import MODEL_TYPE
-from .causal import MoEMambaForCausalLM
+from .causal import IN_FILES, MoEMambaForCausalLM
 from .configuration import MoEMambaConfig
 from .modeling import MoEMambaModel
 
@@ -15,8 +15,5 @@ def register() -> None:
     AutoConfig.register(MODEL_TYPE, MoEMambaConfig, exist_ok=True)
     AutoModel.register(MoEMambaConfig, MoEMambaModel, exist_ok=True)
     AutoModelForCausalLM.register(MoEMambaConfig, MoEMambaForCausalLM, exist_ok=True)
-    renamed = [
-        WeightRenaming(r"^head\.", "lm_head."),
-        WeightRenaming(r"^(embedding|layers|norm)\.", r"model.\1."),
-    ]
+    renamed = [WeightRenaming(rf"^{name}\.", f"{now}.") for name, now in IN_FILES.items()]
     register_checkpoint_conversion_mapping(MODEL_TYPE, renamed, overwrite=True)
