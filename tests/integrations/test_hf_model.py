@@ -84,7 +84,7 @@ def test_a_cache_of_another_kind_is_refused():
 
     with pytest.raises(ValueError, match="is a DynamicCache; this model's is a StateCache"):
         generated(build(), tokens(), past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="stateful|assist"):  # nothing that was read can be taken back
+    with pytest.raises(ValueError, match=r"stateful|assist"):  # nothing that was read can be taken back
         generated(build(), tokens(1), assistant_model=build())
 
 

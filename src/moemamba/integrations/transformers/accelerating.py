@@ -93,7 +93,8 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 def _mixer(
     self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
-    """A Mamba layer; see the forward that it takes the place of."""
+    """A Mamba layer; see the forward that it takes the place of, whose cache is called `cache` from 5.24 on."""
+    cache_params = kwargs.pop("cache", cache_params)
     if cache_params is not None and cache_params.is_recording_past(self.layer_idx):
         return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)  # type: ignore[no-any-return]
     conv = ssm = None

@@ -1,15 +1,12 @@
 """Our language model, as transformers has it."""
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.utils import ModelOutput
 
-from ...layers import RouterStats
 from ...layers.head import Head
 from ...layers.plain import plain
 from ...model import MoEMamba
@@ -17,25 +14,10 @@ from .balancing import auxiliary
 from .cache import StateCache
 from .configuration import MoEMambaConfig
 from .modeling import MoEMambaModel, MoEMambaPreTrainedModel
-
+from .outputs import CACHE, MoEMambaCausalLMOutput
 
 IN_FILES = {"head": "lm_head"} | {name: f"model.{name}" for name in ("embedding", "layers", "norm")}
 """the names of our modules in files, which are those of `moemamba.save`, and in the model"""
-
-
-@dataclass
-class MoEMambaCausalLMOutput(ModelOutput):  # type: ignore[misc]
-    """What `MoEMambaForCausalLM` returns."""
-
-    loss: Tensor | None = None
-    """() with labels: cross-entropy in nats, and while training the routers' losses"""
-    logits: Tensor | None = None
-    """(b, l, v); None while training with labels, where the loss is computed without holding them"""
-    past_key_values: StateCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    aux_loss: Tensor | None = None
-    """() the routers' losses, weighed"""
-    router: tuple[RouterStats, ...] | None = None
 
 
 def _from_files(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
@@ -98,13 +80,13 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is not None and not isinstance(cache, StateCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}; this model's is a StateCache")
+            raise ValueError(f"{CACHE} is a {type(cache).__name__}; this model's is a StateCache")
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = StateCache()
+            model_kwargs[CACHE] = StateCache()
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As everywhere, without positions, which say nothing that the mask does not."""
@@ -117,6 +99,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
@@ -128,7 +111,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> MoEMambaCausalLMOutput | tuple[Any, ...]:
+    ) -> Any:
         """
         Args:
             labels: (b, l) the tokens themselves, -100 where nothing is to be learned; or shift_labels: (b, l) the
@@ -143,7 +126,7 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
         out = self.model(
             input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             seq_idx=seq_idx,
@@ -168,10 +151,10 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
         output = MoEMambaCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             aux_loss=aux,
             router=out.router,
+            **{CACHE: out.get(CACHE)},
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -24,7 +24,7 @@ class MoEMambaConfig(PreTrainedConfig):  # type: ignore[misc,no-untyped-call]
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "router"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "router"]
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "tie_word_embeddings": "tie_embeddings"}
 
     use_cache: bool = True

@@ -75,7 +75,7 @@ class Folder:
             self.save_pretrained(folder, **kwargs)
             if hub.file_exists(repo_id, "README.md", revision=revision):
                 (folder / "README.md").unlink()
-            about = {"commit_message": commit_message, "commit_description": commit_description}
+            about: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
             return hub.upload_folder(
                 repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, **about
             )

@@ -1,33 +1,18 @@
 """Our model below the head, as transformers has it."""
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from ...layers import RouterStats
 from ...model import Backbone, MoEMamba
 from .arguments import sequences
 from .balancing import Collected, auxiliary, carrying
 from .cache import StateCache
 from .configuration import MoEMambaConfig
 from .folder import Folder
-
-
-@dataclass
-class MoEMambaOutput(ModelOutput):  # type: ignore[misc]
-    """What `MoEMambaModel` returns."""
-
-    last_hidden_state: Tensor | None = None
-    """(b, l, d)"""
-    past_key_values: StateCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    """the residual stream before each sub-layer, and last_hidden_state; on request"""
-    router: tuple[RouterStats, ...] | None = None
-    """what each router did, bottom to top"""
+from .outputs import CACHE, MoEMambaOutput
 
 
 class MoEMambaPreTrainedModel(Folder, PreTrainedModel):  # type: ignore[misc]
@@ -84,7 +69,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel, Backbone):
         self.layers, self.norm = native.layers, native.norm
         self.collected = Collected()
         self.drawn()
-        self.post_init()
+        self.post_init()  # type: ignore[operator]
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
@@ -108,6 +93,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel, Backbone):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
@@ -117,12 +103,13 @@ class MoEMambaModel(MoEMambaPreTrainedModel, Backbone):
         return_dict: bool | None = None,
         carries_auxiliary: bool = True,
         **kwargs: Any,
-    ) -> MoEMambaOutput | tuple[Any, ...]:
+    ) -> Any:
         """
         Args:
             input_ids: (b, l) int64, or inputs_embeds: (b, l, d).
             attention_mask: (b, positions so far and now), 0 at padding, which may lie anywhere.
-            past_key_values: continues the sequences of an earlier call.
+            past_key_values: continues the sequences of an earlier call; or cache, which is transformers' name for it
+                from 5.24 on.
             position_ids: a sequence of packed rows begins where they do not go on by one; nothing else is read of them.
             seq_idx: (b, l) the sequence of each position; -1 is padding.
             carries_auxiliary: whether the output carries the routers' losses while training; see the class.
@@ -137,21 +124,22 @@ class MoEMambaModel(MoEMambaPreTrainedModel, Backbone):
         rows, length = x.shape[:2]
         marks = sequences(rows, length, attention_mask, position_ids, seq_idx, kwargs.get("cu_seq_lens_q"))
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = StateCache()
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = StateCache()
         streams: list[Tensor] | None = [] if output_hidden_states else None
-        before = None if past_key_values is None else past_key_values.state
+        before = None if cache is None else cache.state
         hidden, state, router = self.through(x, before, marks, hidden=streams)
-        if past_key_values is not None:
-            past_key_values.advance(state, length)
+        if cache is not None:
+            cache.advance(state, length)
         if self.training and router:
             self.collected.note(router, self.routers)
             if carries_auxiliary and hidden.requires_grad:
                 hidden = carrying(hidden, auxiliary(router, self.routers))
         output = MoEMambaOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=None if streams is None else (*streams, hidden),
             router=router or None,
+            **{CACHE: cache if use_cache else None},
         )
         return output if return_dict is not False else output.to_tuple()
