@@ -55,6 +55,10 @@ def expert_feedforward():
         yield x | {"up": torch.randn(4, rows, 8), "down": torch.randn(4, 8, 6), "activation": activation}
 
 
+def activate():
+    yield from ({"x": torch.randn(5, 3, 14), "activation": name} for name in ("relu", "gelu", "silu", "swiglu"))
+
+
 def expert_linear():
     x = {"x": torch.randn(17, 8), "indices": _choices(17, 2, 4), "gates": torch.rand(17, 2)}
     yield x | {"weight": torch.randn(4, 6, 8)}

@@ -24,7 +24,7 @@ from .choice import BACKENDS, available, bound, choose, force, load_kernels, why
 from .conv import causal_conv1d
 from .dense import linear, linear_beside, rms_norm
 from .derivatives import transformed
-from .experts import expert_feedforward, expert_linear
+from .experts import activate, expert_feedforward, expert_linear
 from .head import linear_cross_entropy
 from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step
 from .router import router, router_choices, router_means
@@ -32,6 +32,7 @@ from .scan import selective_scan
 
 __all__ = [
     "BACKENDS",
+    "activate",
     "attention",
     "available",
     "backend",

@@ -74,6 +74,20 @@ def expert_feedforward(
     return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation)
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """What stands between the two matrices of a feed-forward network.
+
+    Args:
+        x: (..., f), or (..., 2f) for "swiglu": the gate first.
+        activation: "relu", "gelu" (tanh approximation), "silu" or "swiglu".
+    Returns:
+        (..., f).
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    return compute("activate", x, activation)
+
+
 def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
     """How many entries before each one equal it: the place of each in the queue that it names.
 
@@ -95,6 +109,12 @@ def _feedforward_triton() -> Callable[..., Any]:
     from .triton import expert_feedforward
 
     return expert_feedforward
+
+
+def _activate_cpu() -> Callable[..., Any]:
+    from .cpu import activate
+
+    return activate
 
 
 def _linear_cpu() -> Callable[..., Any]:
@@ -136,3 +156,4 @@ declare(
 declare("expert_linear", reference.expert_linear, cpu=Door(_linear_cpu), triton=Door(_linear_triton))
 declare("grouped_linear", reference.grouped_linear, cpu=Door(_grouped_cpu), triton=Door(_grouped_triton))
 declare("places_in_queues", reference.places_in_queues, triton=Door(_places_triton, holds="no gradient"))
+declare("activate", reference.activate, cpu=Door(_activate_cpu, holds="no gradient"))

@@ -16,6 +16,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """See `moemamba.ops.activate`."""
+    return ACTIVATIONS[activation](x)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """See `moemamba.ops.grouped_linear`."""
     if batched(counts):

@@ -118,6 +118,24 @@ def _choices_triton() -> Callable[..., Any]:
     return route
 
 
+def _router_cpu() -> Callable[..., Any]:
+    from .cpu import route_with_totals
+
+    return route_with_totals
+
+
+def _choices_cpu() -> Callable[..., Any]:
+    from .cpu import route
+
+    return route
+
+
+def _logits_cpu() -> Callable[..., Any]:
+    from .cpu import linear_float32
+
+    return linear_float32
+
+
 def _means_cpu() -> Callable[..., Any]:
     from .cpu import route_with_stats
 
@@ -130,7 +148,13 @@ def _logits_triton() -> Callable[..., Any]:
     return linear_float32
 
 
-declare("router", reference.route_with_totals, triton=Door(_router_triton))
-declare("router_choices", reference.route, triton=Door(_choices_triton, holds="no gradient"))
-declare("router_means", reference.route_with_stats, cpu=Door(_means_cpu, holds="no gradient"))
-declare("router_logits", reference.linear_float32, triton=Door(_logits_triton))
+_ALONE = "no gradient"
+declare("router", reference.route_with_totals, cpu=Door(_router_cpu, holds=_ALONE), triton=Door(_router_triton))
+declare(
+    "router_choices",
+    reference.route,
+    cpu=Door(_choices_cpu, holds=_ALONE),
+    triton=Door(_choices_triton, holds=_ALONE),
+)
+declare("router_means", reference.route_with_stats, cpu=Door(_means_cpu, holds=_ALONE))
+declare("router_logits", reference.linear_float32, cpu=Door(_logits_cpu, holds=_ALONE), triton=Door(_logits_triton))

@@ -1,0 +1,208 @@
+"""Experts on the CPU without gradients, for any number of tokens: each has the bits that it has alone.
+
+Choices are sorted by expert, so that each expert's matrices stream past once; what a token's experts return is added in
+the order in which it chose them. What takes several threads is cut by columns, in three phases.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kit.cpu import exact, exact_kernel, floats, fma, integers, located, new, run, sigmoid, silu
+from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, product
+from ..kit.cpu.run import WORTH_THREADS
+
+LINEAR, _RELU, _GELU, _SILU, _SWIGLU = range(5)
+ACTIVATIONS = {"relu": _RELU, "gelu": _GELU, "silu": _SILU, "swiglu": _SWIGLU}
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_TWICE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi), and that of the tanh form
+
+Sizes = tuple[int, int, int, int, int, int]
+"""tokens, top_k, n_experts, d, width between the two matrices, width of the output"""
+
+
+def experts(
+    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor | None, down: Tensor, activation: int
+) -> Tensor | None:
+    """`expert_feedforward` or, without `up`, `expert_linear`; None where the kernel cannot read what it is given."""
+    n_experts, out, hidden = down.shape
+    sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
+    work, y = new(space(sizes, activation)), new(x.shape[0], out)
+    places = located(x if x.is_contiguous() else x.contiguous(), gates, up, down, work, y)
+    if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
+        return None
+    launch(sizes, activation, False, indices.data_ptr(), *places)
+    return y
+
+
+def activated(x: Tensor, activation: int) -> Tensor | None:
+    """An activation of x (..., f); None where the kernel cannot read it."""
+    wide = x.shape[-1]
+    width = wide // 2 if activation == _SWIGLU else wide
+    y = new(*x.shape[:-1], width)
+    places = located(x, y)
+    if places is None or wide == 0:
+        return None
+    rows = x.numel() // wide
+    run(_activated, rows, 16 * y.numel() // MULTIPLICATIONS, wide, width, activation, *places)
+    return y
+
+
+def space(sizes: Sizes, activation: int) -> int:
+    """Numbers that are kept on the way, integers counted as two."""
+    tokens, top_k, n_experts, d, hidden, out = sizes
+    between = _rows(hidden, activation)
+    return 2 * (n_experts + 1) + tokens * top_k * (4 + d + between + out)
+
+
+def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
+    """The experts over as many threads as that is worth. See `_experts` for what lies where."""
+    tokens, top_k, _, d, hidden, out = sizes
+    choices = tokens * top_k
+    first = choices * d * _rows(hidden, activation) // MULTIPLICATIONS
+    second = choices * hidden * out // MULTIPLICATIONS
+    shares, costs = (1, -(-hidden // COLUMNS), -(-out // COLUMNS)), (0, first, second)
+    alone = torch.get_num_threads() == 1 or first + second < WORTH_THREADS
+    for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
+        if alone:
+            _experts(0, tasks, phase, *sizes, activation, adds, *places)
+        elif phase != 1 or activation != LINEAR:
+            run(_experts, tasks, cost, phase, *sizes, activation, adds, *places)
+
+
+def _rows(hidden: int, activation: int) -> int:
+    """Of the first matrix of an expert."""
+    return 0 if activation == LINEAR else 2 * hidden if activation == _SWIGLU else hidden
+
+
+@exact
+def activate(row: Any, width: int, activation: int, first: int, last: int) -> None:
+    """Entries first .. last - 1 of a row, in place; for "swiglu" of its first `width`, times those behind them."""
+    if activation == _RELU:
+        for c in range(first, last):
+            row[c] = _ZERO if row[c] < _ZERO else row[c]
+    elif activation == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
+        for c in range(first, last):
+            row[c] = row[c] * sigmoid(_TWICE * fma(_CUBIC * row[c] * row[c], row[c], row[c]))
+    elif activation == _SILU:
+        for c in range(first, last):
+            row[c] = silu(row[c])
+    else:
+        for c in range(first, last):
+            row[c] = silu(row[c]) * row[width + c]
+
+
+@exact_kernel
+def _activated(first: int, last: int, wide: int, width: int, activation: int, x: int, y: int) -> None:
+    """Rows first .. last - 1."""
+    row = np.empty(wide, np.float32)
+    for r in range(first, last):
+        source, target = floats(x + 4 * wide * r, (wide,)), floats(y + 4 * width * r, (width,))
+        for c in range(wide):
+            row[c] = source[c]
+        activate(row, width, activation, 0, width)
+        for c in range(width):
+            target[c] = row[c]
+
+
+@exact
+def _sort(chosen: Any, starts: Any, order: Any, place: Any) -> None:
+    """Where each expert's choices start, the choices by expert, and the place of each, -1 of dropped ones."""
+    n_experts = starts.shape[0] - 1
+    for e in range(n_experts + 1):
+        starts[e] = 0
+    for choice in range(chosen.shape[0]):
+        if 0 <= chosen[choice] < n_experts:
+            starts[chosen[choice] + 1] += 1
+    for e in range(n_experts):
+        starts[e + 1] += starts[e]
+    filled = starts.copy()
+    for choice in range(chosen.shape[0]):
+        e = chosen[choice]
+        place[choice] = -1
+        if 0 <= e < n_experts:
+            place[choice] = filled[e]
+            order[filled[e]] = choice
+            filled[e] += 1
+
+
+@exact
+def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: Any, first: int, last: int) -> None:
+    """y = sum_j gates_j returned[place_j] of one token, in the order of its choices, over some columns."""
+    for c in range(first, last):
+        y[c] = _ZERO
+    for j in range(place.shape[0]):
+        if place[j] >= 0:
+            share = gates[j] if gated else _ONE
+            for c in range(first, last):
+                y[c] = fma(share, returned[place[j], c], y[c])
+
+
+@exact_kernel
+def _experts(
+    first: int,
+    last: int,
+    phase: int,
+    tokens: int,
+    top_k: int,
+    n_experts: int,
+    d: int,
+    hidden: int,
+    out: int,
+    activation: int,
+    adds: bool,
+    indices: int,
+    x: int,
+    gates: int,
+    up: int,
+    down: int,
+    work: int,
+    y: int,
+) -> None:
+    """A share of a phase: sorting; the first matrices with the activation; the second, and the sums, added to y or not.
+
+    Without `up` there is one matrix, and `hidden` is d.
+    """
+    choices = tokens * top_k
+    rows = 2 * hidden if activation == _SWIGLU else hidden if up else 0
+    starts = integers(work, (n_experts + 1,))
+    order = integers(work + 8 * (n_experts + 1), (choices,))
+    place = integers(work + 8 * (n_experts + 1 + choices), (choices,))
+    sorted_ = work + 8 * (n_experts + 1 + 2 * choices)  # (choices, d)
+    between = sorted_ + 4 * choices * d  # (choices, rows)
+    returned = between + 4 * choices * rows  # (choices, out)
+    if phase == 0:
+        _sort(integers(indices, (choices,)), starts, order, place)
+        for j in range(starts[n_experts]):
+            source, target = floats(x + 4 * d * (order[j] // top_k), (d,)), floats(sorted_ + 4 * d * j, (d,))
+            for c in range(d):
+                target[c] = source[c]
+    elif phase == 1 and up:
+        start, end = first * COLUMNS, min(last * COLUMNS, hidden)
+        for e in range(n_experts):
+            count, begin = starts[e + 1] - starts[e], starts[e]
+            if count:
+                a, w, b = sorted_ + 4 * begin * d, up + 4 * e * rows * d, between + 4 * begin * rows
+                product(start, end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
+                if activation == _SWIGLU:
+                    product(hidden + start, hidden + end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
+                for j in range(count):
+                    activate(floats(b + 4 * j * rows, (rows,)), hidden, activation, start, end)
+    elif phase == 2:
+        start, end = first * COLUMNS, min(last * COLUMNS, out)
+        source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
+        for e in range(n_experts):
+            count, begin = starts[e + 1] - starts[e], starts[e]
+            if count:
+                a, w, b = source_rows + step * begin, down + 4 * e * out * hidden, returned + 4 * begin * out
+                product(start, end, count, hidden, a, step, w, 4 * hidden, b, 4 * out)
+        results, total = floats(returned, (choices, out)), np.empty(out, np.float32)
+        for token in range(tokens):
+            mine = place[token * top_k : (token + 1) * top_k]
+            shares = floats(gates + 4 * token * top_k if gates else gates, (top_k,))
+            _sum_choices(total, shares, gates != 0, mine, results, start, end)
+            target = floats(y + 4 * out * token, (out,))
+            for c in range(start, end):
+                target[c] = target[c] + total[c] if adds else total[c]
