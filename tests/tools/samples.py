@@ -93,6 +93,18 @@ def mamba_step():
     yield x | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "eps": 1e-5, "in_place": False}
 
 
+def attention():
+    q, k, v = torch.randn(3, 2, 3, 9, 20)
+    yield {"q": q, "k": k, "v": v, "visible": None}
+    k, v = torch.randn(2, 2, 3, 150, 20)
+    yield {"q": q, "k": k, "v": v, "visible": (torch.rand(2, 9, 150) < 0.7) | (torch.arange(150) == 3)}
+    yield {"q": q, "k": k, "v": v, "visible": (torch.arange(150) < 141 + torch.arange(9)[:, None]).expand(2, -1, -1)}
+
+
+def rotary():
+    yield {"x": torch.randn(2, 3, 5, 8), "place": torch.randint(0, 100, (2, 5)), "base": 1e4}
+
+
 def _router(tokens):
     return {"x": torch.randn(tokens, 16), "weight": torch.randn(5, 16)}
 

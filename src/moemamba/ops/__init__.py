@@ -19,7 +19,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
-from .attention import attention
+from .attention import attention, rotary
 from .choice import BACKENDS, available, bound, choose, force, load_kernels, why_not
 from .conv import causal_conv1d
 from .dense import linear, linear_beside, rms_norm
@@ -49,6 +49,7 @@ __all__ = [
     "load_kernels",
     "mamba_step",
     "rms_norm",
+    "rotary",
     "router",
     "router_choices",
     "router_means",

@@ -163,6 +163,47 @@ class _Tile:
         return phi
 
 
+def weighing(rows: int) -> Callable[..., None]:
+    """A function for kernels: y[r, 0..15] += p[r, j] v[j, 0..15] for each j in order, by fused multiply-adds.
+
+    Its arguments are how many j there are, at least one, then address and bytes from row to row of p, of v and of y.
+    """
+
+    @intrinsic
+    def weigh(context: Any, count: Any, p: Any, p_step: Any, v: Any, v_step: Any, y: Any, y_step: Any) -> Any:
+        def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+            _weigh(builder, rows, *values)
+            return target.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), emit
+
+    return weigh  # type: ignore[no-any-return]
+
+
+def _weigh(b: Any, rows: int, count: Any, p: Any, p_step: Any, v: Any, v_step: Any, y: Any, y_step: Any) -> None:
+    fused = _function(b, "llvm.fma.v16f32", *[_VECTOR] * 4)
+    shares = [b.add(p, b.mul(p_step, _INT64(r))) for r in range(rows)]
+    targets = [b.inttoptr(b.add(y, b.mul(y_step, _INT64(r))), _VECTOR.as_pointer()) for r in range(rows)]
+    start, before = [b.load(target, align=4) for target in targets], b.block
+    body, after = b.append_basic_block("values"), b.append_basic_block("weighed")
+    b.branch(body)
+    b.position_at_end(body)
+    j, place, sums = b.phi(_INT64), b.phi(_INT64), [b.phi(_VECTOR) for _ in start]
+    value, more = b.load(b.inttoptr(place, _VECTOR.as_pointer()), align=4), []
+    for share, total in zip(shares, sums, strict=True):
+        number = b.load(b.inttoptr(b.add(share, b.shl(j, _INT64(2))), _FLOAT.as_pointer()), align=4)
+        spread = b.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, _INT32(0))
+        more.append(b.call(fused, [b.shuffle_vector(spread, spread, _indices([0] * LANES)), value, total]))
+    next_, further = b.add(j, _INT64(1)), b.add(place, v_step)
+    for phi, first, following in zip([j, place, *sums], [_INT64(0), v, *start], [next_, further, *more], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(following, body)
+    b.cbranch(b.icmp_signed("<", next_, count), body, after)
+    b.position_at_end(after)
+    for target, total in zip(targets, more, strict=True):
+        b.store(total, target, align=4)
+
+
 def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
     """The sum of the lanes of 1, 2, 4, 8 or 16 vectors, all in one."""
     apart = LANES // 2
