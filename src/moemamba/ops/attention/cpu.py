@@ -259,7 +259,8 @@ def _attention(
     factor = np.float32(scale)
     acc, counts = np.empty((QUERIES, width), np.float32), np.empty(QUERIES, np.int64)
     span = integers(spans, (last // (heads * parts) + 1, length, 2))
-    own_k, own_v = np.empty((1, 1), np.float32), np.empty((1, 1), np.float32)
+    # Beside the loop, for in it numba would free them after their last use that it sees: it does not see addresses.
+    own_k, own_v = np.empty((keys, width), np.float32), np.empty((keys, width), np.float32)
     for task in range(first, last):
         row, part = task // parts, task % parts
         b, h = row // heads, row % heads
@@ -278,7 +279,6 @@ def _attention(
             k_here, k_step, v_here, v_step = k_base + begin * k_strides[2], k_strides[2], v_base, v_strides[2]
             v_here += begin * v_strides[2]
             if apart:  # one query, whose keys are brought together
-                own_k, own_v = np.empty((counts[0], width), np.float32), np.empty((counts[0], width), np.float32)
                 mark, j = bytes_at(visible + (b * length + t) * keys, (keys,)), 0
                 for s in range(begin, keys):
                     if mark[s]:
