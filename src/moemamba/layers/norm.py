@@ -1,5 +1,7 @@
 """Normalisation over the last dimension, chosen by name."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from .. import ops
@@ -21,6 +23,19 @@ class RMSNorm(nn.RMSNorm):
 def make_norm(kind: str, d_model: int) -> nn.Module:
     """ "rmsnorm" or "layernorm" of width d_model."""
     return RMSNorm(d_model, EPS) if kind == "rmsnorm" else nn.LayerNorm(d_model, EPS)
+
+
+def prepare_norm(norm: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], None]:
+    """A function of how many rows of x (rows, d), whose norm it writes to y (rows, d), over and over; see
+    `Layer.prepare`."""
+    step = None
+    if plain(norm, RMSNorm) and norm.weight is not None:
+        step = ops.prepare_rms_norm(x, norm.weight, norm.eps, y)  # type: ignore[arg-type]
+
+    def call(live: int) -> None:
+        y[:live].copy_(norm(x[:live]))
+
+    return step or call
 
 
 def norm_alone(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:

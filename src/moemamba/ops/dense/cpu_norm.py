@@ -1,5 +1,7 @@
 """RMSNorm on the CPU in one pass over each row; PyTorch's own is six operations there. A task is a block of rows."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x, weight, eps)
     y, _ = _forward(plain(x), plain(weight), eps)
     return y
+
+
+def prepare(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Callable[[int], None] | None:
+    """See `moemamba.ops.prepare_rms_norm`."""
+    rows, width = x.shape
+    tensors = (x, weight, y, new(rows))
+    places = located(*tensors)
+    if places is None:
+        return None
+
+    def step(live: int) -> None:
+        assert tensors  # and so are not freed
+        run(_norm, -(-live // ROWS), live * width, live, width, eps, *places)
+
+    return step
 
 
 # --- the two kernels ---

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import autocast, dense, expect, sizes
-from ..choice import Door, compute, declare
+from ..choice import Door, choose, compute, declare
 from . import reference
 from .reference import ACTIVATIONS as ACTIVATIONS  # what layers compute alone too
 
@@ -72,6 +72,25 @@ def expert_feedforward(
     expect("gates", gates, tuple(indices.shape))
     x = autocast(x)
     return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation)
+
+
+def prepare_experts(
+    x: Tensor, indices: Tensor, gates: Tensor, up: Tensor, down: Tensor, y: Tensor, *, activation: str
+) -> Callable[[int], None] | None:
+    """`expert_feedforward` over and over for the first rows of the same buffers, with all looked up beforehand.
+
+    Args:
+        x, y: (rows, d), (rows, o).
+        indices, gates: (rows, k), filled before each call.
+        up, down, activation: as there; the matrices may be changed in place but have to stay where they are.
+    Returns:
+        a function of how many rows: to their y it adds what their experts return; None where there is none.
+    """
+    if choose("expert_feedforward", x) != "cpu":
+        return None
+    from .cpu_exact import ACTIVATIONS, prepare
+
+    return prepare(x, indices, gates, up, down, ACTIVATIONS[activation], y)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

@@ -4,6 +4,7 @@ Choices are sorted by expert, so that each expert's matrices stream past once; w
 the order in which it chose them. What takes several threads is cut by columns, in three phases.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,13 +64,33 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
     choices = tokens * top_k
     first = choices * d * _rows(hidden, activation) // MULTIPLICATIONS
     second = choices * hidden * out // MULTIPLICATIONS
+    if first + second < WORTH_THREADS or torch.get_num_threads() == 1:
+        _alone(0, 1, *sizes, activation, adds, *places)
+        return
     shares, costs = (1, -(-hidden // COLUMNS), -(-out // COLUMNS)), (0, first, second)
-    alone = torch.get_num_threads() == 1 or first + second < WORTH_THREADS
     for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
-        if alone:
-            _experts(0, tasks, phase, *sizes, activation, adds, *places)
-        elif phase != 1 or activation != LINEAR:
+        if phase != 1 or activation != LINEAR:
             run(_experts, tasks, cost, phase, *sizes, activation, adds, *places)
+
+
+def prepare(
+    x: Tensor, indices: Tensor, gates: Tensor, up: Tensor, down: Tensor, activation: int, y: Tensor
+) -> Callable[[int], None] | None:
+    """See `moemamba.ops.prepare_experts`."""
+    (rows, top_k), (n_experts, out, hidden), d = indices.shape, down.shape, x.shape[1]
+    work = new(space((rows, top_k, n_experts, d, hidden, out), activation))
+    tensors = (x, gates, up, down, work, y)
+    places, chosen = located(*tensors), indices.data_ptr()
+    if places is None:
+        return None
+
+    kept = (*tensors, indices)
+
+    def step(live: int) -> None:
+        assert kept  # and so are not freed
+        launch((live, top_k, n_experts, d, hidden, out), activation, True, chosen, *places)
+
+    return step
 
 
 def _rows(hidden: int, activation: int) -> int:
@@ -206,3 +227,31 @@ def _experts(
             target = floats(y + 4 * out * token, (out,))
             for c in range(start, end):
                 target[c] = target[c] + total[c] if adds else total[c]
+
+
+@exact_kernel
+def _alone(
+    first: int,
+    last: int,
+    tokens: int,
+    top_k: int,
+    n_experts: int,
+    d: int,
+    hidden: int,
+    out: int,
+    activation: int,
+    adds: bool,
+    indices: int,
+    x: int,
+    gates: int,
+    up: int,
+    down: int,
+    work: int,
+    y: int,
+) -> None:
+    """All phases one after the other."""
+    for phase in range(3):
+        _experts(
+            0, hidden + out, phase, tokens, top_k, n_experts, d, hidden, out, activation, adds, indices, x, gates, up,
+            down, work, y,
+        )  # fmt: skip

@@ -4,6 +4,7 @@ The weights stream past once, whatever the number of rows; all else lies side by
 convolution's taps. What takes several threads is cut by channels, in four phases.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -123,44 +124,103 @@ def space(sizes: Sizes) -> int:
 def launch(sizes: Sizes, adds: bool, *places: int) -> None:
     """A step over as many threads as it is worth. See `_step` for what lies where."""
     rows, d, width, n, _, r = sizes
-    shares = (-(-width // TILE), -(-(r + 2 * n) // SHARE), -(-width // TILE), -(-d // SHARE))
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
-    if torch.get_num_threads() == 1 or whole < WORTH_THREADS:
-        for phase, tasks in enumerate(shares):
-            _step(0, tasks, phase, *sizes, adds, *places)
+    if whole < WORTH_THREADS or torch.get_num_threads() == 1:
+        _alone(0, 1, *sizes, adds, *places)
         return
     costs = (2 * d, r + 2 * n, r + MULTIPLICATIONS * n, d)
+    shares = (-(-width // TILE), -(-(r + 2 * n) // SHARE), -(-width // TILE), -(-d // SHARE))
     for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
         run(_step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, *places)
 
 
+def prepare(
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Tensor, ...], y: Tensor
+) -> Callable[[int], None] | None:
+    """See `moemamba.ops.prepare_mamba_step`."""
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj = weights
+    before = by_channel(conv_state), by_channel(ssm_state)
+    if (before[0].data_ptr(), before[1].data_ptr()) != (conv_state.data_ptr(), ssm_state.data_ptr()):
+        return None
+    if conv_weight.is_inference() or A_log.is_inference():
+        return None  # it could not be seen that they have changed
+    taps, decay = by_taps(conv_weight), decays(A_log)
+    (rows, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    work = new(space((rows, d, width, n, k, r)))
+    read = (x, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj)
+    tensors = (*read, before[0], before[0], before[1], before[1], work, y)
+    places = located(*tensors)
+    if places is None:
+        return None
+    made = [conv_weight._version, A_log._version]
+
+    def step(live: int) -> None:
+        if made != [conv_weight._version, A_log._version]:
+            made[:] = conv_weight._version, A_log._version
+            tensors[2].copy_(by_taps(conv_weight))
+            tensors[7].copy_(decays(A_log))
+        launch((live, d, width, n, k, r), True, *places)
+
+    return step
+
+
+# Loops are over vectors that each function makes of an address, and change them in place: of slices of matrices LLVM
+# would not know the strides, and what two arrays may share it does not vectorise.
+
+
 @exact
-def _convolve(u: Any, total: Any, taps: Any, window: Any, moved: Any) -> None:
-    """The convolution at one position with its activation, u in and out; `moved` becomes the window after it."""
-    k = taps.shape[0]
+def _convolve(u: Any, total: Any, width: int, k: int, taps: int, bias: int, window: int) -> None:
+    """The convolution at one position with its activation, u in and out; the window moves on.
+
+    Addresses of the first of these channels in rows of `width`.
+    """
+    size = u.shape[0]
+    shift = floats(bias, size)
+    for c in range(size):
+        total[c] = shift[c]
     for tap in range(k - 1):
-        for c in range(u.shape[0]):
-            total[c] = fma(taps[tap, c], window[tap, c], total[c])
+        weight, old = floats(taps + 4 * tap * width, size), floats(window + 4 * tap * width, size)
+        for c in range(size):
+            total[c] = fma(weight[c], old[c], total[c])
     for tap in range(k - 2):
-        for c in range(u.shape[0]):
-            moved[tap, c] = window[tap + 1, c]
+        place = window + 4 * tap * width
+        older, old = floats(place, size), floats(place + 4 * width, size)
+        for c in range(size):
+            older[c] = old[c]
     if k > 1:
-        for c in range(u.shape[0]):
-            moved[k - 2, c] = u[c]
-    for c in range(u.shape[0]):
-        u[c] = silu(fma(taps[k - 1, c], u[c], total[c]))
+        last = floats(window + 4 * (k - 2) * width, size)
+        for c in range(size):
+            last[c] = u[c]
+    weight = floats(taps + 4 * (k - 1) * width, size)
+    for c in range(size):
+        u[c] = silu(fma(weight[c], u[c], total[c]))
 
 
 @exact
-def _scan(u: Any, dt: Any, drive: Any, B: Any, C: Any, decay: Any, skip: Any, h: Any, after: Any) -> None:
+def _scan(u: Any, dt: Any, drive: Any, B: Any, C: Any, width: int, decay: int, D: int, state: int) -> None:
     """u becomes C h + D u, with h the state after this position."""
-    for c in range(u.shape[0]):
+    size = u.shape[0]
+    skip = floats(D, size)
+    for c in range(size):
         drive[c] = dt[c] * u[c]
+    for c in range(size):
         u[c] = skip[c] * u[c]
     for s in range(B.shape[0]):
-        for c in range(u.shape[0]):
-            after[s, c] = next_state(h[s, c], dt[c], decay[s, c], drive[c], B[s])
-            u[c] = fma(C[s], after[s, c], u[c])
+        place = 4 * s * width
+        rate, h, Bs, Cs = floats(decay + place, size), floats(state + place, size), B[s], C[s]
+        for c in range(size):
+            h[c] = next_state(h[c], dt[c], rate[c], drive[c], Bs)
+        for c in range(size):
+            u[c] = fma(Cs, h[c], u[c])
+
+
+@exact
+def _bring(before: int, after: int, rows: int, width: int, size: int) -> None:
+    """Copy some channels of a state to where it is changed, if that is elsewhere."""
+    for row in range(rows if before != after else 0):
+        source, target = floats(before + 4 * row * width, size), floats(after + 4 * row * width, size)
+        for c in range(size):
+            target[c] = source[c]
 
 
 @exact_kernel
@@ -205,45 +265,71 @@ def _step(
     if phase == 0:
         product(start, end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
         product(width + start, width + end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
-        taps, shift = floats(conv_weight, (k, width)), floats(conv_bias, (width,))
+        here = 4 * start
         for b in range(rows):
-            place = 4 * b * (k - 1) * width
-            window, moved = floats(conv_before + place, (k - 1, width)), floats(conv_after + place, (k - 1, width))
-            for c in range(start, end):
-                spare[c] = shift[c]
-            u = floats(inner + b * wide, (width,))[start:end]
-            _convolve(u, spare[start:end], taps[:, start:end], window[:, start:end], moved[:, start:end])
+            history = 4 * b * (k - 1) * width + here
+            u = floats(inner + b * wide + here, end - start)
+            _bring(conv_before + history, conv_after + history, k - 1, width, end - start)
+            window = conv_after + history
+            _convolve(u, spare[: end - start], width, k, conv_weight + here, conv_bias + here, window)
     elif phase == 1:
         first, last = first * SHARE, min(last * SHARE, r + 2 * n)
         product(first, last, rows, width, inner, wide, x_proj, 4 * width, chosen, across)
     elif phase == 2:
         product(start, end, rows, r, chosen, across, dt_proj, 4 * r, step, 4 * width)
-        shift, rates, skip = floats(dt_bias, (width,)), floats(decay, (n, width)), floats(D, (width,))
+        size, here = end - start, 4 * start
+        shift = floats(dt_bias + here, size)
         for b in range(rows):
-            dt, own = floats(step + 4 * b * width, (width,)), floats(chosen + b * across, (r + 2 * n,))
-            u, z = floats(inner + b * wide, (width,)), floats(inner + b * wide + 4 * width, (width,))
-            for c in range(start, end):
+            dt, own = floats(step + 4 * b * width + here, size), floats(chosen + b * across, r + 2 * n)
+            u, z = floats(inner + b * wide + here, size), floats(inner + b * wide + 4 * width + here, size)
+            for c in range(size):
                 dt[c] = softplus(dt[c] + shift[c])
-            place = 4 * b * n * width
-            h, after = floats(ssm_before + place, (n, width)), floats(ssm_after + place, (n, width))
-            _scan(
-                u[start:end],
-                dt[start:end],
-                spare[start:end],
-                own[r : r + n],
-                own[r + n :],
-                rates[:, start:end],
-                skip[start:end],
-                h[:, start:end],
-                after[:, start:end],
-            )
-            for c in range(start, end):
+            state, rest = 4 * b * n * width + here, (own[r : r + n], own[r + n :])
+            _bring(ssm_before + state, ssm_after + state, n, width, size)
+            _scan(u, dt, spare[:size], rest[0], rest[1], width, decay + here, D + here, ssm_after + state)
+            for c in range(size):
                 u[c] = gated(u[c], z[c])
     else:
         first, last = first * SHARE, min(last * SHARE, d)
         product(first, last, rows, width, inner, wide, out_proj, 4 * width, made if adds else y, 4 * d)
         if adds:
             for b in range(rows):
-                source, target = floats(made + 4 * b * d, (d,)), floats(y + 4 * b * d, (d,))
+                source, target = floats(made + 4 * b * d, d), floats(y + 4 * b * d, d)
                 for c in range(first, last):
                     target[c] += source[c]
+
+
+@exact_kernel
+def _alone(
+    first: int,
+    last: int,
+    rows: int,
+    d: int,
+    width: int,
+    n: int,
+    k: int,
+    r: int,
+    adds: bool,
+    x: int,
+    in_proj: int,
+    conv_weight: int,
+    conv_bias: int,
+    x_proj: int,
+    dt_proj: int,
+    dt_bias: int,
+    decay: int,
+    D: int,
+    out_proj: int,
+    conv_before: int,
+    conv_after: int,
+    ssm_before: int,
+    ssm_after: int,
+    work: int,
+    y: int,
+) -> None:
+    """All phases one after the other: for one row calls would take as long as the arithmetic."""
+    for phase in range(4):
+        _step(
+            0, width + d, phase, rows, d, width, n, k, r, adds, x, in_proj, conv_weight, conv_bias, x_proj, dt_proj,
+            dt_bias, decay, D, out_proj, conv_before, conv_after, ssm_before, ssm_after, work, y,
+        )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import dense, expect, sizes
-from ..choice import Door, compute, declare
+from ..choice import Door, choose, compute, declare
 from . import reference
 
 FEW = 256  # tokens up to which choosing is one kernel, each of whose programs reads all of the weights
@@ -60,6 +60,25 @@ def router_choices(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple
         return router(x, weight, bias, top_k)[:2]
     _expect(x, weight, bias, top_k)
     return compute("router_choices", x, weight, dense(bias), top_k)
+
+
+def prepare_router(
+    x: Tensor, weight: Tensor, bias: Tensor, indices: Tensor, gates: Tensor
+) -> Callable[[int], None] | None:
+    """`router_choices` over and over for the first rows of the same buffers, with all looked up beforehand.
+
+    Args:
+        x, indices, gates: (rows, d), and (rows, k) twice, int64 and float32.
+        weight, bias: as there; they may be changed in place but have to stay where they are.
+    Returns:
+        a function of how many rows, whose indices and gates it writes; None where there is none.
+    """
+    _expect(x, weight, bias, indices.shape[1])
+    if choose("router_choices", x) != "cpu":
+        return None
+    from .cpu import prepare
+
+    return prepare(x, weight, bias, indices, gates)
 
 
 def router_means(

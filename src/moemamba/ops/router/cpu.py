@@ -5,6 +5,7 @@ are those of `kit/cpu/product.py`, and all else is a function of a token's logit
 are the same bits whatever tokens it is routed with.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, integers, located, new
-from ..kit.cpu.product import linear
+from ..kit.cpu.product import launch, linear
 from ..kit.op import traced
 from . import reference
 
@@ -66,14 +67,29 @@ def _route_logits(
     places = located(logits, bias, valid, gates, load, probabilities, sums)
     if places is None:
         return None
-    choose(tokens, n_experts, top_k, groups, indices.data_ptr(), *places)
+    _route(0, 1, tokens, n_experts, top_k, groups, indices.data_ptr(), *places)
     z, entropy = sums.unbind(1)
     return indices, gates, load, probabilities, z, entropy
 
 
-def choose(*sizes_and_places: int) -> None:
-    """On one thread. See `_route`."""
-    _route(0, 1, *sizes_and_places)
+def prepare(x: Tensor, weight: Tensor, bias: Tensor, indices: Tensor, gates: Tensor) -> Callable[[int], None] | None:
+    """See `moemamba.ops.prepare_router`."""
+    (rows, d), n_experts, top_k = x.shape, weight.shape[0], indices.shape[1]
+    tensors = (x, weight, bias, gates, new(rows, n_experts))
+    places = located(*tensors)
+    if places is None:
+        return None
+    at_x, at_weight, at_bias, at_gates, logits = places
+    chosen = indices.data_ptr()
+
+    kept = (*tensors, indices)
+
+    def step(live: int) -> None:
+        assert kept  # and so are not freed
+        launch(live, d, n_experts, at_x, 4 * d, at_weight, 0, logits)
+        _route(0, 1, live, n_experts, top_k, 1, chosen, logits, at_bias, 0, at_gates, 0, 0, 0)
+
+    return step
 
 
 @exact

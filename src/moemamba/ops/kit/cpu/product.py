@@ -33,10 +33,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     places = located(rows[:0], weight, bias, y)
     if places is None:
         return F.linear(x, weight, bias)
-    count = rows.shape[0]
-    tasks, work = -(-width_out // COLUMNS), count * weight.numel() // MULTIPLICATIONS
-    run(_linear, tasks, work, count, width_in, width_out, rows.data_ptr(), 4 * rows.stride(0), *places[1:])
+    launch(rows.shape[0], width_in, width_out, rows.data_ptr(), 4 * rows.stride(0), *places[1:])
     return y
+
+
+def launch(rows: int, width_in: int, width_out: int, *places: int) -> None:
+    """A product over as many threads as it is worth. See `_linear` for what lies where."""
+    work = rows * width_in * width_out // MULTIPLICATIONS
+    run(_linear, -(-width_out // COLUMNS), work, rows, width_in, width_out, *places)
 
 
 @cache
