@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ...data.corpora import find_tokenizer
 from ...host import files
 from ...host.files import expanded, new_directory
 from ...letters import LETTERS
-from ...reading import read_config, to_dict
+from ...reading import read_config
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
 from ..spread import check, check_used, routing_groups
@@ -44,7 +44,7 @@ def admit(
     if not resume:
         check_used(config, size)
     tokenizer = origin.tokenizer() if origin else find_tokenizer(config.reads())
-    model = config.model.replace(vocab_size=tokenizer.vocab_size)
+    model = config.model.replace(vocab_size=_vocabulary(config, begun if origin else None, tokenizer))
     config = replace(config, model=model, routing_groups=routing_groups(config, size))
     if resume:
         run.check_unchanged(config)
@@ -53,6 +53,16 @@ def admit(
     elif config.start:
         check_start(config, tokenizer)
     return begun, config, tokenizer
+
+
+def _vocabulary(config: TrainConfig, begun: TrainConfig | None, tokenizer: Tokenizer) -> int:
+    """Tokens that the model knows: those of the tokenizer, or more where the weights that it goes on with have more."""
+    if begun:
+        return max(begun.model.vocab_size, tokenizer.vocab_size)
+    if config.start:
+        own = read_config(ModelConfig, Path(config.start) / "config.json")
+        return max(own.vocab_size, tokenizer.vocab_size)
+    return tokenizer.vocab_size
 
 
 def begin(run: RunDirectory, config: TrainConfig, tokenizer: Tokenizer, content: str) -> None:
@@ -136,7 +146,7 @@ def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
 def _function(config: ModelConfig) -> dict[str, Any]:
     """The fields that a model's function depends on, by name, widths that follow from others filled in."""
     unused = {part for letter in LETTERS.values() for part in letter.parts} - set(config.parts)
-    fields = dict(_flat(to_dict(config)))
+    fields = dict(_flat(asdict(config)))
     for letter in config.letters:
         fields |= letter.widths(config)
     return {
