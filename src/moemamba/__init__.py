@@ -1,34 +1,57 @@
-"""MoE-Mamba: selective state-space layers interleaved with sparse mixtures of experts."""
+"""MoE-Mamba: selective state-space layers interleaved with sparse mixtures of experts.
+
+`docs/library.md` shows what can be done from Python. `dir(moemamba)` is all that is public here.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import ModelConfig
+from .config import AttentionConfig, ExpertsConfig, FeedForwardConfig, MambaConfig, ModelConfig, RoutedMambaConfig
 from .counting import count_parameters
 from .presets import preset, presets
 from .training.config import TrainConfig
 
 if TYPE_CHECKING:
     from . import layers, ops
-    from .checkpoint import load, save
+    from .checkpoint import CheckpointError, load, save
+    from .host.progress import Report
+    from .host.stop import Interrupted
     from .inference import generate
+    from .layers import RouterStats
     from .model import MoEMamba, Output
     from .state import State
-    from .training.evaluate import evaluate
-    from .training.loop import train
+    from .text import ByteTokenizer, Tokenizer
+    from .training.evaluate import Evaluation, evaluate
+    from .training.loop import TrainResult, train
+    from .training.update import Diverged, make_optimizer
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionConfig",
+    "ByteTokenizer",
+    "CheckpointError",
+    "Diverged",
+    "Evaluation",
+    "ExpertsConfig",
+    "FeedForwardConfig",
+    "Interrupted",
+    "MambaConfig",
     "MoEMamba",
     "ModelConfig",
     "Output",
+    "Report",
+    "RoutedMambaConfig",
+    "RouterStats",
     "State",
+    "Tokenizer",
     "TrainConfig",
+    "TrainResult",
     "count_parameters",
     "evaluate",
     "generate",
     "layers",
     "load",
+    "make_optimizer",
     "ops",
     "preset",
     "presets",
@@ -36,15 +59,25 @@ __all__ = [
     "train",
 ]
 
-# Everything that needs torch loads on first use, so that the rest answers at once.
+# Everything that needs torch, or takes its time, loads on first use, so that the rest answers at once.
 _LAZY = {
+    "ByteTokenizer": "text",
+    "CheckpointError": "checkpoint",
+    "Diverged": "training.update",
+    "Evaluation": "training.evaluate",
+    "Interrupted": "host.stop",
     "MoEMamba": "model",
     "Output": "model",
+    "Report": "host.progress",
+    "RouterStats": "layers",
     "State": "state",
+    "Tokenizer": "text",
+    "TrainResult": "training.loop",
     "evaluate": "training.evaluate",
     "generate": "inference",
     "layers": "",
     "load": "checkpoint",
+    "make_optimizer": "training.update",
     "ops": "",
     "save": "checkpoint",
     "train": "training.loop",
@@ -56,3 +89,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f".{_LAZY[name] or name}", __name__)
     return getattr(module, name) if _LAZY[name] else module
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -17,6 +17,7 @@ from .letters import (
     Projection,
     RoutedMambaConfig,
 )
+from .marks import documented
 from .reading import shown, validate
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 
+@documented
 @dataclass(frozen=True)
 class ModelConfig:
     """A language model: `pattern` repeated `n_blocks` times between an embedding and a head.

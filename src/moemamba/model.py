@@ -1,5 +1,6 @@
 """The language model: an embedding, residual sub-layers from the letters of a pattern, and a head."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ class Output(NamedTuple):
     """one for each router, bottom to top"""
     loss: Tensor | None = None
     """() mean cross-entropy in nats, float32, without auxiliary losses; None without targets"""
+    auxiliary: Tensor | None = None
+    """() losses of the routers, weighed by the configuration and averaged; 0 without routers. A loop of your own adds
+    it: `(out.loss + out.auxiliary).backward()`. None where neither targets are given nor gradients wanted"""
 
 
 class MoEMamba(nn.Module):
@@ -47,10 +51,13 @@ class MoEMamba(nn.Module):
             are kept, so that they cannot change.
     """
 
+    __call__: Callable[..., Output]
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.recompute = False
+        self._forgotten = _Forgotten()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
         self.norm = make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
@@ -70,7 +77,7 @@ class MoEMamba(nn.Module):
         """Logits for every position, or the loss against targets.
 
         Args:
-            tokens: (b, l) int64.
+            tokens: (b, l) integers; or (b, l, d) floating point, which stands for what the embedding makes of them.
             state: continues the first sequence of each row.
             seq_idx: (b, l) sequence that each position belongs to; -1 is padding, which changes nothing.
             targets: (b, l) int64; -100 does not count.
@@ -79,11 +86,22 @@ class MoEMamba(nn.Module):
             ValueError: a shape that does not fit.
         """
         hidden, state, router = self.backbone(tokens, state, seq_idx, record)
+        wanted = targets is not None or (bool(router) and torch.is_grad_enabled())
+        auxiliary = self._auxiliary(router, hidden) if wanted else None
         if targets is None:
-            return Output(self.head(hidden), state, router)
-        if targets.shape != tokens.shape:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape)} as tokens")
-        return Output(None, state, router, self.head(hidden, targets))
+            return Output(self.head(hidden), state, router, auxiliary=auxiliary)
+        if targets.shape != tokens.shape[:2]:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
+        loss = self.head(hidden, targets)
+        if self._forgotten.watches(hidden, self.config):
+            self._forgotten.listen(loss, auxiliary)
+        return Output(None, state, router, loss, auxiliary)
+
+    def _auxiliary(self, router: tuple[RouterStats, ...], like: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        for stats, experts in zip(router, self.config.routers, strict=True):
+            total = total + experts.balance_weight * stats.balance_loss + experts.z_weight * stats.z_loss
+        return total / max(1, len(router))
 
     def backbone(
         self,
@@ -93,13 +111,14 @@ class MoEMamba(nn.Module):
         record: list[Choice] | None = None,
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
         """As `forward`, up to what the head sees: hidden (b, l, d), state, router statistics."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (batch, length)")
-        if seq_idx is not None and seq_idx.shape != tokens.shape:
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
+        self._check_input(tokens)
+        if seq_idx is not None and seq_idx.shape != tokens.shape[:2]:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
         if state is not None:
             self._expect_own(state, tokens.shape[0])
-        x: Tensor = without_padding(self.embedding(tokens), seq_idx)  # and so it stays through all layers
+        narrow = tokens.dtype not in (torch.int64, torch.int32)  # uint8, as of bytes or bases
+        embedded = tokens if tokens.is_floating_point() else self.embedding(tokens.long() if narrow else tokens)
+        x: Tensor = without_padding(embedded, seq_idx)  # and so it stays through all layers
         y: Tensor | None = None
         mixers: list[Any] = []
         router: list[RouterStats] = []
@@ -122,6 +141,16 @@ class MoEMamba(nn.Module):
             mixers += after
             router += stats
         return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
+
+    def _check_input(self, tokens: Tensor) -> None:
+        shape, d = tuple(tokens.shape), self.config.d_model
+        if tokens.is_floating_point() and (tokens.ndim != 3 or shape[2] != d):
+            raise ValueError(
+                f"tokens is floating point of shape {shape}; expected integers (batch, length), or embedded "
+                f"(batch, length, d_model = {d})"
+            )
+        if not tokens.is_floating_point() and tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {shape}; expected (batch, length)")
 
     def _expect_own(self, state: State, rows: int) -> None:
         kinds = [LAYERS[letter].state_type for layer in self.layers for letter in layer.letters]  # type: ignore[union-attr]
@@ -171,6 +200,46 @@ class MoEMamba(nn.Module):
         for module, stats, experts in zip(routers, router, self.config.routers, strict=True):
             if experts.bias_rate:
                 module.update_balance_bias(stats.load, experts.bias_rate)
+
+
+class _Forgotten:
+    """Says once that a training loop leaves out `Output.auxiliary`: without it experts soon get no tokens.
+
+    It listens to backward passes until one has reached the auxiliary loss, or `PATIENCE` have not.
+    """
+
+    PATIENCE = 10
+
+    def __init__(self) -> None:
+        self.alone, self.silent = 0, False
+
+    def watches(self, hidden: Tensor, config: ModelConfig) -> bool:
+        if self.silent or not hidden.requires_grad or torch.compiler.is_compiling() or ops.transformed(hidden):
+            return False
+        if not any(experts.balance_weight for experts in config.routers):
+            self.silent = True
+            return False
+        if self.alone < self.PATIENCE:
+            return True
+        self.silent = True
+        warnings.warn(
+            "the balance loss of the routers is not in the loss that was minimised, so that experts may get no tokens; "
+            "minimise out.loss + out.auxiliary, or set balance_weight and z_weight to 0",
+            stacklevel=6,
+        )
+        return False
+
+    def listen(self, loss: Tensor, auxiliary: Tensor | None) -> None:
+        if auxiliary is None or not auxiliary.requires_grad or not loss.requires_grad:
+            return
+        loss.register_hook(self._hear_loss)
+        auxiliary.register_hook(self._hear_auxiliary)
+
+    def _hear_loss(self, _: Tensor) -> None:
+        self.alone += 1
+
+    def _hear_auxiliary(self, _: Tensor) -> None:
+        self.silent = True
 
 
 # The first letter with a state of each kind, which stands for it in messages.

@@ -2,7 +2,7 @@
 
 Sequence mixers (`Mamba`, `RoutedMamba`, `Attention`) are `forward(x, state=None, seq_idx=None)` and return their output
 with the state that continues it. `MoE` is `forward(x, seq_idx=None) -> (y, RouterStats)`. What they have in common, and
-how a model calls them by their letters, is `Layer`.
+how a model calls them by their letters, is `Layer`. In `seq_idx` -1 is padding; `padded` and `packed` make it.
 """
 
 from .attention import Attention, AttentionState
@@ -14,6 +14,7 @@ from .moe.router import Choice, Router, RouterStats
 from .norm import make_norm
 from .roles import Role, roles
 from .routed_mamba import RoutedMamba
+from .sequences import packed, padded
 
 __all__ = [
     "LAYERS",
@@ -30,6 +31,8 @@ __all__ = [
     "Router",
     "RouterStats",
     "make_norm",
+    "packed",
+    "padded",
     "roles",
 ]
 

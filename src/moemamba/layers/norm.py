@@ -1,5 +1,7 @@
 """Normalisation over the last dimension, chosen by name."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from .. import ops
@@ -10,6 +12,8 @@ EPS = 1e-5
 
 class RMSNorm(nn.RMSNorm):
     """`x / sqrt(mean x^2 + eps) * weight` (arXiv 1910.07467): PyTorch's module over `ops.rms_norm`."""
+
+    __call__: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> the same."""

@@ -1,7 +1,7 @@
 """Experts inside the Mamba block (MoE-Mamba, section 4.4; Routing Mamba, arXiv 2506.18145)."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class RoutedMamba(SelectiveSSM):
         n_experts, top_k, capacity_factor: see `MoE`.
         d_expert, activation, n_shared_experts: of the two-layer experts; unused with shared routing.
     """
+
+    __call__: Callable[..., tuple[Tensor, MambaState, tuple[RouterStats, ...]]]
 
     def __init__(
         self,

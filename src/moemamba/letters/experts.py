@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..marks import documented
 from ..reading import validate
 from .letter import Letter
 from .options import Options
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 Activation = Literal["relu", "gelu", "silu", "swiglu"]
 
 
+@documented
 @dataclass(frozen=True)
 class ExpertsConfig(Options):
     """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""

@@ -135,8 +135,11 @@ def _sums(model: MoEMamba, batch: Batch, capacity: bool) -> Tensor:
     counted = batch.targets != -100
     if capacity:  # only the loss is asked for, and a routing group cannot be cut to spare memory
         mean = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
+        assert mean is not None
         return torch.stack([mean.double() * counted.sum(), torch.zeros_like(mean).double(), counted.sum().double()])
-    logits = model(batch.tokens, seq_idx=batch.seq_idx).logits.flatten(0, 1).float()
+    found = model(batch.tokens, seq_idx=batch.seq_idx).logits
+    assert found is not None
+    logits = found.flatten(0, 1).float()
     targets = batch.targets.flatten()  # -100, which is no token, neither counts nor is ever right
     loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum().double(), counted.sum().double()])

@@ -1,5 +1,6 @@
 """Sparse mixture of experts: a router that chooses, experts that compute (MoE-Mamba, section 3.1; arXiv 2101.03961)."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -31,6 +32,8 @@ class MoE(Layer):
         n_shared_experts: experts that every token visits besides, computed as one dense layer.
         d_out: width of the output; d_model if None.
     """
+
+    __call__: Callable[..., tuple[Tensor, RouterStats]]
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Routers: which experts a token visits, and what that says about the balance."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,14 @@ class RouterStats(NamedTuple):
     """() share of the choices that found their expert full"""
     entropy: Tensor
     """() mean entropy of a token's probabilities, in nats; log(n_experts) at most"""
+
+    def loss(self, balance_weight: float = 0.01, z_weight: float = 0.001) -> Tensor:
+        """() what a training loop of your own adds to its loss for this router, with the default weights of a model.
+
+        Without the first part a router soon sends most tokens to few experts. `Output.auxiliary` is the mean of this
+        over a model's routers, with the weights of its configuration.
+        """
+        return balance_weight * self.balance_loss + z_weight * self.z_loss
 
 
 class Choice(NamedTuple):
@@ -73,6 +82,7 @@ class Router(nn.Module):
     """
 
     balance_bias: Tensor
+    __call__: Callable[..., Routing]
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 1, capacity_factor: float | None = None):
         super().__init__()
