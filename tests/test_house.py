@@ -57,6 +57,7 @@ PUBLIC = {
     "MambaConfig",
     "MoEMamba",
     "ModelConfig",
+    "Moment",
     "Output",
     "Report",
     "RoutedMambaConfig",

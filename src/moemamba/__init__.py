@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .training.evaluate import Evaluation, evaluate
     from .training.loop import TrainResult, train
     from .training.update import Diverged, make_optimizer
+    from .training.watch import Moment
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "MambaConfig",
     "MoEMamba",
     "ModelConfig",
+    "Moment",
     "Output",
     "Report",
     "RoutedMambaConfig",
@@ -67,6 +69,7 @@ _LAZY = {
     "Evaluation": "training.evaluate",
     "Interrupted": "host.stop",
     "MoEMamba": "model",
+    "Moment": "training.watch",
     "Output": "model",
     "Report": "host.progress",
     "RouterStats": "layers",

@@ -424,7 +424,7 @@ def test_too_little_to_hold_out(config, tmp_path):
     with pytest.raises(ValueError, match=r"the held-out text of .* has 6 tokens, but one window needs 33"):
         train(dataclasses.replace(config, validation=str(tmp_path / "v.txt")), report=SILENT)
     (tmp_path / "line.txt").write_text("word " * 20)
-    with pytest.raises(ValueError, match=r"has 0 tokens.*held-out text of its own \(--validation\)"):
+    with pytest.raises(ValueError, match=r"has 0 tokens.*held-out text of its own \(validation\)"):
         train(dataclasses.replace(config, data=str(tmp_path / "line.txt")), report=SILENT)
 
 

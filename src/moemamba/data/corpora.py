@@ -104,7 +104,7 @@ def open_corpora(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Co
     else:
         held = open_held_out(config, tokenizer, report)
     for text in held:
-        other = ", or held-out text of its own (--validation)" if config.validation is None else ""
+        other = ", or held-out text of its own (validation)" if config.validation is None else ""
         require_window(f"the held-out text of {text.name}", text.tokens, config.context, other)
     return Corpora(tuple(parts), tuple(shares), held)
 

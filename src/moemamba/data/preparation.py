@@ -198,12 +198,12 @@ def _warnings(index: Index, share: float) -> list[str]:
     documents, held = index.train.documents + index.validation.documents, index.validation.documents
     if not held:
         return [
-            "nothing is held out, since all documents are alike, or there is but one; name held-out text (--validation)"
+            "nothing is held out, since all documents are alike, or there is but one; name held-out text (validation)"
         ]
     if documents > FEW and not share / 4 < held / documents < 4 * share:
         return [
             f"{held:,} of {documents:,} documents are held out, since many are alike; better name held-out text "
-            "(--validation)"
+            "(validation)"
         ]
     return []
 

@@ -2,11 +2,12 @@
 
 from .loading import load_tokenizer, train_bpe
 from .stream import StreamDecoder, UntilText
-from .tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer
+from .tokenizer import END_OF_TEXT, ByteTokenizer, NoTokenizer, Tokenizer, TrainedTokenizer
 
 __all__ = [
     "END_OF_TEXT",
     "ByteTokenizer",
+    "NoTokenizer",
     "StreamDecoder",
     "Tokenizer",
     "TrainedTokenizer",
