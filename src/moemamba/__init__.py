@@ -14,6 +14,9 @@ from .training.config import TrainConfig
 if TYPE_CHECKING:
     from . import layers, ops
     from .checkpoint import CheckpointError, load, save
+    from .data.batches import Tokens
+    from .data.handed import prepare
+    from .data.prepared import Corpus
     from .host.progress import Report
     from .host.stop import Interrupted
     from .inference import generate
@@ -31,6 +34,7 @@ __all__ = [
     "AttentionConfig",
     "ByteTokenizer",
     "CheckpointError",
+    "Corpus",
     "Diverged",
     "Evaluation",
     "ExpertsConfig",
@@ -46,6 +50,7 @@ __all__ = [
     "RouterStats",
     "State",
     "Tokenizer",
+    "Tokens",
     "TrainConfig",
     "TrainResult",
     "count_parameters",
@@ -55,6 +60,7 @@ __all__ = [
     "load",
     "make_optimizer",
     "ops",
+    "prepare",
     "preset",
     "presets",
     "save",
@@ -65,6 +71,7 @@ __all__ = [
 _LAZY = {
     "ByteTokenizer": "text",
     "CheckpointError": "checkpoint",
+    "Corpus": "data.prepared",
     "Diverged": "training.update",
     "Evaluation": "training.evaluate",
     "Interrupted": "host.stop",
@@ -75,6 +82,7 @@ _LAZY = {
     "RouterStats": "layers",
     "State": "state",
     "Tokenizer": "text",
+    "Tokens": "data.batches",
     "TrainResult": "training.loop",
     "evaluate": "training.evaluate",
     "generate": "inference",
@@ -82,6 +90,7 @@ _LAZY = {
     "load": "checkpoint",
     "make_optimizer": "training.update",
     "ops": "",
+    "prepare": "data.handed",
     "save": "checkpoint",
     "train": "training.loop",
 }

@@ -1,6 +1,7 @@
 """Text to token ids and back, whole or as it comes. No torch here."""
 
 from .loading import load_tokenizer, train_bpe
+from .numbers import numbers
 from .stream import StreamDecoder, UntilText
 from .tokenizer import END_OF_TEXT, ByteTokenizer, NoTokenizer, Tokenizer, TrainedTokenizer
 
@@ -13,5 +14,6 @@ __all__ = [
     "TrainedTokenizer",
     "UntilText",
     "load_tokenizer",
+    "numbers",
     "train_bpe",
 ]
