@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .host.progress import Report
     from .host.stop import Interrupted
     from .inference import generate
+    from .inference.inspection import Look, look
     from .layers import RouterStats
     from .model import MoEMamba, Output
     from .state import State
@@ -40,6 +41,7 @@ __all__ = [
     "ExpertsConfig",
     "FeedForwardConfig",
     "Interrupted",
+    "Look",
     "MambaConfig",
     "MoEMamba",
     "ModelConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "generate",
     "layers",
     "load",
+    "look",
     "make_optimizer",
     "ops",
     "prepare",
@@ -75,6 +78,7 @@ _LAZY = {
     "Diverged": "training.update",
     "Evaluation": "training.evaluate",
     "Interrupted": "host.stop",
+    "Look": "inference.inspection",
     "MoEMamba": "model",
     "Moment": "training.watch",
     "Output": "model",
@@ -88,6 +92,7 @@ _LAZY = {
     "generate": "inference",
     "layers": "",
     "load": "checkpoint",
+    "look": "inference.inspection",
     "make_optimizer": "training.update",
     "ops": "",
     "prepare": "data.handed",
