@@ -24,7 +24,7 @@ class Look:
     run: Positional[Place]
     """a run directory or a checkpoint"""
     text: str | None = None
-    """the text"""
+    """the text to look at"""
     file: Place | None = None
     """a file that holds it"""
     out: Place | None = None
