@@ -37,7 +37,8 @@ ROOMS = {
     "training": "checkpoint data device distributed initialisation layers model ops tensors",
     "inference": "device layers model ops state",
     "experiments": "data device distributed training",
-    "cli": "checkpoint data device distributed experiments inference model ops training",
+    "integrations": "checkpoint layers model ops state tensors training",
+    "cli": "checkpoint data device distributed experiments inference integrations model ops training",
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, parse_pattern
+from .config import ModelConfig, description, parse_pattern
 from .counting import require_memory
 from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .model import MoEMamba
-from .reading import from_dict, to_dict
+from .reading import from_dict
 from .tensors import TensorFile, differences, not_finite, write_tensors
-from .text import NoTokenizer, Tokenizer, load_tokenizer
+from .text import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_config
 
 TOKENIZER_LIMIT = 200_000_000
 """bytes of a tokenizer.json"""
@@ -235,16 +235,19 @@ def write_model(
     tokenizer: Tokenizer | None,
     parts: Mapping[str, str] | None = None,
 ) -> None:
-    """The three files that `load` needs, into an existing directory; of no tokenizer none.
+    """The three files that `load` needs, and the one besides that transformers does, into an existing directory.
 
     Args:
+        tokenizer: None where there is none, and then only the first two are written.
         parts: those of the model that moemamba does not build (`foreign_parts`).
     """
-    write_json(folder / "config.json", to_dict(config))
     about = {PARTS: json.dumps(parts)} if parts else {}
     if tokenizer is None or isinstance(tokenizer, NoTokenizer):
         about["tokenizer"] = "none"
+        write_json(folder / "config.json", description(config, None))
     else:
+        write_json(folder / "config.json", description(config, tokenizer.end_of_text))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
         files.replace(folder / "tokenizer.json", tokenizer.to_json())
     write_tensors(folder / "model.safetensors", tensors, about)
 

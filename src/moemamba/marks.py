@@ -53,6 +53,14 @@ def option(
     return field(default=default, default_factory=factory, metadata={"marks": marks})  # type: ignore[call-overload]
 
 
+def later(default: Any) -> Any:
+    """A field that files of older versions lack: written only where it is not the default.
+
+    So what has no use for it is written as ever, byte for byte, and older versions read it.
+    """
+    return field(default=default, metadata={"later": True})
+
+
 def marks(kind: type) -> dict[str, Marks]:
     """The marks of a dataclass's options by name, in the order of the fields."""
     return {each.name: found for each in dataclasses.fields(kind) if (found := each.metadata.get("marks"))}

@@ -11,9 +11,9 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import ops
-from .config import ModelConfig
+from .config import ExpertsConfig, ModelConfig
 from .initialisation import initialise
-from .layers import LAYERS, Choice, Router, RouterStats, make_norm
+from .layers import LAYERS, Choice, Router, RouterStats, final_norm
 from .layers.head import Head
 from .layers.residual import Residual
 from .layers.roles import Role, composed
@@ -38,17 +38,120 @@ class Output(NamedTuple):
     it: `(out.loss + out.auxiliary).backward()`. None where neither targets are given nor gradients wanted"""
 
 
-class MoEMamba(nn.Module):
+def weighed(router: tuple[RouterStats, ...], experts: tuple[ExpertsConfig, ...], like: Tensor) -> Tensor:
+    """() the losses of routers, weighed as the experts of each have it, and averaged: `Output.auxiliary`.
+
+    Args:
+        like: says on which device, and in which dtype (float32 at least) where there are no routers.
+    """
+    total = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    for stats, own in zip(router, experts, strict=True):
+        total = total + own.balance_weight * stats.balance_loss + own.z_weight * stats.z_loss
+    return total / max(1, len(router))
+
+
+class Backbone(nn.Module):
+    """What is below the head: an embedding, residual sub-layers and a norm, which whoever inherits this puts there.
+
+    Attributes:
+        recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
+            are kept, so that they cannot change.
+    """
+
+    embedding: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    recompute = False
+
+    def backbone(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
+    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
+        """Arguments as in `MoEMamba.forward` -> what the head sees (b, l, d), state, router statistics."""
+        self._check_input(tokens)
+        if seq_idx is not None and seq_idx.shape != tokens.shape[:2]:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
+        if tokens.is_floating_point():
+            return self.through(tokens, state, seq_idx, record)
+        narrow = tokens.dtype not in (torch.int64, torch.int32)  # uint8, as of bytes or bases
+        return self.through(self.embedding(tokens.long() if narrow else tokens), state, seq_idx, record)
+
+    def through(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
+        """As `backbone`, of what the embedding gives, x (b, l, d).
+
+        Args:
+            hidden: a list to which the residual stream before each sub-layer is appended, (b, l, d).
+        """
+        if state is not None:
+            self._expect_own(state, x.shape[0])
+        x = without_padding(x, seq_idx)  # and so it stays through all layers
+        y: Tensor | None = None
+        mixers: list[Any] = []
+        router: list[RouterStats] = []
+        for layer in self.layers:
+            before = None if state is None else state.mixers[len(mixers) :]
+            if hidden is not None:
+                x, y = x if y is None else x + y, None
+                hidden.append(x)
+            # torch.func cannot; and what is computed twice would be recorded twice
+            if self.recompute and torch.is_grad_enabled() and record is None and not ops.transformed(x):
+                x, y, after, stats = checkpoint(
+                    ops.bound(layer),
+                    x if y is None else x + y,  # one tensor to keep, not two
+                    None,
+                    before,
+                    seq_idx,
+                    use_reentrant=False,
+                    context_fn=_keep_choices,
+                    preserve_rng_state=False,  # nothing here is random
+                )
+            else:
+                x, y, after, stats = layer(x, y, before, seq_idx, record)
+            mixers += after
+            router += stats
+        return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
+
+    def _check_input(self, tokens: Tensor) -> None:
+        shape, d = tuple(tokens.shape), self.embedding.embedding_dim
+        if tokens.is_floating_point() and (tokens.ndim != 3 or shape[2] != d):
+            raise ValueError(
+                f"tokens is floating point of shape {shape}; expected integers (batch, length), or embedded "
+                f"(batch, length, d_model = {d})"
+            )
+        if not tokens.is_floating_point() and tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {shape}; expected (batch, length)")
+
+    def _expect_own(self, state: State, rows: int) -> None:
+        kinds = [LAYERS[letter].state_type for layer in self.layers for letter in layer.letters]  # type: ignore[union-attr]
+        own = "".join(_SYMBOLS[kind] for kind in kinds if kind is not None)
+        given = "".join(_SYMBOLS.get(type(mixer), "?") for mixer in state.mixers)
+        if given != own:
+            legend = ", ".join(f"{letter} {LETTERS[letter].name}" for letter in sorted(_SYMBOLS.values()))
+            raise ValueError(
+                f"state is of the mixers {given!r} ({legend}), and this model's are {own!r}; "
+                "a state continues the model that it came from"
+            )
+        if own and state.batch_size != rows:
+            raise ValueError(f"state holds {state.batch_size} rows and tokens {rows}; they must be as many")
+
+
+class MoEMamba(Backbone):
     """A language model of any pattern of `ModelConfig`.
 
     Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
 
     `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, after
     `ops.load_kernels` of the backend whose kernels it calls: "cpu" for a model that was on the CPU.
-
-    Attributes:
-        recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
-            are kept, so that they cannot change.
     """
 
     __call__: Callable[..., Output]
@@ -56,12 +159,11 @@ class MoEMamba(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute = False
         self._forgotten = _Forgotten()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
-        self.norm = make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
-        self.head = Head(config.d_model, config.vocab_size, bias=False)
+        self.norm = final_norm(config)
+        self.head = Head(config.d_model, config.vocab_size, bias=config.head_bias)
         initialise(self)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -87,7 +189,7 @@ class MoEMamba(nn.Module):
         """
         hidden, state, router = self.backbone(tokens, state, seq_idx, record)
         wanted = targets is not None or (bool(router) and torch.is_grad_enabled())
-        auxiliary = self._auxiliary(router, hidden) if wanted else None
+        auxiliary = weighed(router, self.config.routers, hidden) if wanted else None
         if targets is None:
             return Output(self.head(hidden), state, router, auxiliary=auxiliary)
         if targets.shape != tokens.shape[:2]:
@@ -97,73 +199,6 @@ class MoEMamba(nn.Module):
             self._forgotten.listen(loss, auxiliary)
         return Output(None, state, router, loss, auxiliary)
 
-    def _auxiliary(self, router: tuple[RouterStats, ...], like: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        for stats, experts in zip(router, self.config.routers, strict=True):
-            total = total + experts.balance_weight * stats.balance_loss + experts.z_weight * stats.z_loss
-        return total / max(1, len(router))
-
-    def backbone(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        seq_idx: Tensor | None = None,
-        record: list[Choice] | None = None,
-    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
-        """As `forward`, up to what the head sees: hidden (b, l, d), state, router statistics."""
-        self._check_input(tokens)
-        if seq_idx is not None and seq_idx.shape != tokens.shape[:2]:
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
-        if state is not None:
-            self._expect_own(state, tokens.shape[0])
-        narrow = tokens.dtype not in (torch.int64, torch.int32)  # uint8, as of bytes or bases
-        embedded = tokens if tokens.is_floating_point() else self.embedding(tokens.long() if narrow else tokens)
-        x: Tensor = without_padding(embedded, seq_idx)  # and so it stays through all layers
-        y: Tensor | None = None
-        mixers: list[Any] = []
-        router: list[RouterStats] = []
-        for layer in self.layers:
-            before = None if state is None else state.mixers[len(mixers) :]
-            # torch.func cannot; and what is computed twice would be recorded twice
-            if self.recompute and torch.is_grad_enabled() and record is None and not ops.transformed(x):
-                x, y, after, stats = checkpoint(
-                    ops.bound(layer),
-                    x if y is None else x + y,  # one tensor to keep, not two
-                    None,
-                    before,
-                    seq_idx,
-                    use_reentrant=False,
-                    context_fn=_keep_choices,
-                    preserve_rng_state=False,  # nothing here is random
-                )
-            else:
-                x, y, after, stats = layer(x, y, before, seq_idx, record)
-            mixers += after
-            router += stats
-        return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
-
-    def _check_input(self, tokens: Tensor) -> None:
-        shape, d = tuple(tokens.shape), self.config.d_model
-        if tokens.is_floating_point() and (tokens.ndim != 3 or shape[2] != d):
-            raise ValueError(
-                f"tokens is floating point of shape {shape}; expected integers (batch, length), or embedded "
-                f"(batch, length, d_model = {d})"
-            )
-        if not tokens.is_floating_point() and tokens.ndim != 2:
-            raise ValueError(f"tokens has shape {shape}; expected (batch, length)")
-
-    def _expect_own(self, state: State, rows: int) -> None:
-        kinds = [LAYERS[letter].state_type for layer in self.layers for letter in layer.letters]  # type: ignore[union-attr]
-        own = "".join(_SYMBOLS[kind] for kind in kinds if kind is not None)
-        given = "".join(_SYMBOLS.get(type(mixer), "?") for mixer in state.mixers)
-        if given != own:
-            legend = ", ".join(f"{letter} {LETTERS[letter].name}" for letter in sorted(_SYMBOLS.values()))
-            raise ValueError(
-                f"state is of the mixers {given!r} ({legend}), and this model's are {own!r}; "
-                "a state continues the model that it came from"
-            )
-        if own and state.batch_size != rows:
-            raise ValueError(f"state holds {state.batch_size} rows and tokens {rows}; they must be as many")
 
     def roles(self) -> dict[str, Role]:
         """The role of each parameter; rows of the embedding and the head stand for tokens, one by one."""

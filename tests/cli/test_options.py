@@ -27,6 +27,8 @@ from moemamba.training.spread import check_used
 KINDS = {
     "train": "Train",
     "prepare": "Prepare",
+    "convert": "Convert",
+    "export": "Export",
     "compare": "Compare",
     "paper": "Paper",
     "report": "Asked",

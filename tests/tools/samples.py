@@ -41,6 +41,7 @@ def linear_beside():
 
 def rms_norm():
     yield {"x": torch.randn(3, 13, 21), "weight": torch.randn(21), "eps": 1e-5}
+    yield {"x": torch.randn(3, 13, 21), "weight": None, "eps": 1e-3}
 
 
 def _choices(tokens, top_k, n_experts):
@@ -53,6 +54,9 @@ def expert_feedforward():
     for activation, rows in (("relu", 6), ("swiglu", 12)):
         x = {"x": torch.randn(17, 8), "indices": _choices(17, 2, 4), "gates": torch.rand(17, 2)}
         yield x | {"up": torch.randn(4, rows, 8), "down": torch.randn(4, 8, 6), "activation": activation}
+    x |= {"up": torch.randn(4, 12, 8), "down": torch.randn(4, 8, 6), "activation": "geglu"}
+    yield x | {"up_bias": torch.randn(4, 12), "down_bias": torch.randn(4, 8)}
+    yield x | {"up": torch.randn(4, 6, 8), "activation": "relu2"}
 
 
 def expert_linear():
@@ -97,14 +101,17 @@ def router():
     x = _router(24) | {"bias": torch.randn(5) / 5, "top_k": 2}
     yield x | {"valid": (torch.rand(24) < 0.8).float(), "groups": 3}
     yield x | {"top_k": 1, "valid": None, "groups": 1}
+    yield x | {"valid": None, "groups": 2, "logit_bias": torch.randn(5), "scores": "sigmoid"}
 
 
 def router_choices():
     yield _router(7) | {"bias": torch.randn(5) / 5, "top_k": 2}
+    yield _router(7) | {"bias": torch.randn(5) / 5, "top_k": 2, "logit_bias": torch.randn(5), "scores": "sigmoid"}
 
 
 def router_means():
     yield {"logits": torch.randn(7, 5), "bias": torch.randn(5) / 5, "top_k": 2}
+    yield {"logits": torch.randn(7, 5), "bias": torch.randn(5) / 5, "top_k": 2, "scores": "sigmoid"}
 
 
 def router_logits():

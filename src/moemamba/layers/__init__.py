@@ -11,7 +11,7 @@ from .layer import Layer
 from .mamba import Mamba, MambaState
 from .moe import MoE
 from .moe.router import Choice, Router, RouterStats
-from .norm import make_norm
+from .norm import final_norm, make_norm
 from .roles import Role, roles
 from .routed_mamba import RoutedMamba
 from .sequences import packed, padded
@@ -30,6 +30,7 @@ __all__ = [
     "RoutedMamba",
     "Router",
     "RouterStats",
+    "final_norm",
     "make_norm",
     "packed",
     "padded",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..marks import documented
 from ..reading import validate
-from .experts import Activation, up_rows
+from .experts import GATED, Activation, up_rows
 from .letter import Letter
 from .options import Options
 
@@ -29,7 +29,7 @@ class FeedForwardConfig(Options):
         validate(self, positive=("d_ff",))
 
     def width(self, d_model: int) -> int:
-        return self.d_ff or (8 * d_model // 3 if self.activation == "swiglu" else 4 * d_model)
+        return self.d_ff or (8 * d_model // 3 if self.activation in GATED else 4 * d_model)
 
 
 class FeedForward(Letter):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops.experts import GATED
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
 from ..layer import Layer, Result
@@ -27,10 +28,12 @@ class MoE(Layer):
         n_experts: e.
         d_expert: hidden width of an expert, f; if None, such that an expert has 6 d_model^2 weights.
         top_k: experts that each token visits.
-        activation: "relu", "gelu", "silu" or "swiglu".
+        activation: see `ops.expert_feedforward`.
         capacity_factor: see `Router`; None never drops.
         n_shared_experts: experts that every token visits besides, computed as one dense layer.
         d_out: width of the output; d_model if None.
+        scores, router_bias: see `Router`.
+        bias: whether experts have biases, shared ones too.
     """
 
     __call__: Callable[..., tuple[Tensor, RouterStats]]
@@ -46,14 +49,17 @@ class MoE(Layer):
         capacity_factor: float | None = None,
         n_shared_experts: int = 0,
         d_out: int | None = None,
+        scores: str = "softmax",
+        router_bias: bool = False,
+        bias: bool = False,
     ):
         super().__init__()
-        d_expert = d_expert or (2 if activation == "swiglu" else 3) * d_model
+        d_expert = d_expert or (2 if activation in GATED else 3) * d_model
         d_out = d_out or d_model
-        self.router = Router(d_model, n_experts, top_k, capacity_factor)
-        self.experts = Experts(d_model, n_experts, d_expert, d_out, activation)
+        self.router = Router(d_model, n_experts, top_k, capacity_factor, scores=scores, bias=router_bias)
+        self.experts = Experts(d_model, n_experts, d_expert, d_out, activation, bias)
         shared = n_shared_experts * d_expert
-        self.shared = FeedForward(d_model, shared, activation, d_out=d_out) if shared else None
+        self.shared = FeedForward(d_model, shared, activation, bias, d_out) if shared else None
 
     @classmethod
     def build(cls, config: "ModelConfig") -> Self:
@@ -67,6 +73,9 @@ class MoE(Layer):
             activation=experts.activation,
             capacity_factor=experts.capacity_factor,
             n_shared_experts=experts.n_shared_experts,
+            scores=experts.scores,
+            router_bias=experts.router_bias,
+            bias=experts.bias,
         )
 
     @classmethod
@@ -104,6 +113,7 @@ class MoE(Layer):
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
         with torch.autocast(x.device.type, enabled=False):
             router, tokens = self.router, x.flatten(0, 1)
-            choice = Choice(*ops.router_choices(tokens, router.weight, router.balance_bias, router.top_k))
+            weights = (router.weight, router.balance_bias, router.top_k)
+            choice = Choice(*ops.router_choices(tokens, *weights, logit_bias=router.bias, scores=router.scores))
         y: Tensor = self.experts(x.flatten(0, 1), choice).unflatten(0, x.shape[:2])
         return y if self.shared is None else y + self.shared(x)

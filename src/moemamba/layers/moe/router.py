@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...ops.arguments import sizes
 from ...ops.experts import places_in_queues
-from ..roles import Role
+from ..roles import VECTOR, Role
 
 
 class RouterStats(NamedTuple):
@@ -19,7 +19,8 @@ class RouterStats(NamedTuple):
     gradients."""
 
     balance_loss: Tensor
-    """() n_experts * sum_e (share of choices) (mean probability): 1 when balanced (arXiv 2101.03961, eq. 4)"""
+    """() n_experts * sum_e (share of choices) (mean probability): 1 when balanced (arXiv 2101.03961, eq. 4); the
+    probabilities of sigmoid gates are their shares of a token's sum over all experts (arXiv 2412.19437, eq. 19)"""
     z_loss: Tensor
     """() mean squared log-sum-exp of the logits (arXiv 2202.08906, eq. 5)"""
     load: Tensor
@@ -44,7 +45,7 @@ class Choice(NamedTuple):
     indices: Tensor
     """(t, k) int64"""
     gates: Tensor
-    """(t, k) float32 probability of each choice"""
+    """(t, k) float32 weight of each choice: its probability, or its sigmoid"""
 
 
 class Routing(NamedTuple):
@@ -53,7 +54,7 @@ class Routing(NamedTuple):
     indices: Tensor
     """(t, k) int64; n_experts where a choice was dropped, and at padding"""
     gates: Tensor
-    """(t, k) float32 probability of each choice; 0 where dropped"""
+    """(t, k) float32 weight of each choice; 0 where dropped"""
     stats: RouterStats
 
 
@@ -64,7 +65,7 @@ def note(record: list[Choice] | None, routing: Routing, x: Tensor) -> None:
 
 
 class Router(nn.Module):
-    """Softmax top-k router, in float32 whatever the surrounding precision.
+    """Top-k router, in float32 whatever the surrounding precision.
 
     Args:
         d_model: width of the tokens, d.
@@ -72,6 +73,8 @@ class Router(nn.Module):
         top_k: choices for each token, k.
         capacity_factor: while training, each expert takes floor(capacity_factor * tokens * top_k / n_experts) choices
             of a routing group, in order of time, and drops later ones. None, and evaluation, never drop.
+        scores: what the gates are: "softmax" of the logits over all experts, or the "sigmoid" of each.
+        bias: whether each expert's logit has a learned bias.
 
     Attributes:
         groups: while training, a batch is this many routing groups of equally many consecutive rows; capacity, order
@@ -83,20 +86,32 @@ class Router(nn.Module):
 
     balance_bias: Tensor
     __call__: Callable[..., Routing]
+    bias: Tensor | None
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int = 1, capacity_factor: float | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int = 1,
+        capacity_factor: float | None = None,
+        scores: str = "softmax",
+        bias: bool = False,
+    ):
         super().__init__()
+        self.scores = scores
         self.n_experts, self.top_k, self.capacity_factor = n_experts, top_k, capacity_factor
         self.groups = 1
         self.across: dist.ProcessGroup | None = None
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         nn.init.uniform_(self.weight, -(d_model**-0.5), d_model**-0.5)
-        # Added to the probabilities when choosing, never to the gates: loss-free balancing (arXiv 2408.15664).
+        self.register_parameter("bias", nn.Parameter(torch.zeros(n_experts)) if bias else None)
+        # Added to the gates when choosing, never to the gates: loss-free balancing (arXiv 2408.15664).
         self.register_buffer("balance_bias", torch.zeros(n_experts))
 
     def roles(self) -> dict[str, Role]:
         """Its rows stand for experts, one by one."""
-        return {"weight": Role(muon=False, float32=True, fan_in=self.weight.shape[1])}
+        found = {"weight": Role(muon=False, float32=True, fan_in=self.weight.shape[1])}
+        return found if self.bias is None else found | {"bias": VECTOR}
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Routing:
         """x (b, l, d), seq_idx (b, l) whose negative entries are not routed -> Routing."""
@@ -104,7 +119,7 @@ class Router(nn.Module):
         if (
             not self.training
             and seq_idx is None
-            and ops.choose("router_means", x, self.weight) != "reference"
+            and ops.choose("router_means", x, self.balance_bias, self.top_k, self.scores) != "reference"
             and not torch.is_grad_enabled()
         ):
             with torch.autocast(x.device.type, enabled=False):
@@ -116,7 +131,14 @@ class Router(nn.Module):
         valid = None if seq_idx is None else (seq_idx.flatten() >= 0).to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             indices, gates, own, *totals = ops.router(
-                x.flatten(0, 1), self.weight, self.balance_bias, self.top_k, valid, groups
+                x.flatten(0, 1),
+                self.weight,
+                self.balance_bias,
+                self.top_k,
+                valid,
+                groups,
+                logit_bias=self.bias,
+                scores=self.scores,
             )
             load = own
             tokens = own.new_full((groups,), size) if valid is None else valid.view(groups, size).sum(1)  # (g,)
@@ -155,7 +177,7 @@ class Router(nn.Module):
         """As `forward` where nothing is dropped, padded or differentiated, by one kernel: for a token of generation the
         statistics would otherwise cost more than its experts."""
         indices, gates, balance_loss, z_loss, load, entropy = ops.router_means(
-            x.flatten(0, 1), self.weight, self.balance_bias, self.top_k
+            x.flatten(0, 1), self.weight, self.balance_bias, self.top_k, logit_bias=self.bias, scores=self.scores
         )
         stats = RouterStats(balance_loss, z_loss, load, dropped=entropy.new_zeros(()), entropy=entropy)
         return Routing(indices, gates, stats)

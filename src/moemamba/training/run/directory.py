@@ -4,15 +4,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint import TOKENIZER_LIMIT, CheckpointError, checkpoints
+from ...config import description
 from ...host.files import WriteError, check_regular, expanded, replace, write_json
 from ...host.lock import Lock
 from ...marks import Change, changeable
 from ...reading import read_config, to_dict
-from ...text import Tokenizer, load_tokenizer
+from ...text import Tokenizer, load_tokenizer, tokenizer_config
 from ..config import TrainConfig
 from .log import Log
 
@@ -88,7 +90,8 @@ class RunDirectory:
     def begin(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         """Write what describes the run; train.json comes last, so that with it the rest is there."""
         replace(self.path / "tokenizer.json", tokenizer.to_json())
-        write_json(self.path / "config.json", to_dict(config.model))
+        write_json(self.path / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(self.path / "config.json", description(config.model, tokenizer.end_of_text))
         self.describe(config)
 
     def describe(self, config: TrainConfig) -> None:
@@ -110,7 +113,7 @@ class RunDirectory:
 
     def check_unchanged(self, config: TrainConfig, where: Change = "on resume") -> None:
         """Raises ValueError if an option differs that must not there: it would change the course of the run."""
-        then, now = dict(_flat(to_dict(self.config()))), dict(_flat(to_dict(config)))
+        then, now = dict(_flat(asdict(self.config()))), dict(_flat(asdict(config)))
         then["routing_groups"] = then["routing_groups"] or then["accumulate"]  # None in runs of older versions
         free = changeable(TrainConfig, where)
         for name in now | then:  # entries of a table, such as `rates`, may be gone

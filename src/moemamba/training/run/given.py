@@ -49,11 +49,6 @@ def note_given(run: RunDirectory, model: MoEMamba | None) -> None:
         write_json(run.path / GIVEN, describe(model))
 
 
-def has_given(run: RunDirectory) -> bool:
-    """Whether a run began with a model that was handed in."""
-    return (run.path / GIVEN).exists()
-
-
 def check_resumed(run: RunDirectory, model: MoEMamba | None) -> None:
     """Whether a run can go on with this model, or without one.
 

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from ...host import files
 from ...host.files import expanded, new_directory
 from ...letters import LETTERS
 from ...model import MoEMamba
-from ...reading import read_config, to_dict
+from ...reading import read_config
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
 from ..spread import check, check_used, routing_groups
 from ..update import becomes, fall, learning_rate, warmup_steps
 from .directory import RunDirectory
-from .given import check_resumed, has_given, note_given
+from .given import check_resumed, note_given
 from .position import Position, read_position
 
 # What neither weights nor the function that a model computes depend on: fine-tuning may change it.
@@ -50,11 +50,9 @@ def admit(
     if not resume:
         check_used(config, size)
     tokenizer = origin.tokenizer() if origin else find_tokenizer(config.reads())
-    model = config.model
     if given is None:
-        own = resume and has_given(run)
-        model = model.replace(vocab_size=begun.model.vocab_size if own else tokenizer.vocab_size)
-    elif model.vocab_size < tokenizer.vocab_size:
+        model = config.model.replace(vocab_size=_vocabulary(config, begun if origin else None, tokenizer))
+    elif (model := config.model).vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"the model knows {model.vocab_size:,} tokens, but the tokenizer has {tokenizer.vocab_size:,}; give the "
             "tokenizer that belongs to the model"
@@ -67,6 +65,16 @@ def admit(
     elif config.start:
         check_start(config, tokenizer)
     return begun, config, tokenizer
+
+
+def _vocabulary(config: TrainConfig, begun: TrainConfig | None, tokenizer: Tokenizer) -> int:
+    """Tokens that the model knows: those of the tokenizer, or more where the weights that it goes on with have more."""
+    if begun:
+        return max(begun.model.vocab_size, tokenizer.vocab_size)
+    if config.start:
+        own = read_config(ModelConfig, Path(config.start) / "config.json")
+        return max(own.vocab_size, tokenizer.vocab_size)
+    return tokenizer.vocab_size
 
 
 def begin(
@@ -153,7 +161,7 @@ def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
 def _function(config: ModelConfig) -> dict[str, Any]:
     """The fields that a model's function depends on, by name, widths that follow from others filled in."""
     unused = {part for letter in LETTERS.values() for part in letter.parts} - set(config.parts)
-    fields = dict(_flat(to_dict(config)))
+    fields = dict(_flat(asdict(config)))
     for letter in config.letters:
         fields |= letter.widths(config)
     return {
