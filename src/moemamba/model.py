@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from . import ops
 from .config import ExpertsConfig, ModelConfig
 from .initialisation import initialise
-from .layers import LAYERS, Choice, Router, RouterStats, final_norm
+from .layers import LAYERS, Choice, RouterStats, final_norm, routers
 from .layers.head import Head
 from .layers.residual import Residual
 from .layers.roles import Role, composed
@@ -199,7 +199,6 @@ class MoEMamba(Backbone):
             self._forgotten.listen(loss, auxiliary)
         return Output(None, state, router, loss, auxiliary)
 
-
     def roles(self) -> dict[str, Role]:
         """The role of each parameter; rows of the embedding and the head stand for tokens, one by one."""
         rows = Role(muon=False)
@@ -225,16 +224,16 @@ class MoEMamba(Backbone):
     @property
     def router_names(self) -> tuple[str, ...]:
         """Where each router sits, in the order of `Output.router`: "layers.1.branches.0"."""
-        return tuple(
-            name.removesuffix(".router") for name, module in self.named_modules() if isinstance(module, Router)
-        )
+        return tuple(routers(self))
 
     def update_balance_bias(self, router: tuple[RouterStats, ...]) -> None:
         """Loss-free balancing: after a step, move each router's selection bias against its load."""
-        routers = [module for module in self.modules() if isinstance(module, Router)]
-        for module, stats, experts in zip(routers, router, self.config.routers, strict=True):
-            if experts.bias_rate:
-                module.update_balance_bias(stats.load, experts.bias_rate)
+        for (name, module), stats, experts in zip(routers(self).items(), router, self.config.routers, strict=True):
+            if not experts.bias_rate:
+                continue
+            if not hasattr(module, "update_balance_bias"):
+                raise ValueError(f"bias_rate is {experts.bias_rate}, but the router of {name} has no bias; set it to 0")
+            module.update_balance_bias(stats.load, experts.bias_rate)  # type: ignore[operator]
 
 
 class _Forgotten:

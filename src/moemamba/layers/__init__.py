@@ -10,7 +10,8 @@ from .feedforward import FeedForward
 from .layer import Layer
 from .mamba import Mamba, MambaState
 from .moe import MoE
-from .moe.router import Choice, Router, RouterStats
+from .moe.router import Router
+from .moe.routing import BaseRouter, Choice, RouterStats, Routing, route, routers
 from .norm import final_norm, make_norm
 from .roles import Role, roles
 from .routed_mamba import RoutedMamba
@@ -20,6 +21,7 @@ __all__ = [
     "LAYERS",
     "Attention",
     "AttentionState",
+    "BaseRouter",
     "Choice",
     "FeedForward",
     "Layer",
@@ -30,11 +32,14 @@ __all__ = [
     "RoutedMamba",
     "Router",
     "RouterStats",
+    "Routing",
     "final_norm",
     "make_norm",
     "packed",
     "padded",
     "roles",
+    "route",
+    "routers",
 ]
 
 LAYERS: dict[str, type[Layer]] = {

@@ -11,7 +11,8 @@ from .linear import Linear
 from .mamba import MambaState, SelectiveSSM, options
 from .moe import MoE
 from .moe.experts import LinearExperts
-from .moe.router import Choice, Router, RouterStats, note
+from .moe.router import Router
+from .moe.routing import Choice, RouterStats, note
 
 if TYPE_CHECKING:
     from ..config import ModelConfig

@@ -14,7 +14,7 @@ from ..data.batches import LOST, Batch, HeldOut, Tokens, predicted_bytes, sequen
 from ..data.preparation import cache_directory, prepare
 from ..data.prepared import Corpus, is_prepared
 from ..distributed import Processes
-from ..layers import Router
+from ..layers import BaseRouter, routers
 from ..model import MoEMamba
 from ..text import Tokenizer, load_tokenizer
 
@@ -195,12 +195,12 @@ def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
 @contextmanager
 def one_group(model: MoEMamba) -> Iterator[None]:
     """Let routers take each batch of this process as one routing group."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    before = [(router.groups, router.across) for router in routers]
-    for router in routers:
+    found = [router for router in routers(model).values() if isinstance(router, BaseRouter)]
+    before = [(router.groups, router.across) for router in found]
+    for router in found:
         router.groups, router.across = 1, None
     try:
         yield
     finally:
-        for router, (groups, across) in zip(routers, before, strict=True):
+        for router, (groups, across) in zip(found, before, strict=True):
             router.groups, router.across = groups, across

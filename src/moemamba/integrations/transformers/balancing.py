@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...config import ExpertsConfig
-from ...layers import Router, RouterStats
+from ...layers import RouterStats, routers
 from ...model import weighed
 
 
@@ -75,11 +75,11 @@ class BalanceBias(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Move each router's bias against its load since the last step."""
         for found in _collecting(model):
-            routers = [module for module in found.modules() if isinstance(module, Router)]
+            own = routers(found).values()
             loads, found.collected.loads = found.collected.loads, []
-            for router, load, experts in zip(routers, loads, found.routers, strict=False):
+            for router, load, experts in zip(own, loads, found.routers, strict=False):
                 if experts.bias_rate:
-                    router.update_balance_bias(load, experts.bias_rate)
+                    router.update_balance_bias(load, experts.bias_rate)  # type: ignore[operator]
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """No longer."""

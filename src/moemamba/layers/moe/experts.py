@@ -10,7 +10,7 @@ from ... import ops
 from ...ops.experts import GATED
 from ..roles import MATRIX, Role
 from .exchange import held, visit_experts
-from .router import Choice, Routing
+from .routing import Choice, Routing
 
 BIASES = Role(decays=False, muon=False)
 """of a stack of experts, a vector each"""
