@@ -34,6 +34,7 @@ KINDS = {
     "report": "Asked",
     "generate": "Generate",
     "eval": "Eval",
+    "look": "Look",
     "info": "Info",
     "doctor": "Doctor",
 }
@@ -210,9 +211,9 @@ def test_every_option_is_explained_by_itself(option):
 
 
 def explanation(option: Option) -> str:
-    from moemamba.cli.help import _documentation
+    from moemamba.marks import texts
 
-    return _documentation(option.owner)[option.path[-1]]
+    return texts(option.owner)[option.path[-1]]
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))

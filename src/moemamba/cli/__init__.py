@@ -26,10 +26,17 @@ COMMANDS = {
     "export": "RUN                  a model in the format of another program",
     "generate": "RUN                  continue a prompt",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
+    "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
     "doctor": "                     versions, devices, and which backend each op uses and why",
 }
-PRINTS = {"generate", "eval", "info", "doctor"}  # what they print is all that they do: they end with their reader
+PRINTS = {
+    "generate",
+    "eval",
+    "look",
+    "info",
+    "doctor",
+}  # what they print is all that they do: they end with their reader
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ... import ops
 
 from ...layers.moe.experts import Experts, LinearExperts
-from ...layers.moe.router import Routing
+from ...layers import Routing
 from ...model import MoEMamba
 from ...ops.experts import ACTIVATIONS
 from ...state import State

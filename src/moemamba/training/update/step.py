@@ -9,19 +9,24 @@ from torch import Tensor
 
 from ...data.batches import Batch
 from ...distributed import Agreement, Processes, divide_gradients, gradient_norm, last_part, sharded, summing
-from ...model import MoEMamba
+from ...model import MoEMamba, Output
 from ..config import TrainConfig
 from ..evaluate import autocast
 from ..watch import Measures, add, measures, router_stats
 from .average import Average
 from .guard import Guard, apply
-from .loss import losses
 
 WARM_UP = 3  # steps before the capture: kernels are compiled and tuned, the optimiser's state comes to be
 AHEAD = 2  # steps that the host may submit before the first of them is done
 
 Taken = tuple[Measures, Tensor, Tensor]
 """of a step: the measures of all processes' batches, the gradient's norm before clipping, whether it failed"""
+
+
+def losses(output: Output) -> tuple[Tensor, Tensor]:
+    """What is minimised, in its parts: the model's loss, and the routers' weighed ones."""
+    assert output.loss is not None and output.auxiliary is not None, "the model was called without targets"
+    return output.loss, output.auxiliary
 
 
 def captures(config: TrainConfig, processes: Processes) -> bool:
@@ -126,7 +131,7 @@ class Step:
             with last_part(self.forward, number == len(batch) - 1):
                 with autocast(processes.device, self.dtype):
                     output = self.forward(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
-                language, auxiliary = losses(output, model.config.routers)
+                language, auxiliary = losses(output)
                 (language * shares[number] + auxiliary / parts).backward()
             total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
         told = self.agreement.flags() if self.agreement else []
