@@ -36,9 +36,10 @@ ROOMS = {
     "distributed": "device initialisation layers model",
     "training": "checkpoint data device distributed initialisation layers model ops tensors",
     "inference": "device layers model ops state",
+    "serving": "inference model state tensors",
     "experiments": "data device distributed training",
     "integrations": "checkpoint layers model ops state tensors training",
-    "cli": "checkpoint data device distributed experiments inference integrations model ops training",
+    "cli": "checkpoint data device distributed experiments inference integrations model ops serving training",
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.

@@ -33,6 +33,8 @@ KINDS = {
     "paper": "Paper",
     "report": "Asked",
     "generate": "Generate",
+    "chat": "Chat",
+    "serve": "Serve",
     "eval": "Eval",
     "look": "Look",
     "info": "Info",

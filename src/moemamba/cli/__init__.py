@@ -25,6 +25,8 @@ COMMANDS = {
     "report": "COMPARISON ...       comparisons that were run, on one page",
     "export": "RUN                  a model in the format of another program",
     "generate": "RUN                  continue a prompt",
+    "chat": "RUN                  talk with a model, or write a text in turns, in the terminal",
+    "serve": "RUN                  answer requests over HTTP as OpenAI's API does, with a page to look at",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
     "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
@@ -32,6 +34,7 @@ COMMANDS = {
 }
 PRINTS = {
     "generate",
+    "chat",
     "eval",
     "look",
     "info",
