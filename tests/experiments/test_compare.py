@@ -1,12 +1,15 @@
 """Comparisons: their arithmetic on curves made by hand, their fairness and resumption on tiny real runs."""
 
+import dataclasses
 import json
 import math
 import re
 import shutil
+import statistics
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import comparisons
 import pytest
 import torch
 
@@ -14,16 +17,19 @@ from moemamba import TrainConfig, ops, preset, train
 from moemamba.config import ExpertsConfig, ModelConfig
 from moemamba.counting import count_parameters
 from moemamba.experiments.compare import Contender, compare, parse_contender, parse_contenders
-from moemamba.experiments.page import cells, count, html_page, markdown, signed, times
+from moemamba.experiments.page import cells, count, html_page, markdown, signed, times, verdict
 from moemamba.experiments.page.chart import shade
 from moemamba.experiments.page.section import Grid, section
 from moemamba.experiments.page.svg import ticks
 from moemamba.experiments.results import (
+    Claim,
     Comparison,
     History,
     RunResult,
     Spread,
+    Test,
     crossing,
+    error_of_difference,
     read_history,
     read_results,
     smoothed,
@@ -483,3 +489,50 @@ def test_active_chooses_the_width_of_experts():
     }.items():
         with pytest.raises(ValueError, match=why):
             parse_contender(text)
+
+
+def _tested(*losses: float) -> Test:
+    blocks = tuple((1 / len(losses), loss) for loss in losses)
+    return Test(1000, sum(losses) / len(losses), 0.01, None, None, blocks)
+
+
+def test_the_error_over_the_text_is_of_paired_blocks():
+    """Two models on the same text: what makes a part of it hard falls away."""
+    ours, theirs = _tested(3.0, 5.0, 4.0, 6.0), _tested(3.1, 5.3, 4.2, 6.2)
+    differences = [-0.1, -0.3, -0.2, -0.2]
+    assert error_of_difference(ours, theirs) == pytest.approx(statistics.stdev(differences) / 2)
+    assert error_of_difference(ours, theirs) < ours.standard_error / 5
+    assert error_of_difference(ours, _tested(3.0, 5.0)) is None and error_of_difference(ours, None) is None
+
+
+def test_the_test_is_kept_and_shown_beside_the_rest():
+    """In results.json, table, claims and headline; and nothing of it where no run has one."""
+    found = comparisons.comparison()
+    before = markdown([found])
+    assert "test loss" not in before and '"test"' not in json.dumps(found.to_dict()["runs"])
+    runs = [
+        dataclasses.replace(run, test=_tested(4.0 - len(run.model) / 10 + run.seed / 50, 4.2 - len(run.model) / 10))
+        for run in found.runs
+    ]
+    rows = summarise(runs, comparisons.MODELS, 32)
+    found = Comparison.from_dict(json.loads(json.dumps(dataclasses.replace(found, rows=rows, runs=runs).to_dict())))
+    assert [run.test for run in found.runs] == [
+        dataclasses.replace(run.test, loss=run.test.loss, blocks=tuple(map(tuple, run.test.blocks))) for run in runs
+    ]
+    text = markdown([found])
+    assert "test loss" in text and "vs its capacity" in text and "on the test text" in text
+    assert "lower, one seed (−0.4000 nats, ± 0.0000 over the text)" in text
+    claim = Claim("experts-8", "mamba")
+    assert verdict(claim, found.rows, "capped_test").startswith("lower, one seed (−0.4000 nats)")
+
+
+def test_a_test_that_cannot_be_is_refused():
+    values = comparisons.comparison().to_dict()
+    for test, said in (
+        ({"tokens": 0, "loss": 1.0}, "greater than 0"),
+        ({"tokens": 5, "loss": 1.0, "blocks": [[2.0, 1.0]]}, "weight between 0 and 1"),
+        ({"tokens": 5, "loss": 1.0, "blocks": [[0.5]]}, "weight between 0 and 1"),
+    ):
+        values["runs"][0]["test"] = test
+        with pytest.raises(ValueError, match=said):
+            Comparison.from_dict(json.loads(json.dumps(values)))

@@ -12,7 +12,7 @@ from .terminal import parse, show, show_json
 from .train import begun
 
 if TYPE_CHECKING:
-    from ..data.batches import HeldOut
+    from ..data.windows import HeldOut
     from ..text import Tokenizer
 
 
@@ -42,7 +42,7 @@ class Eval:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
     from ..checkpoint import load
-    from ..training.evaluate import evaluate
+    from ..training.evaluate import BLOCKS, evaluate
 
     model, tokenizer = load(asked.run, asked.device)
     path = expanded(asked.run)
@@ -63,14 +63,18 @@ def main(arguments: Sequence[str]) -> None:
         most=asked.tokens,
         reset_state=config.reset_state,
         drop_gap=any(experts.capacity_factor for experts in model.config.routers),
+        blocks=BLOCKS,
     )
     what = asked.data or f"held-out part of {' and '.join(text.name for text in texts)}"
     if asked.json:
         show_json({"text": what, "context": config.context} | asdict(found))
         return
+    error = (
+        "" if found.standard_error is None else f", ± {found.standard_error:.4f} over {len(found.blocks or ())} parts"
+    )
     rows = [
         ("text", what, f"{found.tokens:,} tokens"),
-        ("loss", f"{found.loss:.4f}", "nats a token"),
+        ("loss", f"{found.loss:.4f}", f"nats a token{error}"),
         *((f"  {name}", f"{loss:.4f}", "") for name, loss in (found.apart or {}).items()),
         ("perplexity", f"{found.perplexity:.3f}", ""),
         ("bits per byte", *_bits_per_byte(found.bits_per_byte, max(text.tokens.lost for text in texts))),

@@ -30,6 +30,9 @@ class Paper:
     None"""
     validation: Place | None = None
     """held-out text, as --validation of `moemamba train` takes it; a part of the data if None"""
+    test: Place | None = None
+    """text on which finished models are reported, as --test of `moemamba train` takes it; if None, the half of the
+    held-out text that learning rates are not chosen by"""
     tokenizer: Place | None = None
     """as --tokenizer of `moemamba train` takes it; the paper's is GPT-2's. bytes if None"""
     steps: int | None = None
@@ -63,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     base = TrainConfig(
         data=asked.data,
         validation=asked.validation,
+        test=asked.test,
         tokenizer=asked.tokenizer or "bytes",
         eval_tokens=asked.eval_tokens,
         device=asked.device,

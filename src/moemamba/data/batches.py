@@ -1,6 +1,6 @@
 """Tokens on disk to batches that are a pure function of the step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -9,12 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..text import ByteTokenizer, Tokenizer
+from ..text import Tokenizer
 from .config import DataConfig
 
 _BITS = np.uint64(20)  # of a share in `Mixture`
-BEFORE = 16  # tokens that are decoded before a part of a text
-LOST = 0.01  # share of a text that its tokens may lose and still have bits per byte
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,6 @@ class Tokens:
     """share of the text's bytes that the tokens do not spell"""
     spelled: float = 1.0
     """bytes that the tokens decode to, for each byte of the text"""
-
-
-class HeldOut(NamedTuple):
-    """A text that a model is evaluated on."""
-
-    name: str
-    share: float
-    """of the evaluation"""
-    tokens: Tokens
 
 
 class Batch(NamedTuple):
@@ -229,64 +218,6 @@ def make_rows(tokens: Tokens, config: DataConfig) -> Rows:
     if config.sampling == "documents":
         return SampledDocuments(tokens, config.context, config.seed)
     return Windows(tokens, config.context, config.seed, reset_state=config.reset_state)
-
-
-def sequential(
-    tokens: Tokens, batch_size: int, context: int, most: int | None = None, reset_state: bool = False
-) -> Iterator[Batch]:
-    """One pass in the text's own order: every window once, the last batch perhaps smaller; see `windows`."""
-    starts, tail = windows(tokens, context, most)
-    for first in range(0, len(starts), batch_size):
-        yield _batch(tokens, starts[first : first + batch_size], context, reset_state)
-    if tail:
-        yield _batch(tokens, np.array([len(tokens.ids) - 1 - tail]), tail, reset_state)
-
-
-def windows(tokens: Tokens, context: int, most: int | None = None) -> tuple[NDArray[np.int64], int]:
-    """Where the windows of one pass begin, and the length of a shorter one after them, to the end of the text.
-
-    The tokens that follow those of the windows are predicted: all of the text but its first.
-
-    Args:
-        most: read about that many tokens only, at least one window; the windows are spread evenly over the text, since
-            its beginning need not be like the rest.
-    Raises:
-        ValueError: the tokens do not fill one window.
-    """
-    require_window("the validation data", tokens, context)
-    full, tail = divmod(len(tokens.ids) - 1, context)
-    if most is None or most >= len(tokens.ids) - 1:
-        return np.arange(full) * context, tail
-    count = min(full, max(1, most // context))
-    return np.arange(count) * full // count * context, 0
-
-
-def predicted_bytes(tokens: Tokens, context: int, most: int | None = None) -> float:
-    """The bytes of the text of the tokens that `sequential` predicts.
-
-    Those of a part are what its tokens decode to, with some tokens before them, since a character can have several.
-    """
-    starts, tail = windows(tokens, context, most)
-    if len(starts) * context + tail == len(tokens.ids) - 1:
-        return tokens.bytes - _spelled(tokens, np.array([-1]), 1)
-    return _spelled(tokens, starts, context)
-
-
-def _spelled(tokens: Tokens, starts: NDArray[np.int64], size: int) -> float:
-    """Bytes of the `size` tokens that follow each of the places."""
-    if tokens.tokenizer is None:
-        return tokens.bytes * len(starts) * size / len(tokens.ids)
-    ids = tokens.ids
-    if isinstance(tokens.tokenizer, ByteTokenizer):
-        return float(sum((ids[start + 1 : start + 1 + size] < 256).sum() for start in starts))
-    begins = [max(0, start + 1 - BEFORE) for start in starts]
-    texts = tokens.tokenizer.decode_batch([ids[b : s + 1 + size] for b, s in zip(begins, starts, strict=True)])
-    known = tokens.tokenizer.decode_batch([ids[b : s + 1] for b, s in zip(begins, starts, strict=True)])
-    return (_size(texts) - _size(known)) / tokens.spelled
-
-
-def _size(texts: list[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
 
 
 def require_window(what: str, tokens: Tokens, context: int, more: str = "") -> None:

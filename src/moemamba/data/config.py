@@ -10,6 +10,8 @@ from ..host.files import expanded
 
 HUB = "hf:"  # how the name of a dataset of the Hugging Face hub begins
 
+NO_TEST = "none"  # where a text to test on is named
+
 Sampling = Literal["windows", "documents"]
 
 
@@ -32,6 +34,7 @@ class DataConfig:
     """tokens in a row"""
     cache: str = "tokens"
     """folder of prepared texts where the package's own cache cannot be written"""
+    test: str | None = NO_TEST
 
     def __post_init__(self) -> None:
         if self.sampling == "documents" and self.reset_state:
@@ -40,7 +43,8 @@ class DataConfig:
                 "document to the next; leave one of them out"
             )
         weighted(self.data)
-        for name, value, what in (("validation", self.validation, "text"), ("tokenizer", self.tokenizer, "tokenizer")):
+        texts = (("validation", self.validation, "text"), ("test", self.test, "text"))
+        for name, value, what in (*texts, ("tokenizer", self.tokenizer, "tokenizer")):
             if value is not None and not value.strip():  # an unset variable of a shell, seldom what is meant
                 raise ValueError(f"{name} is {value!r}, which names no {what}; name one, or leave it out")
 

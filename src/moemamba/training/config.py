@@ -1,14 +1,15 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ..config import ModelConfig
-from ..data.config import DataConfig, Sampling, absolute_source, at_home
-from ..host.files import expanded
+from ..data.config import NO_TEST, DataConfig, Sampling, absolute_source, at_home
+from ..host.files import expanded, read_json
 from ..marks import option
 from ..presets import preset
-from ..reading import validate
+from ..reading import from_dict, validate
 
 # Titles in --help, in its order.
 FIRST = "what most runs set"
@@ -43,6 +44,9 @@ class TrainConfig:
     are mixed, by weights in front of a colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes without weights"""
     validation: str | None = option(None, FIRST, changes="on resume")
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
+    test: str | None = option(None, DATA, changes="on resume")
+    """text of the same kinds, all of which a finished run is tested on once; if None, every second window of the
+    held-out text, whose other half serves the evaluations of training. "none" leaves the test out"""
     tokenizer: str = option(DataConfig.tokenizer, FIRST, changes="on resume")
     """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json;
     prepared tokens bring their own"""
@@ -142,7 +146,7 @@ class TrainConfig:
     tokenised or a checkpoint written they wait for a day"""
 
     def __post_init__(self) -> None:
-        for name in ("data", "validation", "tokenizer", "run", "start", "branch"):
+        for name in ("data", "validation", "test", "tokenizer", "run", "start", "branch"):
             object.__setattr__(self, name, at_home(getattr(self, name)))
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
         more = ("save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
@@ -190,7 +194,7 @@ class TrainConfig:
         """
         cache = str(expanded(self.run) / "tokens")
         how = (self.sampling, self.reset_state, self.data_seed, self.context)
-        return DataConfig(self.data, self.validation, self.tokenizer, *how, cache)
+        return DataConfig(self.data, self.validation, self.tokenizer, *how, cache, self.test)
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
@@ -199,4 +203,15 @@ def absolute(config: TrainConfig) -> TrainConfig:
     if data is not None:
         data = absolute_source(data) if isinstance(data, str) else tuple(map(absolute_source, data))
     validation = config.validation and absolute_source(config.validation, weights=False)
-    return replace(config, data=data, validation=validation, run=config.run and str(expanded(config.run)))
+    test = config.test if config.test in (None, NO_TEST) else absolute_source(config.test, weights=False)
+    return replace(config, data=data, validation=validation, test=test, run=config.run and str(expanded(config.run)))
+
+
+def read_run(file: Path) -> TrainConfig:
+    """How a run was begun, from its train.json; one of an older version has no test, and evaluates on all it held out.
+
+    Raises:
+        ValueError: what is wrong, with the file's name.
+        OSError: it is missing or cannot be read.
+    """
+    return from_dict(TrainConfig, {"test": NO_TEST} | read_json(file), str(file))

@@ -16,13 +16,15 @@ import torch
 from .. import ops
 from ..counting import count_parameters
 from ..data.batches import Batches
+from ..data.config import NO_TEST
 from ..data.corpora import Corpora, find_tokenizer, open_corpora
+from ..data.windows import HeldOut
 from ..distributed import Agreement, Processes, join, sources
 from ..host.progress import Report
 from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
 from .config import TrainConfig, absolute
-from .evaluate import Evaluation, evaluate
+from .evaluate import BLOCKS, Evaluation, evaluate
 from .run import (
     Position,
     RunDirectory,
@@ -53,6 +55,9 @@ class TrainResult:
     """mean training loss of the last steps, in nats a token"""
     evaluation: Evaluation | None
     """the last one"""
+    test: Evaluation | None = None
+    """of the finished run, on `TrainConfig.test`; None where there is none, or where an earlier call made it, whose
+    line of kind test in metrics.jsonl has it"""
 
 
 def train(
@@ -168,7 +173,7 @@ def _train(
             if lost := report.lost():
                 run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
-                found = _evaluate(model, corpora, config, dtype, processes)
+                found = _evaluate(model, corpora.validation, config, dtype, processes, config.eval_tokens)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
                     processes.once(partial(_diverged, run, every_rank, step, what))
@@ -194,9 +199,12 @@ def _train(
                     signalled,
                 )
             meter.restart()
+        tested = None
+        if position.step == config.steps and config.test != NO_TEST:
+            tested = _test(run, report, model, corpora.test, config, dtype, processes)
     processes.wait()  # nobody leaves before all is written
     report.note(f"step {position.step:,} is saved in {run.path}")
-    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
+    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation, tested)
 
 
 def prepare_text(config: TrainConfig, report: Report) -> None:
@@ -215,21 +223,51 @@ def _resumes(run: RunDirectory, asked: bool | Literal["auto"], processes: Proces
     return processes.once(lambda: (run.exists if asked == "auto" else asked) or (again and run.exists))
 
 
+def _test(
+    run: RunDirectory,
+    report: Report,
+    model: MoEMamba,
+    texts: Sequence[HeldOut],
+    config: TrainConfig,
+    dtype: torch.dtype,
+    processes: Processes,
+) -> Evaluation | None:
+    """Test a finished run, once, on all of a text that nothing was chosen by; None if that has been done, or if what
+    is held out has no two windows."""
+    if processes.once(lambda: run.log.find("test", config.steps)):
+        return None
+    if not texts:
+        run.log("test", step=config.steps, text="what is held out has too few windows for two halves")
+        return None
+    found = _evaluate(model, texts, config, dtype, processes, None, BLOCKS)
+    run.log("test", step=config.steps, **found.to_dict())
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.4f} over its parts"
+    report.note(f"test loss {found.loss:.4f}{error}, {found.tokens:,} tokens{_apart(found)}")
+    return found
+
+
 def _evaluate(
-    model: MoEMamba, corpora: Corpora, config: TrainConfig, dtype: torch.dtype, processes: Processes
+    model: MoEMamba,
+    texts: Sequence[HeldOut],
+    config: TrainConfig,
+    dtype: torch.dtype,
+    processes: Processes,
+    most: int | None,
+    blocks: int | None = None,
 ) -> Evaluation:
     rows = config.batch_size // (config.accumulate * processes.size)
     return evaluate(
         model,
-        corpora.validation,
+        texts,
         context=config.context,
         batch_size=rows,
-        most=config.eval_tokens,
+        most=most,
         reset_state=config.reset_state,
         dtype=dtype,
         drop_gap=any(experts.capacity_factor is not None for experts in config.model.routers),
         group=min(rows, config.batch_size // routing_groups(config, processes.size)),
         processes=processes,
+        blocks=blocks,
     )
 
 

@@ -14,13 +14,14 @@ import torch
 
 from ... import __version__
 from ...config import ModelConfig
+from ...data.config import NO_TEST
 from ...device import find_device
 from ...distributed import Processes
 from ...host.files import replace
 from ...host.progress import Report
 from ...marks import changeable, marks
 from ...reading import read_config
-from ...training.config import TrainConfig
+from ...training.config import TrainConfig, read_run
 from ...training.spread import require_fit
 from ..page import html_page, markdown
 from ..results import (
@@ -138,7 +139,8 @@ def _read(contender: Contender, seed: int, config: TrainConfig) -> RunResult:
         status = "diverged"
     elif history.evaluation and history.evaluation[-1]["step"] == config.steps:
         saved = (path / "checkpoints" / f"{config.steps:08d}").is_dir()
-        status = "finished" if saved else "unfinished"
+        tested = config.test == NO_TEST or any(line["step"] == config.steps for line in history.test)
+        status = "finished" if saved and tested else "unfinished"
     return RunResult.condensed(contender.name, seed, status, history, config.steps)
 
 
@@ -157,7 +159,7 @@ def _begun(config: TrainConfig) -> bool:
     file = Path(config.run) / "train.json"
     if not file.exists():
         return False
-    before = read_config(TrainConfig, file)
+    before = read_run(file)
     vocab_size = before.model.vocab_size  # the tokenizer's, whatever was asked for
     wanted = dataclasses.replace(config, model=config.model.replace(vocab_size=vocab_size))
     for name in (field.name for field in dataclasses.fields(TrainConfig)):

@@ -40,8 +40,9 @@ def parse_contender(text: str) -> Contender:
     """`mamba-tiny`, `NAME=PRESET`, `NAME=config.json`, each with changes behind: `wide=moe-mamba-tiny,n_experts=32`.
 
     Changes are fields of the model's configuration (`routed.experts.n_experts=4` where the last name alone is not
-    enough; lists as in JSON, `routed.projections=["conv","out"]`) or of its recipe. `active=0.93M` chooses `d_expert`
-    for so many active parameters, counted without embedding and head, once all else is known.
+    enough; lists as in JSON, `routed.projections=["conv","out"]`) or of its recipe. `active=0.93M` chooses `d_expert`,
+    or without experts `d_ff`, for so many active parameters, counted without embedding and head, once all else is
+    known.
 
     Raises:
         ValueError: no such preset or field, or a value that cannot work.
@@ -81,20 +82,23 @@ def parse_contenders(texts: Sequence[str]) -> list[Contender]:
 
 
 def sized(model: ModelConfig, active: float) -> ModelConfig:
-    """The model with the width of experts, `d_expert`, that comes nearest to a number of active parameters.
+    """The model with the width of experts, `d_expert`, or without any of feed-forward layers, `d_ff`, that comes
+    nearest to a number of active parameters.
 
     Raises:
-        ValueError: it has no experts, or comes no nearer than 1%.
+        ValueError: it has neither, or comes no nearer than 1%.
     """
-    if not model.routers:
-        raise ValueError(f"active = {active:,.0f} needs experts, whose width it chooses; {model.pattern!r} has none")
-    one, two = (count_parameters(model.replace(d_expert=width)).active for width in (1, 2))
-    nearest = model.replace(d_expert=max(1, 1 + round((active - one) / (two - one))))
+    name = "d_expert" if model.routers else "d_ff"
+    if not model.routers and not any("feedforward" in letter.parts for letter in model.letters):
+        raise ValueError(
+            f"active = {active:,.0f} needs experts or feed-forward layers, whose width it chooses; {model.pattern!r} "
+            "has none"
+        )
+    one, two = (count_parameters(model.replace(**{name: width})).active for width in (1, 2))
+    nearest = model.replace(**{name: max(1, 1 + round((active - one) / (two - one)))})
     found = count_parameters(nearest).active
     if abs(found - active) > CLOSE * active:
-        raise ValueError(
-            f"active = {active:,.0f} cannot be met within {CLOSE:.0%} by d_expert; the nearest is {found:,}"
-        )
+        raise ValueError(f"active = {active:,.0f} cannot be met within {CLOSE:.0%} by {name}; the nearest is {found:,}")
     return nearest
 
 
