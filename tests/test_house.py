@@ -34,7 +34,7 @@ ROOMS = {
     "checkpoint": "device model tensors",
     "data": "",
     "distributed": "device initialisation layers model",
-    "training": "checkpoint data device distributed initialisation layers model ops tensors",
+    "training": "checkpoint data device distributed initialisation layers model ops state tensors",
     "inference": "device layers model ops state",
     "experiments": "data device distributed training",
     "cli": "checkpoint data device distributed experiments inference model ops training",

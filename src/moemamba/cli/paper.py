@@ -12,7 +12,7 @@ from ..training.config import TrainConfig
 from .options import Place, Positional
 from .terminal import parse, stopped
 
-Name = Literal["main", "experts", "parallel", "inner", "inner-all", "ratio", "mlp", "accuracy", "plus"]
+Name = Literal["main", "main-100m", "experts", "parallel", "inner", "inner-all", "ratio", "mlp", "accuracy", "plus"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Paper:
     same batches, and hold the outcome against the paper's numbers and claims."""
 
     table: Positional[Name]
-    """main (table 1), experts (table 4), parallel (table 7), inner and inner-all (table 3), ratio (table 2, figure 5),
-    mlp (the first version), accuracy (section 4.6), plus (our improved recipe against a baseline improved alike)"""
+    """main and main-100m (table 1), experts (table 4), parallel (table 7), inner and inner-all (table 3), ratio (table
+    2, figure 5), mlp (the first version), accuracy (section 4.6), plus (our improved recipe against a baseline improved
+    alike)"""
     scale: Literal["laptop", "gpu", "paper"] = "laptop"
     """laptop: minutes to an hour on a CPU; gpu: minutes a model; paper: its own 25M models and budget"""
     data: Place | tuple[Place, ...] | None = None

@@ -42,6 +42,8 @@ class Batch(NamedTuple):
     """(b, l) int64, the tokens that follow"""
     seq_idx: Tensor | None
     """(b, l) int32 document of each token, counted from the row's first; None if state is not reset"""
+    goes_on: Tensor | None = None
+    """(b,) bool: the row goes on where the same row of the batch before ended; None where no state is carried"""
 
     def to(self, device: torch.device) -> "Batch":
         """On another device; the host does not wait for a GPU."""
@@ -61,7 +63,7 @@ class Batch(NamedTuple):
                 place.copy_(part.pin_memory() if place.is_cuda and not part.is_cuda else part, non_blocking=True)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(change(self.tokens), change(self.targets), None if self.seq_idx is None else change(self.seq_idx))
+        return Batch(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
 
 class Rows(Protocol):
@@ -127,6 +129,50 @@ class Windows:
 
     def read(self, numbers: NDArray[np.uint64]) -> Batch:
         return _batch(self.tokens, self.chosen(numbers) * self.context, self.context, self.reset_state)
+
+
+class Lanes:
+    """Rows that each read on where the same row of the batch before ended, so that its state can be carried over.
+
+    An epoch cuts the windows of `Windows` into as many stretches as a batch has rows, which begin at a place of their
+    own in each epoch, so that what does not fill the stretches differs; which row reads which stretch is a permutation
+    of (seed, epoch). Row n is row n modulo `rows` of batch n / rows.
+
+    Args:
+        rows: of a batch, all its parts and processes together.
+        reset_state: see `Windows`; a row that begins with a document does not go on then.
+    Raises:
+        ValueError: the tokens do not fill one window a row.
+    """
+
+    def __init__(self, tokens: Tokens, context: int, seed: int, rows: int, *, reset_state: bool = False):
+        self.tokens, self.context, self.seed, self.rows, self.reset_state = tokens, context, seed, rows, reset_state
+        require_window("the training data", tokens, context)
+        self.windows = (len(tokens.ids) - 1) // context
+        self.stretch = self.windows // rows
+        if not self.stretch:
+            raise ValueError(
+                f"carry_state needs a window of text for each row, but {self.windows:,} windows of {context:,} tokens "
+                f"are fewer than batch_size = {rows}; give more text, or a smaller batch_size or context"
+            )
+
+    def chosen(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(b,) windows, counted from the beginning of the text."""
+        batches, row = np.divmod(numbers, np.uint64(self.rows))
+        epochs, place = np.divmod(batches, np.uint64(self.stretch))
+        keys = _mix(np.full_like(epochs, self.seed), epochs)
+        lane = permute(row, self.rows, keys)
+        first = _mix(keys, np.full_like(keys, self.rows)) % np.uint64(self.windows)
+        return ((first + lane * np.uint64(self.stretch) + place) % np.uint64(self.windows)).astype(np.int64)
+
+    def read(self, numbers: NDArray[np.uint64]) -> Batch:
+        windows = self.chosen(numbers)
+        batch = _batch(self.tokens, windows * self.context, self.context, self.reset_state)
+        goes_on = (numbers // np.uint64(self.rows) % np.uint64(self.stretch) > 0) & (windows > 0)
+        if self.reset_state:
+            before = self.tokens.ids[np.maximum(windows * self.context - 1, 0)]
+            goes_on &= before != self.tokens.ids[-1]  # every text ends with the token that ends documents
+        return batch._replace(goes_on=torch.from_numpy(goes_on))
 
 
 class SampledDocuments:
@@ -215,6 +261,8 @@ class Mixture:
 
 def make_rows(tokens: Tokens, config: DataConfig) -> Rows:
     """The rows that a run reads of one corpus."""
+    if config.lanes:
+        return Lanes(tokens, config.context, config.seed, config.lanes, reset_state=config.reset_state)
     if config.sampling == "documents":
         return SampledDocuments(tokens, config.context, config.seed)
     return Windows(tokens, config.context, config.seed, reset_state=config.reset_state)

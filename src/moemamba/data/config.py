@@ -35,12 +35,19 @@ class DataConfig:
     cache: str = "tokens"
     """folder of prepared texts where the package's own cache cannot be written"""
     test: str | None = NO_TEST
+    lanes: int | None = None
+    """rows of a batch that read on from batch to batch; None where rows have nothing to do with each other"""
 
     def __post_init__(self) -> None:
         if self.sampling == "documents" and self.reset_state:
             raise ValueError(
                 'reset_state goes with sampling = "windows" alone: the paper\'s sampling carries state from one '
                 "document to the next; leave one of them out"
+            )
+        if self.lanes and (self.sampling == "documents" or len(weighted(self.data)) > 1):
+            what = 'sampling = "documents" draws' if self.sampling == "documents" else "several texts are mixed from"
+            raise ValueError(
+                f"carry_state needs rows that read on in one text, but {what} rows that do not; leave it out"
             )
         weighted(self.data)
         texts = (("validation", self.validation, "text"), ("test", self.test, "text"))

@@ -55,6 +55,9 @@ class TrainConfig:
     end and read from a random place on"""
     reset_state: bool = option(False, DATA)
     """begin every document of a packed sequence from an empty state"""
+    carry_state: bool = option(False, DATA)
+    """each row of a batch reads on where the same row of the batch before ended, and begins with the state that it left
+    there, through which no gradient flows: for contexts longer than --context"""
     data_seed: int = option(0, DATA, of_one_run=True)
     """seed of the order of the data"""
     run: str = option("runs/moe-mamba", FIRST, changes="always", of_one_run=True)
@@ -193,8 +196,9 @@ class TrainConfig:
             ValueError: a value that cannot work.
         """
         cache = str(expanded(self.run) / "tokens")
+        lanes = self.batch_size if self.carry_state else None
         how = (self.sampling, self.reset_state, self.data_seed, self.context)
-        return DataConfig(self.data, self.validation, self.tokenizer, *how, cache, self.test)
+        return DataConfig(self.data, self.validation, self.tokenizer, *how, cache, self.test, lanes)
 
 
 def absolute(config: TrainConfig) -> TrainConfig:

@@ -33,6 +33,7 @@ from .run import (
     begin,
     go_on_longer,
     plant,
+    read_carried,
     read_model,
     restore,
     take,
@@ -144,6 +145,8 @@ def _train(
     signals = Stop()
     agreement = Agreement(signals, processes)
     update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement)
+    if update.carried and position.step:
+        update.carried.go_on(read_carried(run, position, config.batch_size), parts, processes.device)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
     if config.tensorboard and processes.first:
         run.log.board = TensorBoard(run.path / "tensorboard", position.step)
@@ -189,7 +192,8 @@ def _train(
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
                 processes.once(saver.wait)
                 if snapshot := take(model, optimizer, asdict(position), processes):
-                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep))
+                    carried = update.carried.state() if update.carried else None
+                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep, carried))
             if signalled and step < config.steps:
                 saver.wait()
                 processes.wait()

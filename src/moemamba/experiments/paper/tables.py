@@ -73,7 +73,8 @@ class Entry:
         recipe = {**self.recipe, "learning_rate": self.rates(scale)[0]}
         model = scaled(preset(self.preset).replace(**self.changes), scale)
         if scale.equal_active:
-            model = _equal(model, count_parameters(scaled(preset("mamba-25m"), scale)).active)
+            mamba = "mamba-100m" if "100m" in self.preset else "mamba-25m"
+            model = _equal(model, count_parameters(scaled(preset(mamba), scale)).active)
         return Contender(self.name, model, recipe)
 
 
@@ -85,23 +86,28 @@ class Table:
     entries: tuple[Entry, ...]
     claims: tuple[Claim, ...]
     steps: int = 15_000
-    """of 64 x 1024 tokens"""
+    """of `batch_size` x 1024 tokens"""
+    batch_size: int = 64
+    """the paper's"""
 
 
 def scaled(model: ModelConfig, scale: Scale) -> ModelConfig:
-    """A 25M model at another width and depth: experts, feed-forward layers and heads in proportion."""
+    """A model at a scale: width and depth as much smaller as the 25M models are, experts, feed-forward layers and heads
+    in proportion."""
 
     def width(paper: int | None) -> int | None:
         return None if paper is None else max(1, round(paper * scale.d_model / PAPER_WIDTH))
 
+    d_model = model.d_model * scale.d_model // PAPER_WIDTH
+
     return replace(
         model,
-        d_model=scale.d_model,
+        d_model=d_model,
         n_blocks=max(1, model.n_blocks * scale.n_blocks // PAPER_BLOCKS),
         experts=replace(model.experts, d_expert=width(model.experts.d_expert)),
         routed=replace(model.routed, experts=replace(model.routed.experts, d_expert=width(model.d_routed_expert))),
         feedforward=replace(model.feedforward, d_ff=width(model.feedforward.d_ff)),
-        attention=replace(model.attention, n_heads=max(1, scale.d_model // 64)),
+        attention=replace(model.attention, n_heads=max(1, d_model // 64)),
     )
 
 
@@ -177,6 +183,17 @@ TABLES = {
         ),
         150_000,
     ),
+    "main-100m": Table(
+        "Mamba, MoE-Mamba and Transformer-MoE, 100M (table 1)",
+        (
+            Entry("mamba", "mamba-100m", {}, 2.99, 1e-3),
+            Entry("moe-mamba", "moe-mamba-100m", {}, 2.81, faster=2.35),
+            Entry("transformer-moe", "transformer-moe-100m", {}, 2.88, 2.5e-4, faster=1.79),
+        ),
+        (Claim("moe-mamba", "mamba"), Claim("moe-mamba", "transformer-moe"), Claim("transformer-moe", "mamba")),
+        30_000,
+        1024,
+    ),
     "experts": Table(
         "Number of experts (table 4)",
         (
@@ -201,10 +218,13 @@ TABLES = {
         "Sequential and parallel blocks (table 7)",
         (
             _MAMBA,
-            *_sweep("sequential", {8: 3.69, 32: 3.66}),
-            *_sweep("parallel", {8: 3.72, 32: 3.69}, "parallel-moe-mamba-25m"),
+            *_sweep("sequential", {1: 3.76, 2: 3.74, 4: 3.71, 8: 3.69, 16: 3.67, 32: 3.66}),
+            *_sweep("parallel", {1: 3.79, 2: 3.77, 4: 3.74, 8: 3.72, 16: 3.70, 32: 3.69}, "parallel-moe-mamba-25m"),
         ),
-        (Claim("sequential-8", "parallel-8"), Claim("sequential-32", "parallel-32"), Claim("parallel-32", "mamba")),
+        (
+            *(Claim(f"sequential-{n}", f"parallel-{n}") for n in (1, 2, 4, 8, 16, 32)),
+            Claim("parallel-32", "mamba"),
+        ),
     ),
     "inner": _inner_table(
         "Experts inside every other Mamba block (table 3)", (3.71, 3.70, 3.70, 3.72, 3.76, 3.88, 3.88), False
@@ -220,6 +240,7 @@ TABLES = {
                 Entry(f"ratio-{name}", "moe-mamba-25m", {"expand": e, "d_expert": f, "n_experts": n})
                 for name, (e, f, n) in FRACTIONS.items()
             ),
+            Entry("ratio-6-0", "mamba-25m", {"expand": 4.0, "n_blocks": 8}, 3.73),
         ),
         (
             Claim("ratio-3-3", "ratio-1-5"),

@@ -3,7 +3,7 @@
 from .directory import RunDirectory
 from .origin import admit, begin, go_on_longer, plant
 from .position import Position, read_position
-from .restoring import read_model, restore
+from .restoring import read_carried, read_model, restore
 from .saving import Saver, take, write
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "begin",
     "go_on_longer",
     "plant",
+    "read_carried",
     "read_model",
     "read_position",
     "restore",

@@ -22,12 +22,15 @@ from ...config import ModelConfig
 from ...distributed import Processes, gathered
 from ...host.files import new_directory, write_json
 from ...model import MoEMamba
+from ...state import State
 from ...tensors import write_tensors
 from ...text import Tokenizer
 from ..update import optimizer_tensors
 from .position import evaluated_loss
 
 TRAINING = "training.safetensors"
+CARRIED = "carried.safetensors"
+"""of a run that carries state: that of every row, which its next batch begins with"""
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"  # in it
 
 
@@ -95,12 +98,14 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def write(run: Path, snapshot: Snapshot, tokenizer: Tokenizer, keep: int) -> None:
+def write(run: Path, snapshot: Snapshot, tokenizer: Tokenizer, keep: int, carried: State | None = None) -> None:
     """Write a checkpoint of a run, then remove those neither among the newest `keep` nor the best evaluated."""
     folder = run / "checkpoints" / f"{snapshot.position['step']:08d}"
     with new_directory(folder) as beside:
         write_model(beside, snapshot.config, snapshot.model, tokenizer)
         write_tensors(beside / TRAINING, snapshot.training)
+        if carried is not None:
+            carried.save(beside / CARRIED)
         write_json(beside / "training.json", snapshot.position)
     _prune(run, keep)
 
