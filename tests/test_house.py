@@ -36,8 +36,9 @@ ROOMS = {
     "distributed": "device initialisation layers model",
     "training": "checkpoint data device distributed initialisation layers model ops state tensors",
     "inference": "device layers model ops state",
+    "longcontext": "data layers model state training",
     "experiments": "data device distributed training",
-    "cli": "checkpoint data device distributed experiments inference model ops training",
+    "cli": "checkpoint data device distributed experiments inference longcontext model ops training",
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.
