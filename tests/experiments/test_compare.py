@@ -13,7 +13,7 @@ import comparisons
 import pytest
 import torch
 
-from moemamba import TrainConfig, ops, preset, train
+from moemamba import TrainConfig, load, ops, preset, train
 from moemamba.config import ExpertsConfig, ModelConfig
 from moemamba.counting import count_parameters
 from moemamba.experiments.compare import Contender, compare, parse_contender, parse_contenders
@@ -38,6 +38,7 @@ from moemamba.experiments.results import (
     summarise,
     thinned,
 )
+from moemamba.host.progress import Report
 from moemamba.reading import to_dict
 
 MAMBA = ModelConfig("M", 1, 16)
@@ -536,3 +537,58 @@ def test_a_test_that_cannot_be_is_refused():
         values["runs"][0]["test"] = test
         with pytest.raises(ValueError, match=said):
             Comparison.from_dict(json.loads(json.dumps(values)))
+
+
+# Branches
+
+
+def test_a_branch_is_named_by_its_trunk():
+    trunk, other, short = parse_contenders(
+        ["mamba-tiny,learning_rate=0.01", "b=mamba-tiny", "short=@mamba-tiny,steps=5"]
+    )
+    assert (short.trunk, short.model) == ("mamba-tiny", trunk.model) and other.trunk is None
+    assert short.recipe == {"learning_rate": 0.01, "steps": 5}
+    for texts, said in (
+        (["a=mamba-tiny", "b=@c,steps=5"], "write NAME=@MODEL,steps=N with one of a"),
+        (["a=mamba-tiny", "b=@a"], "needs steps"),
+        (["a=mamba-tiny", "b=@a,steps=5,learning_rate=1"], "it has steps, learning_rate"),
+        (["b=@a,steps=5", "a=mamba-tiny"], "the baseline, cannot"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse_contenders(texts)
+
+
+def test_a_branch_is_the_run_that_had_its_steps_from_the_beginning(base, tmp_path):
+    """Bit for bit, for the price of its cool-down; and the comparison goes on where it stopped."""
+    base = dataclasses.replace(base, schedule="wsd", cooldown=0.5, steps=8, warmup=0.125, save_every=8, eval_every=2)
+    trunk, branch = Contender("mamba", MAMBA, {}), Contender("short", MAMBA, {"steps": 4}, "mamba")
+    found = compare([trunk, branch], base, 1, tmp_path / "out", silent=True)
+    assert all(run.finished for run in found.runs) and found.rows[1].own_schedule
+    whole = dataclasses.replace(
+        base, model=MAMBA, run=str(tmp_path / "whole"), steps=4, warmup=0.25
+    )  # as many steps of warm-up
+    train(whole, report=Report(silent=True))
+    ours, theirs = (load(place)[0].state_dict() for place in (tmp_path / "out/short/seed-0", tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    saved = sorted(path.name for path in (tmp_path / "out/mamba/seed-0/checkpoints").iterdir())
+    assert saved == ["00000002", "00000008"]
+    text = markdown([found])
+    assert "short ran for 4 steps" in text and "a branch of mamba, whose steps it shares" in text
+    shutil.rmtree(tmp_path / "out/short")
+    again = compare([trunk, branch], base, 1, tmp_path / "out", silent=True)
+    assert again.rows[1].loss == found.rows[1].loss
+    shutil.rmtree(tmp_path / "out/short")
+    shutil.rmtree(tmp_path / "out/mamba/seed-0/checkpoints/00000002")
+    with pytest.raises(ValueError, match="which was not saved; remove"):
+        compare([trunk, branch], base, 1, tmp_path / "out", silent=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "said"),
+    [({"schedule": "cosine"}, 4, "needs --schedule wsd"), ({}, 7, "must lie between"), ({"warmup": 0.5}, 4, "between")],
+)
+def test_branches_that_cannot_be(base, changes, steps, said, tmp_path):
+    base = dataclasses.replace(base, **({"schedule": "wsd", "cooldown": 0.5, "steps": 8} | changes))
+    pair = [Contender("mamba", MAMBA, {}), Contender("short", MAMBA, {"steps": steps, "cooldown": 0.25}, "mamba")]
+    with pytest.raises(ValueError, match=said):
+        compare(pair, base, 1, tmp_path, silent=True)

@@ -118,6 +118,8 @@ class TrainConfig:
     """validation tokens that an evaluation reads at most, in windows spread evenly over the text"""
     save_every: int = option(100, FIRST, place=2, changes="always")
     """steps between checkpoints"""
+    save_at: tuple[int, ...] = option((), WATCH, changes="always")
+    """steps after which a checkpoint is saved besides, and kept: from there runs branch off"""
     keep: int = option(2, WATCH, changes="always")
     """newest checkpoints to keep, besides the best"""
     tensorboard: bool = option(False, WATCH, changes="always")
@@ -165,6 +167,8 @@ class TrainConfig:
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 1 << 63:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be less than 2^63")
+        if any(step < 1 for step in self.save_at):
+            raise ValueError(f"save_at is {self.save_at}; steps are counted from 1")
         self.reads()  # has rules of its own
         if self.batch_size % self.accumulate:
             raise ValueError(

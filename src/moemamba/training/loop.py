@@ -160,7 +160,7 @@ def _train(
             meter.add(*update(step, batch, rate))
             position.step = step
             signalled = agreement.number()
-            saves = step == last or step % config.save_every == 0 or signalled > 0
+            saves = step == last or step % config.save_every == 0 or signalled > 0 or step in config.save_at
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
@@ -193,7 +193,7 @@ def _train(
                 processes.once(saver.wait)
                 if snapshot := take(model, optimizer, asdict(position), processes):
                     carried = update.carried.state() if update.carried else None
-                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep, carried))
+                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep, config.save_at, carried))
             if signalled and step < config.steps:
                 saver.wait()
                 processes.wait()

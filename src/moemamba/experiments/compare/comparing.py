@@ -35,6 +35,7 @@ from ..results import (
     summarise,
 )
 from .contender import Contender
+from .planning import leaves, planned
 from .runs import Task, carry_out
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
@@ -77,17 +78,19 @@ def compare(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     plan = [(contender, seed) for seed in range(seeds) for contender in contenders]
-    configs = [_config(contender, base, seed, out) for contender, seed in plan]
+    configs = planned(plan, base, out)
     for config in configs:
         require_fit(config, Processes(find_device(config.device)))  # before any of them is trained
     begun = [_begun(config) for config in configs]
     _tell_of_lost_runs(out, configs, silent)
-    tasks = []
+    rounds: tuple[list[Task], list[Task]] = ([], [])  # branches come after what they branch off
     for k, ((contender, seed), config, resume) in enumerate(zip(plan, configs, begun, strict=True), start=1):
         if _read(contender, seed, config).status == "unfinished":
-            tasks.append(Task(config, resume, f"[{k}/{len(plan)}] {contender.name}, seed {seed}"))
+            task = Task(config, resume, f"[{k}/{len(plan)}] {contender.name}, seed {seed}")
+            rounds[contender.trunk is not None].append(task)
     try:
-        carry_out(tasks, jobs, silent)
+        carry_out(rounds[0], jobs, silent)
+        carry_out([task for task in rounds[1] if task.resume or leaves(task.config)], jobs, silent)
     except (RuntimeError, KeyboardInterrupt):
         with contextlib.suppress(Exception):  # what there is; the error says more
             _write(plan, configs, base, out, jobs, command, paper)
@@ -112,7 +115,8 @@ def _write(
         if (Path(config.run) / "config.json").exists():
             models[contender.name] = read_config(ModelConfig, Path(config.run) / "config.json")  # the vocabulary's size
     rows = summarise(runs, models, base.context)
-    recipes = {contender.name: contender.recipe for contender in contenders}
+    trunks = {contender.name: {"trunk": contender.trunk} for contender in contenders if contender.trunk}
+    recipes = {contender.name: contender.recipe | trunks.get(contender.name, {}) for contender in contenders}
     comparison = Comparison(rows, runs, _settings(base), recipes, _environment(jobs), command, paper)
     comparison.write(out / "results.json")
     _write_pages(comparison, out)
@@ -142,16 +146,6 @@ def _read(contender: Contender, seed: int, config: TrainConfig) -> RunResult:
         tested = config.test == NO_TEST or any(line["step"] == config.steps for line in history.test)
         status = "finished" if saved and tested else "unfinished"
     return RunResult.condensed(contender.name, seed, status, history, config.steps)
-
-
-def _config(contender: Contender, base: TrainConfig, seed: int, out: Path) -> TrainConfig:
-    own: dict[str, Any] = {
-        "model": contender.model,
-        "run": str(out / contender.name / f"seed-{seed}"),
-        "seed": seed,
-        "data_seed": seed,
-    }
-    return dataclasses.replace(base, **own, **contender.recipe)
 
 
 def _begun(config: TrainConfig) -> bool:

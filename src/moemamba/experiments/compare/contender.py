@@ -20,6 +20,7 @@ from ..results import check_name
 # batches that the others begin with; never the data or its order.
 RECIPE = {name for name, each in marks(TrainConfig).items() if each.recipe}
 
+BRANCH = {"steps", "cooldown", "final_lr"}  # what a branch may have of its own
 CLOSE = 0.01  # how near `active` must be met
 
 
@@ -31,6 +32,8 @@ class Contender:
     model: ModelConfig
     recipe: dict[str, Any]
     """fields of `TrainConfig` that differ from the others', out of `RECIPE`"""
+    trunk: str | None = None
+    """the contender whose runs it branches off, to be cooled down earlier; None for runs of its own"""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -69,9 +72,34 @@ def parse_contender(text: str) -> Contender:
     return Contender(name if named else Path(source).stem, model, recipe)
 
 
+def parse_branch(text: str, others: Sequence[Contender]) -> Contender:
+    """`NAME=@TRUNK,steps=N`, with `cooldown` and `final_lr` behind if wanted: the runs of another contender, trained
+    with the schedule wsd, left so early that their cool-down ends after N steps.
+
+    Raises:
+        ValueError: there is no such contender, or a change that a branch cannot have.
+    """
+    source, *changes = text.split(",")
+    name, named, source = source.partition("=")
+    trunk = next((other for other in others if f"@{other.name}" == source), None)
+    if not named or trunk is None:
+        known = ", ".join(other.name for other in others)
+        raise ValueError(f"{text!r} is no branch of another model; write NAME=@MODEL,steps=N with one of {known}")
+    own = {key: _value(value) for key, _, value in (change.partition("=") for change in changes)}
+    if "steps" not in own or not own.keys() <= BRANCH:
+        raise ValueError(f"{text!r} needs steps, and may have cooldown and final_lr besides; it has {', '.join(own)}")
+    return Contender(name, trunk.model, {**trunk.recipe, **own}, trunk.name)
+
+
 def parse_contenders(texts: Sequence[str]) -> list[Contender]:
     """All models of a comparison, the baseline first; raises ValueError also if two have one name."""
-    contenders = [parse_contender(text) for text in texts]
+    branches = [bool(re.match(r"[^,]*=@", text)) for text in texts]
+    if branches[:1] == [True]:
+        raise ValueError(f"{texts[0]!r} branches off another model; the first one, the baseline, cannot")
+    found = {text: parse_contender(text) for text, branch in zip(texts, branches, strict=True) if not branch}
+    trunks = list(found.values())
+    found |= {text: parse_branch(text, trunks) for text, branch in zip(texts, branches, strict=True) if branch}
+    contenders = [found[text] for text in texts]
     names = [contender.name for contender in contenders]
     twice = [name for name in names if names.count(name) > 1]
     if len(names) < 2:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..results import Comparison, Reproduction, Row
 from .wording import HEADER, Measure, cells, says, signed, text_error, verdict
@@ -55,7 +56,7 @@ def budget(found: Comparison) -> str:
     steps = settings["steps"]
     others = {name: recipe["steps"] for name, recipe in found.recipes.items() if recipe.get("steps", steps) != steps}
     own = (
-        f"But {name} ran for {n:,} steps, {n * found.step_tokens:,} tokens, with a schedule of that length. "
+        f"But {name} ran for {n:,} steps, {n * found.step_tokens:,} tokens, {_schedule(found.recipes[name])}. "
         for name, n in others.items()
     )
     return (
@@ -63,6 +64,13 @@ def budget(found: Comparison) -> str:
         f"{settings['batch_size']} × {settings['context']} tokens, {seeds} seed{'s' if seeds != 1 else ''}. "
         f"{''.join(own)}Data: {settings['data']}; tokenizer: {settings['tokenizer']}."
     )
+
+
+def _schedule(recipe: Mapping[str, Any]) -> str:
+    """Of a model with steps of its own."""
+    if trunk := recipe.get("trunk"):
+        return f"a branch of {trunk}, whose steps it shares up to its own cool-down"
+    return "with a schedule of that length"
 
 
 def headline(row: Row) -> str:

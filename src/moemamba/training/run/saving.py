@@ -9,7 +9,7 @@ than its own part.
 import math
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,16 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def write(run: Path, snapshot: Snapshot, tokenizer: Tokenizer, keep: int, carried: State | None = None) -> None:
-    """Write a checkpoint of a run, then remove those neither among the newest `keep` nor the best evaluated."""
+def write(
+    run: Path,
+    snapshot: Snapshot,
+    tokenizer: Tokenizer,
+    keep: int,
+    spared: Sequence[int] = (),
+    carried: State | None = None,
+) -> None:
+    """Write a checkpoint of a run, then remove those neither among the newest `keep`, nor the best evaluated, nor of
+    a step that is spared."""
     folder = run / "checkpoints" / f"{snapshot.position['step']:08d}"
     with new_directory(folder) as beside:
         write_model(beside, snapshot.config, snapshot.model, tokenizer)
@@ -107,10 +115,10 @@ def write(run: Path, snapshot: Snapshot, tokenizer: Tokenizer, keep: int, carrie
         if carried is not None:
             carried.save(beside / CARRIED)
         write_json(beside / "training.json", snapshot.position)
-    _prune(run, keep)
+    _prune(run, keep, spared)
 
 
-def _prune(run: Path, keep: int) -> None:
+def _prune(run: Path, keep: int, spared: Sequence[int]) -> None:
     """Remove old checkpoints; nothing where `checkpoints` is a link, since others may keep theirs there."""
     found = checkpoints(run)
     if (run / "checkpoints").is_symlink():
@@ -118,7 +126,8 @@ def _prune(run: Path, keep: int) -> None:
     losses = {folder: evaluated_loss(folder) for folder in found}
     best = min(found, key=losses.__getitem__)
     for old in found[:-keep]:
-        if (old != best or losses[old] == math.inf) and not old.is_symlink():
+        wanted = (old == best and losses[old] < math.inf) or int(old.name) in spared
+        if not wanted and not old.is_symlink():
             gone = old.with_name(f".{old.name}")
             old.rename(gone)  # at once, so that nobody sees half of it
             shutil.rmtree(gone)
