@@ -42,7 +42,7 @@ ROOMS = {
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.
-STACKS = {"moemamba.experiments": ("results", "page", "compare", "paper")}
+STACKS = {"moemamba.experiments": ("results", "page", "compare", "law", "paper")}
 FOLDER = 15  # files in a folder
 PEERS = {"cli": 25, "letters": 25, "layers": 25}  # those of files of one kind
 DRAWERS = {"utils", "util", "common", "helpers", "registry", "misc", "shared", "base", "core", "tools"}

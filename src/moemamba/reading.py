@@ -1,6 +1,7 @@
 """Dataclasses from plain values, checked field by field; to plain values and back. No torch here."""
 
 import dataclasses
+import re
 import types
 import typing
 from pathlib import Path
@@ -96,6 +97,14 @@ def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple
         if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
             bound = "greater than 0" if name in positive else "0 or more"
             raise ValueError(f"{name} is {value}; it must be {bound}")
+
+
+def amount(text: str, what: str) -> float:
+    """`0.93M` -> 930000.0; raises ValueError, naming what it is of, where that is no number above 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
+    if not found or not float(found[1]):
+        raise ValueError(f"{what} is {text!r}; expected a number above 0, such as 930000 or 0.93M")
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
 
 
 def shown(value: Any) -> str:

@@ -34,6 +34,7 @@ KINDS = {
     "eval": "Eval",
     "info": "Info",
     "doctor": "Doctor",
+    "plan": "Planning",
 }
 
 

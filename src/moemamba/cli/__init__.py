@@ -25,9 +25,16 @@ COMMANDS = {
     "generate": "RUN                  continue a prompt",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
+    "plan": "                     which model to train, by a scaling law; and the law, from comparisons",
     "doctor": "                     versions, devices, and which backend each op uses and why",
 }
-PRINTS = {"generate", "eval", "info", "doctor"}  # what they print is all that they do: they end with their reader
+PRINTS = {
+    "generate",
+    "eval",
+    "info",
+    "plan",
+    "doctor",
+}  # what they print is all that they do: they end with their reader
 
 
 def main() -> None:

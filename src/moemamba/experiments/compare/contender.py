@@ -12,7 +12,7 @@ from ...counting import count_parameters
 from ...host.files import expanded
 from ...marks import marks
 from ...presets import preset
-from ...reading import from_dict, read_config, to_dict
+from ...reading import amount, from_dict, read_config, to_dict
 from ...training.config import TrainConfig
 from ..results import check_name
 
@@ -61,7 +61,7 @@ def parse_contender(text: str) -> Contender:
         if not equals:
             raise ValueError(f"{change!r} in {text!r} is not a change; write FIELD=VALUE")
         if key == "active":
-            active = _amount(value)
+            active = amount(value, "active")
         elif key in RECIPE:
             recipe[key] = _value(value)
         elif key in {field.name for field in fields(TrainConfig)}:
@@ -128,14 +128,6 @@ def sized(model: ModelConfig, active: float) -> ModelConfig:
     if abs(found - active) > CLOSE * active:
         raise ValueError(f"active = {active:,.0f} cannot be met within {CLOSE:.0%} by {name}; the nearest is {found:,}")
     return nearest
-
-
-def _amount(text: str) -> float:
-    """`0.93M` -> 930000.0"""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", text)
-    if not found or not float(found[1]):
-        raise ValueError(f"active is {text!r}; expected a number of parameters, such as 930000 or 0.93M")
-    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]]
 
 
 def _changed(model: ModelConfig, key: str, value: Any) -> ModelConfig:
