@@ -482,11 +482,13 @@ def test_active_chooses_the_width_of_experts():
         assert abs(count_parameters(contender.model).active / 0.93e6 - 1) <= 0.01
     few = parse_contender("moe-mamba-25m,d_model=128,active=0.93M,n_blocks=4,n_experts=4").model  # a smaller router
     assert few.experts.d_expert > parse_contender(f"moe-mamba-25m,active=0.93M,{changes}").model.experts.d_expert
+    dense = parse_contender("transformer-25m,d_model=128,n_blocks=4,n_heads=2,active=0.93M").model  # by d_ff
+    assert abs(count_parameters(dense).active / 0.93e6 - 1) <= 0.01
     for text, why in {
         "mamba-25m,active=1M": "needs experts",
         "moe-mamba-tiny,active=10": "within 1% by d_expert; the nearest is",
-        "moe-mamba-tiny,active=much": "expected a number of parameters",
-        "moe-mamba-tiny,active=0": "expected a number of parameters",
+        "moe-mamba-tiny,active=much": "expected a number above 0",
+        "moe-mamba-tiny,active=0": "expected a number above 0",
     }.items():
         with pytest.raises(ValueError, match=why):
             parse_contender(text)

@@ -25,13 +25,13 @@ from moemamba.host import progress
 from moemamba.host.progress import Report
 from moemamba.reading import from_dict, to_dict
 from moemamba.text import ByteTokenizer
-from moemamba.training import loop
+from moemamba.training import held_out, loop
 from moemamba.training.blocks import standard_error
 from moemamba.training.config import read_run
 from moemamba.training.evaluate import Evaluation
+from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Diverged
 from moemamba.training.update.loss import losses
-from moemamba.training.update.optim import make_optimizer
 from moemamba.training.update.schedule import learning_rate
 
 SILENT = Report(silent=True)
@@ -104,14 +104,14 @@ def test_decay_groups():
     routed = RoutedMambaConfig(experts=ExpertsConfig(2))
     model = MoEMamba(ModelConfig("MEFAR", 1, 16, norm="layernorm", routed=routed, attention=AttentionConfig(2)))
     spared = {"A_log", "D", "bias", "norm"}
-    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.2))
+    optimizer = optimizer_of(model, TrainConfig(weight_decay=0.2))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     names = dict(model.named_parameters())
     assert len(decay) == len(names)
     for name, parameter in names.items():
         assert decay[id(parameter)] == (0.0 if spared & set(name.split(".")) else 0.2), name
     assert {0.0, 0.2} == set(decay.values())
-    (group,) = make_optimizer(model, TrainConfig(weight_decay=0.2, decay="all")).param_groups
+    (group,) = optimizer_of(model, TrainConfig(weight_decay=0.2, decay="all")).param_groups
     assert len(group["params"]) == len(names) and group["weight_decay"] == 0.2
 
 
@@ -292,7 +292,7 @@ def test_killed_at_any_moment(config):
 
 def test_keeps_the_newest_and_the_best(config, monkeypatch):
     results = iter([5.0, 3.0, 4.0, 2.5, 4.0, 6.0, 5.0, 4.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: Evaluation(next(results), 0.0, 0.0, 0))
+    monkeypatch.setattr(held_out, "evaluate", lambda *a, **k: Evaluation(next(results), 0.0, 0.0, 0))
     config = dataclasses.replace(config, steps=8, save_every=1, eval_every=1, test="none")
     train(config, stop=3, report=SILENT)
     assert {int(folder.name) for folder in (Path(config.run) / "checkpoints").iterdir()} == {2, 3}

@@ -43,6 +43,8 @@ class Evaluation:
     """of the loss, from the spread over blocks of consecutive windows; None if not asked for, or of one block"""
     blocks: tuple[tuple[float, float], ...] | None = None
     """weight in the mean and loss of each block of consecutive windows; None if not asked for"""
+    averaged: float | None = field(default=None, metadata={"finite": False})
+    """loss of the averaged weights of a run that has some (`TrainConfig.average`)"""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON, which has no nan: a figure that is not known is left out."""

@@ -18,13 +18,13 @@ from ..counting import count_parameters
 from ..data.batches import Batches
 from ..data.config import NO_TEST
 from ..data.corpora import Corpora, find_tokenizer, open_corpora
-from ..data.windows import HeldOut
 from ..distributed import Agreement, Processes, join, sources
 from ..host.progress import Report
 from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
 from .config import TrainConfig, absolute
-from .evaluate import BLOCKS, Evaluation, evaluate
+from .evaluate import Evaluation
+from .held_out import apart, measured, tested_once
 from .run import (
     Position,
     RunDirectory,
@@ -39,8 +39,8 @@ from .run import (
     take,
     write,
 )
-from .spread import build, require_fit, routing_groups
-from .update import Diverged, Failed, Fatal, Guard, Step, captures, learning_rate, make_optimizer
+from .spread import build, require_fit
+from .update import Average, Diverged, Failed, Fatal, Guard, Step, captures, learning_rate, optimizer_of
 from .watch import Alarms, Meter, TensorBoard, peak_flops, require_tensorboard, sentences
 
 
@@ -119,7 +119,8 @@ def _train(
     batches = Batches(rows, config.batch_size // (parts * processes.size), processes.rank, processes.size)
     dtype = _dtype(config, processes.device)
     model = build(config, processes, dtype)
-    optimizer = make_optimizer(model, config)
+    optimizer = optimizer_of(model, config)
+    average = Average(model, config.average) if config.average else None
     if not resume:
         processes.once(lambda: begin(run, config, tokenizer, corpora.content))
         run.log("data", step=0, train_tokens=corpora.train_tokens)
@@ -127,9 +128,11 @@ def _train(
         processes.once(lambda: plant(run, Path(str(config.branch))))
     position = Position(content=corpora.content)
     if resume or config.branch:
-        position = restore(run, model, optimizer, corpora.content, report.note, processes, config.steps)
+        position = restore(run, model, optimizer, corpora.content, report.note, processes, config.steps, average)
     if config.start and not position.step:
         read_model(Path(config.start), model)
+        if average:
+            average.begin()
     position, said = processes.once(lambda: (position, go_on_longer(run, config, position, begun)))
     _introduce(report, config, corpora, processes, dtype, position)
     if said:
@@ -144,7 +147,7 @@ def _train(
     guard = Guard(config, processes.device, position.skips)
     signals = Stop()
     agreement = Agreement(signals, processes)
-    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement)
+    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average)
     if update.carried and position.step:
         update.carried.go_on(read_carried(run, position, config.batch_size), parts, processes.device)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
@@ -176,7 +179,7 @@ def _train(
             if lost := report.lost():
                 run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
-                found = _evaluate(model, corpora.validation, config, dtype, processes, config.eval_tokens)
+                found = measured(model, average, corpora.validation, config, dtype, processes, config.eval_tokens)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
                     processes.once(partial(_diverged, run, every_rank, step, what))
@@ -186,12 +189,13 @@ def _train(
                 run.log("evaluation", **found.to_dict() | training)  # tokens are those trained on, as in every line
                 spelled = found.bits_per_byte == found.bits_per_byte  # else nan
                 bits = f", {found.bits_per_byte:.3f} bits per byte" if spelled else ""
-                quality = f"held-out loss {found.loss:.4f}{bits}"
-                report.note(f"step {step:,}: {quality}{_apart(found)}")
+                smooth = "" if found.averaged is None else f", {found.averaged:.4f} with averaged weights"
+                quality = f"held-out loss {found.loss:.4f}{bits}{smooth}"
+                report.note(f"step {step:,}: {quality}{apart(found)}")
             if saves:
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
                 processes.once(saver.wait)
-                if snapshot := take(model, optimizer, asdict(position), processes):
+                if snapshot := take(model, optimizer, asdict(position), processes, average):
                     carried = update.carried.state() if update.carried else None
                     saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep, config.save_at, carried))
             if signalled and step < config.steps:
@@ -205,7 +209,7 @@ def _train(
             meter.restart()
         tested = None
         if position.step == config.steps and config.test != NO_TEST:
-            tested = _test(run, report, model, corpora.test, config, dtype, processes)
+            tested = tested_once(run, report, model, average, corpora.test, config, dtype, processes)
     processes.wait()  # nobody leaves before all is written
     report.note(f"step {position.step:,} is saved in {run.path}")
     return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation, tested)
@@ -225,58 +229,6 @@ def _resumes(run: RunDirectory, asked: bool | Literal["auto"], processes: Proces
     """Whether to go on with the run, as the first process sees it: another machine may see its directory late."""
     again = processes.any(restarted())
     return processes.once(lambda: (run.exists if asked == "auto" else asked) or (again and run.exists))
-
-
-def _test(
-    run: RunDirectory,
-    report: Report,
-    model: MoEMamba,
-    texts: Sequence[HeldOut],
-    config: TrainConfig,
-    dtype: torch.dtype,
-    processes: Processes,
-) -> Evaluation | None:
-    """Test a finished run, once, on all of a text that nothing was chosen by; None if that has been done, or if what
-    is held out has no two windows."""
-    if processes.once(lambda: run.log.find("test", config.steps)):
-        return None
-    if not texts:
-        run.log("test", step=config.steps, text="what is held out has too few windows for two halves")
-        return None
-    found = _evaluate(model, texts, config, dtype, processes, None, BLOCKS)
-    run.log("test", step=config.steps, **found.to_dict())
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.4f} over its parts"
-    report.note(f"test loss {found.loss:.4f}{error}, {found.tokens:,} tokens{_apart(found)}")
-    return found
-
-
-def _evaluate(
-    model: MoEMamba,
-    texts: Sequence[HeldOut],
-    config: TrainConfig,
-    dtype: torch.dtype,
-    processes: Processes,
-    most: int | None,
-    blocks: int | None = None,
-) -> Evaluation:
-    rows = config.batch_size // (config.accumulate * processes.size)
-    return evaluate(
-        model,
-        texts,
-        context=config.context,
-        batch_size=rows,
-        most=most,
-        reset_state=config.reset_state,
-        dtype=dtype,
-        drop_gap=any(experts.capacity_factor is not None for experts in config.model.routers),
-        group=min(rows, config.batch_size // routing_groups(config, processes.size)),
-        processes=processes,
-        blocks=blocks,
-    )
-
-
-def _apart(found: Evaluation) -> str:
-    return "".join(f"; {name} {loss:.4f}" for name, loss in (found.apart or {}).items())
 
 
 @contextmanager

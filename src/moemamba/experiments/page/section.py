@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..results import Comparison, Reproduction, Row
-from .wording import HEADER, Measure, cells, says, signed, text_error, verdict
+from ..results import Comparison, Reproduction, Row, Spread
+from .wording import HEADER, Measure, about, cells, says, signed, text_error, verdict
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,13 @@ def section(found: Comparison) -> Section:
         title = found.paper.title
         capped = any(row.drop_gap.values for row in found.rows)
         by: dict[str, Measure] = {"held-out": "loss", **({"with capacity": "capped_loss"} if capped else {})}
+        by |= {"averaged weights": "averaged"} if any(row.averaged.values for row in found.rows) else {}
         by |= {"training loss": "training_loss"}
         if any(row.test.values for row in found.rows):
-            by = {"test": "test", **({"test with capacity": "capped_test"} if capped else {}), **by}
+            averaged = any(row.averaged_test.values for row in found.rows)
+            more_tests: dict[str, Measure] = {"test with capacity": "capped_test"} if capped else {}
+            more_tests |= {"test, averaged weights": "averaged_test"} if averaged else {}
+            by = {"test": "test", **more_tests, **by}
         claims = [(says(c), *(verdict(c, found.rows, measure) for measure in by.values())) for c in found.paper.claims]
         parts.append(("Claims", [Grid(("claim", *by), claims), CLAIMS_NOTES]))
         parts.append(("Learning rates", _rates(found.paper)))
@@ -130,17 +134,23 @@ STEPS_NOTES = (
 
 
 def _results(found: Comparison) -> Grid:
-    """Each model's loss by three measures (held-out dropless, with the capacity of training, in training), each with
-    its difference from the baseline's, beside the paper's if there is one."""
+    """Each model's loss by its measures (held-out dropless, with the capacity of training, with averaged weights, in
+    training), each with its difference from the baseline's, beside the paper's if there is one."""
     own = ("parameters", "active", "held-out loss", "vs baseline")
     more = ("training loss", "vs its training")
     rows, baseline, paper = _cells(found), found.rows[0].name, found.paper
+    averaged = {
+        row.name: (about(row.averaged), signed(row.averaged_difference) if row.name != baseline else "baseline")
+        for row in found.rows
+        if row.averaged.values
+    }
     gaps = {row.name: f"{row.drop_gap.mean:+.4f}".replace("-", "−") for row in found.rows if row.drop_gap.values}
     return Grid(
         (
             *("model", *own),
             *(("paper", "paper's difference") if paper else ()),
             *(("drop gap", "with capacity", "vs its capacity") if gaps else ()),
+            *(("averaged", "vs its averaged") if averaged else ()),
             *more,
         ),
         [
@@ -148,6 +158,7 @@ def _results(found: Comparison) -> Grid:
                 *(row[key] for key in ("model", *own)),
                 *(_printed(paper, name, baseline) if paper else ()),
                 *((gaps.get(name, "–"), row["with capacity"], row["vs its capacity"]) if gaps else ()),
+                *(averaged.get(name, ("–", "–")) if averaged else ()),
                 *(row[key] for key in more),
             )
             for name, row in rows.items()
@@ -168,6 +179,7 @@ def _test(found: Comparison) -> list[str | Grid]:
     if not tested:
         return []
     baseline, capped = found.rows[0], any(row.drop_gap.values for row in found.rows)
+    averaged = any(row.averaged_test.values for row in tested)
     rows = []
     for row in tested:
         first = row is baseline
@@ -183,11 +195,21 @@ def _test(found: Comparison) -> list[str | Grid]:
                 f"{row.test.mean:.4f}{_over_text(tests[0].standard_error)}",
                 "baseline" if first else f"{signed(row.test_difference)}{_over_text(text_error(row, baseline))}",
                 *(with_capacity if capped else ()),
+                *(
+                    (_mean(row.averaged_test), "baseline" if first else signed(row.averaged_test_difference))
+                    if averaged
+                    else ()
+                ),
             )
         )
-    more = ("with capacity", "vs its capacity") if capped else ()
+    more = [*(("with capacity", "vs its capacity") if capped else ())]
+    more += ["averaged weights", "vs its averaged"] if averaged else []
     blocks = len(next(test for test in tested[0].tests if test).blocks)
     return [Grid(("model", "tokens", "test loss", "vs baseline", *more), rows), TEST_NOTES.format(blocks=blocks)]
+
+
+def _mean(spread: Spread) -> str:
+    return f"{spread.mean:.4f}" if spread.values else "–"
 
 
 def _over_text(error: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Self
 from ...training.blocks import standard_error
 from .stored import StoredTest, is_figure
 
-FIGURES = ("tokens", "loss", "bits_per_byte", "accuracy", "drop_gap")
+FIGURES = ("tokens", "loss", "bits_per_byte", "accuracy", "drop_gap", "averaged")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Test:
     accuracy: float | None
     blocks: tuple[tuple[float, float], ...]
     """weight in the mean and loss of each block of consecutive windows, the same windows for every model"""
+    averaged: float | None = None
+    """loss of the averaged weights, dropless; None for a run without"""
 
     __test__ = False  # pytest takes what is called so for a test
 
@@ -56,7 +58,7 @@ class Test:
         """What `results.json` holds, checked."""
         parts = tuple((weight, loss) for weight, loss in stored.blocks)
         gap = stored.drop_gap or 0.0
-        return cls(stored.tokens, stored.loss, gap, stored.bits_per_byte, stored.accuracy, parts)
+        return cls(stored.tokens, stored.loss, gap, stored.bits_per_byte, stored.accuracy, parts, stored.averaged)
 
     def to_dict(self) -> dict[str, Any]:
         named = {key: value for key in FIGURES if (value := getattr(self, key)) is not None}
