@@ -123,7 +123,8 @@ def _train(
     average = Average(model, config.average) if config.average else None
     if not resume:
         processes.once(lambda: begin(run, config, tokenizer, corpora.content))
-        run.log("data", step=0, train_tokens=corpora.train_tokens)
+        held_out = sum(text.tokens.bytes for text in corpora.validation)
+        run.log("data", step=0, train_tokens=corpora.train_tokens, held_out_bytes=held_out)
     if config.branch:
         processes.once(lambda: plant(run, Path(str(config.branch))))
     position = Position(content=corpora.content)

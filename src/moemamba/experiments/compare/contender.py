@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Contender:
         check_name(self.name)
 
 
-def parse_contender(text: str) -> Contender:
+def parse_contender(text: str, own: Collection[str] = frozenset(RECIPE)) -> Contender:
     """`mamba-tiny`, `NAME=PRESET`, `NAME=config.json`, each with changes behind: `wide=moe-mamba-tiny,n_experts=32`.
 
     Changes are fields of the model's configuration (`routed.experts.n_experts=4` where the last name alone is not
@@ -47,6 +47,8 @@ def parse_contender(text: str) -> Contender:
     recipe. `active=0.93M` chooses `d_expert`, or without experts `d_ff`, for so many active parameters, counted without
     embedding and head, once all else is known.
 
+    Args:
+        own: fields of `TrainConfig` that it may have of its own.
     Raises:
         ValueError: no such preset or field, or a value that cannot work.
         OSError: the file cannot be read.
@@ -62,7 +64,7 @@ def parse_contender(text: str) -> Contender:
             raise ValueError(f"{change!r} in {text!r} is not a change; write FIELD=VALUE")
         if key == "active":
             active = amount(value, "active")
-        elif key in RECIPE:
+        elif key in own:
             recipe[key] = _value(value)
         elif key in {field.name for field in fields(TrainConfig)}:
             raise ValueError(f"{key} must be the same for all models; give --{key.replace('_', '-')} instead")
