@@ -49,6 +49,8 @@ class Paper:
     """optimiser steps of each run that tries a learning rate; the scale's if None"""
     eval_tokens: int = 131072
     """validation tokens that an evaluation reads at most"""
+    test_tokens: int | None = None
+    """tokens that the test of a finished run reads at most; all if None"""
     jobs: int = 1
     """runs trained at once, spread over the GPUs"""
     device: str = "auto"
@@ -83,6 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         test=asked.test,
         tokenizer=asked.tokenizer or "bytes",
         eval_tokens=asked.eval_tokens,
+        test_tokens=asked.test_tokens,
         device=asked.device,
         compile=asked.compile,
     )

@@ -122,6 +122,8 @@ class TrainConfig:
     """steps between evaluations on the held-out text"""
     eval_tokens: int = option(65536, WATCH, changes="on resume")
     """validation tokens that an evaluation reads at most, in windows spread evenly over the text"""
+    test_tokens: int | None = option(None, WATCH, changes="on resume")
+    """tokens that the test of a finished run reads at most, likewise; all if None"""
     save_every: int = option(100, FIRST, place=2, changes="always")
     """steps between checkpoints"""
     save_at: tuple[int, ...] = option((), WATCH, changes="always")
@@ -160,7 +162,7 @@ class TrainConfig:
         for name in ("data", "validation", "test", "tokenizer", "run", "start", "branch"):
             object.__setattr__(self, name, at_home(getattr(self, name)))
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
-        more = ("save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
+        more = ("test_tokens", "save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
         validate(
             self,
             positive=(*counts, *more, "learning_rate", "clip", "timeout"),

@@ -61,14 +61,14 @@ def tested_once(
     dtype: torch.dtype,
     processes: Processes,
 ) -> Evaluation | None:
-    """Test a finished run, once, on all of a text that nothing was chosen by; None if that has been done, or if what
-    is held out has no two windows."""
+    """Test a finished run, once, on all of a text that nothing was chosen by, or on `test_tokens` of it; None if that
+    has been done, or if what is held out has no two windows."""
     if processes.once(lambda: run.log.find("test", config.steps)):
         return None
     if not texts:
         run.log("test", step=config.steps, text="what is held out has too few windows for two halves")
         return None
-    found = measured(model, average, texts, config, dtype, processes, None, BLOCKS)
+    found = measured(model, average, texts, config, dtype, processes, config.test_tokens, BLOCKS)
     run.log("test", step=config.steps, **found.to_dict())
     error = "" if found.standard_error is None else f" ± {found.standard_error:.4f} over its parts"
     smooth = "" if found.averaged is None else f", {found.averaged:.4f} with averaged weights"
