@@ -28,7 +28,7 @@ from moemamba.text import ByteTokenizer
 from moemamba.training import held_out, loop
 from moemamba.training.blocks import standard_error
 from moemamba.training.config import read_run
-from moemamba.training.evaluate import Evaluation
+from moemamba.training.evaluate import Evaluation, _cut
 from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Diverged
 from moemamba.training.update.loss import losses
@@ -571,3 +571,12 @@ def test_the_standard_error_is_that_of_the_blocks():
     expected = np.std(values, ddof=1) / 2
     assert standard_error([(0.25, value) for value in values]) == pytest.approx(expected)
     assert standard_error([(1.0, 3.0)]) is None
+
+
+@pytest.mark.parametrize(("total", "blocks", "rows"), [(10, 3, 4), (7, 7, 2), (5, 64, 5), (100, 8, 33), (6, 1, 4)])
+def test_windows_are_cut_into_blocks_of_one_size(total, blocks, rows):
+    found = []
+    for first in range(0, total, rows):
+        for block, part in _cut(first, min(rows, total - first), total, blocks):
+            found += [block] * (part.stop - part.start)
+    assert found == [window * blocks // total for window in range(total)]

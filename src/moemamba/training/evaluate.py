@@ -159,11 +159,21 @@ def _sums_of_blocks(
                 batch = batch.to(processes.device)
                 with autocast(processes.device, dtype):
                     found = _sums(model, batch, capacity)
-                window = first + torch.arange(len(found), device=processes.device)
-                sums.index_add_(0, (window.clamp(max=total - 1) * blocks).div(total, rounding_mode="floor"), found)
+                for block, rows in _cut(first, len(found), total, blocks):
+                    sums[block] += found[rows].sum(0)
     finally:
         model.train(was_training)
     return [block for block in processes.sum([sums])[0].tolist() if block[2]]
+
+
+def _cut(first: int, rows: int, total: int, blocks: int) -> Iterator[tuple[int, slice]]:
+    """The rows of a batch of windows by the block that they are of."""
+    place = 0
+    while place < rows:
+        block = min(first + place, total - 1) * blocks // total
+        end = min(rows, max(place + 1, -(-(block + 1) * total // blocks) - first))
+        yield block, slice(place, end)
+        place = end
 
 
 def _mean(blocks: list[list[float]], figure: int) -> float:
