@@ -79,7 +79,11 @@ def test_a_race_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert record["held_out_bytes"] == sum(len(f"validation {k} " * 40) for k in range(3))
     assert shlex.split(record["command"])[:3] == ["moemamba", "paper", "race"]
     assert "| tiny | 0 | never |" in shown
-    for words, said in (([*command], "race needs --data"), (["paper", "mlp", "--entry", tiny], "goes with race alone")):
+    for words, said in (
+        ([*command], "race needs --data"),
+        (["paper", "mlp", "--entry", tiny], "goes with race alone"),
+        ([*command, "--entry", tiny, "--eval-tokens", "9"], "--eval-tokens does not go with race"),
+    ):
         with pytest.raises(ValueError, match=said):
             run(words)
 

@@ -1,5 +1,6 @@
 """`moemamba paper race`: entries trained and judged by the rules of docs/race.md."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,18 @@ from .terminal import line, show, stopped
 if TYPE_CHECKING:
     from ..experiments.paper.race import Record
     from .paper import Paper
+
+UNUSED = (
+    "scale",
+    "validation",
+    "test",
+    "test_tokens",
+    "eval_tokens",
+    "steps",
+    "learning_rates",
+    "tuning_steps",
+    "jobs",
+)
 
 
 def race(asked: "Paper", command: str) -> None:
@@ -25,6 +38,10 @@ def race(asked: "Paper", command: str) -> None:
             "race needs --data, the folder that benchmarks/corpus.py has written, and --entry, a model and its recipe: "
             "moemamba paper race --data corpus --entry mamba-25m,learning_rate=0.001,batch_size=256,steps=6000"
         )
+    usual = {field.name: field.default for field in dataclasses.fields(asked)}
+    if unused := [name for name in UNUSED if getattr(asked, name) != usual[name]]:
+        option = unused[0].replace("_", "-")
+        raise ValueError(f"--{option} does not go with race: its rules fix that, or an --entry says it (docs/race.md)")
     entries = [entry(text) for text in asked.entry]
     texts: dict[str, Any] = dict(corpus(asked.data))
     base = TrainConfig(
@@ -32,7 +49,6 @@ def race(asked: "Paper", command: str) -> None:
         tokenizer=asked.tokenizer or "bytes",
         device=asked.device,
         compile=asked.compile,
-        steps=asked.steps or 1000,
     )
     out = expanded(asked.out or "runs/race")
     plan = [(each, seed) for each in entries for seed in range(asked.seeds or 1)]
