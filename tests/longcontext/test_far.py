@@ -181,7 +181,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     }
     run(["eval", *where[:-1], "--by-position", "--context", "64", "--since", "8"])
     shown = capsys.readouterr().out
-    assert "tokens before" in shown and "minus that after 5" in shown and "routing" in shown
+    assert "tokens before" in shown and "minus that of 5 to 8" in shown and "routing" in shown
     run(["eval", *where[:-1], "--recall", "--context", "64", "--trials", "2"])
     assert "passkey, 2 trials each" in capsys.readouterr().out
     for words, said in (

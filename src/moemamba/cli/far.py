@@ -19,7 +19,8 @@ def tell_positions(found: "ByPosition", what: str, as_json: bool) -> None:
     changes, gains = (any(getattr(each, name) is not None for each in found.bins) for name in ("change", "gain"))
     header = ["tokens before", "loss"]
     if changes and found.held_against is not None:
-        header.append(f"minus that after {found.bins[found.held_against].first:,}")
+        held = found.bins[found.held_against]
+        header.append(f"minus that of {_span(held.first, held.last)}")
     header += ["minus what forgets"] if gains else []
     rows = []
     for each in found.bins:
@@ -30,10 +31,9 @@ def tell_positions(found: "ByPosition", what: str, as_json: bool) -> None:
     show(rows, header)
     if found.routers:
         base = found.held_against or 0
-        print(
-            "\nrouting: entropy of the experts' load, of its maximum, and the share of choices that differ from those"
-        )
-        print(f"after {found.bins[base].first:,} tokens\n")
+        same = found.bins[found.held_against or 0]
+        print("\nrouting: entropy of the experts' load, as a share of its maximum, and the share of the choices that")
+        print(f"would have to move to make it that of {_span(same.first, same.last)}\n")
         show(
             [
                 (_span(each.first, each.last), *(_routing(load, k, base) for load in found.routers))
