@@ -15,8 +15,8 @@ Config = TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values for JSON."""
-    return dataclasses.asdict(config)
+    """A configuration as plain values for JSON; what `marks.later` marks is left out where it is the default."""
+    return _written(config, dataclasses.asdict(config))
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config") -> Config:
@@ -25,6 +25,8 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     Raises:
         ValueError: an unknown key, a value of the wrong type or one that cannot work, named with its place.
     """
+    if own := getattr(kind, "without_foreign", None):
+        values = own(values, where)
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -50,6 +52,16 @@ def read_config(kind: type[Config], file: Path) -> Config:
         OSError: it is missing or cannot be read.
     """
     return from_dict(kind, read_json(file), str(file))
+
+
+def _written(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _written(value, values[field.name])
+        elif field.metadata.get("later") and value == field.default:
+            del values[field.name]
+    return values
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -27,11 +27,14 @@ from moemamba.training.spread import check_used
 KINDS = {
     "train": "Train",
     "prepare": "Prepare",
+    "convert": "Convert",
+    "export": "Export",
     "compare": "Compare",
     "paper": "Paper",
     "report": "Asked",
     "generate": "Generate",
     "eval": "Eval",
+    "look": "Look",
     "info": "Info",
     "doctor": "Doctor",
     "plan": "Planning",
@@ -209,9 +212,9 @@ def test_every_option_is_explained_by_itself(option):
 
 
 def explanation(option: Option) -> str:
-    from moemamba.cli.help import _documentation
+    from moemamba.marks import texts
 
-    return _documentation(option.owner)[option.path[-1]]
+    return texts(option.owner)[option.path[-1]]
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))

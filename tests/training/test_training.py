@@ -31,7 +31,6 @@ from moemamba.training.config import read_run
 from moemamba.training.evaluate import Evaluation, _cut
 from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Diverged
-from moemamba.training.update.loss import losses
 from moemamba.training.update.schedule import learning_rate
 
 SILENT = Report(silent=True)
@@ -121,13 +120,13 @@ def test_losses_apart():
     model = MoEMamba(config)
     tokens, targets = torch.randint(257, (2, 2, 9))
     output = model(tokens, targets=targets)
-    language, auxiliary = losses(output, config.routers)
+    language, auxiliary = output.loss, output.auxiliary
     expected = cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
     assert torch.allclose(language, expected)
     terms = [0.5 * stats.balance_loss + 0.25 * stats.z_loss for stats in output.router]
     assert len(terms) == 2 and torch.allclose(auxiliary, (terms[0] + terms[1]) / 2)
     dense = MoEMamba(ModelConfig("M", 1, 16))
-    assert losses(dense(tokens, targets=targets), dense.config.routers).auxiliary == 0
+    assert dense(tokens, targets=targets).auxiliary == 0
 
 
 def test_evaluation_is_the_mean_over_all_tokens():
@@ -428,7 +427,7 @@ def test_too_little_to_hold_out(config, tmp_path):
     with pytest.raises(ValueError, match=r"the held-out text of .* has 6 tokens, but one window needs 33"):
         train(dataclasses.replace(config, validation=str(tmp_path / "v.txt")), report=SILENT)
     (tmp_path / "line.txt").write_text("word " * 20)
-    with pytest.raises(ValueError, match=r"has 0 tokens.*held-out text of its own \(--validation\)"):
+    with pytest.raises(ValueError, match=r"has 0 tokens.*held-out text of its own \(validation\)"):
         train(dataclasses.replace(config, data=str(tmp_path / "line.txt")), report=SILENT)
 
 

@@ -19,11 +19,14 @@ from .mistakes import DONE, IMPOSSIBLE, answer, together
 COMMANDS = {
     "train": "[PRESET]             train a model",
     "prepare": "DATA                 tokenise a text once, for runs to come",
+    "convert": "FOLDER|FILE          a model of another program as one of ours",
     "compare": "MODEL MODEL ...      train models on the same batches over seeds; a table and a report",
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
     "report": "COMPARISON ...       comparisons that were run, on one page",
+    "export": "RUN                  a model in the format of another program",
     "generate": "RUN                  continue a prompt",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
+    "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
     "plan": "                     which model to train, by a scaling law; and the law, from comparisons",
     "doctor": "                     versions, devices, and which backend each op uses and why",
@@ -31,6 +34,7 @@ COMMANDS = {
 PRINTS = {
     "generate",
     "eval",
+    "look",
     "info",
     "plan",
     "doctor",

@@ -78,7 +78,8 @@ def main(arguments: Sequence[str]) -> None:
 
     model, tokenizer = load(asked.run, asked.device)
     path = expanded(asked.run)
-    run = begun(path) or begun(path.parent.parent)  # a run, a checkpoint of one, or else a model alone
+    above = (path, *path.resolve().parents)[:4]  # a run, a checkpoint of one, its averaged weights; else a model alone
+    run = next(filter(None, map(begun, above)), None)
     own = run.reads() if run else DataConfig()
     config = replace(
         own,

@@ -104,7 +104,9 @@ def main(arguments: Sequence[str]) -> None:
     try:
         train(asked.config, "auto" if asked.auto_resume else asked.resume)
     except Interrupted as interrupted:
-        say(f"\n{interrupted}")
+        place = shlex.quote(asked.config.run)
+        on = f"Go on with: moemamba train --run {place} --resume"
+        say(f"\n{interrupted}".replace("Go on with resume=True", on))
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks

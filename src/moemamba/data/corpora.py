@@ -112,7 +112,7 @@ def open_corpora(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Co
     else:
         held = open_held_out(config, tokenizer, report)
     for text in held:
-        other = ", or held-out text of its own (--validation)" if config.validation is None else ""
+        other = ", or held-out text of its own (validation)" if config.validation is None else ""
         require_window(f"the held-out text of {text.name}", text.tokens, config.context, other)
     return Corpora(tuple(parts), tuple(shares), *_apart(held, config, tokenizer, report))
 
@@ -179,7 +179,9 @@ def remarks(corpus: Corpus) -> list[str]:
     found = list(corpus.notes)
     if corpus.skipped and not found:  # prepared by an older version
         found.append(f"{corpus.skipped:,} files left out, which are not UTF-8 text")
-    if corpus.lost:
+    if corpus.lost == 1:
+        found.append(f"{corpus.name} is no text, so that there are no bits per byte")
+    elif corpus.lost:
         much = "; bits per byte mean nothing and are left out" if corpus.lost > LOST else ""
         found.append(f"the tokens do not spell {corpus.lost:.2%} of the text of {corpus.name}{much}")
     return found

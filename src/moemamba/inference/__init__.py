@@ -1,15 +1,15 @@
-"""Generation from a trained model. Never imports training."""
+"""Generation from a trained model, and a look inside one. Never imports training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import Sampling
+from .config import Sampling, SamplingOptions
 
 if TYPE_CHECKING:
     from .engine import Engine, Event, Request
     from .generation import generate, stream
 
-__all__ = ["Engine", "Event", "Request", "Sampling", "generate", "stream"]
+__all__ = ["Engine", "Event", "Request", "Sampling", "SamplingOptions", "generate", "stream"]
 
 
 def __getattr__(name: str) -> Any:

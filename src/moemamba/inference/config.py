@@ -1,8 +1,12 @@
 """How the next token is chosen. No torch here."""
 
 from dataclasses import dataclass
+from typing import TypedDict
+
+from ..marks import documented
 
 
+@documented
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from the logits; each restriction applies to what the one before it left.
@@ -29,3 +33,12 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise ValueError(f"{name} is {value}; it must be above 0 and at most 1")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling`, for those who hand them on by name: `def f(**options: Unpack[SamplingOptions])`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None

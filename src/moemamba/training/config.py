@@ -7,7 +7,7 @@ from typing import Literal
 from ..config import ModelConfig
 from ..data.config import NO_TEST, DataConfig, Sampling, absolute_source, at_home
 from ..host.files import expanded, read_json
-from ..marks import option
+from ..marks import documented, option
 from ..presets import preset
 from ..reading import from_dict, validate
 
@@ -19,6 +19,7 @@ WATCH = "metrics, evaluation and checkpoints"
 MACHINE = "memory, speed and processes"
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: model, data, schedule, and where it all goes.

@@ -4,16 +4,20 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Tokens
+from ..data.preparation import cache_directory, prepare
+from ..data.prepared import Corpus, is_prepared
 from ..data.windows import LOST, HeldOut, predicted_bytes, sequential, windows
 from ..distributed import Processes
-from ..layers import Router
+from ..layers import BaseRouter, routers
 from ..model import MoEMamba
+from ..text import Tokenizer, load_tokenizer
 from .blocks import standard_error
 
 LOGITS = 2**27  # held at once while predictions are counted
@@ -54,7 +58,8 @@ class Evaluation:
 
 def evaluate(
     model: MoEMamba,
-    data: Tokens | Sequence[HeldOut],
+    data: Tokens | Corpus | Sequence[HeldOut] | str | Path,
+    tokenizer: Tokenizer | None = None,
     *,
     context: int = 256,
     batch_size: int = 16,
@@ -72,7 +77,10 @@ def evaluate(
     dropped for want of capacity, so the result does not depend on batch_size.
 
     Args:
-        data: see `preparation.prepare`; of several texts, each has its share of `most` and of every mean.
+        data: tokens, as of `prepare`, of which the held-out ones count; a folder that `prepare` has written; a text, a
+            file or a folder, with its tokenizer; or several texts, each of which has its share of `most` and of every
+            mean.
+        tokenizer: of a text.
         context: tokens in a window.
         batch_size: windows computed at once.
         most: read about that many tokens at most; all if None.
@@ -87,7 +95,7 @@ def evaluate(
     """
     processes = processes or Processes(next(model.parameters()).device)
     rows = min(batch_size, max(1, LOGITS // (context * model.config.vocab_size)))
-    texts = [HeldOut("", 1.0, data)] if isinstance(data, Tokens) else data
+    texts = _texts(data, tokenizer)
     apart: dict[str, float] = {}
     parts: list[tuple[float, float]] = []
     loss = accuracy = limited = token_bytes = 0.0
@@ -124,6 +132,21 @@ def evaluate(
         standard_error=standard_error(parts) if blocks else None,
         blocks=tuple(parts) if blocks else None,
     )
+
+
+def _texts(data: Tokens | Corpus | Sequence[HeldOut] | str | Path, tokenizer: Tokenizer | None) -> Sequence[HeldOut]:
+    if isinstance(data, str | Path):
+        own = load_tokenizer(data) if tokenizer is None and is_prepared(data) else tokenizer
+        if own is None:
+            raise ValueError(f"{data} is text; give the model's tokenizer too: evaluate(model, data, tokenizer)")
+        data = prepare(data, own, cache_directory(Path("tokens")), held_out=0.0)
+    if isinstance(data, Corpus):
+        data = data.validation if len(data.validation.ids) else data.train
+    if isinstance(data, Tokens):
+        return [HeldOut("", 1.0, data)]
+    if all(isinstance(text, HeldOut) for text in data):
+        return data
+    raise ValueError("data is none that can be evaluated; give tokens, a folder that prepare has written, or a text")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -187,10 +210,13 @@ def _sums(model: MoEMamba, batch: Batch, capacity: bool) -> Tensor:
     counted = batch.targets != -100
     if capacity:  # only the loss is asked for, and a routing group cannot be cut to spare memory
         mean = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
+        assert mean is not None
         return torch.stack([mean.double() * counted.sum(), torch.zeros_like(mean).double(), counted.sum().double()])[
             None
         ]
-    logits = model(batch.tokens, seq_idx=batch.seq_idx).logits.flatten(0, 1).float()
+    found = model(batch.tokens, seq_idx=batch.seq_idx).logits
+    assert found is not None
+    logits = found.flatten(0, 1).float()
     targets = batch.targets.flatten()  # -100, which is no token, neither counts nor is ever right
     loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none").view_as(counted)
     right = (logits.argmax(-1) == targets).view_as(counted)
@@ -225,12 +251,12 @@ def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[_Numbered
 @contextmanager
 def one_group(model: MoEMamba) -> Iterator[None]:
     """Let routers take each batch of this process as one routing group."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    before = [(router.groups, router.across) for router in routers]
-    for router in routers:
+    found = [router for router in routers(model).values() if isinstance(router, BaseRouter)]
+    before = [(router.groups, router.across) for router in found]
+    for router in found:
         router.groups, router.across = 1, None
     try:
         yield
     finally:
-        for router, (groups, across) in zip(routers, before, strict=True):
+        for router, (groups, across) in zip(found, before, strict=True):
             router.groups, router.across = groups, across

@@ -101,21 +101,26 @@ def routing_groups(config: TrainConfig, size: int) -> int:
     return config.routing_groups or size * config.accumulate
 
 
-def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEMamba:
-    """The model on its device, sharded as the configuration says, with the weights that its seed gives.
+def build(config: TrainConfig, processes: Processes, dtype: torch.dtype, given: MoEMamba | None = None) -> MoEMamba:
+    """The model on its device, sharded as the configuration says, with the weights that its seed gives, or those that
+    a model has which was handed in.
 
     They are the same for every number of processes, and drawn one sub-layer at a time, so that no process need hold the
     whole model.
     """
-    with torch.device("meta"):
-        model = MoEMamba(config.model)
+    if given is None:
+        with torch.device("meta"):
+            model = MoEMamba(config.model)
+    else:
+        model = given.to(processes.device)
     if processes.distributed and (config.shard == "parameters" or _expert_parallel(config, processes.size) > 1):
         shard(model, processes, dtype, config.shard == "none", _expert_parallel(config, processes.size))
     require_memory(model, config, processes.device)
-    model.to_empty(device=processes.device)
-    if config.model.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    draw(model, fill, config.seed)
+    if given is None:
+        model.to_empty(device=processes.device)
+        if config.model.tie_embeddings:
+            model.head.weight = model.embedding.weight
+        draw(model, fill, config.seed)
     model.recompute = config.recompute
     group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
     return model
@@ -150,7 +155,7 @@ def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -
         where = "each GPU" if device.type == "cuda" else "this machine"
         raise ValueError(
             f"weights, gradients and the optimiser's state take {counting.size(each)} on {where}, which has "
-            f"{counting.size(has)}; share them out over more processes with --shard parameters or --expert-parallel N"
+            f'{counting.size(has)}; share them out over more processes with shard="parameters" or expert_parallel=N'
         )
 
 

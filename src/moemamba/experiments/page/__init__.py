@@ -4,6 +4,7 @@ from .html import html_page
 from .markdown import markdown
 from .plots import require_matplotlib, write_figures
 from .section import STEPS_NOTES, loss_notes
+from .tokens import routing_page
 from .wording import HEADER, Measure, cells, count, says, signed, times, verdict
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "loss_notes",
     "markdown",
     "require_matplotlib",
+    "routing_page",
     "says",
     "signed",
     "times",

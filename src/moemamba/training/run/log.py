@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...host.files import check_regular, replacing, writing
-from ..watch import TensorBoard
+from ..watch import TensorBoard, Watcher
 
 LINE_LIMIT = 1 << 26
 """bytes of a line"""
@@ -21,11 +21,17 @@ class Log:
         """False in all processes of a run but the first"""
         self.board: TensorBoard | None = None
         """gets every line too"""
+        self.watcher: Watcher | None = None
+        """gets every line in every process"""
 
     def __call__(self, kind: str, **values: Any) -> None:
         """Append a line."""
-        if not self.writes:
-            return
+        if self.writes:
+            self._append(kind, values)
+        if self.watcher:
+            self.watcher(kind, values)
+
+    def _append(self, kind: str, values: dict[str, Any]) -> None:
         with writing(self.file), self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, **values}) + "\n")
         if self.board:

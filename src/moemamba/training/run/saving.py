@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint import AVERAGED, checkpoints, model_tensors, write_model
+from ...checkpoint import AVERAGED, checkpoints, foreign_parts, model_tensors, write_model
 from ...config import ModelConfig
-from ...distributed import Processes, gathered
+from ...distributed import Processes, gathered, sharded
 from ...host.files import new_directory, write_json
 from ...model import MoEMamba
 from ...state import State
@@ -45,6 +45,8 @@ class Snapshot:
     position: dict[str, Any]
     averaged: dict[str, Tensor] | None = None
     """the model's tensors with averaged weights"""
+    parts: dict[str, str] | None = None
+    """what of the model moemamba does not build"""
 
 
 def take(
@@ -68,7 +70,8 @@ def take(
     averaged = copies(average.model_tensors()) if average else None
     if not processes.first:
         return None
-    return Snapshot(model.config, weights, training | _random_state(), position, averaged)
+    parts = None if sharded(model) else foreign_parts(model)  # what shares out puts classes of its own around it
+    return Snapshot(model.config, weights, training | _random_state(), position, averaged, parts)
 
 
 class Saver:
@@ -119,13 +122,13 @@ def write(
     a step that is spared."""
     folder = run / "checkpoints" / f"{snapshot.position['step']:08d}"
     with new_directory(folder) as beside:
-        write_model(beside, snapshot.config, snapshot.model, tokenizer)
+        write_model(beside, snapshot.config, snapshot.model, tokenizer, snapshot.parts)
         write_tensors(beside / TRAINING, snapshot.training)
         if carried is not None:
             carried.save(beside / CARRIED)
         if snapshot.averaged is not None:
             (beside / AVERAGED).mkdir()
-            write_model(beside / AVERAGED, snapshot.config, snapshot.averaged, tokenizer)
+            write_model(beside / AVERAGED, snapshot.config, snapshot.averaged, tokenizer, snapshot.parts)
         write_json(beside / "training.json", snapshot.position)
     _prune(run, keep, spared)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...data.batches import Batch
 from ...distributed import Agreement, Processes, divide_gradients, gradient_norm, last_part, sharded, summing
-from ...model import MoEMamba
+from ...model import MoEMamba, Output
 from ...state import State
 from ..config import TrainConfig
 from ..evaluate import autocast
@@ -17,13 +17,18 @@ from ..watch import Measures, add, measures, router_stats
 from .average import Average
 from .carry import Carried
 from .guard import Guard, apply
-from .loss import losses
 
 WARM_UP = 3  # steps before the capture: kernels are compiled and tuned, the optimiser's state comes to be
 AHEAD = 2  # steps that the host may submit before the first of them is done
 
 Taken = tuple[Measures, Tensor, Tensor]
 """of a step: the measures of all processes' batches, the gradient's norm before clipping, whether it failed"""
+
+
+def losses(output: Output) -> tuple[Tensor, Tensor]:
+    """What is minimised, in its parts: the model's loss, and the routers' weighed ones."""
+    assert output.loss is not None and output.auxiliary is not None, "the model was called without targets"
+    return output.loss, output.auxiliary
 
 
 def captures(config: TrainConfig, processes: Processes) -> bool:
@@ -133,7 +138,7 @@ class Step:
                     if self.carried is not None and part.goes_on is not None:
                         state = self.carried.before(number, part.goes_on)
                     output = self.forward(part.tokens, state=state, seq_idx=part.seq_idx, targets=part.targets)
-                language, auxiliary = losses(output, model.config.routers)
+                language, auxiliary = losses(output)
                 (language * shares[number] + auxiliary / parts).backward()
             if self.carried is not None:
                 states.append(output.state.detach())

@@ -2,6 +2,7 @@
 
 from .alarms import Alarms, Raised, sentences
 from .metrics import Measures, Meter, add, measures, router_stats
+from .moment import Moment, Watch, Watcher
 from .peak import peak_flops
 from .tensorboard import TensorBoard, require_tensorboard
 
@@ -9,8 +10,11 @@ __all__ = [
     "Alarms",
     "Measures",
     "Meter",
+    "Moment",
     "Raised",
     "TensorBoard",
+    "Watch",
+    "Watcher",
     "add",
     "measures",
     "peak_flops",
