@@ -1,6 +1,7 @@
 """Dataclasses from plain values, checked field by field; to plain values and back. No torch here."""
 
 import dataclasses
+import re
 import types
 import typing
 from pathlib import Path
@@ -116,6 +117,14 @@ def _hints(kind: Any) -> dict[str, Any]:
     if kind not in _KNOWN:
         _KNOWN[kind] = typing.get_type_hints(kind)
     return _KNOWN[kind]
+
+
+def amount(text: str, what: str) -> float:
+    """`0.93M` -> 930000.0; raises ValueError, naming what it is of, where that is no number above 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
+    if not found or not float(found[1]):
+        raise ValueError(f"{what} is {text!r}; expected a number above 0, such as 930000 or 0.93M")
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
 
 
 def shown(value: Any) -> str:

@@ -39,6 +39,7 @@ KINDS = {
     "look": "Look",
     "info": "Info",
     "doctor": "Doctor",
+    "plan": "Planning",
 }
 
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
     "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
+    "plan": "                     which model to train, by a scaling law; and the law, from comparisons",
     "doctor": "                     versions, devices, and which backend each op uses and why",
 }
 PRINTS = {
@@ -38,6 +39,7 @@ PRINTS = {
     "eval",
     "look",
     "info",
+    "plan",
     "doctor",
 }  # what they print is all that they do: they end with their reader
 
