@@ -37,7 +37,7 @@ ROOMS = {
     "training": "checkpoint data device distributed initialisation layers model ops tensors",
     "inference": "device layers model ops state",
     "experiments": "data device distributed training",
-    "integrations": "checkpoint model ops tensors",
+    "integrations": "checkpoint layers model ops state tensors",
     "cli": "checkpoint data device distributed experiments inference integrations model ops training",
     "__main__": "cli",
 }

@@ -58,8 +58,10 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
                 write_tokenizer(folder, tokenizer)
             case "gguf":
                 from .gguf import write_gguf
+                from .llama_cpp import compare
 
                 write_gguf(folder / "model.gguf", model.config, model_tensors(model), tokenizer, str(run))
+                compare(folder / "model.gguf", tokenizer)
             case "mamba" | "falcon_mamba" | "jamba":
                 from .folder import write_folder
 

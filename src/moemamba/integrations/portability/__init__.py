@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...config import ModelConfig
 from .jamba import jamba, plain
 
-__all__ = ["FORMATS", "expect_portable", "architecture", "obstacles", "plain", "remark"]
+__all__ = ["FORMATS", "architecture", "expect_portable", "obstacles", "plain", "remark"]
 
 Reasons = list[str]
 
