@@ -18,7 +18,7 @@ SAMPLE = (
 
 
 class Runner:
-    """A model in llama.cpp.
+    """A model in llama.cpp, keys and values in float32 as everything else.
 
     Raises:
         ImportError: xllamacpp is not installed.
@@ -31,6 +31,9 @@ class Runner:
         parameters.model.path = str(file)
         parameters.n_ctx, parameters.cpuparams.n_threads = context, 1
         parameters.warmup, parameters.n_parallel, parameters.verbosity = False, 1, -1
+        single = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.cache_type_k = parameters.cache_type_v = single
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(parameters)
 
     def tokenize(self, text: str) -> list[int]:
