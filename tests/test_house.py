@@ -37,8 +37,9 @@ ROOMS = {
     "training": "checkpoint data device distributed initialisation layers model ops tensors",
     "inference": "device layers model ops state",
     "experiments": "data device distributed training",
-    "integrations": "checkpoint layers model ops state tensors",
-    "cli": "checkpoint data device distributed experiments inference integrations model ops training",
+    "finetuning": "checkpoint data device distributed layers model ops training",
+    "integrations": "checkpoint inference layers model ops state tensors training",
+    "cli": "checkpoint data device distributed experiments finetuning inference integrations model ops training",
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, parse_pattern
+from .config import ModelConfig, description, parse_pattern
 from .counting import require_memory
 from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .model import MoEMamba
-from .reading import from_dict, to_dict
+from .reading import from_dict
 from .tensors import TensorFile, differences, not_finite, write_tensors
-from .text import Tokenizer, load_tokenizer
+from .text import Tokenizer, load_tokenizer, tokenizer_config
 
 TOKENIZER_LIMIT = 200_000_000
 """bytes of a tokenizer.json"""
@@ -164,8 +164,9 @@ def saveable(model: MoEMamba) -> dict[str, Tensor]:
 
 
 def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """The three files that `load` needs, into an existing directory."""
-    write_json(folder / "config.json", to_dict(config))
+    """The three files that `load` needs, and the one besides that transformers does, into an existing directory."""
+    write_json(folder / "config.json", description(config, tokenizer.end_of_text))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
     files.replace(folder / "tokenizer.json", tokenizer.to_json())
     write_tensors(folder / "model.safetensors", tensors)
 

@@ -18,7 +18,7 @@ from .letters import (
     RoutedMambaConfig,
 )
 from .marks import later
-from .reading import shown, validate
+from .reading import shown, to_dict, validate
 
 __all__ = [
     "Activation",
@@ -31,6 +31,24 @@ __all__ = [
     "RoutedMambaConfig",
     "parse_pattern",
 ]
+
+
+MODEL_TYPE = "moemamba"
+FOREIGN = frozenset(
+    {
+        *("model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "_name_or_path"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "is_encoder_decoder", "return_dict"),
+        *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type"),
+        *("id2label", "label2id", "hidden_size", "num_hidden_layers", "layer_types"),
+    }
+)
+"""what transformers has in a config.json that says nothing of what the model computes"""
+
+
+def description(config: "ModelConfig", end_of_text: int) -> dict[str, Any]:
+    """What config.json holds: the model as `reading.from_dict` reads it, and what transformers asks for besides."""
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    return to_dict(config) | {"model_type": MODEL_TYPE, "architectures": ["MoEMambaForCausalLM"]} | ids
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,20 @@ class ModelConfig:
             )
         for letter in self.letters:
             letter.check(self)
+
+    @classmethod
+    def without_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        """The fields of a config.json without those that only transformers reads; see `reading.from_dict`.
+
+        Raises:
+            ValueError: they are of another kind of model.
+        """
+        if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
+            raise ValueError(
+                f"{where} describes a model of the type {shown(kind)}, not {MODEL_TYPE}; "
+                "`moemamba convert` reads those of some other types"
+            )
+        return {name: value for name, value in values.items() if name not in FOREIGN}
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -34,23 +34,101 @@ class Output(NamedTuple):
     """() mean cross-entropy in nats, float32, without auxiliary losses; None without targets"""
 
 
-class MoEMamba(nn.Module):
-    """A language model of any pattern of `ModelConfig`.
-
-    Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
-
-    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, after
-    `ops.load_kernels` of the backend whose kernels it calls: "cpu" for a model that was on the CPU.
+class Backbone(nn.Module):
+    """What is below the head: an embedding, residual sub-layers and a norm, which whoever inherits this puts there.
 
     Attributes:
         recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
             are kept, so that they cannot change.
     """
 
+    embedding: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    recompute = False
+
+    def backbone(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
+    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
+        """Arguments as in `MoEMamba.forward` -> what the head sees (b, l, d), state, router statistics."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (batch, length)")
+        if seq_idx is not None and seq_idx.shape != tokens.shape:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
+        return self.through(self.embedding(tokens), state, seq_idx, record)
+
+    def through(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
+        """As `backbone`, of what the embedding gives, x (b, l, d).
+
+        Args:
+            hidden: a list to which the residual stream before each sub-layer is appended, (b, l, d).
+        """
+        if state is not None:
+            self._expect_own(state, x.shape[0])
+        x = without_padding(x, seq_idx)  # and so it stays through all layers
+        y: Tensor | None = None
+        mixers: list[Any] = []
+        router: list[RouterStats] = []
+        for layer in self.layers:
+            before = None if state is None else state.mixers[len(mixers) :]
+            if hidden is not None:
+                x, y = x if y is None else x + y, None
+                hidden.append(x)
+            # torch.func cannot; and what is computed twice would be recorded twice
+            if self.recompute and torch.is_grad_enabled() and record is None and not ops.transformed(x):
+                x, y, after, stats = checkpoint(
+                    ops.bound(layer),
+                    x if y is None else x + y,  # one tensor to keep, not two
+                    None,
+                    before,
+                    seq_idx,
+                    use_reentrant=False,
+                    context_fn=_keep_choices,
+                    preserve_rng_state=False,  # nothing here is random
+                )
+            else:
+                x, y, after, stats = layer(x, y, before, seq_idx, record)
+            mixers += after
+            router += stats
+        return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
+
+    def _expect_own(self, state: State, rows: int) -> None:
+        kinds = [LAYERS[letter].state_type for layer in self.layers for letter in layer.letters]  # type: ignore[union-attr]
+        own = "".join(_SYMBOLS[kind] for kind in kinds if kind is not None)
+        given = "".join(_SYMBOLS.get(type(mixer), "?") for mixer in state.mixers)
+        if given != own:
+            legend = ", ".join(f"{letter} {LETTERS[letter].name}" for letter in sorted(_SYMBOLS.values()))
+            raise ValueError(
+                f"state is of the mixers {given!r} ({legend}), and this model's are {own!r}; "
+                "a state continues the model that it came from"
+            )
+        if own and state.batch_size != rows:
+            raise ValueError(f"state holds {state.batch_size} rows and tokens {rows}; they must be as many")
+
+
+class MoEMamba(Backbone):
+    """A language model of any pattern of `ModelConfig`.
+
+    Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
+
+    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, after
+    `ops.load_kernels` of the backend whose kernels it calls: "cpu" for a model that was on the CPU.
+    """
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
         self.norm = final_norm(config)
@@ -84,57 +162,6 @@ class MoEMamba(nn.Module):
         if targets.shape != tokens.shape:
             raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape)} as tokens")
         return Output(None, state, router, self.head(hidden, targets))
-
-    def backbone(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        seq_idx: Tensor | None = None,
-        record: list[Choice] | None = None,
-    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
-        """As `forward`, up to what the head sees: hidden (b, l, d), state, router statistics."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (batch, length)")
-        if seq_idx is not None and seq_idx.shape != tokens.shape:
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
-        if state is not None:
-            self._expect_own(state, tokens.shape[0])
-        x: Tensor = without_padding(self.embedding(tokens), seq_idx)  # and so it stays through all layers
-        y: Tensor | None = None
-        mixers: list[Any] = []
-        router: list[RouterStats] = []
-        for layer in self.layers:
-            before = None if state is None else state.mixers[len(mixers) :]
-            # torch.func cannot; and what is computed twice would be recorded twice
-            if self.recompute and torch.is_grad_enabled() and record is None and not ops.transformed(x):
-                x, y, after, stats = checkpoint(
-                    ops.bound(layer),
-                    x if y is None else x + y,  # one tensor to keep, not two
-                    None,
-                    before,
-                    seq_idx,
-                    use_reentrant=False,
-                    context_fn=_keep_choices,
-                    preserve_rng_state=False,  # nothing here is random
-                )
-            else:
-                x, y, after, stats = layer(x, y, before, seq_idx, record)
-            mixers += after
-            router += stats
-        return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
-
-    def _expect_own(self, state: State, rows: int) -> None:
-        kinds = [LAYERS[letter].state_type for layer in self.layers for letter in layer.letters]  # type: ignore[union-attr]
-        own = "".join(_SYMBOLS[kind] for kind in kinds if kind is not None)
-        given = "".join(_SYMBOLS.get(type(mixer), "?") for mixer in state.mixers)
-        if given != own:
-            legend = ", ".join(f"{letter} {LETTERS[letter].name}" for letter in sorted(_SYMBOLS.values()))
-            raise ValueError(
-                f"state is of the mixers {given!r} ({legend}), and this model's are {own!r}; "
-                "a state continues the model that it came from"
-            )
-        if own and state.batch_size != rows:
-            raise ValueError(f"state holds {state.batch_size} rows and tokens {rows}; they must be as many")
 
     def roles(self) -> dict[str, Role]:
         """The role of each parameter; rows of the embedding and the head stand for tokens, one by one."""

@@ -24,6 +24,8 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     Raises:
         ValueError: an unknown key, a value of the wrong type or one that cannot work, named with its place.
     """
+    if own := getattr(kind, "without_foreign", None):
+        values = own(values, where)
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:

@@ -106,7 +106,7 @@ class SelectiveSSM(Layer):
         with torch.no_grad():
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        self.inner_norm = inner_norm
+        self.inner_norm, self.conv_bias = inner_norm, conv_bias
         if inner_norm != "none":
             for name, width in (("dt", self.dt_rank), ("B", d_state), ("C", d_state)):
                 norm = RMSNorm(width, inner_norm_eps or 1e-5, elementwise_affine=inner_norm == "rmsnorm")
@@ -187,6 +187,7 @@ class Mamba(SelectiveSSM):
         proj_bias: bool = False,
     ):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank, inner_norm, inner_norm_eps, conv_bias)
+        self.proj_bias = proj_bias
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=proj_bias)
         self.out_proj = Linear(self.d_inner, d_model, bias=proj_bias)
 
@@ -244,9 +245,9 @@ class Mamba(SelectiveSSM):
         """Which option the kernels of a whole step know nothing of; None if they know all of this layer's."""
         if self.inner_norm != "none":
             return f'inner_norm = "{self.inner_norm}": the kernel of a step has no norms of dt, B and C'
-        if self.conv1d._parameters["bias"] is None:
+        if not self.conv_bias:
             return "conv_bias = False: the kernel of a step adds a bias"
-        if self.in_proj._parameters["bias"] is not None:
+        if self.proj_bias:
             return "proj_bias = True: the kernel of a step adds no biases to its projections"
         return None
 

@@ -1,6 +1,6 @@
 """Text to token ids and back, whole or as it comes. No torch here."""
 
-from .loading import load_tokenizer, train_bpe
+from .loading import load_tokenizer, tokenizer_config, train_bpe
 from .stream import StreamDecoder, UntilText
 from .tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer
 
@@ -12,5 +12,6 @@ __all__ = [
     "TrainedTokenizer",
     "UntilText",
     "load_tokenizer",
+    "tokenizer_config",
     "train_bpe",
 ]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import TOKENIZER_LIMIT, CheckpointError, checkpoints
+from ...config import description
 from ...host.files import WriteError, check_regular, expanded, replace, write_json
 from ...host.lock import Lock
 from ...marks import Change, changeable
 from ...reading import read_config, to_dict
-from ...text import Tokenizer, load_tokenizer
+from ...text import Tokenizer, load_tokenizer, tokenizer_config
 from ..config import TrainConfig
 from .log import Log
 
@@ -87,7 +88,8 @@ class RunDirectory:
     def begin(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         """Write what describes the run; train.json comes last, so that with it the rest is there."""
         replace(self.path / "tokenizer.json", tokenizer.to_json())
-        write_json(self.path / "config.json", to_dict(config.model))
+        write_json(self.path / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(self.path / "config.json", description(config.model, tokenizer.end_of_text))
         self.describe(config)
 
     def describe(self, config: TrainConfig) -> None:
