@@ -30,17 +30,29 @@ class Eval:
     """windows that are computed at once"""
     tokens: int | None = None
     """predict about that many at most; all if None"""
+    tasks: str | None = None
+    """questions of lm-evaluation-harness in place of a text, commas between them: lambada, hellaswag, piqa, arc_easy,
+    arc_challenge, winogrande, blimp, or any of its own"""
+    tasks_data: Place | None = None
+    """a folder with the questions as JSON lines, such as piqa/piqa_val_llmfoundry.jsonl; the hub if None"""
+    limit: int | None = None
+    """questions of each task at most; all if None"""
     device: str = "auto"
     """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
     json: bool = False
     """print one JSON object in place of the table"""
 
     def __post_init__(self) -> None:
-        validate(self, positive=("context", "batch_size", "tokens"))
+        validate(self, positive=("context", "batch_size", "tokens", "limit"))
+        if self.tasks is None and not (self.tasks_data is None and self.limit is None):
+            raise ValueError("tasks_data and limit are of tasks; say which, such as --tasks lambada,piqa")
 
 
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
+    if asked.tasks is not None:
+        _ask(asked, [name.strip() for name in asked.tasks.split(",") if name.strip()])
+        return
     from ..checkpoint import load
     from ..training.evaluate import evaluate
 
@@ -81,6 +93,28 @@ def main(arguments: Sequence[str]) -> None:
             ("drop gap", f"{found.drop_gap:+.4f}", "what the capacity limits of training would add to the loss")
         )
     show(rows)
+
+
+def _ask(asked: Eval, tasks: Sequence[str]) -> None:
+    """Questions in place of a text."""
+    from ..integrations.lm_eval import MoEMambaLM, evaluate
+
+    model = MoEMambaLM(asked.run, asked.batch_size, asked.device)
+    scores = evaluate(model, tasks, asked.tasks_data, asked.limit)
+    if asked.json:
+        show_json({"tasks": [asdict(score) for score in scores]})
+        return
+    rows = [
+        (
+            s.task,
+            s.measure,
+            f"{s.value:.4f}",
+            "" if s.error is None else f"± {s.error:.4f}",
+            f"{s.questions:,} questions",
+        )
+        for s in scores
+    ]
+    show(rows, ("task", "measure", "value", "standard error", "asked"))
 
 
 def _texts(asked: Eval, config: DataConfig, tokenizer: "Tokenizer") -> tuple["HeldOut", ...]:
