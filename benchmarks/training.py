@@ -35,9 +35,9 @@ from moemamba import MoEMamba, TrainConfig, preset
 from moemamba.data.batches import Batch
 from moemamba.distributed import Processes
 from moemamba.layers import MoE
+from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Guard, Skips
 from moemamba.training.update.loss import losses
-from moemamba.training.update.optim import make_optimizer
 from moemamba.training.update.step import WARM_UP, Step
 
 BATCH, LENGTH, VOCABULARY = 256, 256, 50_257
@@ -226,7 +226,7 @@ def our_step(contender: Contender, batch: int) -> Stepping:
     assert isinstance(model, MoEMamba) and contender.graph is not None
     config = TrainConfig(model.config, cuda_graph=contender.graph, learning_rate=RATE)
     guard = Guard(config, device, Skips())
-    take = Step(model, make_optimizer(model, config), config, torch.bfloat16, guard, Processes(device))
+    take = Step(model, optimizer_of(model, config), config, torch.bfloat16, guard, Processes(device))
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1))
     part = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
 
@@ -239,7 +239,7 @@ def our_step(contender: Contender, batch: int) -> Stepping:
 def their_step(contender: Contender, batch: int) -> Stepping:
     """The same for models that are not ours."""
     model = contender.model.train()
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=RATE))
+    optimizer = optimizer_of(model, TrainConfig(learning_rate=RATE))
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1), device="cuda")
     found: list[Tensor] = []
 

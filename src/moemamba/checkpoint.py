@@ -19,6 +19,8 @@ from .text import Tokenizer, load_tokenizer, tokenizer_config
 
 TOKENIZER_LIMIT = 200_000_000
 """bytes of a tokenizer.json"""
+AVERAGED = "averaged"
+"""the folder in a checkpoint of a run that has the model with averaged weights"""
 
 
 class CheckpointError(ValueError):
@@ -50,7 +52,8 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
     """A model in evaluation mode, and its tokenizer.
 
     Args:
-        path: a directory that `save` has written, or a run directory, whose newest checkpoint is meant.
+        path: a directory that `save` has written, or a run directory, whose newest checkpoint is meant; "RUN/averaged"
+            means that checkpoint's averaged weights (`TrainConfig.average`).
         device: see `find_device`.
     Raises:
         CheckpointError: there is none, it is damaged, or its files do not belong together.
@@ -86,12 +89,10 @@ def find_model(path: Path) -> Path:
     Raises:
         CheckpointError: there is none; the message says what there is.
     """
+    if newest := newest_of(path):
+        return newest
     if not path.is_dir():
         raise CheckpointError(f"there is no model at {path}; name a directory that train or save has written")
-    if (path / "model.safetensors").exists():
-        return path
-    if found := checkpoints(path):
-        return found[-1]
     if runs := sorted(path.glob("*/seed-*/train.json")):
         raise CheckpointError(f"{path} holds a comparison; name one of its runs, such as {runs[0].parent}")
     if (path / "train.json").exists():
@@ -99,6 +100,23 @@ def find_model(path: Path) -> Path:
     if (path / "config.json").exists() or (path / "tokenizer.json").exists():
         raise damaged(path / "model.safetensors", "")
     raise CheckpointError(f"{path} holds no model; name a run, a checkpoint, or a directory that save has written")
+
+
+def newest_of(path: Path) -> Path | None:
+    """The directory of a model as `find_model` takes it: None if there is none.
+
+    Raises:
+        CheckpointError: averaged weights are asked for, which the newest checkpoint of the run does not have.
+    """
+    if (path / "model.safetensors").exists():
+        return path
+    if found := checkpoints(path):
+        return found[-1]
+    if path.name != AVERAGED or not (found := checkpoints(path.parent)):
+        return None
+    if not (found[-1] / AVERAGED).is_dir():
+        raise CheckpointError(f"{found[-1]} has no averaged weights; a run has them with average = 0.999 or the like")
+    return found[-1] / AVERAGED
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -26,9 +26,9 @@ from moemamba.host.progress import Report
 from moemamba.reading import from_dict, to_dict
 from moemamba.training import loop
 from moemamba.training.evaluate import Evaluation
+from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Diverged
 from moemamba.training.update.loss import losses
-from moemamba.training.update.optim import make_optimizer
 from moemamba.training.update.schedule import learning_rate
 
 SILENT = Report(silent=True)
@@ -101,14 +101,14 @@ def test_decay_groups():
     routed = RoutedMambaConfig(experts=ExpertsConfig(2))
     model = MoEMamba(ModelConfig("MEFAR", 1, 16, norm="layernorm", routed=routed, attention=AttentionConfig(2)))
     spared = {"A_log", "D", "bias", "norm"}
-    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.2))
+    optimizer = optimizer_of(model, TrainConfig(weight_decay=0.2))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     names = dict(model.named_parameters())
     assert len(decay) == len(names)
     for name, parameter in names.items():
         assert decay[id(parameter)] == (0.0 if spared & set(name.split(".")) else 0.2), name
     assert {0.0, 0.2} == set(decay.values())
-    (group,) = make_optimizer(model, TrainConfig(weight_decay=0.2, decay="all")).param_groups
+    (group,) = optimizer_of(model, TrainConfig(weight_decay=0.2, decay="all")).param_groups
     assert len(group["params"]) == len(names) and group["weight_decay"] == 0.2
 
 

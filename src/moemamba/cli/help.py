@@ -65,7 +65,7 @@ def _grouped(kind: type, known: Sequence[Option]) -> list[tuple[str, list[Option
 def _entry(option: Option) -> str:
     about = _documentation(option.owner).get(option.path[-1], "").replace("``", '"')
     value = option.default
-    if not option.flag and value not in (None, "", ()) and value is not dataclasses.MISSING:
+    if not option.flag and value not in (None, "", (), {}) and value is not dataclasses.MISSING:
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
         about = f"{about} (default: {shown})"
     name = option.name

@@ -119,6 +119,13 @@ def sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def refresh(model: nn.Module) -> None:
+    """After parameters were changed in place between steps: forget whole ones that were put together before."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
 def summing(model: MoEMamba, processes: Processes) -> nn.Module:
     """What computes the forward pass of training, so that the backward pass sums gradients over the processes."""
     if not processes.distributed or sharded(model):

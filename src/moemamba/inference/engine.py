@@ -142,9 +142,10 @@ class Engine:
             raise RuntimeError("the engine has requests under way; let them finish, or abort them, before renewing it")
         self._model = view = in_evaluation(model)
         self._device = view.embedding.weight.device
-        made = (self._device, fingerprint(view) if capturable(view) else None)
+        captures = capturable(view)
+        made = (self._device, captures, fingerprint(view) if captures or self._device.type == "cpu" else None)
         if made != self._made:
-            self._made, captures = made, made[1] is not None
+            self._made = made
             letters = [letter for layers in view.config.layers for letter in layers]
             kinds = [LAYERS[letter] for letter in letters if LAYERS[letter].state_type is not None]
             self._rows = Slots(kinds, self.slots, self._device)

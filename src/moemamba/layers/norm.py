@@ -1,5 +1,6 @@
 """Normalisation over the last dimension, chosen by name."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -33,6 +34,19 @@ def final_norm(config: "ModelConfig") -> nn.Module:
     if not config.final_norm:
         return nn.Identity()
     return make_norm(config.final_norm_kind or config.norm, config.d_model, config.norm_eps)
+
+
+def prepare_norm(norm: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], None]:
+    """A function of how many rows of x (rows, d), whose norm it writes to y (rows, d), over and over; see
+    `Layer.prepare`."""
+    step = None
+    if plain(norm, RMSNorm) and norm.weight is not None:
+        step = ops.prepare_rms_norm(x, norm.weight, norm.eps, y)  # type: ignore[arg-type]
+
+    def call(live: int) -> None:
+        y[:live].copy_(norm(x[:live]))
+
+    return step or call
 
 
 def norm_alone(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:

@@ -92,6 +92,12 @@ class TrainConfig:
     """share of the running mean of the gradients that AdamW keeps from step to step"""
     beta2: float = option(0.95, UPDATE, recipe=True)
     """share of the running mean of the squared gradients that AdamW keeps from step to step"""
+    rates: dict[str, float] = option(factory=dict, group=UPDATE, recipe=True)
+    """factors of the learning rate by the names of modules or parameters, in which * stands for anything:
+    *.router=0.5 embedding=2; the last that fits counts, and 0 leaves weights as they are"""
+    average: float | None = option(None, UPDATE, recipe=True)
+    """average the weights over the steps with this decay, such as 0.999 (about the last 1,000 steps); the average is
+    evaluated too and saved beside the weights, in the folder averaged of each checkpoint. None: no average"""
     clip: float = option(1.0, UPDATE, recipe=True)
     """largest norm of the gradient; a larger gradient is scaled down to it"""
 
@@ -179,6 +185,14 @@ class TrainConfig:
         for name, most in shares.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(f"average is {self.average}; it must lie between 0 and 1, such as 0.999, or None")
+        for pattern, factor in self.rates.items():
+            if not pattern or factor < 0:
+                raise ValueError(
+                    f"rates has {factor} for {pattern!r}; give the name of a module or a parameter, and a factor of 0 "
+                    "or more"
+                )
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
 

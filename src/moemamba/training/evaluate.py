@@ -36,6 +36,8 @@ class Evaluation:
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
     apart: dict[str, float] | None = None
     """of several texts, the loss of each"""
+    averaged: float | None = field(default=None, metadata={"finite": False})
+    """loss of the averaged weights of a run that has some (`TrainConfig.average`)"""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON, which has no nan: a figure that is not known is left out."""

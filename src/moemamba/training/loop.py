@@ -6,7 +6,7 @@ import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -37,7 +37,7 @@ from .run import (
     write,
 )
 from .spread import build, require_fit, routing_groups
-from .update import Diverged, Failed, Fatal, Guard, Step, captures, learning_rate, make_optimizer
+from .update import Average, Diverged, Failed, Fatal, Guard, Step, captures, learning_rate, optimizer_of
 from .watch import Alarms, Meter, TensorBoard, peak_flops, require_tensorboard, sentences
 
 
@@ -113,7 +113,8 @@ def _train(
     batches = Batches(rows, config.batch_size // (parts * processes.size), processes.rank, processes.size)
     dtype = _dtype(config, processes.device)
     model = build(config, processes, dtype)
-    optimizer = make_optimizer(model, config)
+    optimizer = optimizer_of(model, config)
+    average = Average(model, config.average) if config.average else None
     if not resume:
         processes.once(lambda: begin(run, config, tokenizer, corpora.content))
         run.log("data", step=0, train_tokens=corpora.train_tokens)
@@ -121,9 +122,11 @@ def _train(
         processes.once(lambda: plant(run, Path(str(config.branch))))
     position = Position(content=corpora.content)
     if resume or config.branch:
-        position = restore(run, model, optimizer, corpora.content, report.note, processes, config.steps)
+        position = restore(run, model, optimizer, corpora.content, report.note, processes, config.steps, average)
     if config.start and not position.step:
         read_model(Path(config.start), model)
+        if average:
+            average.begin()
     position, said = processes.once(lambda: (position, go_on_longer(run, config, position, begun)))
     _introduce(report, config, corpora, processes, dtype, position)
     if said:
@@ -138,7 +141,7 @@ def _train(
     guard = Guard(config, processes.device, position.skips)
     signals = Stop()
     agreement = Agreement(signals, processes)
-    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement)
+    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
     if config.tensorboard and processes.first:
         run.log.board = TensorBoard(run.path / "tensorboard", position.step)
@@ -169,6 +172,10 @@ def _train(
                 run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
                 found = _evaluate(model, corpora, config, dtype, processes)
+                if average:
+                    with average.in_place():
+                        averaged = _evaluate(model, corpora, config, dtype, processes, drop_gap=False)
+                    found = replace(found, averaged=averaged.loss)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
                     processes.once(partial(_diverged, run, every_rank, step, what))
@@ -178,12 +185,13 @@ def _train(
                 run.log("evaluation", **found.to_dict() | training)  # tokens are those trained on, as in every line
                 spelled = found.bits_per_byte == found.bits_per_byte  # else nan
                 bits = f", {found.bits_per_byte:.3f} bits per byte" if spelled else ""
-                quality = f"held-out loss {found.loss:.4f}{bits}"
+                smooth = "" if found.averaged is None else f", {found.averaged:.4f} with averaged weights"
+                quality = f"held-out loss {found.loss:.4f}{bits}{smooth}"
                 report.note(f"step {step:,}: {quality}{_apart(found)}")
             if saves:
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
                 processes.once(saver.wait)
-                if snapshot := take(model, optimizer, asdict(position), processes):
+                if snapshot := take(model, optimizer, asdict(position), processes, average):
                     saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep))
             if signalled and step < config.steps:
                 saver.wait()
@@ -216,7 +224,12 @@ def _resumes(run: RunDirectory, asked: bool | Literal["auto"], processes: Proces
 
 
 def _evaluate(
-    model: MoEMamba, corpora: Corpora, config: TrainConfig, dtype: torch.dtype, processes: Processes
+    model: MoEMamba,
+    corpora: Corpora,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    processes: Processes,
+    drop_gap: bool = True,
 ) -> Evaluation:
     rows = config.batch_size // (config.accumulate * processes.size)
     return evaluate(
@@ -227,7 +240,7 @@ def _evaluate(
         most=config.eval_tokens,
         reset_state=config.reset_state,
         dtype=dtype,
-        drop_gap=any(experts.capacity_factor is not None for experts in config.model.routers),
+        drop_gap=drop_gap and any(experts.capacity_factor is not None for experts in config.model.routers),
         group=min(rows, config.batch_size // routing_groups(config, processes.size)),
         processes=processes,
     )

@@ -40,14 +40,15 @@ def parse_contender(text: str) -> Contender:
     """`mamba-tiny`, `NAME=PRESET`, `NAME=config.json`, each with changes behind: `wide=moe-mamba-tiny,n_experts=32`.
 
     Changes are fields of the model's configuration (`routed.experts.n_experts=4` where the last name alone is not
-    enough; lists as in JSON, `routed.projections=["conv","out"]`) or of its recipe. `active=0.93M` chooses `d_expert`
-    for so many active parameters, counted without embedding and head, once all else is known.
+    enough; lists and tables as in JSON, `routed.projections=["conv","out"]`, `rates={"*.router":0.5}`) or of its
+    recipe. `active=0.93M` chooses `d_expert` for so many active parameters, counted without embedding and head, once
+    all else is known.
 
     Raises:
         ValueError: no such preset or field, or a value that cannot work.
         OSError: the file cannot be read.
     """
-    source, *changes = re.split(r",(?![^\[]*\])", text)  # commas within a list belong to it
+    source, *changes = re.split(r",(?![^\[{]*[\]}])", text)  # commas within a list or a table belong to it
     name, named, source = source.rpartition("=")
     model = read_config(ModelConfig, expanded(source)) if source.endswith(".json") else preset(source)
     recipe: dict[str, Any] = {}

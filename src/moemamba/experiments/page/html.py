@@ -152,7 +152,7 @@ def _how(found: Comparison, level: str) -> list[str]:
 
 def _settings(found: Comparison) -> dict[str, Any]:
     """What all runs share, and where models have their own, that."""
-    settings = dict(found.settings)
+    settings = {name: "none" if value == {} else value for name, value in found.settings.items()}
     for name, value in settings.items():
         if own := {model: recipe[name] for model, recipe in found.recipes.items() if name in recipe}:
             settings[name] = f"{value}; {', '.join(f'{model}: {one}' for model, one in own.items())}"

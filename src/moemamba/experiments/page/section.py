@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..results import Comparison, Reproduction, Row
-from .wording import HEADER, Measure, cells, says, signed, verdict
+from .wording import HEADER, Measure, about, cells, says, signed, verdict
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def section(found: Comparison) -> Section:
         title = found.paper.title
         capped = any(row.drop_gap.values for row in found.rows)
         by: dict[str, Measure] = {"held-out": "loss", **({"with capacity": "capped_loss"} if capped else {})}
+        by |= {"averaged weights": "averaged"} if any(row.averaged.values for row in found.rows) else {}
         by |= {"training loss": "training_loss"}
         claims = [(says(c), *(verdict(c, found.rows, measure) for measure in by.values())) for c in found.paper.claims]
         parts.append(("Claims", [Grid(("claim", *by), claims), CLAIMS_NOTES]))
@@ -113,17 +114,23 @@ STEPS_NOTES = (
 
 
 def _results(found: Comparison) -> Grid:
-    """Each model's loss by three measures (held-out dropless, with the capacity of training, in training), each with
-    its difference from the baseline's, beside the paper's if there is one."""
+    """Each model's loss by its measures (held-out dropless, with the capacity of training, with averaged weights, in
+    training), each with its difference from the baseline's, beside the paper's if there is one."""
     own = ("parameters", "active", "held-out loss", "vs baseline")
     more = ("training loss", "vs its training")
     rows, baseline, paper = _cells(found), found.rows[0].name, found.paper
+    averaged = {
+        row.name: (about(row.averaged), signed(row.averaged_difference) if row.name != baseline else "baseline")
+        for row in found.rows
+        if row.averaged.values
+    }
     gaps = {row.name: f"{row.drop_gap.mean:+.4f}".replace("-", "−") for row in found.rows if row.drop_gap.values}
     return Grid(
         (
             *("model", *own),
             *(("paper", "paper's difference") if paper else ()),
             *(("drop gap", "with capacity", "vs its capacity") if gaps else ()),
+            *(("averaged", "vs its averaged") if averaged else ()),
             *more,
         ),
         [
@@ -131,6 +138,7 @@ def _results(found: Comparison) -> Grid:
                 *(row[key] for key in ("model", *own)),
                 *(_printed(paper, name, baseline) if paper else ()),
                 *((gaps.get(name, "–"), row["with capacity"], row["vs its capacity"]) if gaps else ()),
+                *(averaged.get(name, ("–", "–")) if averaged else ()),
                 *(row[key] for key in more),
             )
             for name, row in rows.items()

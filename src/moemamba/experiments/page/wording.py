@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..results import Claim, Row, Spread, paired
 
-Measure = Literal["loss", "capped_loss", "training_loss"]
+Measure = Literal["loss", "capped_loss", "averaged", "training_loss"]
 
 
 HEADER = (
@@ -53,9 +53,13 @@ def cells(rows: list[Row]) -> list[tuple[str, ...]]:
 
 
 def _loss(row: Row) -> str:
-    spread = f" ± {row.loss.std:.4f}" if row.loss.std is not None else ""
-    parts = [f"{row.loss.mean:.4f}{spread}"] if row.loss.values else []
+    parts = [about(row.loss)] if row.loss.values else []
     return "; ".join([*parts, *([row.missing] if row.missing else [])])
+
+
+def about(spread: Spread) -> str:
+    """`1.4053 ± 0.0062`: mean and standard deviation."""
+    return f"{spread.mean:.4f}" + (f" ± {spread.std:.4f}" if spread.std is not None else "")
 
 
 def _mean(spread: Spread, form: str) -> str:
@@ -108,7 +112,8 @@ def verdict(claim: Claim, rows: Sequence[Row], measure: Measure = "loss") -> str
     Differences are paired by seed; `Spread.clear` says which stand out.
 
     Args:
-        measure: of a claim on loss: held-out, held-out with the capacity limits of training, or smoothed training loss.
+        measure: of a claim on loss: held-out, held-out with the capacity limits of training or with
+            averaged weights, or smoothed training loss.
     """
     by_name = {row.name: row for row in rows}
     better, worse = by_name[claim.better], by_name[claim.worse]

@@ -10,7 +10,7 @@ from ...reading import from_dict
 from .history import Curve, History, smoothed, smoothing
 from .stored import Layer, Status, StoredRun, is_figure
 
-EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte", "accuracy", "drop_gap")
+EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte", "accuracy", "drop_gap", "averaged")
 MEANS = ("entropy", "dropped", "balance")  # of a router, over steps
 POINTS = 200  # of the training curve at most
 FIGURES = 10_000  # about the routers at most, whatever the number of experts, layers and lines
@@ -26,7 +26,8 @@ class RunResult:
     status: Status
     evaluation: Sequence[dict[str, float]]
     """lines of `EVALUATION`: tokens trained on, seconds of work, held-out loss in nats per token, dropless; `drop_gap`
-    is what the capacity limits of training would add to it, where there are any"""
+    is what the capacity limits of training would add to it, where there are any; `averaged` the loss of averaged
+    weights, where there are some"""
     training: Curve
     """smoothed language-model loss of the training batches, without auxiliary losses"""
     router: Sequence[dict[str, Any]]

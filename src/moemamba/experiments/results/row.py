@@ -38,6 +38,10 @@ class Row:
     """share of held-out tokens predicted right"""
     drop_gap: Spread
     """what the capacity limits of training would add to the loss; empty without any"""
+    averaged: Spread
+    """held-out loss of the averaged weights (`TrainConfig.average`); empty without any"""
+    averaged_difference: Spread
+    """that loss minus the baseline's of its averaged weights, with the same seed"""
     difference: Spread
     """loss minus the baseline's with the same seed, so on the same batches in the same order"""
     steps_to_baseline: tuple[float | None, ...]
@@ -87,6 +91,7 @@ class Row:
             "bits_per_byte": self.bits_per_byte.to_dict(),
             "accuracy": self.accuracy.to_dict(),
             "drop_gap": self.drop_gap.to_dict(),
+            **self._averaged(),
             "difference": self.difference.to_dict(),
             "verdict": self.verdict,
             "steps_to_baseline": list(self.steps_to_baseline),
@@ -101,6 +106,11 @@ class Row:
             "time_speed_up": self.time_speed_up.to_dict() if self.time_speed_up else None,
             "own_schedule": self.own_schedule,
         }
+
+    def _averaged(self) -> dict[str, Any]:
+        if not self.averaged.values:
+            return {}
+        return {"averaged": self.averaged.to_dict(), "averaged_difference": self.averaged_difference.to_dict()}
 
 
 def summarise(runs: list[RunResult], configs: dict[str, ModelConfig], context: int) -> list[Row]:
@@ -131,6 +141,8 @@ def _row(name: str, config: ModelConfig, every: list[RunResult], baseline: dict[
         bits_per_byte=_last(runs, "bits_per_byte"),
         accuracy=_last(runs, "accuracy"),
         drop_gap=_last(runs, "drop_gap"),
+        averaged=_last(runs, "averaged"),
+        averaged_difference=_difference([(_averaged(ours), _averaged(theirs)) for ours, theirs in pairs]),
         difference=_difference([(ours.curve, theirs.curve) for ours, theirs in pairs]),
         steps_to_baseline=steps,
         speed_up=ratios,
@@ -153,6 +165,11 @@ def _last(runs: Sequence[RunResult], key: str) -> Spread:
 def _capped(run: RunResult) -> Curve:
     """Held-out loss with the capacity limits of training, by step."""
     return [(line["step"], line["loss"] + line.get("drop_gap", 0.0)) for line in run.evaluation]
+
+
+def _averaged(run: RunResult) -> Curve:
+    """Held-out loss of averaged weights, by step; empty without any."""
+    return [(line["step"], line["averaged"]) for line in run.evaluation if "averaged" in line]
 
 
 def _difference(pairs: Sequence[tuple[Curve, Curve]]) -> Spread:

@@ -29,6 +29,7 @@ class Evaluation:
     bits_per_byte: tuple[float | None, ...] = ()
     accuracy: tuple[float | None, ...] = ()
     drop_gap: tuple[float | None, ...] = ()
+    averaged: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         check_steps(self.step)
@@ -263,14 +264,15 @@ def check_settings(where: str, settings: dict[str, Any], needed: Sequence[str]) 
     if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"{where} lacks {missing[0]}")
     for name, value in settings.items():
-        kinds: tuple[type, ...] = (str, int, float, bool, type(None), list)
+        kinds: tuple[type, ...] = (str, int, float, bool, type(None), list, dict)
         if name in COUNTS:
             kinds = (int,)
         elif name == "learning_rate":
             kinds = (int, float)
         elif name in ("data", "tokenizer"):
             kinds = (str,)
-        flat = not isinstance(value, list) or not any(isinstance(each, list | dict) for each in value)
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        flat = not any(isinstance(each, list | dict) for each in inside)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not flat:
             raise ValueError(f"{where}.{name} is {shown(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
         if name in COUNTS and isinstance(value, int) and not 0 < value < SIZE[1]:

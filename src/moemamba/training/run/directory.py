@@ -114,10 +114,10 @@ class RunDirectory:
         then, now = dict(_flat(asdict(self.config()))), dict(_flat(asdict(config)))
         then["routing_groups"] = then["routing_groups"] or then["accumulate"]  # None in runs of older versions
         free = changeable(TrainConfig, where)
-        for name, value in now.items():
-            if name.split(".")[0] not in free and then.get(name) != value:
+        for name in now | then:  # entries of a table, such as `rates`, may be gone
+            if name.split(".")[0] not in free and then.get(name) != now.get(name):
                 raise ValueError(
-                    f"{name} is {value!r}, but the run in {self.path} began with {then.get(name)!r}; "
+                    f"{name} is {now.get(name)!r}, but the run in {self.path} began with {then.get(name)!r}; "
                     "resume with that value, or begin a new run"
                 )
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import CheckpointError, checkpoints
+from ...checkpoint import AVERAGED, CheckpointError, checkpoints, newest_of
 from ...config import ModelConfig
 from ...data.corpora import find_tokenizer
 from ...host import files
@@ -78,10 +78,8 @@ def find_checkpoint(place: str, option: str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    folder = expanded(place).resolve()
-    if not (folder / "model.safetensors").exists() and (found := checkpoints(folder)):
-        return found[-1]
-    if not (folder / "model.safetensors").exists():
+    folder = newest_of(expanded(place).resolve())
+    if folder is None:
         raise CheckpointError(
             f"{option} is {place}, where there is no model; name a run that has saved, a checkpoint (runs/mine/"
             "checkpoints/00001000) or a folder that save has written"
@@ -113,8 +111,12 @@ def settle(config: TrainConfig, begun: TrainConfig | None) -> TrainConfig:
 
 def _means(given: str, checkpoint: Path) -> bool:
     """Whether a name is that of a checkpoint, or of the run that has, or had, it."""
-    folder = expanded(given).resolve()
-    return folder == checkpoint or (checkpoint.parent.name == "checkpoints" and folder == checkpoint.parent.parent)
+    folder, own = expanded(given).resolve(), checkpoint
+    if AVERAGED in (folder.name, checkpoint.name):
+        if folder.name != checkpoint.name:
+            return False
+        folder, own = folder.parent, checkpoint.parent
+    return folder == own or (own.parent.name == "checkpoints" and folder == own.parent.parent)
 
 
 def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -237,8 +239,7 @@ def plant(run: RunDirectory, folder: Path) -> None:
     if metrics.is_file():  # restoring drops the lines that came after the checkpoint
         files.replace(run.log.file, metrics.read_bytes())
     with new_directory(run.path / "checkpoints" / folder.name) as beside:
-        for file in folder.iterdir():
-            shutil.copyfile(file, beside / file.name)
+        shutil.copytree(folder, beside, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def go_on_longer(run: RunDirectory, config: TrainConfig, position: Position, begun: TrainConfig) -> str | None:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint import checkpoints, model_tensors, write_model
+from ...checkpoint import AVERAGED, checkpoints, model_tensors, write_model
 from ...config import ModelConfig
 from ...distributed import Processes, gathered
 from ...host.files import new_directory, write_json
 from ...model import MoEMamba
 from ...tensors import write_tensors
 from ...text import Tokenizer
-from ..update import optimizer_tensors
+from ..update import Average, optimizer_tensors
 from .position import evaluated_loss
 
 TRAINING = "training.safetensors"
@@ -40,10 +40,16 @@ class Snapshot:
     training: dict[str, Tensor]
     """the optimiser's state and that of the random generators"""
     position: dict[str, Any]
+    averaged: dict[str, Tensor] | None = None
+    """the model's tensors with averaged weights"""
 
 
 def take(
-    model: MoEMamba, optimizer: torch.optim.Optimizer, position: dict[str, Any], processes: Processes
+    model: MoEMamba,
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, Any],
+    processes: Processes,
+    average: Average | None = None,
 ) -> Snapshot | None:
     """A snapshot in the first process, None in the others; all call this."""
 
@@ -56,7 +62,10 @@ def take(
         return kept
 
     weights, training = copies(model_tensors(model)), copies(optimizer_tensors(model, optimizer))
-    return Snapshot(model.config, weights, training | _random_state(), position) if processes.first else None
+    averaged = copies(average.model_tensors()) if average else None
+    if not processes.first:
+        return None
+    return Snapshot(model.config, weights, training | _random_state(), position, averaged)
 
 
 class Saver:
@@ -101,6 +110,9 @@ def write(run: Path, snapshot: Snapshot, tokenizer: Tokenizer, keep: int) -> Non
     with new_directory(folder) as beside:
         write_model(beside, snapshot.config, snapshot.model, tokenizer)
         write_tensors(beside / TRAINING, snapshot.training)
+        if snapshot.averaged is not None:
+            (beside / AVERAGED).mkdir()
+            write_model(beside / AVERAGED, snapshot.config, snapshot.averaged, tokenizer)
         write_json(beside / "training.json", snapshot.position)
     _prune(run, keep)
 

@@ -13,6 +13,7 @@ from ...model import MoEMamba
 from ..config import TrainConfig
 from ..evaluate import autocast
 from ..watch import Measures, add, measures, router_stats
+from .average import Average
 from .guard import Guard, apply
 from .loss import losses
 
@@ -49,6 +50,7 @@ class Step:
         dtype: of the activations.
         notify: told why, if the step cannot be captured; the run then goes on kernel by kernel.
         agreement: what several processes tell each other with the sum of a step.
+        average: of the weights, which takes in each step.
     """
 
     def __init__(
@@ -61,19 +63,20 @@ class Step:
         processes: Processes,
         notify: Callable[[str], None] = print,
         agreement: Agreement | None = None,
+        average: Average | None = None,
     ):
         self.model, self.optimizer, self.config, self.dtype = model, optimizer, config, dtype
         self.guard, self.processes, self.notify = guard, processes, notify
-        self.agreement = agreement
+        self.agreement, self.average = agreement, average
         self.forward = summing(model, processes)
         self.captures = captures(config, processes)
         device = processes.device
-        self._rate: Tensor | None = None
+        self._rates: dict[float, Tensor] = {}
         if device.type == "cuda" and not processes.distributed:
             # On the device also where nothing is captured: float32 rounds it, and so both compute the same.
-            self._rate = torch.zeros((), device=device)
+            self._rates = {group["factor"]: torch.zeros((), device=device) for group in optimizer.param_groups}
             for group in optimizer.param_groups:
-                group["lr"] = self._rate
+                group["lr"] = self._rates[group["factor"]]
         # Gradients are summed on the stream that first made them, which must be the one that is captured.
         self._stream = torch.cuda.Stream(device) if self.captures else None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -88,11 +91,7 @@ class Step:
         Raises:
             RuntimeError: the step cannot be captured, and `cuda_graph` asks for it.
         """
-        if self._rate is not None:
-            self._rate.fill_(rate)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        self._set(rate)
         if self.captures and self._taken == WARM_UP:
             self._capture(batch)
         self._taken += 1
@@ -104,7 +103,16 @@ class Step:
             taken = self._compute([part.to(self.processes.device) for part in batch])
         total, norm, failed = taken
         self.guard.note(number, total[0] + total[1], norm, failed)
+        if self.average is not None:
+            self.average.update(number)  # behind the graph, since how much it takes in depends on the step
         return taken
+
+    def _set(self, rate: float) -> None:
+        for factor, place in self._rates.items():
+            place.fill_(rate * factor)
+        if not self._rates:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
 
     def _compute(self, batch: list[Batch]) -> Taken:
         """The step itself; on GPUs without the host waiting for anything."""
