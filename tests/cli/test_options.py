@@ -28,6 +28,8 @@ KINDS = {
     "train": "Train",
     "prepare": "Prepare",
     "convert": "Convert",
+    "finetune": "Finetune",
+    "upcycle": "Upcycle",
     "export": "Export",
     "compare": "Compare",
     "paper": "Paper",

@@ -23,6 +23,8 @@ COMMANDS = {
     "compare": "MODEL MODEL ...      train models on the same batches over seeds; a table and a report",
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
     "report": "COMPARISON ...       comparisons that were run, on one page",
+    "finetune": "RUN                  a model learns from conversations, by LoRA or wholly",
+    "upcycle": "RUN                  a dense model as a mixture of experts that computes the same",
     "export": "RUN                  a model in the format of another program",
     "generate": "RUN                  continue a prompt",
     "chat": "RUN                  talk with a model, or write a text in turns, in the terminal",
