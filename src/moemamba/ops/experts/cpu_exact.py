@@ -98,21 +98,27 @@ def _rows(hidden: int, activation: int) -> int:
     return 0 if activation == LINEAR else 2 * hidden if activation == _SWIGLU else hidden
 
 
+# Loops begin at zero: numba takes other numbers for possibly negative, and counts those from the end, one by one.
+
+
 @exact
-def activate(row: Any, width: int, activation: int, first: int, last: int) -> None:
+def activate(row: int, width: int, activation: int, first: int, last: int) -> None:
     """Entries first .. last - 1 of a row, in place; for "swiglu" of its first `width`, times those behind them."""
+    size = last - first
+    x = floats(row + 4 * first, size)
     if activation == _RELU:
-        for c in range(first, last):
-            row[c] = _ZERO if row[c] < _ZERO else row[c]
+        for c in range(size):
+            x[c] = _ZERO if x[c] < _ZERO else x[c]
     elif activation == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
-        for c in range(first, last):
-            row[c] = row[c] * sigmoid(_TWICE * fma(_CUBIC * row[c] * row[c], row[c], row[c]))
+        for c in range(size):
+            x[c] = x[c] * sigmoid(_TWICE * fma(_CUBIC * x[c] * x[c], x[c], x[c]))
     elif activation == _SILU:
-        for c in range(first, last):
-            row[c] = silu(row[c])
+        for c in range(size):
+            x[c] = silu(x[c])
     else:
-        for c in range(first, last):
-            row[c] = silu(row[c]) * row[width + c]
+        other = floats(row + 4 * (width + first), size)
+        for c in range(size):
+            x[c] = silu(x[c]) * other[c]
 
 
 @exact_kernel
@@ -123,7 +129,7 @@ def _activated(first: int, last: int, wide: int, width: int, activation: int, x:
         source, target = floats(x + 4 * wide * r, (wide,)), floats(y + 4 * width * r, (width,))
         for c in range(wide):
             row[c] = source[c]
-        activate(row, width, activation, 0, width)
+        activate(row.ctypes.data, width, activation, 0, width)
         for c in range(width):
             target[c] = row[c]
 
@@ -150,15 +156,15 @@ def _sort(chosen: Any, starts: Any, order: Any, place: Any) -> None:
 
 
 @exact
-def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: Any, first: int, last: int) -> None:
-    """y = sum_j gates_j returned[place_j] of one token, in the order of its choices, over some columns."""
-    for c in range(first, last):
+def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: int, step: int) -> None:
+    """y = sum_j gates_j returned[place_j] of one token, in the order of its choices; `step` bytes from row to row."""
+    for c in range(y.shape[0]):
         y[c] = _ZERO
     for j in range(place.shape[0]):
         if place[j] >= 0:
-            share = gates[j] if gated else _ONE
-            for c in range(first, last):
-                y[c] = fma(share, returned[place[j], c], y[c])
+            share, row = gates[j] if gated else _ONE, floats(returned + place[j] * step, y.shape[0])
+            for c in range(y.shape[0]):
+                y[c] = fma(share, row[c], y[c])
 
 
 @exact_kernel
@@ -210,7 +216,7 @@ def _experts(
                 if activation == _SWIGLU:
                     product(hidden + start, hidden + end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
                 for j in range(count):
-                    activate(floats(b + 4 * j * rows, (rows,)), hidden, activation, start, end)
+                    activate(b + 4 * j * rows, hidden, activation, start, end)
     elif phase == 2:
         start, end = first * COLUMNS, min(last * COLUMNS, out)
         source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
@@ -219,14 +225,18 @@ def _experts(
             if count:
                 a, w, b = source_rows + step * begin, down + 4 * e * out * hidden, returned + 4 * begin * out
                 product(start, end, count, hidden, a, step, w, 4 * hidden, b, 4 * out)
-        results, total = floats(returned, (choices, out)), np.empty(out, np.float32)
+        total = np.empty(end - start, np.float32)
         for token in range(tokens):
             mine = place[token * top_k : (token + 1) * top_k]
             shares = floats(gates + 4 * token * top_k if gates else gates, (top_k,))
-            _sum_choices(total, shares, gates != 0, mine, results, start, end)
-            target = floats(y + 4 * out * token, (out,))
-            for c in range(start, end):
-                target[c] = target[c] + total[c] if adds else total[c]
+            _sum_choices(total, shares, gates != 0, mine, returned + 4 * start, 4 * out)
+            target = floats(y + 4 * (out * token + start), end - start)
+            if adds:
+                for c in range(end - start):
+                    target[c] += total[c]
+            else:
+                for c in range(end - start):
+                    target[c] = total[c]
 
 
 @exact_kernel

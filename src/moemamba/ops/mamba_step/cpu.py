@@ -294,8 +294,9 @@ def _step(
         product(first, last, rows, width, inner, wide, out_proj, 4 * width, made if adds else y, 4 * d)
         if adds:
             for b in range(rows):
-                source, target = floats(made + 4 * b * d, d), floats(y + 4 * b * d, d)
-                for c in range(first, last):
+                place = 4 * (b * d + first)
+                source, target = floats(made + place, last - first), floats(y + place, last - first)
+                for c in range(last - first):
                     target[c] += source[c]
 
 
