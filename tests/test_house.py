@@ -39,14 +39,10 @@ ROOMS = {
     "serving": "inference model state tensors",
     "longcontext": "data layers model state training",
     "experiments": "data device distributed training",
-<<<<<<< HEAD
-    "integrations": "checkpoint layers model ops state tensors training",
-    "cli": "checkpoint data device distributed experiments inference integrations longcontext model ops serving training",
-=======
     "finetuning": "checkpoint data device distributed layers model ops training",
     "integrations": "checkpoint inference layers model ops state tensors training",
-    "cli": "checkpoint data device distributed experiments finetuning inference integrations model ops training",
->>>>>>> convert
+    "cli": "checkpoint data device distributed experiments finetuning inference integrations longcontext model ops serving"
+    " training",
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.
