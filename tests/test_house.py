@@ -41,8 +41,8 @@ ROOMS = {
     "experiments": "data device distributed training",
     "finetuning": "checkpoint data device distributed layers model ops training",
     "integrations": "checkpoint inference layers model ops state tensors training",
-    "cli": "checkpoint data device distributed experiments finetuning inference integrations longcontext model ops serving"
-    " training",
+    "cli": "checkpoint data device distributed experiments finetuning inference integrations longcontext model ops"
+    " serving training",
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.
