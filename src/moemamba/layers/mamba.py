@@ -225,7 +225,7 @@ class Mamba(SelectiveSSM):
         if state is not None and seq_idx is None and x.shape[1] == 1 and x.device.type == "cpu":
             weights = self.weights_of_step(x)
             if weights is not None:
-                y, *after = ops.mamba_step(x, *state, *weights)
+                y, *after = ops.mamba_step(x, state.conv, state.ssm, *weights)
                 return y, MambaState(*after)
         if not self.padding_is_zero:
             x = without_padding(x, seq_idx)
