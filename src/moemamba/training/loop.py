@@ -38,7 +38,7 @@ from .run import (
 )
 from .spread import build, require_fit, routing_groups
 from .update import Average, Diverged, Failed, Fatal, Guard, Step, captures, learning_rate, optimizer_of
-from .watch import Alarms, Meter, TensorBoard, peak_flops, require_tensorboard, sentences
+from .watch import Alarms, Meter, open_board, peak_flops, require_board, sentences
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def _train(
 ) -> TrainResult:
     report = report if processes.first else Report(silent=True)
     run.log.writes = processes.first
-    if config.tensorboard:
-        require_tensorboard()
+    require_board(config)
     captures(config, processes)  # raises before any work
     require_fit(config, processes)
     resume = _resumes(run, resume, processes)
@@ -143,8 +142,8 @@ def _train(
     agreement = Agreement(signals, processes)
     update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
-    if config.tensorboard and processes.first:
-        run.log.board = TensorBoard(run.path / "tensorboard", position.step)
+    if processes.first:
+        run.log.board = open_board(config, run.path, position.step)
     saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)
