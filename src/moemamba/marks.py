@@ -47,10 +47,11 @@ def option(
     of_one_run: bool = False,
     shows: tuple[str, ...] = (),
     factory: Any = dataclasses.MISSING,
+    later: bool = False,
 ) -> Any:
-    """A dataclass field with its marks."""
+    """A dataclass field with its marks; `later` as the function of that name has it."""
     marks = Marks(group, place, changes, recipe, of_one_run, shows)
-    return field(default=default, default_factory=factory, metadata={"marks": marks})  # type: ignore[call-overload]
+    return field(default=default, default_factory=factory, metadata={"marks": marks, "later": later})  # type: ignore[call-overload]
 
 
 def later(default: Any) -> Any:

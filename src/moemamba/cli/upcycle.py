@@ -29,7 +29,7 @@ class Upcycle:
     """how far the routers of copies begin from zero; 0 keeps the function exactly, 0.001 spreads tokens over the copies
     from the first step on"""
     seed: int = 0
-    """of what is drawn"""
+    """a number that fixes what is drawn"""
     out: Place | None = None
     """the new folder, for train --start; beside the run, with -upcycled behind its name, if None"""
 

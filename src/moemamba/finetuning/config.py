@@ -20,7 +20,7 @@ class FinetuneConfig:
     """lora: small matrices beside the projections and the experts (arXiv 2106.09685), added to them in the end; all:
     every weight"""
     rank: int = 16
-    """of LoRA: inner width of the small matrices"""
+    """inner width of LoRA's small matrices"""
     epochs: float = 3.0
     """times that the data is read"""
     learning_rate: float | None = None
@@ -42,7 +42,7 @@ class FinetuneConfig:
     clip: float = 1.0
     """largest norm of the gradient"""
     seed: int = 0
-    """of the order of the data, and of the small matrices"""
+    """a number that fixes the order of the data, and how the small matrices begin"""
     device: str = "auto"
     """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
 

@@ -132,7 +132,10 @@ class TrainConfig:
     keep: int = option(2, WATCH, changes="always")
     """newest checkpoints to keep, besides the best"""
     tensorboard: bool = option(False, WATCH, changes="always")
-    """write the metrics for TensorBoard too, into the folder tensorboard of the run"""
+    """write the metrics for TensorBoard too, into the folder tensorboard of the run; the same as --track tensorboard"""
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", WATCH, changes="always", later=True)
+    """show the metrics in a program for that while they come: TensorBoard, trackio (on this machine, or in a space of
+    the Hugging Face hub), or Weights & Biases; the project is moemamba, the run is called as its directory"""
 
     device: str = option("auto", FIRST, place=3, changes="always")
     """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""

@@ -46,7 +46,7 @@ from .run import (
 )
 from .spread import build, require_fit
 from .update import Average, Guard, Step, captures, learning_rate, optimizer_of
-from .watch import Alarms, Meter, TensorBoard, Watch, Watcher, peak_flops, require_tensorboard
+from .watch import Alarms, Meter, Watch, Watcher, open_board, peak_flops, require_board
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,7 @@ def _train(
 ) -> TrainResult:
     report = report if processes.first else Report(silent=True)
     run.log.writes = processes.first
-    if config.tensorboard:
-        require_tensorboard()
+    require_board(config)
     captures(config, processes)  # raises before any work
     require_fit(config, processes)
     resume = _resumes(run, resume, processes)
@@ -174,8 +173,8 @@ def _train(
     if update.carried and position.step:
         update.carried.go_on(read_carried(run, position, config.batch_size), parts, processes.device)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
-    if config.tensorboard and processes.first:
-        run.log.board = TensorBoard(run.path / "tensorboard", position.step)
+    if processes.first:
+        run.log.board = open_board(config, run.path, position.step)
     saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)

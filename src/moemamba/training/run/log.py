@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...host.files import check_regular, replacing, writing
-from ..watch import TensorBoard, Watcher
+from ..watch import Board, Watcher
 
 LINE_LIMIT = 1 << 26
 """bytes of a line"""
@@ -19,7 +19,7 @@ class Log:
         self.file = file
         self.writes = True
         """False in all processes of a run but the first"""
-        self.board: TensorBoard | None = None
+        self.board: Board | None = None
         """gets every line too"""
         self.watcher: Watcher | None = None
         """gets every line in every process"""
@@ -38,8 +38,8 @@ class Log:
             try:
                 self.board.write(kind, values)
             except OSError as error:  # it only shows what is in the file
-                self.board = None
-                self("note", step=values["step"], text=f"TensorBoard's file ends here: {error.strerror or error}")
+                name, self.board = self.board.name, None
+                self("note", step=values["step"], text=f"{name} ends here: {error.strerror or error}")
 
     def holds(self, kind: str, **values: Any) -> bool:
         """Whether the file has this line."""
