@@ -36,6 +36,7 @@ ROOMS = {
     "distributed": "device initialisation layers model",
     "training": "checkpoint data device distributed initialisation layers model ops tensors",
     "inference": "device layers model ops state",
+    "finetuning": "layers model",
     "experiments": "data device distributed training",
     "integrations": "checkpoint layers model ops state tensors training",
     "cli": "checkpoint data device distributed experiments inference integrations model ops training",

@@ -1,0 +1,1 @@
+"""What is done with models that were trained: `surgery` changes their experts and averages checkpoints."""
