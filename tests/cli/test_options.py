@@ -28,15 +28,20 @@ KINDS = {
     "train": "Train",
     "prepare": "Prepare",
     "convert": "Convert",
+    "finetune": "Finetune",
+    "upcycle": "Upcycle",
     "export": "Export",
     "compare": "Compare",
     "paper": "Paper",
     "report": "Asked",
     "generate": "Generate",
+    "chat": "Chat",
+    "serve": "Serve",
     "eval": "Eval",
     "look": "Look",
     "info": "Info",
     "doctor": "Doctor",
+    "plan": "Planning",
 }
 
 

@@ -59,6 +59,10 @@ def expert_feedforward():
     yield x | {"up": torch.randn(4, 6, 8), "activation": "relu2"}
 
 
+def activate():
+    yield from ({"x": torch.randn(5, 3, 14), "activation": name} for name in ("relu", "gelu", "silu", "swiglu"))
+
+
 def expert_linear():
     x = {"x": torch.randn(17, 8), "indices": _choices(17, 2, 4), "gates": torch.rand(17, 2)}
     yield x | {"weight": torch.randn(4, 6, 8)}
@@ -91,6 +95,19 @@ def mamba_step():
     x = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
     yield x | {"norm_weight": None, "norm_bias": None, "eps": 1e-5, "in_place": False}
     yield x | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "eps": 1e-5, "in_place": False}
+
+
+def attention():
+    q, k, v = torch.randn(3, 2, 3, 9, 20)
+    yield {"q": q, "k": k, "v": v, "visible": None}
+    yield {"q": torch.randn(2, 6, 9, 20), "k": k, "v": v, "visible": None}
+    k, v = torch.randn(2, 2, 3, 150, 20)
+    yield {"q": q, "k": k, "v": v, "visible": (torch.rand(2, 9, 150) < 0.7) | (torch.arange(150) == 3)}
+    yield {"q": q, "k": k, "v": v, "visible": (torch.arange(150) < 141 + torch.arange(9)[:, None]).expand(2, -1, -1)}
+
+
+def rotary():
+    yield {"x": torch.randn(2, 3, 5, 8), "place": torch.randint(0, 100, (2, 5)), "base": 1e4}
 
 
 def _router(tokens):

@@ -1,1 +1,1 @@
-"""What is done with models that were trained: `surgery` changes their experts and averages checkpoints."""
+"""Models taken further: fine-tuned on conversations, dense ones made into mixtures, experts changed (`surgery`)."""

@@ -16,6 +16,7 @@ from ..layers.moe.experts import Experts
 from ..layers.plain import plain, why_not_plain
 from ..layers.residual import Residual
 from ..model import MoEMamba
+from .prepared import PreparedStep, prepared
 from .slots import Slots
 
 EAGER = 2  # steps of as many rows before the one that is captured: they compile the kernels
@@ -46,6 +47,7 @@ class Stepper:
         self._seen: dict[tuple[int, bool], int] = {}
         self._moved = slots.moved
         self._pool: Any = None
+        self._prepared: PreparedStep | None = None
 
     def step(self, model: MoEMamba, greedy: bool, left: int) -> tuple[Tensor, Tensor | None]:
         """A token of each live row, whose state changes.
@@ -87,7 +89,12 @@ class Stepper:
         tokens = slots.tokens[:rows]
         length = slots.room if self.padded else slots.longest + 1  # a graph knows no lengths
         place = slots.places[:rows].clamp(max=length - 1)  # of rows that are not live it is anything
-        hidden = _through(model, tokens, slots.seen(length), place)
+        if self._prepared is None or self._prepared.moved != slots.moved:
+            self._prepared = prepared(model, slots)
+        if self._prepared is None:
+            hidden = _through(model, tokens, slots.seen(length), place)
+        else:
+            hidden = self._prepared(tokens, length, place)
         slots.places[:rows] += 1
         if not greedy:
             return hidden, model.head(hidden)

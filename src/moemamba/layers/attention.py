@@ -190,7 +190,7 @@ class Attention(Layer):
         first = time.new_zeros(batch) if state is None else F.pad(state.positions, (1, 0), value=-1).amax(1) + 1
         place = first[:, None] + time if seq_idx is None else positions(seq_idx, first)  # (b, l)
         if self.rotary:
-            q, k = self._rotate(q, place), self._rotate(k, place)
+            q, k = (ops.rotary(x, place, self.rope_base) for x in (q, k))
 
         if state is None and seq_idx is None and lost is None:
             y = ops.attention(q, k, v)
@@ -225,15 +225,6 @@ class Attention(Layer):
             keys, values = (t.masked_fill((kept < 0)[:, None, :, None], 0) for t in (keys, values))
         y = y.masked_fill(~valid[:, None, :, None], 0)
         return self._merge(y), AttentionState(keys, values, kept)
-
-    def _rotate(self, x: Tensor, place: Tensor) -> Tensor:
-        """Rotary embedding (arXiv 2104.09864) of x (b, h, l, d/h) at positions (b, l), in float32."""
-        half = x.shape[-1] // 2
-        frequency = self.rope_base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-        angle = place[:, None, :, None] * frequency  # (b, 1, l, d/2h)
-        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
     def _merge(self, y: Tensor) -> Tensor:
         merged: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))

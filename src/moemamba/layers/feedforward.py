@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from .. import ops
 from ..ops.experts import ACTIVATIONS, GATED
 from .layer import Layer, Result
 from .linear import Linear
@@ -57,5 +58,5 @@ class FeedForward(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        y: Tensor = self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        y: Tensor = self.down_proj(ops.activate(self.up_proj(x), self.activation))
         return y

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.packing import without_padding
-from .layer import Layer, Result
+from .layer import Layer, Prepared, Result
 from .linear import Linear, before_bias, beside, in_halves
 from .norm import RMSNorm, norm_alone
 from .plain import plain, weights_alone
@@ -140,6 +140,18 @@ class SelectiveSSM(Layer):
         }
 
     @classmethod
+    def allocate(cls, rows: int, room: int, like: Any) -> MambaState:
+        """Zeros that lie in memory as kernels leave states: on a CPU by channel."""
+        zeros = []
+        for tensor in like:
+            _, width, entries = tensor.shape
+            if tensor.device.type == "cpu":
+                zeros.append(tensor.new_zeros(rows, entries, width).transpose(1, 2))
+            else:
+                zeros.append(tensor.new_zeros(rows, width, entries))
+        return MambaState(*zeros)
+
+    @classmethod
     def fit(cls, *stored: "Stored") -> bool:
         conv, ssm = stored
         shapes = len(conv.shape) == len(ssm.shape) == 3 and conv.shape[:2] == ssm.shape[:2]
@@ -253,6 +265,20 @@ class Mamba(SelectiveSSM):
         u, z = in_halves(self.in_proj, x)
         y, state = self.scan(u, z, state, seq_idx)
         return self.out_proj(y), state
+
+    def step(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> Tensor:
+        """In place where there is a kernel for it."""
+        weights = self.weights_of_step(x) if x.device.type == "cpu" else None
+        if weights is None:
+            return super().step(x, buffers, live, place)
+        return ops.mamba_step(x, *(buffer[:live] for buffer in buffers), *weights, in_place=True)[0]
+
+    def prepare(self, buffers: Any, x: Tensor, y: Tensor) -> Prepared:
+        weights = self.weights_of_step(x[:, None])
+        step = None if weights is None else ops.prepare_mamba_step(x, *buffers, weights, y)
+        if step is None:
+            return super().prepare(buffers, x, y)
+        return lambda live, room, place: step(live)
 
     def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int) -> Tensor | None:
         """`x + step(norm(x))` in one kernel, where there is one."""

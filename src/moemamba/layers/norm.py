@@ -38,6 +38,19 @@ def final_norm(config: "ModelConfig") -> nn.Module:
     return make_norm(config.final_norm_kind or config.norm, config.d_model, config.norm_eps)
 
 
+def prepare_norm(norm: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], None]:
+    """A function of how many rows of x (rows, d), whose norm it writes to y (rows, d), over and over; see
+    `Layer.prepare`."""
+    step = None
+    if plain(norm, RMSNorm) and norm.weight is not None:
+        step = ops.prepare_rms_norm(x, norm.weight, norm.eps, y)  # type: ignore[arg-type]
+
+    def call(live: int) -> None:
+        y[:live].copy_(norm(x[:live]))
+
+    return step or call
+
+
 def norm_alone(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
     """Weight, bias and epsilon of a norm that a kernel of a whole sub-layer may compute; None for any other."""
     if plain(norm, RMSNorm):

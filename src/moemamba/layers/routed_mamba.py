@@ -135,7 +135,8 @@ class RoutedMamba(SelectiveSSM):
             else:
                 y = layer(x)
                 if gated and routing is not None:  # so that the choice can be learned where `out` has no experts
-                    y = y * routing.gates.sum(-1).view(*x.shape[:2], 1).to(y.dtype)
+                    share = sum(routing.gates.unbind(-1)[1:], routing.gates[:, 0])  # in order, for any number of tokens
+                    y = y * share.view(*x.shape[:2], 1).to(y.dtype)
             return y
 
         u, z = project(self.conv_proj, x), project(self.gate_proj, x)

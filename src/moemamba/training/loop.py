@@ -13,13 +13,15 @@ from typing import Literal
 import torch
 
 from ..data.batches import Batches
-from ..data.corpora import Corpora, find_tokenizer, open_corpora
+from ..data.config import NO_TEST
+from ..data.corpora import find_tokenizer, open_corpora
 from ..distributed import Agreement, Processes, join, sources
 from ..host.progress import Report
 from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
 from .config import TrainConfig, absolute
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation
+from .held_out import measured, tested_once
 from .run import (
     Position,
     RunDirectory,
@@ -34,6 +36,7 @@ from .run import (
     log_evaluation,
     log_routers,
     plant,
+    read_carried,
     read_model,
     require_beginning,
     restore,
@@ -41,7 +44,7 @@ from .run import (
     take,
     write,
 )
-from .spread import build, require_fit, routing_groups
+from .spread import build, require_fit
 from .update import Average, Guard, Step, captures, learning_rate, optimizer_of
 from .watch import Alarms, Meter, TensorBoard, Watch, Watcher, peak_flops, require_tensorboard
 
@@ -58,6 +61,9 @@ class TrainResult:
     """mean training loss of the last steps, in nats a token"""
     evaluation: Evaluation | None
     """the last one"""
+    test: Evaluation | None = None
+    """of the finished run, on `TrainConfig.test`; None where there is none, or where an earlier call made it, whose
+    line of kind test in metrics.jsonl has it"""
 
 
 def train(
@@ -137,7 +143,8 @@ def _train(
     average = Average(model, config.average) if config.average else None
     if not resume:
         processes.once(lambda: begin(run, config, tokenizer, corpora.content, given))
-        run.log("data", step=0, train_tokens=corpora.train_tokens)
+        held_out = sum(text.tokens.bytes for text in corpora.validation)
+        run.log("data", step=0, train_tokens=corpora.train_tokens, held_out_bytes=held_out)
     if config.branch:
         processes.once(lambda: plant(run, Path(str(config.branch))))
     position = Position(content=corpora.content)
@@ -164,6 +171,8 @@ def _train(
     signals = Stop()
     agreement = Agreement(signals, processes)
     update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average)
+    if update.carried and position.step:
+        update.carried.go_on(read_carried(run, position, config.batch_size), parts, processes.device)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
     if config.tensorboard and processes.first:
         run.log.board = TensorBoard(run.path / "tensorboard", position.step)
@@ -177,7 +186,7 @@ def _train(
             meter.add(*update(step, batch, rate))
             position.step = step
             signalled = agreement.number()
-            saves = step == last or step % config.save_every == 0 or signalled > 0
+            saves = step == last or step % config.save_every == 0 or signalled > 0 or step in config.save_at
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
@@ -193,11 +202,7 @@ def _train(
             if lost := report.lost():
                 run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
-                found = _evaluate(model, corpora, config, dtype, processes)
-                if average:
-                    with average.in_place():
-                        averaged = _evaluate(model, corpora, config, dtype, processes, drop_gap=False)
-                    found = replace(found, averaged=averaged.loss)
+                found = measured(model, average, corpora.validation, config, dtype, processes, config.eval_tokens)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
                     processes.once(partial(diverged, run, every_rank, step, what))
@@ -208,7 +213,8 @@ def _train(
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
                 processes.once(saver.wait)
                 if snapshot := take(model, optimizer, asdict(position), processes, average):
-                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep))
+                    carried = update.carried.state() if update.carried else None
+                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep, config.save_at, carried))
             if signalled and step < config.steps:
                 saver.wait()
                 processes.wait()
@@ -218,9 +224,12 @@ def _train(
             if ended:
                 break
             meter.restart()
+        tested = None
+        if position.step == config.steps and config.test != NO_TEST:
+            tested = tested_once(run, report, model, average, corpora.test, config, dtype, processes)
     processes.wait()  # nobody leaves before all is written
     report.note(f"step {position.step:,} is saved in {run.path}")
-    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
+    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation, tested)
 
 
 def prepare_text(config: TrainConfig, report: Report) -> None:
@@ -237,29 +246,6 @@ def _resumes(run: RunDirectory, asked: bool | Literal["auto"], processes: Proces
     """Whether to go on with the run, as the first process sees it: another machine may see its directory late."""
     again = processes.any(restarted())
     return processes.once(lambda: (run.exists if asked == "auto" else asked) or (again and run.exists))
-
-
-def _evaluate(
-    model: MoEMamba,
-    corpora: Corpora,
-    config: TrainConfig,
-    dtype: torch.dtype,
-    processes: Processes,
-    drop_gap: bool = True,
-) -> Evaluation:
-    rows = config.batch_size // (config.accumulate * processes.size)
-    return evaluate(
-        model,
-        corpora.validation,
-        context=config.context,
-        batch_size=rows,
-        most=config.eval_tokens,
-        reset_state=config.reset_state,
-        dtype=dtype,
-        drop_gap=drop_gap and any(experts.capacity_factor is not None for experts in config.model.routers),
-        group=min(rows, config.batch_size // routing_groups(config, processes.size)),
-        processes=processes,
-    )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ def check(config: TrainConfig, size: int) -> None:
     Raises:
         ValueError: with the field to change.
     """
+    check_carried(config, size)
     rows, parallel = config.batch_size, _expert_parallel(config, size)
     if rows % (size * config.accumulate):
         raise ValueError(
@@ -47,6 +48,27 @@ def check(config: TrainConfig, size: int) -> None:
             f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch and {size} "
             "processes; one of the two must divide the other"
         )
+
+
+def check_carried(config: TrainConfig, size: int) -> None:
+    """Whether rows can begin with the state of the batch before.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if not config.carry_state:
+        return
+    model = config.model
+    growing = [each for each in model.letters if each.state_bytes(model, 2, 4) > each.state_bytes(model, 1, 4)]
+    why = ""
+    if size > 1:
+        why = f"{size} processes train; start one"
+    elif not counting.state_bytes(model, 1):
+        why = f"no letter of the pattern {config.model.pattern!r} has a state; choose one with M"
+    elif growing:
+        why = f"the state of {growing[0].name} grows with every token; choose a pattern without it"
+    if why:
+        raise ValueError(f"carry_state keeps the state of each row in one process, at one size, but {why}")
 
 
 def check_used(config: TrainConfig, size: int) -> None:

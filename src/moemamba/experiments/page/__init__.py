@@ -5,11 +5,12 @@ from .markdown import markdown
 from .plots import require_matplotlib, write_figures
 from .section import STEPS_NOTES, loss_notes
 from .tokens import routing_page
-from .wording import HEADER, cells, count, says, signed, times, verdict
+from .wording import HEADER, Measure, cells, count, says, signed, times, verdict
 
 __all__ = [
     "HEADER",
     "STEPS_NOTES",
+    "Measure",
     "cells",
     "count",
     "html_page",

@@ -95,12 +95,13 @@ def _mixer(
 ) -> Tensor:
     """A Mamba layer; see the forward that it takes the place of, whose cache is called `cache` from 5.24 on."""
     cache_params = kwargs.pop("cache", cache_params)
-    if cache_params is not None and cache_params.is_recording_past(self.layer_idx):
-        return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)  # type: ignore[no-any-return]
     conv = ssm = None
     if cache_params is not None:
-        conv = cache_params.get_conv_state(self.layer_idx, state_idx=0)
-        ssm = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        own = cache_params.layers[self.layer_idx]
+        if own.record_past:  # for a speculation, whose end it takes back
+            return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        if own.has_previous_state[0]:
+            conv, ssm = own.conv_states[0], own.recurrent_states[0]
     x = _unpadded(hidden_states, attention_mask)
     if conv is not None and ssm is not None and x.shape[1] == 1:
         y = _step(self, x, conv, ssm)

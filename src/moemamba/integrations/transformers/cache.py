@@ -30,6 +30,11 @@ class StateCache(Cache):  # type: ignore[misc]
         return 0 if self.state is None else len(self.state.mixers)
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer whether it knows no length, as transformers asks; this cache does."""
+        return [False]
+
+    @property
     def is_initialized(self) -> bool:
         """Whether there has been a call."""
         return self.state is not None

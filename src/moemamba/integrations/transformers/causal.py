@@ -14,7 +14,7 @@ from .balancing import auxiliary
 from .cache import StateCache
 from .configuration import MoEMambaConfig
 from .modeling import MoEMambaModel, MoEMambaPreTrainedModel
-from .outputs import CACHE, MoEMambaCausalLMOutput
+from .outputs import CACHE, FORMER, MoEMambaCausalLMOutput
 
 IN_FILES = {"head": "lm_head"} | {name: f"model.{name}" for name in ("embedding", "layers", "norm")}
 """the names of our modules in files, which are those of `moemamba.save`, and in the model"""
@@ -80,6 +80,8 @@ class MoEMambaForCausalLM(MoEMambaPreTrainedModel, GenerationMixin):  # type: ig
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        if FORMER in model_kwargs:
+            model_kwargs[CACHE] = model_kwargs.pop(FORMER)
         cache = model_kwargs.get(CACHE)
         if cache is not None and not isinstance(cache, StateCache):
             raise ValueError(f"{CACHE} is a {type(cache).__name__}; this model's is a StateCache")

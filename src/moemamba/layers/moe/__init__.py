@@ -10,7 +10,7 @@ from ... import ops
 from ...ops.experts import GATED
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
-from ..layer import Layer, Result
+from ..layer import Layer, Prepared, Result
 from ..plain import plain
 from ..roles import Role, composed
 from .experts import Experts
@@ -137,6 +137,36 @@ class MoE(Layer):
         if plain(self, MoE) and plain(self.router, Router) and not torch.is_autocast_enabled(x.device.type):
             return self.serve(x)
         return super().step(x, buffers, live, place)
+
+    def prepare(self, buffers: Any, x: Tensor, y: Tensor) -> Prepared:
+        here = plain(self, MoE) and plain(self.router, Router) and plain(self.experts, Experts)
+        choose = compute = None
+        if here and self.shared is None and self.experts.group is None:
+            router, experts = self.router, self.experts
+            indices = torch.empty(x.shape[0], router.top_k, dtype=torch.int64, device=x.device)
+            gates = x.new_empty(x.shape[0], router.top_k)
+            choose = ops.prepare_router(
+                x,
+                router.weight,
+                router.balance_bias,
+                indices,
+                gates,
+                logit_bias=router.bias,
+                scores=router.scores,
+            )
+            biases = {"up_bias": experts.up_bias, "down_bias": experts.down_bias}
+            compute = ops.prepare_experts(
+                x, indices, gates, experts.up_proj, experts.down_proj, y, activation=experts.activation, **biases
+            )
+        if choose is None or compute is None:
+            return super().prepare(buffers, x, y)
+        first, second = choose, compute
+
+        def step(live: int, room: int, place: Tensor) -> None:
+            first(live)
+            second(live)
+
+        return step
 
     def serve(self, x: Tensor) -> Tensor:
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import expect
-from ..choice import Door, compute, declare
+from ..choice import Door, choose, compute, declare
 from . import reference
 
 
@@ -51,6 +51,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
     """
     expect("weight", weight, (x.shape[-1],))
     return compute("rms_norm", x, weight, eps)  # type: ignore[no-any-return]
+
+
+def prepare_rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Callable[[int], None] | None:
+    """`rms_norm` over and over for the first rows of x (rows, d), with all looked up beforehand.
+
+    Returns:
+        a function of how many rows, whose y (rows, d) it writes; None where there is none.
+    """
+    if choose("rms_norm", x) != "cpu":
+        return None
+    from .cpu_norm import prepare
+
+    return prepare(x, weight, eps, y)
 
 
 def _linear_cpu() -> Callable[..., Any]:

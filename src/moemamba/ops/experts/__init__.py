@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import autocast, dense, expect, sizes
-from ..choice import Door, compute, declare
+from ..choice import Door, choose, compute, declare
 from . import reference
 from .reference import ACTIVATIONS as ACTIVATIONS  # what layers compute alone too
 
@@ -90,6 +90,49 @@ def expert_feedforward(
     return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation, *biases)
 
 
+def prepare_experts(
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    y: Tensor,
+    *,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Callable[[int], None] | None:
+    """`expert_feedforward` over and over for the first rows of the same buffers, with all looked up beforehand.
+
+    Args:
+        x, y: (rows, d), (rows, o).
+        indices, gates: (rows, k), filled before each call.
+        up, down, activation, up_bias, down_bias: as there; tensors may be changed in place but have to stay where they
+            are.
+    Returns:
+        a function of how many rows: to their y it adds what their experts return; None where there is none.
+    """
+    if choose("expert_feedforward", x) != "cpu":
+        return None
+    from .cpu_exact import ACTIVATIONS, prepare
+
+    return prepare(x, indices, gates, up, down, ACTIVATIONS[activation], y, up_bias, down_bias)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """What stands between the two matrices of a feed-forward network.
+
+    Args:
+        x: (..., f), or (..., 2f) for gated ones: the gate first.
+        activation: see `expert_feedforward`.
+    Returns:
+        (..., f).
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    return compute("activate", x, activation)
+
+
 def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
     """How many entries before each one equal it: the place of each in the queue that it names.
 
@@ -101,14 +144,10 @@ def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
     return compute("places_in_queues", queues, n_queues)  # type: ignore[no-any-return]
 
 
-def _without_biases(*arguments: Any) -> str | None:
-    return "its experts have no biases" if any(bias is not None for bias in arguments[6:]) else None
-
-
 def _known_to_triton(*arguments: Any) -> str | None:
     if len(arguments) > 5 and arguments[5] not in ("relu", "gelu", "silu", "swiglu"):
         return f"its kernels know no {arguments[5]}"
-    return _without_biases(*arguments)
+    return "its experts have no biases" if any(bias is not None for bias in arguments[6:]) else None
 
 
 def _feedforward_cpu() -> Callable[..., Any]:
@@ -121,6 +160,12 @@ def _feedforward_triton() -> Callable[..., Any]:
     from .triton import expert_feedforward
 
     return expert_feedforward
+
+
+def _activate_cpu() -> Callable[..., Any]:
+    from .cpu import activate
+
+    return activate
 
 
 def _linear_cpu() -> Callable[..., Any]:
@@ -156,9 +201,10 @@ def _places_triton() -> Callable[..., Any]:
 declare(
     "expert_feedforward",
     reference.expert_feedforward,
-    cpu=Door(_feedforward_cpu, supports=_without_biases),
+    cpu=Door(_feedforward_cpu),
     triton=Door(_feedforward_triton, supports=_known_to_triton),
 )
 declare("expert_linear", reference.expert_linear, cpu=Door(_linear_cpu), triton=Door(_linear_triton))
 declare("grouped_linear", reference.grouped_linear, cpu=Door(_grouped_cpu), triton=Door(_grouped_triton))
 declare("places_in_queues", reference.places_in_queues, triton=Door(_places_triton, holds="no gradient"))
+declare("activate", reference.activate, cpu=Door(_activate_cpu, holds="no gradient"))

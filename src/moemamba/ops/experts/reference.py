@@ -19,6 +19,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """See `moemamba.ops.activate`."""
+    return ACTIVATIONS[activation](x)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """See `moemamba.ops.grouped_linear`."""
     if batched(counts):
@@ -56,13 +61,13 @@ def expert_feedforward(
     """See `moemamba.ops.expert_feedforward`."""
 
     def experts(rows: Tensor, counts: Tensor) -> Tensor:
-        hidden = ACTIVATIONS[activation](_shifted(grouped_linear(rows, up, counts), up_bias, counts))
-        return _shifted(grouped_linear(hidden, down, counts), down_bias, counts)
+        hidden = ACTIVATIONS[activation](shifted(grouped_linear(rows, up, counts), up_bias, counts))
+        return shifted(grouped_linear(hidden, down, counts), down_bias, counts)
 
     return dispatch(x, indices, gates, up.shape[0], experts)
 
 
-def _shifted(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+def shifted(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
     """Rows sorted by expert, plus their expert's bias (e, f); those of none plus nothing."""
     if bias is None:
         return y

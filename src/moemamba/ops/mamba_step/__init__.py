@@ -46,7 +46,7 @@ def mamba_step(
         norm_weight: (d,) makes this the residual sub-layer `x + layer(norm(x))`, with the root-mean-square norm;
         norm_bias: (d,) with it the norm is layer normalisation.
         eps: of the norm.
-        in_place: write the new states over the old ones, which must be contiguous, and return those.
+        in_place: write the new states over the old ones, which on a GPU must be contiguous, and return those.
     Returns:
         y (b, 1, d), conv_state, ssm_state.
     """
@@ -65,11 +65,31 @@ def mamba_step(
     expect("out_proj", out_proj, (d, width))
     expect("norm_weight", norm_weight, (d,))
     expect("norm_bias", norm_bias, (d,))
-    if in_place and not (conv_state.is_contiguous() and ssm_state.is_contiguous()):
+    dense = conv_state.is_contiguous() and ssm_state.is_contiguous()
+    if in_place and not dense and choose("mamba_step", x) != "cpu":  # whose states lie by channel
         raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
     weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
     norm = (norm_weight, norm_bias, eps, in_place)
     return compute("mamba_step", x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
+
+
+def prepare_mamba_step(
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Tensor, ...], y: Tensor
+) -> Callable[[int], None] | None:
+    """`mamba_step` over and over for the first rows of the same buffers, with all looked up beforehand.
+
+    Args:
+        x, y: (rows, d).
+        conv_state, ssm_state: (rows, i, k-1), (rows, i, n), overwritten by each step.
+        weights: those of `mamba_step`, in its order, which may be changed in place but have to stay where they are.
+    Returns:
+        a function of how many rows: to their y it adds what the layer makes of their x; None where there is none.
+    """
+    if choose("mamba_step", x) != "cpu":
+        return None
+    from .cpu import prepare
+
+    return prepare(x, conv_state, ssm_state, weights, y)
 
 
 def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import dense, expect, sizes
-from ..choice import Door, compute, declare
+from ..choice import Door, choose, compute, declare
 from . import reference
 
 FEW = 256  # tokens up to which choosing is one kernel, each of whose programs reads all of the weights
@@ -83,6 +83,32 @@ def router_choices(
     return compute("router_choices", x, weight, dense(bias), top_k, *_more(logit_bias, scores))
 
 
+def prepare_router(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    *,
+    logit_bias: Tensor | None = None,
+    scores: str = "softmax",
+) -> Callable[[int], None] | None:
+    """`router_choices` over and over for the first rows of the same buffers, with all looked up beforehand.
+
+    Args:
+        x, indices, gates: (rows, d), and (rows, k) twice, int64 and float32.
+        weight, bias, logit_bias, scores: as there; tensors may be changed in place but have to stay where they are.
+    Returns:
+        a function of how many rows, whose indices and gates it writes; None where there is none.
+    """
+    _expect(x, weight, bias, indices.shape[1], logit_bias, scores)
+    if choose("router_choices", x) != "cpu":
+        return None
+    from .cpu import prepare
+
+    return prepare(x, weight, bias, indices, gates, logit_bias, scores)
+
+
 def router_means(
     x: Tensor,
     weight: Tensor,
@@ -149,19 +175,13 @@ def _expect_choices(top_k: int, n_experts: int) -> None:
         raise ValueError(f"top_k is {top_k}; of {n_experts} experts a token can choose 1 to {n_experts}")
 
 
-def _softmax_alone(*arguments: Any) -> str | None:
-    if "sigmoid" in arguments[-1:]:
-        return "its scores are those of softmax"
-    return None
-
-
 def _without_more(count: int) -> Callable[..., str | None]:
     """Of a door that knows the first `count` arguments alone."""
 
     def supports(*arguments: Any) -> str | None:
         if len(arguments) <= count:
             return None
-        return _softmax_alone(*arguments) or "its logits have no bias"
+        return "its scores are those of softmax" if arguments[-1] != "softmax" else "its logits have no bias"
 
     return supports
 
@@ -178,6 +198,24 @@ def _choices_triton() -> Callable[..., Any]:
     return route
 
 
+def _router_cpu() -> Callable[..., Any]:
+    from .cpu import route_with_totals
+
+    return route_with_totals
+
+
+def _choices_cpu() -> Callable[..., Any]:
+    from .cpu import route
+
+    return route
+
+
+def _logits_cpu() -> Callable[..., Any]:
+    from .cpu import linear_float32
+
+    return linear_float32
+
+
 def _means_cpu() -> Callable[..., Any]:
     from .cpu import route_with_stats
 
@@ -190,15 +228,18 @@ def _logits_triton() -> Callable[..., Any]:
     return linear_float32
 
 
-declare("router", reference.route_with_totals, triton=Door(_router_triton, supports=_without_more(6)))
+_ALONE = "no gradient"
+declare(
+    "router",
+    reference.route_with_totals,
+    cpu=Door(_router_cpu, holds=_ALONE),
+    triton=Door(_router_triton, supports=_without_more(6)),
+)
 declare(
     "router_choices",
     reference.route,
-    triton=Door(_choices_triton, holds="no gradient", supports=_without_more(4)),
+    cpu=Door(_choices_cpu, holds=_ALONE),
+    triton=Door(_choices_triton, holds=_ALONE, supports=_without_more(4)),
 )
-declare(
-    "router_means",
-    reference.route_with_stats,
-    cpu=Door(_means_cpu, holds="no gradient", supports=_softmax_alone),
-)
-declare("router_logits", reference.linear_float32, triton=Door(_logits_triton))
+declare("router_means", reference.route_with_stats, cpu=Door(_means_cpu, holds=_ALONE))
+declare("router_logits", reference.linear_float32, cpu=Door(_logits_cpu, holds=_ALONE), triton=Door(_logits_triton))

@@ -16,7 +16,7 @@ def route(
     x: Tensor, weight: Tensor, bias: Tensor, top_k: int, logit_bias: Tensor | None = None, scores: str = "softmax"
 ) -> tuple[Tensor, Tensor]:
     """See `moemamba.ops.router_choices`."""
-    each = _scores(_logits(x, weight, logit_bias), scores)
+    each = _scores(logits(x, weight, logit_bias), scores)
     indices = (each + bias).topk(top_k, dim=-1).indices
     return indices, each.gather(1, indices)
 
@@ -51,12 +51,12 @@ def route_with_totals(
     n_experts = weight.shape[0]
     if valid is not None:  # filled, since a product with zero does not make what is not a number vanish
         x = x.masked_fill((valid == 0)[:, None], 0)
-    logits = _logits(x, weight, logit_bias)
-    each, log_z = _scores(logits, scores), logits.logsumexp(dim=-1)
+    own = logits(x, weight, logit_bias)
+    each, log_z = _scores(own, scores), own.logsumexp(dim=-1)
     choosing = each + bias
     indices = choosing.argmax(-1, keepdim=True) if top_k == 1 else choosing.topk(top_k, dim=-1).indices
     gates = each.gather(1, indices)
-    count = logits.new_ones(x.shape[0]) if valid is None else valid.to(logits.dtype)
+    count = own.new_ones(x.shape[0]) if valid is None else valid.to(own.dtype)
     if valid is not None:
         padding = (valid == 0)[:, None]
         indices, gates = indices.masked_fill(padding, n_experts), gates.masked_fill(padding, 0)
@@ -66,17 +66,18 @@ def route_with_totals(
         return (count.view(groups, 1, -1) @ values.view(groups, -1, values.shape[1])).squeeze(1)
 
     chosen = indices[..., None] == torch.arange(n_experts, device=x.device)  # (t, k, e)
-    load = chosen.view(groups, -1, n_experts).sum(1).to(logits.dtype)
+    load = chosen.view(groups, -1, n_experts).sum(1).to(own.dtype)
     probabilities = _shares(each, scores)
-    entropy = _entropy(probabilities, logits, log_z, scores).detach()
+    entropy = _entropy(probabilities, own, log_z, scores).detach()
     sums = (probabilities, log_z.square()[:, None], entropy[:, None])
     probabilities, z, entropy = (total(values) for values in sums)
     return indices, gates, load, probabilities, z.squeeze(1), entropy.squeeze(1)
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = linear_float32(x, weight)
-    return logits if bias is None else logits + bias.to(logits.dtype)
+def logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_float32`, plus a bias (e,)."""
+    found = linear_float32(x, weight)
+    return found if bias is None else found + bias.to(found.dtype)
 
 
 def _scores(logits: Tensor, scores: str) -> Tensor:

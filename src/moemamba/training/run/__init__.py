@@ -4,7 +4,7 @@ from .directory import RunDirectory
 from .given import check_given, fingerprint, require_beginning
 from .origin import admit, begin, go_on_longer, plant
 from .position import Position, read_position
-from .restoring import read_model, restore
+from .restoring import read_carried, read_model, restore
 from .saving import Saver, take, write
 from .telling import diverged, introduce, log_evaluation, log_routers, skipped_steps
 
@@ -22,6 +22,7 @@ __all__ = [
     "log_evaluation",
     "log_routers",
     "plant",
+    "read_carried",
     "read_model",
     "read_position",
     "require_beginning",

@@ -13,9 +13,9 @@ from ...config import description
 from ...host.files import WriteError, check_regular, expanded, replace, write_json
 from ...host.lock import Lock
 from ...marks import Change, changeable
-from ...reading import read_config, to_dict
+from ...reading import to_dict
 from ...text import Tokenizer, load_tokenizer, tokenizer_config
-from ..config import TrainConfig
+from ..config import TrainConfig, read_run
 from .log import Log
 
 LEFTOVER = r"\.\d{8}(\.\d+)?"
@@ -100,7 +100,7 @@ class RunDirectory:
 
     def config(self) -> TrainConfig:
         """How the run was begun."""
-        return read_config(TrainConfig, self.path / "train.json")
+        return read_run(self.path / "train.json")
 
     def tokenizer(self) -> Tokenizer:
         """The run's own; raises CheckpointError."""

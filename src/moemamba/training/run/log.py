@@ -46,6 +46,13 @@ class Log:
         line = json.dumps({"kind": kind, **values})
         return self.file.exists() and line in self.file.read_text(encoding="utf-8", errors="replace").splitlines()
 
+    def find(self, kind: str, step: int) -> dict[str, Any] | None:
+        """The file's line of a kind at a step; None if it has none."""
+        if not self.file.exists():
+            return None
+        lines = map(json.loads, _lines_until(self.file, step))
+        return next((line for line in lines if line["step"] == step and line.get("kind") == kind), None)
+
     def forget_after(self, step: int) -> None:
         """Drop the lines that a resumed run will write again, and one that is cut short."""
         if self.file.exists():
