@@ -51,7 +51,7 @@ ROOMS = {
 # Folders of a room in order: each sees those before it.
 STACKS = {"moemamba.experiments": ("results", "page", "compare", "law", "paper")}
 FOLDER = 15  # files in a folder
-PEERS = {"cli": 25, "letters": 25, "layers": 25}  # those of files of one kind
+PEERS = {"cli": 30, "letters": 25, "layers": 25}  # those of files of one kind
 DRAWERS = {"utils", "util", "common", "helpers", "registry", "misc", "shared", "base", "core", "tools"}
 PUBLIC = {
     "AttentionConfig",

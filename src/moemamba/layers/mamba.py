@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.mamba_step import Inner
 from ..ops.packing import without_padding
 from .layer import Layer, Prepared, Result
 from .linear import Linear, before_bias, beside, in_halves
@@ -66,6 +67,8 @@ class StepWeights(NamedTuple):
     """(i,)"""
     out_proj: Tensor
     """(d, i)"""
+    inner: Inner | None = None
+    """the norms of dt, B and C"""
 
 
 class CausalConv1d(nn.Module):
@@ -305,8 +308,6 @@ class Mamba(SelectiveSSM):
 
     def why_not_fused(self) -> str | None:
         """Which option the kernels of a whole step know nothing of; None if they know all of this layer's."""
-        if self.inner_norm != "none":
-            return f'inner_norm = "{self.inner_norm}": the kernel of a step has no norms of dt, B and C'
         if not self.conv_bias:
             return "conv_bias = False: the kernel of a step adds a bias"
         if self.proj_bias:
@@ -320,8 +321,18 @@ class Mamba(SelectiveSSM):
         x_proj = weights_alone(self.x_proj, Linear, 1)
         dt_proj = weights_alone(self.dt_proj, Linear, 2)
         out_proj = weights_alone(self.out_proj, Linear, 1)
-        if not (in_proj and conv1d and x_proj and dt_proj and out_proj):
+        inner = self._inner_norms()
+        if not (in_proj and conv1d and x_proj and dt_proj and out_proj and inner is not False):
             return None
         taps, shift = conv1d
         inside = (*x_proj, *dt_proj, self.A_log, self.D)
-        return StepWeights._make((*in_proj, taps.squeeze(1), shift, *inside, *out_proj))
+        return StepWeights._make((*in_proj, taps.squeeze(1), shift, *inside, *out_proj, inner))
+
+    def _inner_norms(self) -> Inner | Literal[False] | None:
+        """The norms of dt, B and C; False where calling them may do more than a norm does."""
+        if self.inner_norm == "none":
+            return None
+        norms = (self.dt_norm, self.B_norm, self.C_norm)
+        if not all(plain(norm, RMSNorm) for norm in norms):
+            return False
+        return Inner._make((*(norm._parameters["weight"] for norm in norms), self.dt_norm.eps))

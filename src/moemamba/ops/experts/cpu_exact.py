@@ -43,7 +43,8 @@ def experts(
     n_experts, out, hidden = down.shape
     sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
     work, y = new(space(sizes, activation)), new(x.shape[0], out)
-    places = located(x if x.is_contiguous() else x.contiguous(), gates, up, down, up_bias, down_bias, work, y)
+    x = x if x.is_contiguous() else x.contiguous()  # bound here, lest it be freed before it is read
+    places = located(x, gates, up, down, up_bias, down_bias, work, y)
     if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
         return None
     launch(sizes, activation, False, indices.data_ptr(), *places)

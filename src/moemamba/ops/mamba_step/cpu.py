@@ -27,12 +27,17 @@ from ..kit.cpu import (
     silu,
     softplus,
 )
+from ..kit.cpu.lanes import tile
 from ..kit.cpu.product import MULTIPLICATIONS, product
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from . import reference
 
 SHARE = 16  # rows of a projection that are a task
+NORMS = 4  # a phase that most layers have not
+
+_ONE = np.float32(1)
+_dot = tile(1, 1)
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -56,15 +61,16 @@ def mamba_step(
     A_log: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    inner: reference.Inner | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `moemamba.ops.mamba_step`; with a norm, and in place where states do not lie by channel, the reference's."""
-    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
+    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner)
     done = None
-    if norm_weight is None and not traced(x, *weights) and not torch.is_autocast_enabled("cpu"):
+    if norm_weight is None and not traced(x, *weights, *(inner or ())) and not torch.is_autocast_enabled("cpu"):
         done = _fused(x, conv_state, ssm_state, in_place, *weights)
     if done is None:
         return reference.mamba_step(
@@ -87,6 +93,7 @@ def _fused(
     A_log: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    inner: reference.Inner | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """By the kernel; None where it cannot read what it is given."""
     (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
@@ -96,13 +103,18 @@ def _fused(
         return None  # it is a copy that would be written to
     taps, decay = by_taps(conv_weight), decays(A_log)
     sizes, y = (batch, d, width, n, k, r), new(*x.shape)
-    weights = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj)
+    weights = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
     work = new(space(sizes))
     places = located(x, *weights, before[0], after[0], before[1], after[1], work, y)
     if places is None:
         return None
-    launch(sizes, False, *places)
+    launch(sizes, False, -1.0 if inner is None else inner.eps, *places)
     return y, after[0].transpose(1, 2), after[1].transpose(1, 2)
+
+
+def _norms(inner: reference.Inner | None) -> tuple[Tensor | None, ...]:
+    """Weights of the norms of dt, B and C."""
+    return (None, None, None) if inner is None else inner[:3]
 
 
 def by_taps(conv_weight: Tensor) -> Tensor:
@@ -121,24 +133,26 @@ def space(sizes: Sizes) -> int:
     return rows * (3 * width + r + 2 * n + d)
 
 
-def launch(sizes: Sizes, adds: bool, *places: int) -> None:
+def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `_step` for what lies where."""
     rows, d, width, n, _, r = sizes
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
-        _alone(0, 1, *sizes, adds, *places)
+        _alone(0, 1, *sizes, adds, eps, *places)
         return
     costs = (2 * d, r + 2 * n, r + MULTIPLICATIONS * n, d)
     shares = (-(-width // TILE), -(-(r + 2 * n) // SHARE), -(-width // TILE), -(-d // SHARE))
     for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
-        run(_step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, *places)
+        if phase == 2 and eps >= 0:
+            _step(0, 1, NORMS, *sizes, adds, eps, *places)
+        run(_step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, eps, *places)
 
 
 def prepare(
-    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Tensor, ...], y: Tensor
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Any, ...], y: Tensor
 ) -> Callable[[int], None] | None:
     """See `moemamba.ops.prepare_mamba_step`."""
-    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj = weights
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner = weights
     before = by_channel(conv_state), by_channel(ssm_state)
     if (before[0].data_ptr(), before[1].data_ptr()) != (conv_state.data_ptr(), ssm_state.data_ptr()):
         return None
@@ -147,7 +161,8 @@ def prepare(
     taps, decay = by_taps(conv_weight), decays(A_log)
     (rows, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
     work = new(space((rows, d, width, n, k, r)))
-    read = (x, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj)
+    read = (x, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+    eps = -1.0 if inner is None else inner.eps
     tensors = (*read, before[0], before[0], before[1], before[1], work, y)
     places = located(*tensors)
     if places is None:
@@ -157,15 +172,26 @@ def prepare(
     def step(live: int) -> None:
         if made != [conv_weight._version, A_log._version]:
             made[:] = conv_weight._version, A_log._version
-            tensors[2].copy_(by_taps(conv_weight))
-            tensors[7].copy_(decays(A_log))
-        launch((live, d, width, n, k, r), True, *places)
+            taps.copy_(by_taps(conv_weight))
+            decay.copy_(decays(A_log))
+        assert tensors  # and so are not freed
+        launch((live, d, width, n, k, r), True, eps, *places)
 
     return step
 
 
 # Loops are over vectors that each function makes of an address, and change them in place: of slices of matrices LLVM
 # would not know the strides, and what two arrays may share it does not vectorise.
+
+
+@exact
+def _normalise(x: int, size: int, weight: int, eps: Any, total: Any) -> None:
+    """As `ops.rms_norm` does, in place; without weights they are ones."""
+    _dot(size, x, 0, x, 0, total.ctypes.data, 0)
+    scale = _ONE / np.sqrt(total[0] / np.float32(size) + eps)
+    own, shares = floats(x, size), floats(weight, size)
+    for c in range(size):
+        own[c] = own[c] * scale * shares[c] if weight else own[c] * scale
 
 
 @exact
@@ -235,6 +261,7 @@ def _step(
     k: int,
     r: int,
     adds: bool,
+    eps: float,
     x: int,
     in_proj: int,
     conv_weight: int,
@@ -245,6 +272,9 @@ def _step(
     decay: int,
     D: int,
     out_proj: int,
+    dt_norm: int,
+    B_norm: int,
+    C_norm: int,
     conv_before: int,
     conv_after: int,
     ssm_before: int,
@@ -253,6 +283,7 @@ def _step(
     y: int,
 ) -> None:
     """A share of a phase: into the convolution; what dt, B and C are chosen from; the scan; out, added to y or not.
+    And NORMS of what was chosen, where `eps` is not negative: a phase before the scan.
 
     States are (b, k - 1, i) and (b, n, i), those after may be those before; `conv_weight` is (k, i), `decay` (n, i).
     """
@@ -275,6 +306,12 @@ def _step(
     elif phase == 1:
         first, last = first * SHARE, min(last * SHARE, r + 2 * n)
         product(first, last, rows, width, inner, wide, x_proj, 4 * width, chosen, across)
+    elif phase == NORMS:
+        for b in range(rows):
+            row, epsilon = chosen + b * across, np.float32(eps)
+            _normalise(row, r, dt_norm, epsilon, spare)
+            _normalise(row + 4 * r, n, B_norm, epsilon, spare)
+            _normalise(row + 4 * (r + n), n, C_norm, epsilon, spare)
     elif phase == 2:
         product(start, end, rows, r, chosen, across, dt_proj, 4 * r, step, 4 * width)
         size, here = end - start, 4 * start
@@ -310,6 +347,7 @@ def _alone(
     k: int,
     r: int,
     adds: bool,
+    eps: float,
     x: int,
     in_proj: int,
     conv_weight: int,
@@ -320,6 +358,9 @@ def _alone(
     decay: int,
     D: int,
     out_proj: int,
+    dt_norm: int,
+    B_norm: int,
+    C_norm: int,
     conv_before: int,
     conv_after: int,
     ssm_before: int,
@@ -328,8 +369,10 @@ def _alone(
     y: int,
 ) -> None:
     """All phases one after the other: for one row calls would take as long as the arithmetic."""
-    for phase in range(4):
-        _step(
-            0, width + d, phase, rows, d, width, n, k, r, adds, x, in_proj, conv_weight, conv_bias, x_proj, dt_proj,
-            dt_bias, decay, D, out_proj, conv_before, conv_after, ssm_before, ssm_after, work, y,
-        )  # fmt: skip
+    for phase in (0, 1, NORMS, 2, 3):
+        if phase != NORMS or eps >= 0:
+            _step(
+                0, width + d, phase, rows, d, width, n, k, r, adds, eps, x, in_proj, conv_weight, conv_bias, x_proj,
+                dt_proj, dt_bias, decay, D, out_proj, dt_norm, B_norm, C_norm, conv_before, conv_after, ssm_before,
+                ssm_after, work, y,
+            )  # fmt: skip
