@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .host.progress import Report
     from .host.stop import Interrupted
     from .inference import generate
-    from .inference.inspection import Look, look
+    from .inspection import Look, look
     from .layers import RouterStats
     from .model import MoEMamba, Output
     from .state import State
@@ -78,7 +78,7 @@ _LAZY = {
     "Diverged": "training.update",
     "Evaluation": "training.evaluate",
     "Interrupted": "host.stop",
-    "Look": "inference.inspection",
+    "Look": "inspection",
     "MoEMamba": "model",
     "Moment": "training.watch",
     "Output": "model",
@@ -92,7 +92,7 @@ _LAZY = {
     "generate": "inference",
     "layers": "",
     "load": "checkpoint",
-    "look": "inference.inspection",
+    "look": "inspection",
     "make_optimizer": "training.update",
     "ops": "",
     "prepare": "data.handed",

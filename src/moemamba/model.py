@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,20 @@ class Output(NamedTuple):
     auxiliary: Tensor | None = None
     """() losses of the routers, weighed by the configuration and averaged; 0 without routers. A loop of your own adds
     it: `(out.loss + out.auxiliary).backward()`. None where neither targets are given nor gradients wanted"""
+
+
+if TYPE_CHECKING:  # for checkers alone: what there is depends on the call, see `MoEMamba.__call__`
+
+    class Predicted(Output):
+        """Of a call without targets."""
+
+        logits: Tensor
+
+    class Scored(Output):
+        """Of a call with targets."""
+
+        loss: Tensor
+        auxiliary: Tensor
 
 
 def weighed(router: tuple[RouterStats, ...], experts: tuple[ExpertsConfig, ...], like: Tensor) -> Tensor:
@@ -154,7 +168,40 @@ class MoEMamba(Backbone):
     `ops.load_kernels` of the backend whose kernels it calls: "cpu" for a model that was on the CPU.
     """
 
-    __call__: Callable[..., Output]
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: State | None = None,
+            seq_idx: Tensor | None = None,
+            targets: None = None,
+            record: list[Choice] | None = None,
+        ) -> Predicted: ...
+
+        @overload
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: State | None = None,
+            seq_idx: Tensor | None = None,
+            *,
+            targets: Tensor,
+            record: list[Choice] | None = None,
+        ) -> Scored: ...
+
+        @overload
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: State | None,
+            seq_idx: Tensor | None,
+            targets: Tensor,
+            record: list[Choice] | None = None,
+        ) -> Scored: ...
+
+        def __call__(self, *arguments: Any, **named: Any) -> Output: ...
 
     def __init__(self, config: ModelConfig):
         super().__init__()

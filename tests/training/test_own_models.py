@@ -70,7 +70,7 @@ def test_a_watcher_sees_every_line_and_the_model(config):
 
     train(config, watch=watch, report=SILENT)
     assert [moment.line for moment in seen] == lines(config)
-    assert {moment.kind for moment in seen} == {"data", "train", "router", "evaluation"}
+    assert {moment.kind for moment in seen} >= {"data", "train", "router", "evaluation"}
     plain = train(other(config, "plain"), report=SILENT)
     assert same(plain.model, seen[-1].model)  # to watch changes nothing
     assert torch.is_grad_enabled()

@@ -11,7 +11,7 @@ from .options import Place, Positional
 from .terminal import line, parse, show, show_json
 
 if TYPE_CHECKING:
-    from ..inference.inspection import Look as Seen
+    from ..inspection import Look as Seen
 
 MOST = 1 << 16  # tokens of a text
 OFTEN = 5  # tokens that are named for an expert
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from ..checkpoint import load
-    from ..inference.inspection import look
+    from ..inspection import look
 
     model, tokenizer = load(asked.run, asked.device)
     ids = tokenizer.encode(text or "")

@@ -1,4 +1,4 @@
-"""Generation from a trained model, and a look inside one. Never imports training."""
+"""Generation from a trained model. Never imports training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -13,6 +13,7 @@ from .moe import MoE
 from .moe.router import Router
 from .moe.routing import BaseRouter, Choice, RouterStats, Routing, route, routers
 from .norm import final_norm, make_norm
+from .pooling import PooledHead, pooled
 from .roles import Role, roles
 from .routed_mamba import RoutedMamba
 from .sequences import packed, padded
@@ -28,6 +29,7 @@ __all__ = [
     "Mamba",
     "MambaState",
     "MoE",
+    "PooledHead",
     "Role",
     "RoutedMamba",
     "Router",
@@ -37,6 +39,7 @@ __all__ = [
     "make_norm",
     "packed",
     "padded",
+    "pooled",
     "roles",
     "route",
     "routers",

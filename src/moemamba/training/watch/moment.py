@@ -1,5 +1,6 @@
 """Whoever looks on while a run goes, from Python."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Watcher:
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
         training = self.model.training
-        asked = self.watch(Moment(kind, values["step"], {"kind": kind, **values}, self.model))
+        line = json.loads(json.dumps({"kind": kind, **values}))  # as others read it
+        asked = self.watch(Moment(kind, values["step"], line, self.model))
         self.model.train(training)
         self.asked = self.asked or asked is True
