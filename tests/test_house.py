@@ -36,10 +36,13 @@ ROOMS = {
     "distributed": "device initialisation layers model",
     "training": "checkpoint data device distributed initialisation layers model ops state tensors",
     "inference": "device layers model ops state",
+    "serving": "inference model state tensors",
     "longcontext": "data layers model state training",
     "experiments": "data device distributed training",
-    "integrations": "checkpoint layers model ops state tensors training",
-    "cli": "checkpoint data device distributed experiments inference integrations longcontext model ops training",
+    "finetuning": "checkpoint data device distributed layers model ops training",
+    "integrations": "checkpoint inference layers model ops state tensors training",
+    "cli": "checkpoint data device distributed experiments finetuning inference integrations longcontext model ops"
+    " serving training",
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.

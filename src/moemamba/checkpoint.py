@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .model import MoEMamba
 from .reading import from_dict
-from .tensors import TensorFile, differences, not_finite, write_tensors
+from .tensors import CHECKSUMS, TensorFile, differences, not_finite, write_tensors
 from .text import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_config
 
 TOKENIZER_LIMIT = 200_000_000
@@ -96,6 +97,19 @@ def load(
         )
     untold = stored.metadata.get("tokenizer") == "none"
     return model.eval(), NoTokenizer(config.vocab_size) if untold else _read_tokenizer(folder, config)
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """Of each tensor of a model that `load` has loaded; those of its bytes where the file has none."""
+    stored = open_weights(folder)
+    values = files.parse_json(stored.metadata.get(CHECKSUMS, "{}"), str(stored.file))
+    if isinstance(values, dict) and values.keys() == stored.keys():
+        return {name: int(value) for name, value in values.items()}
+    return {name: zlib.crc32(_bytes(tensor[...])) for name, tensor in stored.items()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def find_model(path: Path) -> Path:

@@ -12,6 +12,7 @@ from .host.files import read_json
 LARGEST = 1e300  # of a number that a field can hold; infinity and what is not a number are none
 
 Config = TypeVar("Config")
+_KNOWN: dict[Any, dict[str, Any]] = {}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     """
     if own := getattr(kind, "without_foreign", None):
         values = own(values, where)
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where} has the unknown key {shown(unknown[0])}; known keys are {', '.join(hints)}")
@@ -102,13 +103,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         _convert(hint, getattr(config, name), name)
     for name in positive + not_negative:
         value = getattr(config, name)
         if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
             bound = "greater than 0" if name in positive else "0 or more"
             raise ValueError(f"{name} is {value}; it must be {bound}")
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, which take longer to find than to check."""
+    if kind not in _KNOWN:
+        _KNOWN[kind] = typing.get_type_hints(kind)
+    return _KNOWN[kind]
 
 
 def amount(text: str, what: str) -> float:

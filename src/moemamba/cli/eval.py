@@ -32,6 +32,13 @@ class Eval:
     """windows that are computed at once"""
     tokens: int | None = None
     """predict about that many at most; all if None"""
+    tasks: str | None = None
+    """questions of lm-evaluation-harness in place of a text, commas between them: lambada, hellaswag, piqa, arc_easy,
+    arc_challenge, winogrande, blimp, or any of its own"""
+    tasks_data: Place | None = None
+    """a folder with the questions as JSON lines, such as piqa/piqa_val_llmfoundry.jsonl; the hub if None"""
+    limit: int | None = None
+    """questions of each task at most; all if None"""
     device: str = "auto"
     """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,12 +62,13 @@ class Eval:
     """print one JSON object in place of the table"""
 
     def __post_init__(self) -> None:
-        validate(self, positive=("context", "batch_size", "tokens", "piece", "since", "forgets", "trials"))
-        if self.by_position and self.recall:
-            raise ValueError("--by-position and --recall are two measurements; ask for one at a time")
+        validate(self, positive=("context", "batch_size", "tokens", "piece", "since", "forgets", "trials", "limit"))
+        if self.by_position + self.recall + (self.tasks is not None) > 1:
+            raise ValueError("--by-position, --recall and --tasks are measurements apart; ask for one at a time")
         of: dict[str, dict[str, Any]] = {
             "by_position": {"across_documents": False, "since": None, "forgets": None},
             "recall": {"trials": 32},
+            "tasks": {"tasks_data": None, "limit": None},
         }
         for asked, options in of.items():
             for name, usual in options.items():
@@ -71,6 +79,9 @@ class Eval:
 
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Eval, arguments, "eval")
+    if asked.tasks is not None:
+        _ask(asked, [name.strip() for name in asked.tasks.split(",") if name.strip()])
+        return
     import torch
 
     from ..checkpoint import load
@@ -144,6 +155,28 @@ def _far(
     which: dict[str, Any] = {"most": most, "across": asked.across_documents}
     result = by_position(model, tokens, context, since=asked.since, forgets=asked.forgets, **which, **how)
     tell_positions(result, what, asked.json)
+
+
+def _ask(asked: Eval, tasks: Sequence[str]) -> None:
+    """Questions in place of a text."""
+    from ..integrations.lm_eval import MoEMambaLM, evaluate
+
+    model = MoEMambaLM(asked.run, asked.batch_size, asked.device)
+    scores = evaluate(model, tasks, asked.tasks_data, asked.limit)
+    if asked.json:
+        show_json({"tasks": [asdict(score) for score in scores]})
+        return
+    rows = [
+        (
+            s.task,
+            s.measure,
+            f"{s.value:.4f}",
+            "" if s.error is None else f"± {s.error:.4f}",
+            f"{s.questions:,} questions",
+        )
+        for s in scores
+    ]
+    show(rows, ("task", "measure", "value", "standard error", "asked"))
 
 
 def _texts(asked: Eval, config: DataConfig, tokenizer: "Tokenizer") -> tuple["HeldOut", ...]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..model import MoEMamba
 from ..text import Tokenizer
 from .config import Sampling, SamplingOptions
-from .engine import Engine, Event, Request
+from .engine import Engine
+from .request import Event, Request
 from .stopping import Stop, Stops, read_stops
 
 Given = Stop | Collection[Stop]
@@ -88,7 +89,7 @@ def generate(
     stops = read_stops(stop, model.config.vocab_size, tokenizer)
     results = [list[int]() for _ in batch]
     for events in _events(model, batch, max_new_tokens, Sampling(**sampling), stops, seed):
-        for row, token, kept in events:
+        for row, token, kept, *_ in events:
             if token is not None:
                 results[row].append(token)
             if kept is not None:
@@ -120,7 +121,7 @@ def stream(
     ended = set[int]()
     with closing(_events(model, prompts, max_new_tokens, sampling, stops, seed)) as steps:
         for events in steps:
-            for row, token, kept in events:
+            for row, token, kept, *_ in events:
                 if token is not None:
                     queues[row].append(token)
                 if kept is not None:
@@ -187,7 +188,10 @@ def _events(
         rows = {engine.submit(request): row for row, request in enumerate(requests)}
         try:
             while engine.busy:
-                yield [Event(rows[request], token, kept) for request, token, kept in engine.step()]
+                events = engine.step()
+                if failed := next((event.failure for event in events if event.failure), None):
+                    raise FloatingPointError(failed)
+                yield [event._replace(request=rows[event.request]) for event in events]
         finally:
             engine.abort(*rows)
 

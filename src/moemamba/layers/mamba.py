@@ -271,11 +271,12 @@ class Mamba(SelectiveSSM):
         weights = self.weights_of_step(x) if x.device.type == "cpu" else None
         if weights is None:
             return super().step(x, buffers, live, place)
-        return ops.mamba_step(x, *(buffer[:live] for buffer in buffers), *weights, in_place=True)[0]
+        conv, ssm = (buffer[:live] for buffer in buffers)
+        return ops.mamba_step(x, conv, ssm, *weights, in_place=True)[0]
 
     def prepare(self, buffers: Any, x: Tensor, y: Tensor) -> Prepared:
         weights = self.weights_of_step(x[:, None])
-        step = None if weights is None else ops.prepare_mamba_step(x, *buffers, weights, y)
+        step = None if weights is None else ops.prepare_mamba_step(x, buffers.conv, buffers.ssm, weights, y)
         if step is None:
             return super().prepare(buffers, x, y)
         return lambda live, room, place: step(live)

@@ -143,6 +143,7 @@ class MoE(Layer):
         choose = compute = None
         if here and self.shared is None and self.experts.group is None:
             router, experts = self.router, self.experts
+            assert isinstance(router, Router)
             indices = torch.empty(x.shape[0], router.top_k, dtype=torch.int64, device=x.device)
             gates = x.new_empty(x.shape[0], router.top_k)
             choose = ops.prepare_router(

@@ -5,34 +5,16 @@ convolution's taps. What takes several threads is cut by channels, in four phase
 """
 
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import (
-    LOG2E,
-    TILE,
-    by_channel,
-    exact,
-    exact_kernel,
-    floats,
-    fma,
-    gated,
-    located,
-    new,
-    next_state,
-    run,
-    silu,
-    softplus,
-)
-from ..kit.cpu.product import MULTIPLICATIONS, product
+from ..kit.cpu import LOG2E, TILE, by_channel, located, new, run
+from ..kit.cpu.product import MULTIPLICATIONS
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from . import reference
-
-SHARE = 16  # rows of a projection that are a task
+from .cpu_kernels import SHARE, all_phases, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -122,16 +104,16 @@ def space(sizes: Sizes) -> int:
 
 
 def launch(sizes: Sizes, adds: bool, *places: int) -> None:
-    """A step over as many threads as it is worth. See `_step` for what lies where."""
+    """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
-        _alone(0, 1, *sizes, adds, *places)
+        all_phases(0, 1, *sizes, adds, *places)
         return
     costs = (2 * d, r + 2 * n, r + MULTIPLICATIONS * n, d)
     shares = (-(-width // TILE), -(-(r + 2 * n) // SHARE), -(-width // TILE), -(-d // SHARE))
     for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
-        run(_step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, *places)
+        run(step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, *places)
 
 
 def prepare(
@@ -154,182 +136,11 @@ def prepare(
         return None
     made = [conv_weight._version, A_log._version]
 
-    def step(live: int) -> None:
+    def take(live: int) -> None:
         if made != [conv_weight._version, A_log._version]:
             made[:] = conv_weight._version, A_log._version
             tensors[2].copy_(by_taps(conv_weight))
             tensors[7].copy_(decays(A_log))
         launch((live, d, width, n, k, r), True, *places)
 
-    return step
-
-
-# Loops are over vectors that each function makes of an address, and change them in place: of slices of matrices LLVM
-# would not know the strides, and what two arrays may share it does not vectorise.
-
-
-@exact
-def _convolve(u: Any, total: Any, width: int, k: int, taps: int, bias: int, window: int) -> None:
-    """The convolution at one position with its activation, u in and out; the window moves on.
-
-    Addresses of the first of these channels in rows of `width`.
-    """
-    size = u.shape[0]
-    shift = floats(bias, size)
-    for c in range(size):
-        total[c] = shift[c]
-    for tap in range(k - 1):
-        weight, old = floats(taps + 4 * tap * width, size), floats(window + 4 * tap * width, size)
-        for c in range(size):
-            total[c] = fma(weight[c], old[c], total[c])
-    for tap in range(k - 2):
-        place = window + 4 * tap * width
-        older, old = floats(place, size), floats(place + 4 * width, size)
-        for c in range(size):
-            older[c] = old[c]
-    if k > 1:
-        last = floats(window + 4 * (k - 2) * width, size)
-        for c in range(size):
-            last[c] = u[c]
-    weight = floats(taps + 4 * (k - 1) * width, size)
-    for c in range(size):
-        u[c] = silu(fma(weight[c], u[c], total[c]))
-
-
-@exact
-def _scan(u: Any, dt: Any, drive: Any, B: Any, C: Any, width: int, decay: int, D: int, state: int) -> None:
-    """u becomes C h + D u, with h the state after this position."""
-    size = u.shape[0]
-    skip = floats(D, size)
-    for c in range(size):
-        drive[c] = dt[c] * u[c]
-    for c in range(size):
-        u[c] = skip[c] * u[c]
-    for s in range(B.shape[0]):
-        place = 4 * s * width
-        rate, h, Bs, Cs = floats(decay + place, size), floats(state + place, size), B[s], C[s]
-        for c in range(size):
-            h[c] = next_state(h[c], dt[c], rate[c], drive[c], Bs)
-        for c in range(size):
-            u[c] = fma(Cs, h[c], u[c])
-
-
-@exact
-def _bring(before: int, after: int, rows: int, width: int, size: int) -> None:
-    """Copy some channels of a state to where it is changed, if that is elsewhere."""
-    for row in range(rows if before != after else 0):
-        source, target = floats(before + 4 * row * width, size), floats(after + 4 * row * width, size)
-        for c in range(size):
-            target[c] = source[c]
-
-
-@exact_kernel
-def _step(
-    first: int,
-    last: int,
-    phase: int,
-    rows: int,
-    d: int,
-    width: int,
-    n: int,
-    k: int,
-    r: int,
-    adds: bool,
-    x: int,
-    in_proj: int,
-    conv_weight: int,
-    conv_bias: int,
-    x_proj: int,
-    dt_proj: int,
-    dt_bias: int,
-    decay: int,
-    D: int,
-    out_proj: int,
-    conv_before: int,
-    conv_after: int,
-    ssm_before: int,
-    ssm_after: int,
-    work: int,
-    y: int,
-) -> None:
-    """A share of a phase: into the convolution; what dt, B and C are chosen from; the scan; out, added to y or not.
-
-    States are (b, k - 1, i) and (b, n, i), those after may be those before; `conv_weight` is (k, i), `decay` (n, i).
-    """
-    inner = work  # (rows, 2 width): u, and the gate
-    step = inner + 8 * rows * width  # (rows, width) dt
-    chosen = step + 4 * rows * width  # (rows, r + 2 n)
-    made = chosen + 4 * rows * (r + 2 * n)  # (rows, d)
-    across, wide, start, end = 4 * (r + 2 * n), 8 * width, first * TILE, min(last * TILE, width)
-    spare = np.empty(width, np.float32)
-    if phase == 0:
-        product(start, end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
-        product(width + start, width + end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
-        here = 4 * start
-        for b in range(rows):
-            history = 4 * b * (k - 1) * width + here
-            u = floats(inner + b * wide + here, end - start)
-            _bring(conv_before + history, conv_after + history, k - 1, width, end - start)
-            window = conv_after + history
-            _convolve(u, spare[: end - start], width, k, conv_weight + here, conv_bias + here, window)
-    elif phase == 1:
-        first, last = first * SHARE, min(last * SHARE, r + 2 * n)
-        product(first, last, rows, width, inner, wide, x_proj, 4 * width, chosen, across)
-    elif phase == 2:
-        product(start, end, rows, r, chosen, across, dt_proj, 4 * r, step, 4 * width)
-        size, here = end - start, 4 * start
-        shift = floats(dt_bias + here, size)
-        for b in range(rows):
-            dt, own = floats(step + 4 * b * width + here, size), floats(chosen + b * across, r + 2 * n)
-            u, z = floats(inner + b * wide + here, size), floats(inner + b * wide + 4 * width + here, size)
-            for c in range(size):
-                dt[c] = softplus(dt[c] + shift[c])
-            state, rest = 4 * b * n * width + here, (own[r : r + n], own[r + n :])
-            _bring(ssm_before + state, ssm_after + state, n, width, size)
-            _scan(u, dt, spare[:size], rest[0], rest[1], width, decay + here, D + here, ssm_after + state)
-            for c in range(size):
-                u[c] = gated(u[c], z[c])
-    else:
-        first, last = first * SHARE, min(last * SHARE, d)
-        product(first, last, rows, width, inner, wide, out_proj, 4 * width, made if adds else y, 4 * d)
-        if adds:
-            for b in range(rows):
-                source, target = floats(made + 4 * b * d, d), floats(y + 4 * b * d, d)
-                for c in range(first, last):
-                    target[c] += source[c]
-
-
-@exact_kernel
-def _alone(
-    first: int,
-    last: int,
-    rows: int,
-    d: int,
-    width: int,
-    n: int,
-    k: int,
-    r: int,
-    adds: bool,
-    x: int,
-    in_proj: int,
-    conv_weight: int,
-    conv_bias: int,
-    x_proj: int,
-    dt_proj: int,
-    dt_bias: int,
-    decay: int,
-    D: int,
-    out_proj: int,
-    conv_before: int,
-    conv_after: int,
-    ssm_before: int,
-    ssm_after: int,
-    work: int,
-    y: int,
-) -> None:
-    """All phases one after the other: for one row calls would take as long as the arithmetic."""
-    for phase in range(4):
-        _step(
-            0, width + d, phase, rows, d, width, n, k, r, adds, x, in_proj, conv_weight, conv_bias, x_proj, dt_proj,
-            dt_bias, decay, D, out_proj, conv_before, conv_after, ssm_before, ssm_after, work, y,
-        )  # fmt: skip
+    return take
