@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from moemamba import TrainConfig, load, ops, preset, train
+from moemamba.cli.outcome import tell
 from moemamba.config import ExpertsConfig, ModelConfig
 from moemamba.counting import count_parameters
 from moemamba.experiments.compare import Contender, compare, parse_contender, parse_contenders
@@ -594,3 +595,14 @@ def test_branches_that_cannot_be(base, changes, steps, said, tmp_path):
     pair = [Contender("mamba", MAMBA, {}), Contender("short", MAMBA, {"steps": steps, "cooldown": 0.25}, "mamba")]
     with pytest.raises(ValueError, match=said):
         compare(pair, base, 1, tmp_path, silent=True)
+
+
+def test_the_terminal_shows_the_test_too(tmp_path, capsys):
+    found = comparisons.comparison()
+    tell(found, tmp_path)
+    assert "test loss" not in capsys.readouterr().out
+    runs = [dataclasses.replace(run, test=_tested(4.0 + run.seed, 4.2)) for run in found.runs]
+    rows = summarise(runs, comparisons.MODELS, 32)
+    tell(dataclasses.replace(found, rows=rows, runs=runs), tmp_path)
+    shown = capsys.readouterr().out
+    assert "test loss" in shown and "on the test text" in shown and "vs its capacity" in shown

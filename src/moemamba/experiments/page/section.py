@@ -33,7 +33,10 @@ def section(found: Comparison) -> Section:
     if any(row.drop_gap.values for row in found.rows):
         more += " A drop gap is what the capacity limits of training would add to the loss."
     parts: list[tuple[str, Sequence[str | Grid]]] = [
-        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + more, *_test(found), _besides(found)]),
+        (
+            "Results",
+            [budget(found), _results(found), loss_notes(found.seeds) + more, *reported_tests(found), _besides(found)],
+        ),
         ("Steps to equal loss", [*_steps(found), STEPS_NOTES]),
     ]
     title = " · ".join(row.name for row in found.rows)
@@ -173,7 +176,7 @@ TEST_NOTES = (
 )
 
 
-def _test(found: Comparison) -> list[str | Grid]:
+def reported_tests(found: Comparison) -> list[str | Grid]:
     """The finished runs on the text that nothing was chosen by; nothing where no run has such."""
     tested = [row for row in found.rows if row.test.values]
     if not tested:
