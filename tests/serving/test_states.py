@@ -38,6 +38,7 @@ def test_a_state_is_gone_on_from_many_times(server):
     assert text(empty) == BYTES.decode(generate(MODEL, BYTES.encode("once upon "), 12, stop=256, temperature=0))
     longer = server.post("/v1/states", prompt="a time", **{"from": state["id"]})
     assert longer["tokens"] == 16 and longer["parent"] == state["id"]
+    assert longer["text"] and "once upon a time".endswith(longer["text"])
     assert text(server.post("/v1/completions", state=longer["id"], max_tokens=12, seed=1)) == text(whole)
 
 

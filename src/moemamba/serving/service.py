@@ -103,7 +103,7 @@ class Service:
         self._followed: dict[Ticket, Following] = {}
         self._loop = asyncio.get_running_loop()
         self.worker = Worker(engine, self._deliver, limits.slots + limits.max_waiting)
-        self.states = States(limits.state_bytes, limits.state_seconds)
+        self.states = States(limits.state_bytes, limits.state_seconds, spell=tokenizer.decode)
 
     @property
     def vocabulary(self) -> int:

@@ -3,7 +3,7 @@
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,17 @@ class States:
     Args:
         limit: bytes of all of them; forks share theirs.
         seconds: that a state is kept after its last use.
+        spell: the text of tokens.
     """
 
-    def __init__(self, limit: int, seconds: float, clock: Callable[[], float] = time.monotonic):
-        self.limit, self.seconds, self._clock = limit, seconds, clock
+    def __init__(
+        self,
+        limit: int,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        spell: Callable[[Sequence[int]], str] | None = None,
+    ):
+        self.limit, self.seconds, self._clock, self._spell = limit, seconds, clock, spell
         self._kept: dict[str, Kept] = {}
 
     @property
@@ -109,6 +116,7 @@ class States:
             "tokens": kept.snapshot.position,
             "bytes": kept.snapshot.nbytes,
             "parent": kept.parent,
+            "text": "" if self._spell is None else self._spell(kept.snapshot.tail),
             "model": model,
             "fingerprint": fingerprint,
             "expires_at": int(time.time() + left),
