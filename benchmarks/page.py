@@ -70,8 +70,13 @@ def measured(asked: argparse.Namespace, playwright: Any) -> dict[str, Any]:
             turns = [page.evaluate(MEASURE, [text, whole]) for _ in range(TURNS)]
             assert all(turn[2:] == [asked.tokens, asked.layers] for turn in turns)
             busy, shown = (sorted(turn[i] for turn in turns) for i in (0, 1))
-            found[name] = {"script_ms": round(statistics.median(busy), 1), "frame_ms": round(statistics.median(shown), 1)}
-            print(f"{name}: {found[name]['script_ms']} ms of work, shown after {found[name]['frame_ms']} ms", flush=True)
+            found[name] = {
+                "script_ms": round(statistics.median(busy), 1),
+                "frame_ms": round(statistics.median(shown), 1),
+            }
+            print(
+                f"{name}: {found[name]['script_ms']} ms of work, shown after {found[name]['frame_ms']} ms", flush=True
+            )
         browser.close()
     return found
 

@@ -54,7 +54,9 @@ def opened(browser, server, hash="", width=1280, **options):
     page.errors, page.foreign, page.allowed = [], [], ()
     page.on("console", lambda said: page.errors.append(said.text) if said.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: page.errors.append(f"{error}"))
-    page.on("request", lambda asked: None if asked.url.startswith((server.url, "data:")) else page.foreign.append(asked.url))
+    page.on(
+        "request", lambda asked: None if asked.url.startswith((server.url, "data:")) else page.foreign.append(asked.url)
+    )
     page.goto(f"{server.url}/{hash}")
     page.wait_for_selector("body[data-ready]")
     yield page
