@@ -43,6 +43,36 @@ MODELS = {
         "Mamba",
         {"tie_word_embeddings": False, "state_size": 5, "conv_kernel": 3, "expand": 3, "time_step_rank": 7},
     ),
+    "Mamba, other biases": ("Mamba", {"use_bias": True, "use_conv_bias": False, "layer_norm_epsilon": 1e-3}),
+    "Falcon-Mamba": ("FalconMamba", {"mixer_rms_eps": 1e-4, "state_size": 8}),
+    "Jamba": (
+        "Jamba",
+        {
+            "num_hidden_layers": 4,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "attn_layer_period": 4,
+            "attn_layer_offset": 2,
+        },
+    ),
+    "Jamba without experts": (
+        "Jamba",
+        {
+            "num_hidden_layers": 2,
+            "intermediate_size": 48,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "num_experts": 1,
+            "num_experts_per_tok": 1,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "tie_word_embeddings": True,
+            "mamba_proj_bias": True,
+            "mamba_conv_bias": False,
+        },
+    ),
 }
 
 
@@ -116,6 +146,76 @@ def test_the_form_of_mamba_ssm(config, keys, legacy, tmp_path):
     assert torch.equal(logits(load(tmp_path / "ours")[0]), logits(model))
 
 
+class Black(torch.nn.Module):
+    """A layer of BlackMamba by itself, as its paper and its code have it: one loop over tokens, no kernel."""
+
+    def __init__(self, d, experts, f, gated, bias):
+        super().__init__()
+        self.router = torch.nn.Linear(d, experts)
+        rows = 2 * f if gated else f
+        self.local_experts = torch.nn.ModuleList(
+            torch.nn.ModuleDict(
+                {"linear_fc1": torch.nn.Linear(d, rows, bias=bias), "linear_fc2": torch.nn.Linear(f, d, bias=bias)}
+            )
+            for _ in range(experts)
+        )
+        self.gated = gated
+
+    def forward(self, x):
+        y = torch.empty_like(x)
+        for place in torch.cartesian_prod(*map(torch.arange, x.shape[:2])).tolist():
+            token = x[tuple(place)]
+            scores = torch.sigmoid(self.router(token))
+            expert = self.local_experts[int(scores.argmax())]
+            hidden = expert["linear_fc1"](token)
+            a, b = hidden.chunk(2) if self.gated else (hidden, 1)
+            y[tuple(place)] = expert["linear_fc2"](torch.nn.functional.gelu(a) * b) * scores.max()
+        return y
+
+
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
+def test_blackmamba(gated, bias, tmp_path):
+    """Its Mamba layers are those of transformers' Mamba; its experts are the ones above; LayerNorm before the head."""
+    torch.manual_seed(0)
+    d, layers = 32, ["r", "8", "r", "8"]
+    keys = {"vocab_size": 257, "hidden_size": d, "num_hidden_layers": 2, "use_bias": bias}
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**keys)).eval()
+    experts = [Black(d, 8, 24, gated, bias).eval() for _ in range(2)]
+    norms = [torch.nn.RMSNorm(d, 1e-5) for _ in layers]
+    final, head_bias = torch.nn.LayerNorm(d, 1e-5), torch.randn(257) * bias
+    with torch.no_grad():
+        for norm in (*norms, final):
+            norm.weight.uniform_(0.5, 1.5)
+        final.bias.normal_()
+        x = mamba.backbone.embeddings(TOKENS)
+        for number, norm in enumerate(norms):
+            layer = mamba.backbone.layers[number // 2].mixer if number % 2 == 0 else experts[number // 2]
+            x = x + layer(norm(x))
+        expected = final(x) @ mamba.backbone.embeddings.weight.T + head_bias
+    tensors = {"embedding.word_embeddings.weight": mamba.backbone.embeddings.weight}
+    for number, norm in enumerate(norms):
+        layer = mamba.backbone.layers[number // 2].mixer if number % 2 == 0 else experts[number // 2]
+        tensors[f"decoder.layers.{number}.norm.weight"] = norm.weight
+        tensors |= {f"decoder.layers.{number}.mixer.{name}": value for name, value in layer.state_dict().items()}
+    tensors |= {f"decoder.final_layernorm.{name}": value for name, value in final.state_dict().items()}
+    if bias:
+        tensors["output_layer.bias"] = head_bias
+    (tmp_path / "theirs").mkdir()
+    torch.save({"model": {k: v.detach() for k, v in tensors.items()}, "step": 3}, tmp_path / "theirs/pytorch_model.bin")
+    own = {"num_layers": 4, "hidden_size": d, "state_size": 16, "conv_dimension": 4, "vocab_size": 257}
+    own |= {"expansion_factor": 2, "mamba_moe_layers": layers, "ffn_hidden_size": 24, "add_bias_linear": bias}
+    own |= {"swiglu": gated, "max_sequence_length": 2048}
+    (tmp_path / "theirs/config.json").write_text(json.dumps(own))
+    convert(str(tmp_path / "theirs"), tmp_path / "ours", tokenizer="bytes")
+    ours, _ = load(tmp_path / "ours")
+    assert (ours.config.pattern, ours.config.n_blocks) == ("ME", 2)
+    assert expected.std() > 0.05 and (logits(ours) - expected).abs().max() <= 2e-6 * max(1, expected.abs().max())
+    own["mamba_moe_layers"] = ["r8", "8", "r", "8"]
+    (tmp_path / "theirs/config.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError, match="both in one layer cannot be converted"):
+        convert(str(tmp_path / "theirs"), tmp_path / "again", tokenizer="bytes")
+
+
 def test_parts_and_half_precision(tmp_path):
     """An index with several files; the numbers stay in the dtype that they have."""
     theirs = published(tmp_path / "theirs").to(torch.bfloat16)
@@ -184,8 +284,8 @@ def change(folder, **keys):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"use_bias": True}, "use_bias is True, and our projections have no bias"),
-        ({"use_conv_bias": False}, "use_conv_bias is False, and our convolution has a bias"),
+        ({"use_bias": True}, "backbone.layers.0.mixer.in_proj.bias is missing"),
+        ({"use_conv_bias": False}, "'backbone.layers.0.mixer.conv1d.bias' is not of it"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"hidden_size": "32"}, "hidden_size is '32'; expected int"),
         ({"hidden_size": True}, "hidden_size is True; expected int"),

@@ -1,6 +1,7 @@
 """The Mamba layer: a selective state-space model between two projections (arXiv 2312.00752, section 3.4, figure 3)."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
@@ -27,6 +28,22 @@ class MambaState(NamedTuple):
     """(b, i, k-1) last inputs of the convolution, oldest first"""
     ssm: Tensor
     """(b, i, n) float32"""
+
+    def select(self, rows: "Tensor | list[int] | slice") -> "MambaState":
+        """The state of some rows, in the order given; a row may be taken more than once."""
+        return MambaState(*(tensor[rows] for tensor in self))
+
+    def fork(self, copies: int) -> "MambaState":
+        """Each row `copies` times, one after the other."""
+        return MambaState(*(tensor.repeat_interleave(copies, dim=0) for tensor in self))
+
+    def to(self, device: torch.device | str) -> "MambaState":
+        """The state on another device."""
+        return MambaState(*(tensor.to(device) for tensor in self))
+
+    def detach(self) -> "MambaState":
+        """The state cut off from the graph, for truncated back-propagation."""
+        return MambaState(*(tensor.detach() for tensor in self))
 
 
 class StepWeights(NamedTuple):
@@ -143,6 +160,20 @@ class SelectiveSSM(Layer):
         shapes = len(conv.shape) == len(ssm.shape) == 3 and conv.shape[:2] == ssm.shape[:2]
         return shapes and conv.dtype.is_floating_point and ssm.dtype.is_floating_point
 
+    def initial_state(
+        self, rows: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        """The state before any token, all zeros, of `rows` sequences: to begin with one of your own, or a learned one.
+
+        Args:
+            device, dtype: of `conv`, as the layer's weights if None; `ssm` is float32, or float64 as they are.
+        """
+        weight = self.conv1d.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        conv = torch.zeros(rows, self.d_inner, weight.shape[-1] - 1, device=device, dtype=dtype)
+        return MambaState(conv, torch.zeros(rows, self.d_inner, self.d_state, device=device, dtype=wide))
+
     def scan(self, u: Tensor, z: Tensor, state: MambaState | None, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """u, gate z (b, l, i) -> y (b, l, i), state."""
         u, conv = self.conv1d(u, None if state is None else state.conv, seq_idx)
@@ -184,10 +215,15 @@ class Mamba(SelectiveSSM):
         conv_bias: whether the convolution has a bias.
         proj_bias: whether the projections in and out have biases.
 
+    Unlike mamba_ssm's it returns its state beside its output. Padding has the sequence number -1: `layers.padded` makes
+    it from lengths, `layers.packed` puts sequences one behind the other.
+
     Parameters carry the names and shapes of mamba_ssm: in_proj (2i, d; the gate's rows last), conv1d (i, 1, k),
     x_proj (r + 2n, i), dt_proj (i, r), A_log (i, n), D (i,), out_proj (d, i). The norms are dt_norm (r,), B_norm and
     C_norm (n,).
     """
+
+    __call__: Callable[..., tuple[Tensor, MambaState]]
 
     def __init__(
         self,

@@ -16,7 +16,9 @@ from .source import TEMPLATE, Source
 
 __all__ = ["FORMATS", "TEMPLATE", "Converted", "Format", "convert", "find_format", "gather", "scatter"]
 
-FORMATS: dict[str, Format] = {each.name: each for each in (Mamba(), FalconMamba(), Jamba(), BlackMamba(), StateSpaces())}
+FORMATS: dict[str, Format] = {
+    each.name: each for each in (Mamba(), FalconMamba(), Jamba(), BlackMamba(), StateSpaces())
+}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ That code never sets the activation, so that `swiglu` there is exact GELU of the
 with the sigmoid of its logit.
 """
 
-from ...config import ExpertsConfig, FeedForwardConfig, MambaConfig, ModelConfig
+from ...config import Activation, ExpertsConfig, FeedForwardConfig, MambaConfig, ModelConfig
 from ..portability.jamba import pattern
 from .format import Format, mixer
 from .keys import Keys
@@ -23,7 +23,7 @@ class BlackMamba(Format):
         keys.must("rms_norm", True, True, "our norms before layers are RMSNorm here")
         letters, n_experts = self.letters(keys)
         bias, wide = keys.get("add_bias_linear", bool), keys.get("ffn_hidden_size", int)
-        activation = "geglu" if keys.get("swiglu", bool) else "gelu_erf"
+        activation: Activation = "geglu" if keys.get("swiglu", bool) else "gelu_erf"
         eps = keys.get("layernorm_epsilon", float, 1e-5)
         repeated, n_blocks = pattern(letters)
         return ModelConfig(
@@ -55,8 +55,8 @@ class BlackMamba(Format):
         known = {"r": "M", "1": "F"} | {f"{count}": "E" for count in range(2, 10)}
         if not isinstance(layers, list) or len(layers) != keys.get("num_layers", int) or not set(layers) <= set(known):
             raise ValueError(
-                f"{keys.where}: mamba_moe_layers must say of each of num_layers layers that it is Mamba (r) or how many "
-                "experts it has (1 to 9); both in one layer cannot be converted"
+                f"{keys.where}: mamba_moe_layers must say of each of num_layers layers that it is Mamba (r) or how "
+                "many experts it has (1 to 9); both in one layer cannot be converted"
             )
         counts = {int(each) for each in layers if known[each] == "E"}
         if len(counts) > 1:

@@ -42,24 +42,31 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
     model, tokenizer = load(run)
     expect_portable(to, model.config)
     _expect_unbiased(to, model)
+    from .folder import write_tokenizer
+
     with new_directory(expanded(out)) as folder:
         match to:
+            case "hf":
+                from ..transformers import MoEMambaForCausalLM
+
+                MoEMambaForCausalLM.from_pretrained(run).save_pretrained(folder)
+                write_tokenizer(folder, tokenizer)
             case "onnx":
-                from .folder import write_tokenizer
                 from .onnx import write_onnx
 
                 write_onnx(folder / "model.onnx", model)
                 write_tokenizer(folder, tokenizer)
             case "torch":
-                from .folder import write_tokenizer
                 from .onnx import write_program
 
                 write_program(folder / "model.pt2", model)
                 write_tokenizer(folder, tokenizer)
             case "gguf":
                 from .gguf import write_gguf
+                from .llama_cpp import compare
 
                 write_gguf(folder / "model.gguf", model.config, model_tensors(model), tokenizer, str(run))
+                compare(folder / "model.gguf", tokenizer)
             case "mamba" | "falcon_mamba" | "jamba":
                 from .folder import write_folder
 
@@ -70,5 +77,5 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
 def _expect_unbiased(to: str, model: MoEMamba) -> None:
     """Selection biases that loss-free balancing has left: the steps have them, and no other format."""
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("balance_bias")]
-    if to not in ("onnx", "torch") and any(bool(torch.any(bias)) for bias in biases):
+    if to not in ("hf", "onnx", "torch") and any(bool(torch.any(bias)) for bias in biases):
         raise ValueError(f"{to} has no selection bias of a router, and this model was balanced by one (bias_rate)")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
-from ...host.files import write_json
 from ...host.files import replace as replace_file
+from ...host.files import write_json
 from ...tensors import write_tensors
 from ...text import Tokenizer
 from ..convert import FORMATS, scatter

@@ -7,8 +7,8 @@ from ...text import ByteTokenizer, Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """kinds of tokens, as gguf.TokenType numbers them"""
-NO_MERGE = ["Ġ t"]
-"""of a vocabulary without merges, since an empty list is not written: one that meets nothing, because no token is 'Ġt'"""
+NO_MERGE = ["ĠĠ ĠĠ"]
+"""of a vocabulary without merges, since an empty list is not written: of two spaces each, which nothing ever makes"""
 
 
 class Vocabulary(NamedTuple):

@@ -3,8 +3,8 @@
 The model gets spare channels, all zero: the norms before layers divide by a larger width, which their weights and their
 epsilon undo. They make room for spare inner channels, of which one is constant: its convolution sees nothing and its
 bias b has silu(b) = 1. From it dt, B and C each get one more entry, which is K. Beside it their other entries v are
-small, so that a root-mean-square norm divides by K / sqrt(size) but for a factor of 1 - |v|^2 / 2K^2, which float32 does
-not see, and its weights multiply by as much.
+small, so that a root-mean-square norm divides by K / sqrt(size) but for a factor of 1 - |v|^2 / 2K^2, which float32
+does not see, and its weights multiply by as much.
 """
 
 import math
@@ -82,7 +82,18 @@ def _mamba(place: str, given: Mapping[str, Tensor], config: ModelConfig, own: Mo
         size = len(rows) + 1
         new["x_proj.weight"][first : first + size - 1, :i] = rows
         new["x_proj.weight"][first + size - 1, i] = K
-        weight = torch.full((size,), math.sqrt(K * K / size + own.norm_eps))
-        weight[-1] = 0
-        new[f"{name}_norm.weight"], first = weight, first + size
+        new[f"{name}_norm.weight"], first = _undoing(size, own.norm_eps), first + size
     return {f"{place}{name}": tensor for name, tensor in new.items()}
+
+
+def _undoing(size: int, eps: float) -> Tensor:
+    """The weights with which a norm of `size` entries, of which the last is K, gives the others as they were.
+
+    As float32 computes it, so that no rounding is the same for all tokens.
+    """
+    entries = torch.zeros(size)
+    entries[-1] = K * torch.nn.functional.silu(torch.tensor(ONE))
+    scale = torch.rsqrt(entries.square().mean() + eps)
+    weight = (1 / scale.double()).float().expand(size).clone()
+    weight[-1] = 0
+    return weight

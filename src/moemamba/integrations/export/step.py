@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-
+from ...layers import Routing
 from ...layers.moe.experts import Experts, LinearExperts
-from ...layers.moe.router import Routing
 from ...model import MoEMamba
 from ...ops.experts import ACTIVATIONS
 from ...state import State
@@ -54,12 +53,15 @@ class Step(nn.Module):
 class GatheredExperts(nn.Module):
     """`Experts` whose matrices are gathered for every token: right for few of them, whatever the routing."""
 
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
     def __init__(self, experts: Experts):
         super().__init__()
         self.activation = ACTIVATIONS[experts.activation]
         self.up_proj, self.down_proj = experts.up_proj, experts.down_proj
         for name in ("up_bias", "down_bias"):
-            self.register_parameter(name, getattr(experts, name, None))
+            self.register_parameter(name, experts._parameters[name])
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """x (t, d) -> (t, d_out)."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...config import ModelConfig
 from .jamba import jamba, plain
 
-__all__ = ["FORMATS", "expect_portable", "architecture", "obstacles", "plain", "remark"]
+__all__ = ["FORMATS", "architecture", "expect_portable", "obstacles", "plain", "remark"]
 
 Reasons = list[str]
 
@@ -55,6 +55,7 @@ def step(config: ModelConfig) -> Reasons:
 
 
 FORMATS: dict[str, tuple[str, Callable[[ModelConfig], Reasons]]] = {
+    "hf": ("transformers, with this package installed beside it", lambda config: []),
     "mamba": ("transformers' MambaForCausalLM, and all that reads it", mamba),
     "falcon_mamba": ("transformers' FalconMambaForCausalLM", falcon_mamba),
     "jamba": ("transformers' JambaForCausalLM, which vLLM reads too", jamba),

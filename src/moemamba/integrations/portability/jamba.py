@@ -57,7 +57,9 @@ def layout(config: ModelConfig) -> list[JambaLayer]:
         elif letters in ("E", "F") and layers and layers[-1].feedforward is None:
             layers[-1] = layers[-1]._replace(feedforward=number, experts=letters == "E")
         else:
-            raise ValueError(f"its layers are a mixer (M or A) and then at most one of E and F, unlike {config.pattern}")
+            raise ValueError(
+                f"its layers are a mixer (M or A) and then at most one of E and F, unlike {config.pattern}"
+            )
     if not any(layer.attention for layer in layers):
         every = all(layer.experts for layer in layers)  # a period of 1 leaves no layer out
         layers.append(JambaLayer(None, True, None, every))
@@ -119,8 +121,9 @@ def _experts(config: ModelConfig) -> list[str]:
     if experts.n_experts == 1:
         found.append("it needs more than one expert")
     if "F" in config.pattern and config.d_ff != config.d_expert:
-        found.append(f"its experts are as wide as its dense layers, and here d_ff is {config.d_ff}, d_expert "
-                     f"{config.d_expert}")
+        found.append(
+            f"its experts are as wide as its dense layers, and here d_ff is {config.d_ff}, d_expert {config.d_expert}"
+        )
     return found
 
 

@@ -42,8 +42,8 @@ def experts(
     """`expert_feedforward` or, without `up`, `expert_linear`; None where the kernel cannot read what it is given."""
     n_experts, out, hidden = down.shape
     sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
+    x = x.contiguous()  # bound here, lest it be freed before it is read
     work, y = new(space(sizes, activation)), new(x.shape[0], out)
-    x = x if x.is_contiguous() else x.contiguous()  # bound here, lest it be freed before it is read
     places = located(x, gates, up, down, up_bias, down_bias, work, y)
     if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
         return None

@@ -75,7 +75,7 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """By the kernel; None where it cannot read what it is given."""
     (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
-    before = by_channel(conv_state), by_channel(ssm_state)
+    x, before = x.contiguous(), (by_channel(conv_state), by_channel(ssm_state))
     after = before if in_place else (new(*before[0].shape), new(*before[1].shape))
     if in_place and (before[0].data_ptr(), before[1].data_ptr()) != (conv_state.data_ptr(), ssm_state.data_ptr()):
         return None  # it is a copy that would be written to
