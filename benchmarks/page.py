@@ -28,7 +28,8 @@ TURNS = 7
 # In the page: the modules that it has loaded itself, on elements of its own.
 MEASURE = """async ([text, whole]) => {
     const { Score } = await import("/page/score.js");
-    const answer = await (await fetch("/v1/routing", { method: "POST", body: JSON.stringify({ prompt: text }) })).json();
+    const asked = { method: "POST", body: JSON.stringify({ prompt: text }) };
+    const answer = await (await fetch("/v1/routing", asked)).json();
     answer.numbers = answer.layers.map((_, i) => `${i}`);
     const box = document.getElementById("score");
     const score = new Score(box);

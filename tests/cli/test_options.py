@@ -27,6 +27,10 @@ from moemamba.training.spread import check_used
 KINDS = {
     "train": "Train",
     "prepare": "Prepare",
+    "convert": "Convert",
+    "finetune": "Finetune",
+    "upcycle": "Upcycle",
+    "export": "Export",
     "compare": "Compare",
     "paper": "Paper",
     "report": "Asked",
@@ -34,8 +38,10 @@ KINDS = {
     "chat": "Chat",
     "serve": "Serve",
     "eval": "Eval",
+    "look": "Look",
     "info": "Info",
     "doctor": "Doctor",
+    "plan": "Planning",
 }
 
 
@@ -210,9 +216,9 @@ def test_every_option_is_explained_by_itself(option):
 
 
 def explanation(option: Option) -> str:
-    from moemamba.cli.help import _documentation
+    from moemamba.marks import texts
 
-    return _documentation(option.owner)[option.path[-1]]
+    return texts(option.owner)[option.path[-1]]
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))

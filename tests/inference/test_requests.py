@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moemamba import ModelConfig, MoEMamba, generate
+from moemamba import ModelConfig, MoEMamba, State, generate
 from moemamba.config import AttentionConfig
-from moemamba.inference import Engine, Request, Sampling, StateCache, prefill
+from moemamba.inference import Engine, Request, Sampling, Snapshot, StateCache, prefill
 from moemamba.inference.choosing import Tilt
 from moemamba.inference.stopping import read_stops
 
@@ -143,6 +143,36 @@ def test_samples_share_their_prompt(model, monkeypatch):
     assert engine.free == 8 and engine.live == 0
 
 
+@pytest.mark.parametrize("pattern", ["M", "ME", "MA", "R", "(ME)F"])
+def test_one_arithmetic(pattern, tmp_path):
+    """To the bit: alone, beside others, in parts, cached, evicted, from a state, from a file, scored as a prompt."""
+    model = build(pattern)
+    asked = {"sampling": Sampling(0.9), "seed": (3, 0), "logprobs": 2}
+    others = [Request([20 - k, k, 7][: 1 + k % 3], 9, seed=(k, 0)) for k in range(6)]
+    alone = [event.score for event in run(Engine(model, 1), Request(PROMPT, 8, **asked))[0]]
+
+    def same(events):
+        assert [event.score for event in events] == alone
+
+    for chunk in (1, 2, 3, 7, 64):
+        same(run(Engine(model, 8, chunk), *others, Request(PROMPT, 8, **asked))[-1])
+    cache = StateCache(1 << 20)
+    engine = Engine(model, 8, 5, cache=cache)
+    for _ in range(2):
+        same(run(engine, *others, Request(PROMPT, 8, **asked), Request(PROMPT, 8, **asked))[-1])
+    ((event,),) = run(engine, Request(PROMPT[:9], 0, keep=True))
+    state = event.reading.snapshot
+    same(run(engine, Request(PROMPT[9:], 8, start=state, **asked))[0])
+    state.state.save(tmp_path / "state")
+    loaded = Snapshot(State.load(tmp_path / "state"), state.hidden, state.position, state.tail)
+    same(run(Engine(model, 1, 4), Request(PROMPT[9:], 8, start=loaded, **asked))[0])
+    cache.clear()
+    same(run(engine, Request(PROMPT, 8, **asked))[0])
+    answer = generate(model, PROMPT, 8, temperature=0.9, seed=[3])
+    ((event,),) = run(Engine(model, 1, 6), Request(PROMPT + answer, 0, prompt_logprobs=2))
+    assert event.reading.scores[-8:] == alone
+
+
 def slow(model, prompt, count, sampling, bias):
     """The same with a loop."""
     sequence = list(prompt)
@@ -213,6 +243,8 @@ def test_what_is_not_finite_fails_alone():
     (event,) = bad
     assert "not finite" in event.failure and event.kept == 0
     assert cache.find(None, [1, 28, 3])[0] == 0 and engine.free == 4
+    ((first, event),) = run(engine, Request([1, 2], 2, GREEDY, bias={28: 100.0}))
+    assert first.token == 28 and event.failure and len(cache) and cache.find(None, [1, 2, 28])[0] == 2
     ((event,),) = run(engine, Request([28], 0, keep=True))
     assert event.failure and event.reading is None
     ((event,),) = run(engine, Request([1, 28], 1, GREEDY))

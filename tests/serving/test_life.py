@@ -122,9 +122,8 @@ class Day:
         body |= self.draw.choice(({}, {"temperature": 0}, {"logprobs": 1}, {"n": 2}, {"prompt": prompt[:4] * 9}))
         return json.dumps(body)
 
-    async def one(self):
+    async def one(self, body, leaves):
         """What became of one request."""
-        body, leaves = self.asked(), self.draw.random() < 0.2
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
         except OSError:
@@ -156,7 +155,8 @@ class Day:
 
         async def client():
             for _ in left:
-                while (found := await self.one()) == "full":
+                body, leaves = self.asked(), self.draw.random() < 0.2
+                while (found := await self.one(body, leaves)) == "full":
                     self.counts["full"] += 1
                     await asyncio.sleep(0.1 * self.draw.random())  # and come again
                 self.counts[found] += 1

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import Sampling
+from .config import Sampling, SamplingOptions
 from .request import Event, Reading, Request, Score
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "Reading",
     "Request",
     "Sampling",
+    "SamplingOptions",
     "Score",
     "Snapshot",
     "StateCache",

@@ -1,11 +1,15 @@
 """How the next token is chosen. No torch here."""
 
 from dataclasses import dataclass
+from typing import TypedDict
+
+from ..marks import documented
 
 LARGEST = 100
 """what a penalty or a bias can take from a logit or add to it: more is as good as never or always"""
 
 
+@documented
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from the logits; each restriction applies to what the one before it left.
@@ -39,3 +43,14 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not abs(value := getattr(self, name)) <= LARGEST:
                 raise ValueError(f"{name} is {value}; it must be from -{LARGEST} to {LARGEST}")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling`, for those who hand them on by name: `def f(**options: Unpack[SamplingOptions])`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    presence_penalty: float
+    frequency_penalty: float

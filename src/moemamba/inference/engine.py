@@ -30,6 +30,7 @@ class _Outlook:
         self.runs = tuple(live)
         self.most, self.least = max(run.left for run in live), min(run.left for run in live)
         self.greedy = all(run.plain for run in live)
+        self.scored = _scored(live)
 
     def launch(self) -> None:
         """Each gets a token more."""
@@ -130,9 +131,10 @@ class Engine:
             raise RuntimeError("the engine has requests under way; let them finish, or abort them, before renewing it")
         self._model = view = in_evaluation(model)
         self._device = view.embedding.weight.device
-        made = (self._device, fingerprint(view) if capturable(view) else None)
+        captures = capturable(view)
+        made = (self._device, captures, fingerprint(view) if captures or self._device.type == "cpu" else None)
         if made != self._made:
-            self._made, captures = made, made[1] is not None
+            self._made = made
             letters = [letter for layers in view.config.layers for letter in layers]
             kinds = [LAYERS[letter] for letter in letters if LAYERS[letter].state_type is not None]
             self._rows = Slots(kinds, self.slots, self._device)
@@ -153,6 +155,11 @@ class Engine:
         """Forget the model, so that it can be freed; `renew` goes on."""
         self._model = None
         del self._reader
+
+    def bind(self) -> None:
+        """Make the calling thread one that may use the engine: what it launches goes to the model's GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def submit(self, request: Request) -> int:
         """Queue a request; events carry the number that is returned.
@@ -230,7 +237,7 @@ class Engine:
         looks = not self._ahead or self._steps % CHECK == 0 or self._outlook.least == 1
         output = logits if not self._ahead and logits is not None else hidden
         self._outlook.launch()
-        self._launch(runs, self._rows.tokens[: len(runs)], output if looks else None, logits)
+        self._launch(runs, self._rows.tokens[: len(runs)], output if looks else None, logits, self._outlook.scored)
 
     def _read(self, parts: list[Part]) -> None:
         """Read parts of prompts, and launch the first token of those that end."""
@@ -249,7 +256,7 @@ class Engine:
             self._rows.put(each.state, own)
         self._live += ended
         self._outlook = self._chooser = None
-        self._launch(tuple(ended), tokens, logits, logits)
+        self._launch(tuple(ended), tokens, logits, logits, _scored(ended))
 
     def _close(self, only: list[Run], hidden: Tensor, runs: list[Run]) -> None:
         """End requests that only read."""
@@ -261,11 +268,17 @@ class Engine:
             del self._runs[run.number]
         self._release(only)
 
-    def _launch(self, runs: tuple[Run, ...], tokens: Tensor, output: Tensor | None, logits: Tensor | None) -> None:
+    def _launch(
+        self,
+        runs: tuple[Run, ...],
+        tokens: Tensor,
+        output: Tensor | None,
+        logits: Tensor | None,
+        scored: list[int],
+    ) -> None:
         """Send for tokens that are computed, and let go who has all that it wanted."""
         for run in runs:
             run.launched += 1
-        scored = [row for row, run in enumerate(runs) if run.request.logprobs is not None]
         found: tuple[Tensor, ...] = ()
         if scored and logits is not None:
             most = max(runs[row].request.logprobs or 0 for row in scored)
@@ -295,8 +308,18 @@ class Engine:
             for run, finite in zip(flight.runs, flight.largest.isfinite().tolist(), strict=True):
                 run.failure = None if finite else NOT_FINITE.format(len(run.produced))
         known = dict(zip(flight.scored, scores(*flight.scores), strict=True)) if flight.scored else {}
-        rows = enumerate(zip(flight.runs, flight.tokens.tolist(), strict=True))
-        return [self._event(run, token, known.get(row)) for row, (run, token) in rows if not run.ended]
+        events = []
+        for row, (run, token) in enumerate(zip(flight.runs, flight.tokens.tolist(), strict=True)):
+            if run.ended:
+                continue  # launched before its end was known
+            produced = run.produced
+            if 0 < len(produced) < run.bare and run.failure is None:
+                produced.append(token)  # most are so, and there may be hundreds
+                events.append(Event(run.number, token))
+            else:
+                events.append(self._event(run, token, known.get(row)))
+        self.generated += len(events)
+        return events
 
     def _event(self, run: Run, token: int, found: Score | None) -> Event:
         """A request's next token is known."""
@@ -309,7 +332,7 @@ class Engine:
         if run.constraint is not None:
             run.constraint.push(token)
         run.produced.append(token)
-        count, self.generated = len(run.produced), self.generated + 1
+        count = len(run.produced)
         run.ended = stopped = run.ending.push(token)
         kept = None
         if not stopped and count == run.request.max_new_tokens:
@@ -347,8 +370,15 @@ class Engine:
             return
         length = len(run.request.prompt) + run.launched - 1  # what its row has read
         tokens = [*run.key[1], *run.produced][:length]
-        state, seen = self._rows.take(self._live.index(run)), hidden[runs.index(run)].clone()
-        self.cache.put(run.key[0], tokens, Snapshot(state, seen, *run.before(length)))
+        seen = hidden[runs.index(run)].clone()
+        if bool(seen.isfinite().all()):
+            state = self._rows.take(self._live.index(run))
+            self.cache.put(run.key[0], tokens, Snapshot(state, seen, *run.before(length)))
+
+
+def _scored(runs: Sequence[Run]) -> list[int]:
+    """Rows whose tokens are scored."""
+    return [row for row, run in enumerate(runs) if run.request.logprobs is not None]
 
 
 def _fetched(tensor: Tensor) -> Tensor:

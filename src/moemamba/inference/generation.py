@@ -5,14 +5,14 @@ from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from operator import index
-from typing import Any, overload
+from typing import Any, Unpack, overload
 from weakref import ref
 
 from torch import Tensor
 
 from ..model import MoEMamba
 from ..text import Tokenizer
-from .config import Sampling
+from .config import Sampling, SamplingOptions
 from .engine import Engine
 from .request import Event, Request
 from .stopping import Stop, Stops, read_stops
@@ -30,7 +30,7 @@ def generate(
     stop: Given = ...,
     seed: Seed = ...,
     tokenizer: Tokenizer | None = ...,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> list[int]: ...
 
 
@@ -43,7 +43,7 @@ def generate(
     stop: Given = ...,
     seed: Seed = ...,
     tokenizer: Tokenizer | None = ...,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> list[list[int]]: ...
 
 
@@ -55,7 +55,7 @@ def generate(
     stop: Given = (),
     seed: Seed = None,
     tokenizer: Tokenizer | None = None,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Any:
     """Continue one prompt or a batch of prompts of any lengths. The model's mode, training or not, makes no difference.
 
@@ -77,6 +77,9 @@ def generate(
             of range.
         FloatingPointError: the model's output is not finite.
     """
+    for name in sampling.keys() - SamplingOptions.__annotations__.keys():
+        options = ", ".join(SamplingOptions.__annotations__)
+        raise TypeError(f"generate() has no option {name}; for sampling there are {options}")
     rows = _plain(prompts)
     if isinstance(rows, str | bytes | dict) or not hasattr(rows, "__iter__"):
         raise ValueError(f"prompts is {str(rows)[:40]!r}; expected token ids, which a tokenizer's encode makes of text")

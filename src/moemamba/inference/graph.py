@@ -12,9 +12,11 @@ from torch import Tensor
 from .. import ops
 from ..layers import LAYERS
 from ..layers.head import Head
+from ..layers.moe.experts import Experts
 from ..layers.plain import plain, why_not_plain
 from ..layers.residual import Residual
 from ..model import MoEMamba
+from .prepared import PreparedStep, prepared
 from .slots import Slots
 
 EAGER = 2  # steps of as many rows before the one that is captured: they compile the kernels
@@ -45,6 +47,7 @@ class Stepper:
         self._seen: dict[tuple[int, bool], int] = {}
         self._moved = slots.moved
         self._pool: Any = None
+        self._prepared: PreparedStep | None = None
 
     def step(self, model: MoEMamba, greedy: bool, left: int) -> tuple[Tensor, Tensor | None]:
         """A token of each live row, whose state changes.
@@ -86,11 +89,16 @@ class Stepper:
         tokens = slots.tokens[:rows]
         length = slots.room if self.padded else slots.longest + 1  # a graph knows no lengths
         place = slots.places[:rows].clamp(max=length - 1)  # of rows that are not live it is anything
-        hidden = _through(model, tokens, slots.seen(length), place)
+        if self._prepared is None or self._prepared.moved != slots.moved:
+            self._prepared = prepared(model, slots)
+        if self._prepared is None:
+            hidden = _through(model, tokens, slots.seen(length), place)
+        else:
+            hidden = self._prepared(tokens, length, place)
         slots.places[:rows] += 1
         if not greedy:
             return hidden, model.head(hidden)
-        same = plain(model.head, Head) and model.head.weight.dtype == hidden.dtype
+        same = plain(model.head, Head) and model.head.bias is None and model.head.weight.dtype == hidden.dtype
         fast = self.padded and same and not torch.is_autocast_enabled(hidden.device.type)
         tokens.copy_(ops.linear_argmax(hidden, model.head.weight) if fast else model.head(hidden).argmax(-1))
         return hidden, None
@@ -126,7 +134,8 @@ def capturable(model: MoEMamba) -> bool:
     those of other processes do."""
     weight = model.embedding.weight
     apart = any(getattr(module, "group", None) is not None for module in model.modules())
-    return weight.is_cuda and not apart and ops.choose("expert_feedforward", weight) != "reference"
+    waiting = apart or any(module.waits() for module in model.modules() if isinstance(module, Experts))
+    return weight.is_cuda and not waiting and ops.choose("expert_feedforward", weight) != "reference"
 
 
 def fingerprint(model: MoEMamba) -> tuple[object, ...]:

@@ -109,6 +109,9 @@ class Run:
         start = () if request.start is None else request.start.tail
         self.ending = Ending(request.stops, [*start, *request.prompt[-TAIL:]][-TAIL:])
         self.sampling, self.seed = request.sampling, request.seed
+        # Tokens, after the first, of which there is no more to say than what they are.
+        plain = self.ending.never and request.constraint is None and request.logprobs is None
+        self.bare = request.max_new_tokens - 1 if plain else 0
         self.tilt: Tilt | None = None  # of its logits
         self.state: State | None = None  # of what has been read of its prompt
         self.hidden: Any = None  # (1, d) that the head sees next, where all of it is known

@@ -28,7 +28,8 @@ class _Reading:
 
     def left(self, most: int) -> int:
         """Positions that a part may have: up to `most`, the next cut, or the end."""
-        return min(most, next((cut for cut in self.cuts if cut > self.done), self.length) - self.done)
+        following = next((cut for cut in self.cuts if cut > self.done), self.length)
+        return min(most, following - self.done, self.length - self.done)
 
 
 class Scheduler:

@@ -62,6 +62,7 @@ class Ending:
 
     Attributes:
         kept: once the row has ended, how many of its tokens come before what ended it; None until then.
+        never: there is nothing that would end it.
     """
 
     def __init__(self, stops: Stops, before: Sequence[int] = ()):
@@ -70,11 +71,11 @@ class Ending:
         self._recent: list[int] = []
         self._longest = max(map(len, stops.sequences), default=0)
         self._text = _Text(stops.texts, stops.tokenizer, before) if stops.tokenizer and stops.texts else None
-        self._never = not (stops.tokens or self._longest or self._text)
+        self.never = not (stops.tokens or self._longest or self._text)
 
     def push(self, token: int) -> bool:
         """Whether the row ends with this token."""
-        if self._never:
+        if self.never:
             return False
         self._count += 1
         if token in self._stops.tokens:

@@ -1,6 +1,7 @@
 """What every layer of a pattern does, whatever its letter."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -11,10 +12,13 @@ from .roles import Role, composed
 if TYPE_CHECKING:
     from ..config import ModelConfig
     from ..tensors import Stored
-    from .moe.router import Choice, RouterStats
+    from .moe.routing import Choice, RouterStats
 
 Result = tuple[Tensor, Any, "tuple[RouterStats, ...]"]
 """y (b, l, d), the state that continues x, None for a layer that has none, and what each router did"""
+
+
+Prepared = Callable[[int, int, Tensor], None]
 
 
 class Layer(nn.Module):
@@ -126,6 +130,26 @@ class Layer(nn.Module):
             (live, 1, d)
         """
         return self.step_by_call(self, x, buffers, live, place)
+
+    def prepare(self, buffers: Any, x: Tensor, y: Tensor) -> "Prepared":
+        """`step` over and over for the first rows of x (rows, d), with what stays the same looked up beforehand.
+
+        Returns:
+            a function of how many rows, of the room that they need (see `within`) and of their places, which adds to
+            y (rows, d). It holds as long as the layer, its weights and the buffers stay where they are.
+        """
+        return self.prepare_by_step(self, buffers, x, y)
+
+    @classmethod
+    def prepare_by_step(cls, layer: Any, buffers: Any, x: Tensor, y: Tensor) -> "Prepared":
+        """`prepare` of a layer, or of what has been put in its place, by its step or by calling it."""
+        step = layer.step if isinstance(layer, cls) else partial(cls.step_by_call, layer)
+
+        def add(live: int, room: int, place: Tensor) -> None:
+            own = None if buffers is None else cls.within(buffers, room)
+            y[:live].add_(step(x[:live, None], own, live, place)[:, 0])
+
+        return add
 
     def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int) -> Tensor | None:
         """`x + step(norm(x))` in one kernel, where there is one; None, having changed nothing, elsewhere."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..ops.arguments import autocast
 from . import LAYERS, Choice, RouterStats, make_norm
+from .layer import Prepared
+from .norm import prepare_norm
 from .plain import plain
 from .roles import Role, composed, roles
 
@@ -22,7 +24,7 @@ class Residual(nn.Module):
     def __init__(self, config: ModelConfig, letters: str):
         super().__init__()
         self.letters = letters
-        self.norm = make_norm(config.norm, config.d_model)
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
         self.branches = nn.ModuleList(LAYERS[letter].build(config) for letter in letters)
         for layer in self.branches:
             layer.padding_is_zero = True  # type: ignore[assignment]  # the model sees to it
@@ -77,6 +79,26 @@ class Residual(nn.Module):
             if each is not None:
                 LAYERS[letter].store(each, next(new), live, place)
         return x + y
+
+    def prepare(self, buffers: Sequence[Any], x: Tensor, h: Tensor) -> list[Prepared] | None:
+        """`step` over and over for the first rows of x (rows, d), which it changes in place; see `Layer.prepare`.
+
+        Args:
+            buffers: those of its mixers.
+            h: (rows, d) room.
+        Returns:
+            functions to be called in turn; None where this is no longer what it was built as.
+        """
+        if not plain(self, Residual):
+            return None
+        normalise, mixers = prepare_norm(self.norm, x, h), iter(buffers)
+        steps: list[Prepared] = [lambda live, room, place: normalise(live)]
+        for letter, layer in zip(self.letters, self.branches, strict=True):
+            kind = LAYERS[letter]
+            own = None if kind.state_type is None else next(mixers)
+            here = isinstance(layer, kind)
+            steps.append(layer.prepare(own, h, x) if here else kind.prepare_by_step(layer, own, h, x))  # type: ignore[operator]
+        return steps
 
     def _step(self, x: Tensor, buffers: list[Any], live: int, place: Tensor) -> Tensor:
         """`step` of a sub-layer that is what it was built as, though its layers may not be."""

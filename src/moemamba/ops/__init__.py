@@ -19,19 +19,20 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
-from .attention import attention
+from .attention import attention, rotary
 from .choice import BACKENDS, available, bound, choose, force, load_kernels, why_not
 from .conv import causal_conv1d
-from .dense import linear, linear_beside, rms_norm
+from .dense import linear, linear_beside, prepare_rms_norm, rms_norm
 from .derivatives import transformed
-from .experts import expert_feedforward, expert_linear
+from .experts import activate, expert_feedforward, expert_linear, prepare_experts
 from .head import linear_cross_entropy
-from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step
-from .router import router, router_choices, router_means
+from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step, prepare_mamba_step
+from .router import prepare_router, router, router_choices, router_means
 from .scan import selective_scan
 
 __all__ = [
     "BACKENDS",
+    "activate",
     "attention",
     "available",
     "backend",
@@ -47,7 +48,12 @@ __all__ = [
     "linear_cross_entropy",
     "load_kernels",
     "mamba_step",
+    "prepare_experts",
+    "prepare_mamba_step",
+    "prepare_rms_norm",
+    "prepare_router",
     "rms_norm",
+    "rotary",
     "router",
     "router_choices",
     "router_means",
@@ -84,7 +90,7 @@ class backend:
 _OLD = {
     "grouped_linear": ("experts", "grouped_linear", "ops.expert_linear"),
     "linear_float32": ("router", "linear_float32", "ops.router"),
-    "places_in_queues": ("experts", "places_in_queues", "layers.moe.router.arrival"),
+    "places_in_queues": ("experts", "places_in_queues", "layers.moe.routing.arrival"),
     "route": ("router", "router_choices", "ops.router_choices"),
     "route_with_stats": ("router", "route_with_stats", "ops.router_means"),
     "route_with_totals": ("router", "router", "ops.router"),

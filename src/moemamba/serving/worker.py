@@ -69,6 +69,7 @@ class Worker:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        self.engine.bind()
         while self._obey():
             if not self.engine.busy:
                 continue

@@ -9,7 +9,6 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
@@ -82,9 +81,9 @@ class Step:
         decode, self._decode = self._decode, self._later
         return [decode(text)]
 
-    def settle(self) -> bool:
-        """Forget what is held back of a whole text; False where that cannot be told from what is to come."""
-        return True
+    def settle(self) -> list[str]:
+        """What is held back of a text that is whole, and ends here."""
+        return []
 
     def finish(self) -> list[str]:
         return []
@@ -125,11 +124,13 @@ class ByteFallback(Step):
         self._run.append(int(byte[1], 16))
         return []
 
-    def settle(self) -> bool:
-        with suppress(UnicodeDecodeError):  # half a character waits for the rest
-            self._run.decode()
-            self._run.clear()
-        return True
+    def settle(self) -> list[str]:
+        try:
+            text = self._run.decode()
+        except UnicodeDecodeError:  # half a character waits for the rest
+            return []
+        self._run.clear()
+        return [text] if text else []
 
     def finish(self) -> list[str]:
         run, self._run = bytes(self._run), bytearray()
@@ -150,9 +151,6 @@ class Words(Step):
     def push(self, text: str) -> list[str]:
         before, self._last = self._last, [text]
         return [self._all([*before, ""])] if before else []
-
-    def settle(self) -> bool:
-        return False
 
     def finish(self) -> list[str]:
         return [self._all(self._last)] if self._last else []
@@ -186,11 +184,12 @@ class Trained:
         self._plain = len(steps) == 1 and isinstance(steps[0], ByteLevel)  # most are, and it is one string
 
     def follow(self, ids: Iterable[int]) -> None:
-        if all(step.settle() for step in self._steps):
-            for token in ids:
-                self.push(token)
-            for step in self._steps:
-                step.settle()
+        if any(isinstance(step, Words) for step in self._steps):
+            return  # what it holds back cannot be told from what is to come
+        for token in ids:
+            self.push(token)
+        for place, step in enumerate(self._steps, 1):
+            self._through(step.settle(), place)
 
     def push(self, token: int) -> str:
         name = self._name(token) if 0 <= token < 1 << 32 else None

@@ -18,7 +18,12 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()):
         self._pieces = tokenizer.pieces()
-        self._pieces.follow(before)
+        try:
+            self._pieces.follow(before)
+        except BaseException as error:
+            if not isinstance(refusal(error, "decode the ids"), ValueError):
+                raise
+            self._pieces = tokenizer.pieces()  # what it cannot decode it does not depend on
 
     def push(self, token: int) -> str:
         """The text that this token settles, perhaps none.

@@ -111,6 +111,22 @@ class ByteTokenizer:
         return plain.to_str(pretty=True)
 
 
+class NoTokenizer:
+    """Stands where a model has no tokenizer, since what it reads is no text: it only knows how many tokens there are.
+
+    Raises:
+        ValueError: whenever it is asked for more.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # as copying and pickling ask for
+            raise AttributeError(name)
+        raise ValueError("the model was saved without a tokenizer: give it token ids, and read its ids")
+
+
 class TrainedTokenizer:
     """A tokenizer of the `tokenizers` library.
 

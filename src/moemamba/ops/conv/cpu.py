@@ -15,12 +15,17 @@ from ..kit.cpu import (
     TILE,
     Rows,
     address,
+    by_channel,
     bytes_at,
     cast,
+    exact,
+    exact_kernel,
     floats,
+    fma,
     inner,
     kernel,
     load_columns,
+    load_tile,
     new,
     plain,
     read,
@@ -28,7 +33,9 @@ from ..kit.cpu import (
     rows,
     run,
     sigmoid,
+    silu,
     store_columns,
+    store_tile,
     summed,
     write,
 )
@@ -51,10 +58,10 @@ def causal_conv1d(
     """See `moemamba.ops.causal_conv1d`."""
     dtype = x.dtype
     history = None if initial_state is None else cast(initial_state, dtype)
-    x, weight, bias, history = readable(x), plain(weight), plain(bias), plain(history)
+    x, weight, bias, history = readable(x), plain(weight), plain(bias), by_channel(history)
     marks = None if seq_idx is None else position_marks(seq_idx)
     y, final_state = _forward(x, weight, bias, history, activation == "silu", marks)
-    return cast(y, dtype), cast(final_state, dtype)
+    return cast(y, dtype), cast(final_state.transpose(1, 2), dtype)
 
 
 # --- the two kernels ---
@@ -63,17 +70,17 @@ def causal_conv1d(
 # Rows are copied by explicit loops below: numba first copies the right side of `a[i] = b[j]`, in case they overlap.
 
 
-@inner
+@exact
 def _convolve(out: Any, j: int, bias: Any, taps: Any, window: Any, row: int) -> None:
     """out[j] = bias + sum_tap taps[tap] window[row + tap]."""
     for c in range(TILE):
         out[j, c] = bias[0, c]
     for tap in range(taps.shape[0]):
         for c in range(TILE):
-            out[j, c] += taps[tap, c] * window[row + tap, c]
+            out[j, c] = fma(taps[tap, c], window[row + tap, c], out[j, c])
 
 
-@kernel
+@exact_kernel
 def _conv(
     first: int,
     last: int,
@@ -82,7 +89,7 @@ def _conv(
     y: Rows,
     weight: int,
     bias: int,
-    silu: bool,
+    activates: bool,
     initial_state: int,
     final_state: int,
     marks: int,
@@ -99,7 +106,8 @@ def _conv(
         count = min(TILE, width - channel)
         load_columns(taps, weight, channel, count)
         load_columns(shift, bias, channel, count)
-        load_columns(window[: k - 1], initial_state, b * width + channel, count)
+        history = 4 * (k - 1) * width * b
+        load_tile(window[: k - 1], initial_state + history if initial_state else 0, width, channel, count)
         for start in range(0, length, _CHUNK):
             size = min(_CHUNK, length - start)
             read(block[:size], x, b, start, channel, count)
@@ -117,12 +125,12 @@ def _conv(
                 _convolve(out, j, shift, taps, window, top - k)
             for j in range(k - 1):
                 window[j] = window[top - k + 1 + j]
-            if silu:
+            if activates:
                 for j in range(size):
                     for c in range(TILE):
-                        out[j, c] *= sigmoid(out[j, c])
+                        out[j, c] = silu(out[j, c])
             write(out[:size], y, b, start, channel, count)
-        store_columns(final_state, b * width + channel, count, window[: k - 1])
+        store_tile(final_state + history, width, channel, count, window[: k - 1])
 
 
 @inner
@@ -132,7 +140,7 @@ def _flush(dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int
         if place[j] >= 0:
             write(dwindow[j : j + 1], dx, b, place[j], first, count)
         elif place[j] != _NOWHERE:
-            dhistory[b, first : first + count, -1 - place[j]] = dwindow[j, :count]
+            dhistory[b, -1 - place[j], first : first + count] = dwindow[j, :count]
 
 
 @kernel
@@ -158,8 +166,8 @@ def _conv_backward(
     tiles = (width + TILE - 1) // TILE
     mark = bytes_at(marks, (batch, length))
     chunk = min(_CHUNK, length)
-    dhistory = floats(dinitial_state, (batch, width, k - 1))
-    dfinal = floats(dfinal_state, (batch, width, k - 1))
+    dhistory = floats(dinitial_state, (batch, k - 1, width))
+    dfinal = floats(dfinal_state, (batch, k - 1, width))
     taps, dtaps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
     shift, dshift = np.empty((1, TILE), np.float32), np.empty((1, TILE), np.float32)
     block, g = np.zeros((chunk, TILE), np.float32), np.zeros((chunk, TILE), np.float32)
@@ -171,7 +179,8 @@ def _conv_backward(
         count = min(TILE, width - channel)
         load_columns(taps, weight, channel, count)
         load_columns(shift, bias, channel, count)
-        load_columns(window[: k - 1], initial_state, b * width + channel, count)
+        history = 4 * (k - 1) * width * b
+        load_tile(window[: k - 1], initial_state + history if initial_state else 0, width, channel, count)
         dtaps[:] = _ZERO
         dshift[:] = _ZERO
         dwindow[: k - 1] = _ZERO
@@ -216,7 +225,7 @@ def _conv_backward(
                 dwindow[j] = dwindow[keep + j]
                 place[j] = place[keep + j]
         for j in range(k - 1):
-            dwindow[j, :count] += dfinal[b, channel : channel + count, j]
+            dwindow[j, :count] += dfinal[b, j, channel : channel + count]
         _flush(dwindow, place[: k - 1], dx, dhistory, b, channel, count)
         store_columns(dweight, b * width + channel, count, dtaps)
         store_columns(dbias, b * width + channel, count, dshift)
@@ -226,7 +235,7 @@ def _conv_backward(
 
 
 def _outputs(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2], weight.shape[1] - 1), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[2]), dtype=torch.float32)
 
 
 @op("cpu_causal_conv1d", fake=_outputs)
@@ -245,7 +254,7 @@ def _forward(
         address(weight, width, k),
         address(bias, width),
         silu,
-        *[address(t, batch, width, k - 1) for t in (history, final_state)],
+        *[address(t, batch, k - 1, width) for t in (history, final_state)],
         address(marks, *x.shape[:2], dtype=torch.int8),
     )
     return y, final_state
@@ -264,9 +273,9 @@ def _backward(
 ) -> list[Tensor]:
     (batch, _, width), k = x.shape, weight.shape[1]
     dy = torch.zeros_like(x) if dy is None else readable(dy)
-    dfinal_state = new(batch, width, k - 1).zero_() if dfinal_state is None else plain(dfinal_state)
+    dfinal_state = new(batch, k - 1, width).zero_() if dfinal_state is None else plain(dfinal_state)
     dx = new(*x.shape, dtype=x.dtype)
-    dweight, dbias, dhistory = (new(batch, width, *columns) for columns in ((k,), (), (k - 1,)))
+    dweight, dbias, dhistory = new(batch, width, k), new(batch, width), new(batch, k - 1, width)
     run(
         _conv_backward,
         batch * -(-width // TILE),
@@ -276,13 +285,13 @@ def _backward(
         address(weight, width, k),
         address(bias, width),
         silu,
-        address(history, batch, width, k - 1),
+        address(history, batch, k - 1, width),
         address(marks, *x.shape[:2], dtype=torch.int8),
         rows(dy, *x.shape),
-        address(dfinal_state, batch, width, k - 1),
+        address(dfinal_state, batch, k - 1, width),
         rows(dx, *x.shape),
         address(dweight, batch, width, k),
         address(dbias, batch, width),
-        address(dhistory, batch, width, k - 1),
+        address(dhistory, batch, k - 1, width),
     )
     return where_given((x, weight, bias, history), dx, summed(dweight), summed(dbias), dhistory)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import expect
-from ..choice import Door, compute, declare
+from ..choice import Door, choose, compute, declare
 from . import reference
 
 
@@ -40,17 +40,30 @@ def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return compute("linear_beside", x, weight)  # type: ignore[no-any-return]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
     """`x / sqrt(mean x^2 + eps) * weight` over the last dimension (arXiv 1910.07467, eq. 4).
 
     Args:
         x: (..., d).
-        weight: (d,).
+        weight: (d,); ones if None.
     Returns:
         (..., d) in x's dtype, or the weight's where that is wider.
     """
     expect("weight", weight, (x.shape[-1],))
     return compute("rms_norm", x, weight, eps)  # type: ignore[no-any-return]
+
+
+def prepare_rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Callable[[int], None] | None:
+    """`rms_norm` over and over for the first rows of x (rows, d), with all looked up beforehand.
+
+    Returns:
+        a function of how many rows, whose y (rows, d) it writes; None where there is none.
+    """
+    if choose("rms_norm", x) != "cpu":
+        return None
+    from .cpu_norm import prepare
+
+    return prepare(x, weight, eps, y)
 
 
 def _linear_cpu() -> Callable[..., Any]:

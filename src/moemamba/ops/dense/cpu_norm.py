@@ -1,39 +1,58 @@
 """RMSNorm on the CPU in one pass over each row; PyTorch's own is six operations there. A task is a block of rows."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import address, floats, kernel, located, new, plain, run, summed
+from ..kit.cpu import address, exact_kernel, floats, kernel, located, new, plain, run, summed
+from ..kit.cpu.lanes import tile
 from ..kit.op import gradient, op
 from . import reference
 
 ROWS = 32  # rows of a task: the gradient of the weight is summed within it first
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_dot = tile(1, 1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `moemamba.ops.rms_norm`."""
+    if weight is None:
+        weight = x.new_ones(x.shape[-1])
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return reference.rms_norm(x, weight, eps)
     y, _ = _forward(plain(x), plain(weight), eps)
     return y
 
 
+def prepare(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Callable[[int], None] | None:
+    """See `moemamba.ops.prepare_rms_norm`."""
+    rows, width = x.shape
+    tensors = (x, weight, y, new(rows))
+    places = located(*tensors)
+    if places is None:
+        return None
+
+    def step(live: int) -> None:
+        assert tensors  # and so are not freed
+        run(_norm, -(-live // ROWS), live * width, live, width, eps, *places)
+
+    return step
+
+
 # --- the two kernels ---
 
 
-@kernel
+@exact_kernel
 def _norm(first: int, last: int, count: int, width: int, eps: float, x: int, weight: int, y: int, scale: int) -> None:
     """y = x w s, and s = 1 / sqrt(mean x^2 + eps) of each row."""
     w, scales = floats(weight, (width,)), floats(scale, (count,))
     for row in range(first * ROWS, min(last * ROWS, count)):
         source, target = floats(x + 4 * width * row, (width,)), floats(y + 4 * width * row, (width,))
-        total = _ZERO
-        for c in range(width):
-            total += source[c] * source[c]
-        s = _ONE / np.sqrt(total / np.float32(width) + np.float32(eps))
+        _dot(width, x + 4 * width * row, 0, x + 4 * width * row, 0, scale + 4 * row, 0)
+        s = _ONE / np.sqrt(scales[row] / np.float32(width) + np.float32(eps))
         scales[row] = s
         for c in range(width):
             target[c] = source[c] * s * w[c]

@@ -1,21 +1,21 @@
 """Experts on the CPU: one matrix product for each expert that has rows, written straight into its slice of the result.
 
-A handful of tokens, as in generation, goes through its experts' matrices one by one and touches no others.
+Without gradients, as in generation, see `cpu_exact.py`.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..kit.cpu import new
-from ..kit.cpu.product import linear
 from ..kit.op import gradient, op, traced
-from .reference import ACTIVATIONS, dispatch
+from .cpu_exact import ACTIVATIONS as KINDS
+from .cpu_exact import LINEAR, activated, experts
+from .reference import ACTIVATIONS, dispatch, shifted
 
-FEW = 4  # choices up to which sorting them costs more than it saves
 
-Expert = Callable[[Tensor, int], Tensor]
+def activate(x: Tensor, activation: str) -> Tensor:
+    """See `moemamba.ops.activate`."""
+    y = None if traced(x) else activated(x, KINDS[activation])
+    return ACTIVATIONS[activation](x) if y is None else y
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -25,40 +25,35 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
     """See `moemamba.ops.expert_linear`."""
-    if indices.numel() <= FEW and not traced(x, gates, weight):
-        return _one_by_one(x, indices, gates, weight.shape, lambda row, e: linear(row, weight[e].to(row.dtype), None))
+    y = None if traced(x, gates, weight) else experts(x, indices, gates, None, weight, LINEAR)
+    if y is not None:
+        return y
     return dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: _grouped(rows, weight, counts))
 
 
 def expert_feedforward(
-    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """See `moemamba.ops.expert_feedforward`."""
+    y, biases = None, (up_bias, down_bias)
+    if not traced(x, gates, up, down, *biases):
+        y = experts(x, indices, gates, up, down, KINDS[activation], *biases)
+    if y is not None:
+        return y
     act = ACTIVATIONS[activation]
-    if indices.numel() <= FEW and not traced(x, gates, up, down):
 
-        def expert(row: Tensor, e: int) -> Tensor:
-            hidden = act(linear(row, up[e].to(row.dtype), None))
-            return linear(hidden, down[e].to(row.dtype), None)
+    def through(rows: Tensor, counts: Tensor) -> Tensor:
+        hidden = act(shifted(_grouped(rows, up, counts), up_bias, counts))
+        return shifted(_grouped(hidden, down, counts), down_bias, counts)
 
-        return _one_by_one(x, indices, gates, down.shape, expert)
-
-    def experts(rows: Tensor, counts: Tensor) -> Tensor:
-        return _grouped(act(_grouped(rows, up, counts)), down, counts)
-
-    return dispatch(x, indices, gates, up.shape[0], experts)
-
-
-def _one_by_one(x: Tensor, indices: Tensor, gates: Tensor | None, shape: torch.Size, expert: Expert) -> Tensor:
-    """Without gradients: every choice by itself, with weights of `shape` (e, o, ·)."""
-    n_experts, width, _ = shape
-    y = new(x.shape[0], width).zero_()
-    shares_of = [[1.0] * indices.shape[1]] * len(x) if gates is None else gates.tolist()
-    for token, (chosen, shares) in enumerate(zip(indices.tolist(), shares_of, strict=True)):
-        for e, share in zip(chosen, shares, strict=True):
-            if e < n_experts:
-                y[token].add_(expert(x[token], e), alpha=share)
-    return y.to(x.dtype)
+    return dispatch(x, indices, gates, up.shape[0], through)
 
 
 def _like_output(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -1,30 +1,29 @@
-"""One position of a whole Mamba layer on the CPU as one kernel, on one thread.
+"""One position of a whole Mamba layer on the CPU, for any number of rows, with the bits of the ops one by one.
 
-A generated token is a few microseconds of arithmetic a layer, so it costs what its calls cost and what reading the
-weights once does: here nothing but the weights and the states leaves the first cache.
+The weights stream past once, whatever the number of rows; all else lies side by side by channel: states, decays and the
+convolution's taps. What takes several threads is cut by channels, in four phases.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, exp2, floats, kernel, located, new, plain, sigmoid, softplus, summing
-from ..kit.cpu.product import FEW, product
+from ..kit.cpu import LOG2E, TILE, by_channel, located, new, run
+from ..kit.cpu.product import MULTIPLICATIONS
+from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from . import reference
+from .cpu_kernels import NORMS, SHARE, all_phases, step
 
-LANES = 16  # states that are taken at once: as many as a vector register holds, and as many as most models have
-WIDEST = 1024  # d_model up to which one thread is enough: more weights than that are no longer in a cache
-
-_ZERO = np.float32(0)
+Sizes = tuple[int, int, int, int, int, int]
+"""rows, d, width, n, k, r"""
 
 
 def fits(x: Tensor) -> bool:
     """See `moemamba.ops.fuses_mamba_step`."""
-    few, d = FEW * x.shape[-1], x.shape[-1]
-    return x.numel() <= few and d <= WIDEST and x.dtype == torch.float32 and not (torch.is_grad_enabled() or traced(x))
+    return x.dtype == torch.float32 and not (torch.is_grad_enabled() or traced(x))
 
 
 def mamba_step(
@@ -40,103 +39,119 @@ def mamba_step(
     A_log: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    inner: reference.Inner | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `moemamba.ops.mamba_step`; with a norm or in place it is the reference's."""
-    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
-    (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
-    before, places = (plain(conv_state), plain(ssm_state)), None
-    if norm_weight is None and not in_place and not traced(x, *weights) and not torch.is_autocast_enabled("cpu"):
-        after = (new(*x.shape), new(*before[0].shape), new(*before[1].shape))
-        places = located(x, *before, *weights, *after)
-    if places is None:
+    """See `moemamba.ops.mamba_step`; with a norm, and in place where states do not lie by channel, the reference's."""
+    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner)
+    done = None
+    if norm_weight is None and not traced(x, *weights, *(inner or ())) and not torch.is_autocast_enabled("cpu"):
+        done = _fused(x, conv_state, ssm_state, in_place, *weights)
+    if done is None:
         return reference.mamba_step(
             x, conv_state, ssm_state, *weights, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, in_place=in_place
         )
-    _step(0, batch, d, width, n, k, r, *places)
-    return after
+    return done
 
 
-@summing
-def _scan(u: Any, dt: Any, B: Any, C: Any, A_log: int, D: int, h: int, after: int) -> None:
-    """u becomes C h + D u, with h the state after this position."""
-    width, n = u.shape[0], B.shape[0]
-    skip = floats(D, (width,))
-    for c in range(width):
-        drive, total, step = dt[c] * u[c], skip[c] * u[c], -LOG2E * dt[c]
-        for s in range(0, n - LANES + 1, LANES):  # a loop of fixed length becomes straight code
-            place = 4 * (c * n + s)
-            a, old, new = floats(A_log + place, LANES), floats(h + place, LANES), floats(after + place, LANES)
-            for j in range(LANES):
-                value = exp2(step * exp2(LOG2E * a[j])) * old[j] + drive * B[s + j]
-                new[j] = value
-                total += value * C[s + j]
-        first = n // LANES * LANES
-        place = 4 * (c * n + first)
-        rest = (n - first,)
-        a, old, new = floats(A_log + place, rest), floats(h + place, rest), floats(after + place, rest)
-        for j in range(n - first):
-            value = exp2(step * exp2(LOG2E * a[j])) * old[j] + drive * B[first + j]
-            new[j] = value
-            total += value * C[first + j]
-        u[c] = total
+def _fused(
+    x: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    in_place: bool,
+    in_proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj: Tensor,
+    inner: reference.Inner | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """By the kernel; None where it cannot read what it is given."""
+    (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    x, before = x.contiguous(), (by_channel(conv_state), by_channel(ssm_state))
+    after = before if in_place else (new(*before[0].shape), new(*before[1].shape))
+    if in_place and (before[0].data_ptr(), before[1].data_ptr()) != (conv_state.data_ptr(), ssm_state.data_ptr()):
+        return None  # it is a copy that would be written to
+    taps, decay = by_taps(conv_weight), decays(A_log)
+    sizes, y = (batch, d, width, n, k, r), new(*x.shape)
+    weights = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+    work = new(space(sizes))
+    places = located(x, *weights, before[0], after[0], before[1], after[1], work, y)
+    if places is None:
+        return None
+    launch(sizes, False, -1.0 if inner is None else inner.eps, *places)
+    return y, after[0].transpose(1, 2), after[1].transpose(1, 2)
 
 
-@kernel
-def _step(
-    first: int,
-    last: int,
-    d: int,
-    width: int,
-    n: int,
-    k: int,
-    r: int,
-    x: int,
-    conv_state: int,
-    ssm_state: int,
-    in_proj: int,
-    conv_weight: int,
-    conv_bias: int,
-    x_proj: int,
-    dt_proj: int,
-    dt_bias: int,
-    A_log: int,
-    D: int,
-    out_proj: int,
-    y: int,
-    conv_after: int,
-    ssm_after: int,
-) -> None:
-    """Rows first .. last - 1."""
-    inner, dt = np.empty(2 * width, np.float32), np.empty(width, np.float32)
-    chosen = np.empty(r + 2 * n, np.float32)  # what depends on the input: the step size's r numbers, B and C
-    u, z = inner[:width], inner[width:]
-    taps, shift = floats(conv_weight, (width, k)), floats(conv_bias, (width,))
-    dt_shift = floats(dt_bias, (width,))
-    for b in range(first, last):
-        product(inner, in_proj, floats(x + 4 * b * d, (d,)))
-        place = 4 * b * width * (k - 1)
-        window, moved = floats(conv_state + place, (width, k - 1)), floats(conv_after + place, (width, k - 1))
-        for c in range(width):
-            total = shift[c] + taps[c, k - 1] * u[c]
-            for tap in range(k - 1):
-                total += taps[c, tap] * window[c, tap]
-            for tap in range(k - 2):
-                moved[c, tap] = window[c, tap + 1]
-            if k > 1:
-                moved[c, k - 2] = u[c]
-            u[c] = total
-        for c in range(width):
-            u[c] *= sigmoid(u[c])
-        product(chosen, x_proj, u)
-        product(dt, dt_proj, chosen[:r])
-        for c in range(width):
-            dt[c] = softplus(dt[c] + dt_shift[c])
-        place = 4 * b * width * n
-        _scan(u, dt, chosen[r : r + n], chosen[r + n :], A_log, D, ssm_state + place, ssm_after + place)
-        for c in range(width):
-            u[c] *= z[c] * sigmoid(z[c])
-        product(floats(y + 4 * b * d, (d,)), out_proj, u)
+def _norms(inner: reference.Inner | None) -> tuple[Tensor | None, ...]:
+    """Weights of the norms of dt, B and C."""
+    return (None, None, None) if inner is None else inner[:3]
+
+
+def by_taps(conv_weight: Tensor) -> Tensor:
+    """(k, i) of the convolution's weight (i, k)."""
+    return conv_weight.t().contiguous()
+
+
+def decays(A_log: Tensor) -> Tensor:
+    """(n, i) of A_log (i, n): what the scan makes of it, so that a state decays by 2^(dt decay)."""
+    return (-torch.exp(A_log)).t().contiguous().mul_(float(LOG2E))
+
+
+def space(sizes: Sizes) -> int:
+    """Numbers that a step keeps on the way."""
+    rows, d, width, n, _, r = sizes
+    return rows * (3 * width + r + 2 * n + d)
+
+
+def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
+    """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
+    rows, d, width, n, _, r = sizes
+    whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
+    if whole < WORTH_THREADS or torch.get_num_threads() == 1:
+        all_phases(0, 1, *sizes, adds, eps, *places)
+        return
+    costs = (2 * d, r + 2 * n, r + MULTIPLICATIONS * n, d)
+    shares = (-(-width // TILE), -(-(r + 2 * n) // SHARE), -(-width // TILE), -(-d // SHARE))
+    for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
+        if phase == 2 and eps >= 0:
+            step(0, 1, NORMS, *sizes, adds, eps, *places)
+        run(step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, eps, *places)
+
+
+def prepare(
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Any, ...], y: Tensor
+) -> Callable[[int], None] | None:
+    """See `moemamba.ops.prepare_mamba_step`."""
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner = weights
+    before = by_channel(conv_state), by_channel(ssm_state)
+    if (before[0].data_ptr(), before[1].data_ptr()) != (conv_state.data_ptr(), ssm_state.data_ptr()):
+        return None
+    if conv_weight.is_inference() or A_log.is_inference():
+        return None  # it could not be seen that they have changed
+    taps, decay = by_taps(conv_weight), decays(A_log)
+    (rows, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    work = new(space((rows, d, width, n, k, r)))
+    read = (x, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+    eps = -1.0 if inner is None else inner.eps
+    tensors = (*read, before[0], before[0], before[1], before[1], work, y)
+    places = located(*tensors)
+    if places is None:
+        return None
+    made = [conv_weight._version, A_log._version]
+
+    def take(live: int) -> None:
+        if made != [conv_weight._version, A_log._version]:
+            made[:] = conv_weight._version, A_log._version
+            tensors[2].copy_(by_taps(conv_weight))
+            tensors[7].copy_(decays(A_log))
+        launch((live, d, width, n, k, r), True, eps, *places)
+
+    return take

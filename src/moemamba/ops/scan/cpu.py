@@ -7,7 +7,7 @@ dB and dC are summed over a tile's channels in the kernel and over tiles afterwa
 import torch
 from torch import Tensor
 
-from ..kit.cpu import address, cast, new, plain, readable, rows, run, summed
+from ..kit.cpu import address, by_channel, cast, new, plain, readable, rows, run, summed
 from ..kit.op import gradient, op, wants_grad, where_given
 from ..packing import position_marks
 from .cpu_kernels import CHUNK, kernels, lanes
@@ -29,11 +29,11 @@ def selective_scan(
     """See `moemamba.ops.selective_scan`."""
     dtype = u.dtype
     u, dt, B, C, z = readable(u), readable(dt), readable(B), readable(C), readable(z)
-    A, D, dt_bias, initial_state = plain(A), plain(D), plain(dt_bias), plain(initial_state)
+    A, D, dt_bias, initial_state = plain(A), plain(D), plain(dt_bias), by_channel(initial_state)
     tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     marks = None if seq_idx is None else position_marks(seq_idx)
     y, final_state, _ = _forward(*tensors, dt_softplus, marks, wants_grad(*tensors))
-    return cast(y, dtype), final_state
+    return cast(y, dtype), final_state.transpose(1, 2)
 
 
 # --- what torch.compile and autograd see ---
@@ -45,7 +45,7 @@ def _outputs(u: Tensor, A: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     kept = (batch, -(-width // tile), -(-length // CHUNK), A.shape[1], tile) if keep else (0,)
     return (
         u.new_empty(u.shape),
-        u.new_empty((batch, width, A.shape[1]), dtype=torch.float32),
+        u.new_empty((batch, A.shape[1], width), dtype=torch.float32),
         u.new_empty(kept, dtype=torch.float32),
     )
 
@@ -65,7 +65,7 @@ def _forward(
     marks: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states that the backward pass starts from (empty unless `keep`)."""
+    """y, the final state (b, n, i), and the states that the backward pass starts from (empty unless `keep`)."""
     y, final_state, kept = _outputs(u, A, keep)
     tile = lanes(u.shape[2])
     (batch, length, width), n = u.shape, A.shape[1]
@@ -73,13 +73,10 @@ def _forward(
     B_rows, C_rows = rows(B, batch, length, n), rows(C, batch, length, n)
     streams = (rows(u, *u.shape), rows(dt, *u.shape), B_rows, C_rows, rows(z, *u.shape), rows(y, *u.shape))
     parameters = (address(A, width, n), address(D, width), address(dt_bias, width), dt_softplus)
-    states = (address(initial_state, batch, width, n), address(final_state, batch, width, n))
+    states = (address(initial_state, batch, n, width), address(final_state, batch, n, width))
     tasks, work = batch * tiles, u.numel() * n
-    if length == 1 and marks is None and not keep:
-        run(kernels(tile).step, tasks, work, shape, *streams, *parameters, *states)
-    else:
-        rest = (address(marks, batch, length, dtype=torch.int8), address(kept, *kept.shape) if keep else 0)
-        run(kernels(tile).scan, tasks, work, shape, *streams, *parameters, *states, *rest)
+    rest = (address(marks, batch, length, dtype=torch.int8), address(kept, *kept.shape) if keep else 0)
+    run(kernels(tile).scan, tasks, work, shape, *streams, *parameters, *states, *rest)
     return y, final_state, kept
 
 
@@ -105,7 +102,7 @@ def _backward(
     (batch, length, width), n, tiles = u.shape, A.shape[1], kept.shape[1]
     du, ddt = new(*u.shape, dtype=u.dtype), new(*u.shape, dtype=dt.dtype)
     dz = None if z is None else new(*u.shape, dtype=z.dtype)
-    dA, dstate = new(batch, width, n), new(batch, width, n)
+    dA, dstate = new(batch, width, n), new(batch, n, width)
     dB, dC = new(tiles, batch, length, n), new(tiles, batch, length, n)
     dD, dbias = new(batch, width), new(batch, width)
     run(
@@ -122,12 +119,12 @@ def _backward(
         address(marks, batch, length, dtype=torch.int8),
         address(kept, *kept.shape),
         rows(dy, *u.shape),
-        address(dfinal_state, batch, width, n),
+        address(dfinal_state, batch, n, width),
         *[rows(t, *u.shape) for t in (du, ddt, dz)],
         address(dA, batch, width, n),
         *[address(t, tiles, batch, length, n) for t in (dB, dC)],
         *[address(t, batch, width) for t in (dD, dbias)],
-        address(dstate, batch, width, n),
+        address(dstate, batch, n, width),
     )
     sums = (summed(dA), summed(dB).to(B.dtype), summed(dC).to(C.dtype), summed(dD))
     return where_given((u, dt, A, B, C, D, z, dt_bias, initial_state), du, ddt, *sums, dz, summed(dbias), dstate)

@@ -17,15 +17,21 @@ from ..kit.cpu import (
     TILE,
     Rows,
     bytes_at,
+    exact_kernel,
     exp2,
     floats,
+    fma,
+    gated,
     inner,
     kernel,
     load_columns,
+    load_tile,
+    next_state,
     read,
     sigmoid,
     softplus,
     store_columns,
+    store_tile,
     write,
 )
 from ..packing import BEGIN, PADDING
@@ -49,7 +55,6 @@ class Kernels(NamedTuple):
     """Those of one width of tiles."""
 
     scan: Callable[..., None]
-    step: Callable[..., None]
     backward: Callable[..., None]
 
 
@@ -63,7 +68,7 @@ def lanes(width: int) -> int:
 def kernels(lanes: int) -> Kernels:
     """The kernels for tiles of so many channels, a constant in them: a loop of unknown length would be half as fast."""
 
-    @kernel
+    @exact_kernel
     def scan(
         first: int,
         last: int,
@@ -104,7 +109,8 @@ def kernels(lanes: int) -> Kernels:
             decay *= LOG2E  # exp(dt A) = 2^(dt decay)
             load_columns(skip, D, channel, count)
             load_columns(bias, dt_bias, channel, count)
-            load_columns(h, initial_state, b * width + channel, count)
+            state = 4 * n * width * b
+            load_tile(h, initial_state + state if initial_state else 0, width, channel, count)
             for chunk in range(chunks):
                 start = chunk * CHUNK
                 size = min(CHUNK, length - start)
@@ -114,7 +120,14 @@ def kernels(lanes: int) -> Kernels:
                 read(step[:size], dt, b, start, channel, count)
                 read(Bt[:size], B, b, start, 0, n)
                 read(Ct[:size], C, b, start, 0, n)
-                _steps(step[:size], gate, bias[0], dt_softplus)
+                if dt_softplus:
+                    for j in range(size):
+                        for c in range(lanes):
+                            step[j, c] = softplus(step[j, c] + bias[0, c])
+                else:
+                    for j in range(size):
+                        for c in range(lanes):
+                            step[j, c] += bias[0, c]
                 for j in range(size):
                     if marks and mark[b, start + j] == PADDING:
                         continue
@@ -125,72 +138,19 @@ def kernels(lanes: int) -> Kernels:
                         out[j, c] = skip[0, c] * x[j, c]
                     for s in range(n):
                         for c in range(lanes):
-                            h[s, c] = exp2(step[j, c] * decay[s, c]) * h[s, c] + drive[c] * Bt[j, s]
-                            out[j, c] += Ct[j, s] * h[s, c]
+                            h[s, c] = next_state(h[s, c], step[j, c], decay[s, c], drive[c], Bt[j, s])
+                            out[j, c] = fma(Ct[j, s], h[s, c], out[j, c])
                 if z[0]:
                     read(gate[:size], z, b, start, channel, count)
                     for j in range(size):
                         for c in range(lanes):
-                            out[j, c] *= gate[j, c] * sigmoid(gate[j, c])
+                            out[j, c] = gated(out[j, c], gate[j, c])
                 if marks:
                     for j in range(size):
                         if mark[b, start + j] == PADDING:
                             out[j] = _ZERO
                 write(out[:size], y, b, start, channel, count)
-            store_columns(final_state, b * width + channel, count, h)
-
-    @kernel
-    def step(
-        first: int,
-        last: int,
-        shape: Rows,
-        u: Rows,
-        dt: Rows,
-        B: Rows,
-        C: Rows,
-        z: Rows,
-        y: Rows,
-        A: int,
-        D: int,
-        dt_bias: int,
-        dt_softplus: bool,
-        initial_state: int,
-        final_state: int,
-    ) -> None:
-        """`scan` of one position: so little work that states are better left as they lie, (i, n), than transposed."""
-        _, _, width, n = shape
-        tiles = (width + lanes - 1) // lanes
-        blocks = np.zeros((4, 1, lanes), np.float32)
-        x, dts, gate, out = blocks[0], blocks[1], blocks[2], blocks[3]
-        columns = np.zeros((2, 1, lanes), np.float32)
-        skip, bias = columns[0], columns[1]
-        Bt, Ct, zeros = np.empty((1, n), np.float32), np.empty((1, n), np.float32), np.zeros((lanes, n), np.float32)
-        for task in range(first, last):
-            b, channel = task // tiles, task % tiles * lanes
-            count = min(lanes, width - channel)
-            load_columns(skip, D, channel, count)
-            load_columns(bias, dt_bias, channel, count)
-            matrix = floats(A + 4 * n * channel, (count, n))
-            place = 4 * n * (b * width + channel)
-            h = floats(initial_state + place, (count, n)) if initial_state else zeros
-            after = floats(final_state + place, (count, n))
-            read(x, u, b, 0, channel, count)
-            read(dts, dt, b, 0, channel, count)
-            read(Bt, B, b, 0, 0, n)
-            read(Ct, C, b, 0, 0, n)
-            _steps(dts, gate, bias[0], dt_softplus)
-            for c in range(count):
-                sum_ = skip[0, c] * x[0, c]
-                drive = dts[0, c] * x[0, c]
-                for s in range(n):
-                    after[c, s] = exp2(dts[0, c] * (LOG2E * matrix[c, s])) * h[c, s] + drive * Bt[0, s]
-                    sum_ += Ct[0, s] * after[c, s]
-                out[0, c] = sum_
-            if z[0]:
-                read(gate, z, b, 0, channel, count)
-                for c in range(lanes):
-                    out[0, c] *= gate[0, c] * sigmoid(gate[0, c])
-            write(out, y, b, 0, channel, count)
+            store_tile(final_state + state, width, channel, count, h)
 
     @kernel
     def scan_backward(
@@ -248,7 +208,8 @@ def kernels(lanes: int) -> Kernels:
             decay *= LOG2E
             load_columns(skip, D, channel, count)
             load_columns(bias, dt_bias, channel, count)
-            load_columns(dh, dfinal_state, b * width + channel, count)
+            state = 4 * n * width * b
+            load_tile(dh, dfinal_state + state if dfinal_state else 0, width, channel, count)
             ddecay[:] = _ZERO
             dskip[:] = _ZERO
             dbias[:] = _ZERO
@@ -326,6 +287,6 @@ def kernels(lanes: int) -> Kernels:
             store_columns(dA, b * width + channel, count, ddecay)
             store_columns(dD, b * width + channel, count, dskip)
             store_columns(ddt_bias, b * width + channel, count, dbias)
-            store_columns(dinitial_state, b * width + channel, count, dh)
+            store_tile(dinitial_state + state, width, channel, count, dh)
 
-    return Kernels(scan, step, scan_backward)
+    return Kernels(scan, scan_backward)

@@ -1,14 +1,18 @@
 """What kernels for the CPU share; `product.py` besides."""
 
-from .arithmetic import LN2, LOG2E, exp2, sigmoid, softplus
+from .arithmetic import LN2, LOG2E, exp2, gated, next_state, sigmoid, silu, softplus
+from .lanes import fma
 from .memory import (
     TILE,
     Rows,
     address,
+    by_channel,
     bytes_at,
     cast,
     floats,
+    integers,
     load_columns,
+    load_tile,
     located,
     new,
     plain,
@@ -16,10 +20,11 @@ from .memory import (
     readable,
     rows,
     store_columns,
+    store_tile,
     summed,
     write,
 )
-from .run import inner, kernel, run, summing
+from .run import exact, exact_kernel, inner, kernel, run
 
 __all__ = [
     "LN2",
@@ -27,24 +32,33 @@ __all__ = [
     "TILE",
     "Rows",
     "address",
+    "by_channel",
     "bytes_at",
     "cast",
+    "exact",
+    "exact_kernel",
     "exp2",
     "floats",
+    "fma",
+    "gated",
     "inner",
+    "integers",
     "kernel",
     "load_columns",
+    "load_tile",
     "located",
     "new",
+    "next_state",
     "plain",
     "read",
     "readable",
     "rows",
     "run",
     "sigmoid",
+    "silu",
     "softplus",
     "store_columns",
+    "store_tile",
     "summed",
-    "summing",
     "write",
 ]

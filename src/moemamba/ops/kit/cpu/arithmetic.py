@@ -1,4 +1,4 @@
-"""Inside kernels: float32 arithmetic that LLVM vectorises."""
+"""Inside kernels: float32 arithmetic that LLVM vectorises, with the same bits wherever it stands."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .run import inner
+from .lanes import fma
+from .run import exact
 
 LOG2E = np.float32(1.4426950408889634)
 LN2 = np.float32(0.6931471805599453)
@@ -43,26 +44,43 @@ bits = instruction(types.float32, types.uint32, lambda b, x: b.bitcast(x, _INT32
 from_bits = instruction(types.uint32, types.float32, lambda b, x: b.bitcast(x, FLOAT))
 
 
-@inner
+@exact
 def exp2(x: Any) -> Any:
     """2^x, flushed to 2^-126 and capped at 2^127; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
     x = _HIGHEST if x > _HIGHEST else x
     whole = _nearest(x)
     x = x - whole
-    p = ((((_P4 * x + _P3) * x + _P2) * x + _P1) * x + _P0) * x + _ONE
+    p = fma(fma(fma(fma(fma(_P4, x, _P3), x, _P2), x, _P1), x, _P0), x, _ONE)
     return from_bits(bits(p) + (_integer(whole) << np.uint32(23)))
 
 
-@inner
+@exact
 def sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + exp2(-LOG2E * x))
 
 
-@inner
+@exact
 def softplus(x: Any) -> Any:
     """log(1 + e^x) = max(x, 0) + log(1 + y) with y = e^-|x|, and log(1 + y) = 2 atanh(y / (2 + y))."""
     y = exp2(-LOG2E * abs(x))
     s = y / (_TWO + y)
     q = s * s
-    return max(x, _ZERO) + s * ((((_Q4 * q + _Q3) * q + _Q2) * q + _Q1) * q + _Q0)
+    return fma(s, fma(fma(fma(fma(_Q4, q, _Q3), q, _Q2), q, _Q1), q, _Q0), max(x, _ZERO))
+
+
+@exact
+def silu(x: Any) -> Any:
+    return x * sigmoid(x)
+
+
+@exact
+def gated(y: Any, z: Any) -> Any:
+    """y silu(z)."""
+    return y * silu(z)
+
+
+@exact
+def next_state(h: Any, step: Any, decay: Any, drive: Any, B: Any) -> Any:
+    """A state after one position: 2^(step decay) h + drive B."""
+    return fma(exp2(step * decay), h, drive * B)

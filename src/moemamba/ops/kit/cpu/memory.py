@@ -120,6 +120,12 @@ def plain(tensor: MaybeTensor) -> MaybeTensor:
     return tensor.float().contiguous()
 
 
+def by_channel(state: MaybeTensor) -> MaybeTensor:
+    """(b, n, i) contiguous float32 of a state (b, i, n): kernels' states lie so in memory, channels innermost, and what
+    they return is seen through a transposition, which costs nothing."""
+    return None if state is None else plain(state.transpose(1, 2))
+
+
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.to(dtype)`, which costs a microsecond also where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -138,6 +144,9 @@ _float_pointer = instruction(types.int64, types.CPointer(types.float32), lambda 
 _half_pointer = instruction(
     types.int64, types.CPointer(types.uint16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
 )
+_integer_pointer = instruction(
+    types.int64, types.CPointer(types.int64), lambda b, x: b.inttoptr(x, ir.IntType(64).as_pointer())
+)
 _byte_pointer = instruction(
     types.int64, types.CPointer(types.uint8), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer())
 )
@@ -147,6 +156,12 @@ _byte_pointer = instruction(
 def floats(address: int, shape: Any) -> Any:
     """A contiguous float32 array at an address."""
     return carray(_float_pointer(address), shape)
+
+
+@inner
+def integers(address: int, shape: Any) -> Any:
+    """A contiguous int64 array at an address."""
+    return carray(_integer_pointer(address), shape)
 
 
 @inner
@@ -187,6 +202,28 @@ def write(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) 
                 raw = bits(block[j, c])
                 rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
                 halves[c] = np.uint16(rounded if block[j, c] == block[j, c] else np.uint32(0x7FC0))
+
+
+@inner
+def load_tile(tile: Any, matrix: int, width: int, first: int, count: int) -> None:
+    """tile (m, TILE) = columns first .. first + count - 1 of a float32 (m, width) matrix; zero if absent."""
+    tile[:] = _ZERO
+    if matrix:
+        m = tile.shape[0]
+        source = floats(matrix, (m, width))
+        for j in range(m):
+            for c in range(count):
+                tile[j, c] = source[j, first + c]
+
+
+@inner
+def store_tile(matrix: int, width: int, first: int, count: int, tile: Any) -> None:
+    """The inverse of `load_tile`."""
+    m = tile.shape[0]
+    target = floats(matrix, (m, width))
+    for j in range(m):
+        for c in range(count):
+            target[j, first + c] = tile[j, c]
 
 
 @inner

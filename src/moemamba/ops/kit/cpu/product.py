@@ -1,62 +1,115 @@
-"""Linear layers of a few rows on the CPU, as in generation: the weights stream past once, in the order they lie in.
+"""Linear layers on the CPU without gradients: every row gets the same bits, whatever rows it is computed with.
 
-PyTorch gives such a product to a routine for large matrices, which takes two to six times as long over the same bytes.
+PyTorch's products, which training keeps, block by the number of rows and by the machine. These are as fast at thousands
+of rows and, with weights that stream past once, faster at few.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import traced
+from .lanes import TILE_SHAPE, tile
 from .memory import floats, located, new
-from .run import kernel, run, summing
+from .run import exact, exact_kernel, run
 
-FEW = 3  # rows up to which streaming the weights is faster
-SMALL = 1 << 16  # weights below which it makes no difference, and PyTorch's call is the shorter
+COLUMNS = 16  # weight rows of a task
 MULTIPLICATIONS = 8  # that take as long as one inner iteration of `WORTH_THREADS`
-
-_ZERO = np.float32(0)
+NEAR, FAR = 1 << 14, 1 << 19  # bytes of weights that stay in the first cache, and of rows in the second
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `moemamba.ops.linear`."""
-    few = x.numel() <= FEW * x.shape[-1] and weight.numel() >= SMALL
-    if not few or traced(x, weight, bias) or torch.is_autocast_enabled("cpu"):
+    if weight.numel() == 0 or traced(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     width_out, width_in = weight.shape
+    rows = x if x.ndim == 2 else x.reshape(-1, width_in)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
     y = new(*x.shape[:-1], width_out)
-    places = located(x, weight, bias, y)
+    places = located(rows[:0], weight, bias, y)
     if places is None:
         return F.linear(x, weight, bias)
-    rows = x.numel() // width_in
-    run(_linear, width_out, rows * weight.numel() // MULTIPLICATIONS, rows, width_in, width_out, *places)
+    launch(rows.shape[0], width_in, width_out, rows.data_ptr(), 4 * rows.stride(0), *places[1:])
     return y
 
 
-@summing
-def product(y: Any, weight: int, x: Any) -> None:
-    """y (m,) = weight (m, k) x (k,)."""
-    k = x.shape[0]
-    for j in range(y.shape[0]):
-        row = floats(weight + 4 * k * j, (k,))
-        total = _ZERO
-        for c in range(k):
-            total += row[c] * x[c]
-        y[j] = total
+def launch(rows: int, width_in: int, width_out: int, *places: int) -> None:
+    """A product over as many threads as it is worth. See `_linear` for what lies where."""
+    work = rows * width_in * width_out // MULTIPLICATIONS
+    run(_linear, -(-width_out // COLUMNS), work, rows, width_in, width_out, *places)
 
 
-@kernel
+@cache
+def products(tall: int, wide: int) -> Callable[..., None]:
+    """A function for kernels, `product(first, last, rows, k, x, x_step, w, w_step, y, y_step)`:
+
+    y[r, j] = sum over k of x[r, k] w[j, k] for all rows r and the weight rows j from first to last - 1. Addresses, and
+    bytes from row to row. It takes tiles of up to `tall` rows and `wide` weights; results do not depend on that.
+    """
+    highest, pair, single = (_strip(rows, wide) for rows in (tall, 2, 1))
+
+    @exact
+    def block(
+        first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
+    ) -> None:
+        row = 0
+        while row + tall <= rows:
+            highest(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+            row += tall
+        if row + 2 <= rows:
+            pair(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+            row += 2
+        if row < rows:
+            single(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+
+    @exact
+    def product(
+        first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
+    ) -> None:
+        near, far = max(wide, NEAR // (4 * k) // wide * wide), max(4 * tall, FAR // (4 * k) // tall * tall)
+        for row in range(0, rows, far):
+            count = min(far, rows - row)
+            for start in range(first, last, near):
+                end = min(last, start + near)
+                block(start, end, count, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+
+    return product
+
+
+def _strip(rows: int, wide: int) -> Callable[..., None]:
+    """A few rows against some weights, as tiles."""
+    several, one = tile(rows, wide), tile(rows, 1)
+
+    @exact
+    def strip(first: int, last: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int) -> None:
+        column = first
+        while column + wide <= last:
+            several(k, x, x_step, w + column * w_step, w_step, y + 4 * column, y_step)
+            column += wide
+        while column < last:
+            one(k, x, x_step, w + column * w_step, w_step, y + 4 * column, y_step)
+            column += 1
+
+    return strip
+
+
+product = products(*TILE_SHAPE)
+
+
+@exact_kernel
 def _linear(
-    first: int, last: int, rows: int, width_in: int, width_out: int, x: int, weight: int, bias: int, y: int
+    first: int, last: int, rows: int, width_in: int, width_out: int, x: int, x_step: int, weight: int, bias: int, y: int
 ) -> None:
-    """Columns first .. last - 1 of y."""
-    for row in range(rows):
-        out = floats(y + 4 * (row * width_out + first), (last - first,))
-        product(out, weight + 4 * width_in * first, floats(x + 4 * row * width_in, (width_in,)))
-        if bias:
-            shift = floats(bias + 4 * first, (last - first,))
-            for c in range(last - first):
+    """Columns of y, COLUMNS a task."""
+    start, end = first * COLUMNS, min(last * COLUMNS, width_out)
+    product(start, end, rows, width_in, x, x_step, weight, 4 * width_in, y, 4 * width_out)
+    if bias:
+        shift = floats(bias + 4 * start, end - start)
+        for row in range(rows):
+            out = floats(y + 4 * (row * width_out + start), end - start)
+            for c in range(end - start):
                 out[c] += shift[c]

@@ -32,10 +32,19 @@ _OPS = Path(__file__).parents[2]
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Compile at the first call, for this machine's vector units, and keep the result on disk if that can be."""
+    return _compiled(function, FAST | {"reassoc"})
+
+
+def exact_kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """As `kernel`, of `exact` functions: no sum is taken in another order than is written."""
+    return _compiled(function, set())
+
+
+def _compiled(function: Callable[..., None], fast: set[str]) -> Callable[..., None]:
     folder = _cache_folder()
     before, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": FAST | {"reassoc"}}
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fast}
         compiled = numba.njit(cache=bool(folder), **options)(function)
     finally:
         _config.CACHE_DIR = before
@@ -75,9 +84,10 @@ def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
-def summing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As `inner`, but sums may be taken in any order, as those in kernels may, so that they are vectorised."""
-    return numba.njit(fastmath=FAST | {"reassoc"}, error_model="numpy")(function)  # type: ignore[no-any-return]
+def exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that kernels call, with the roundings that are written and no others: the same bits wherever LLVM puts
+    it. What is to be fused is written `fma`."""
+    return numba.njit(error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 _kernels: set[str] = set()

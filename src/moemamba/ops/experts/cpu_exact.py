@@ -1,0 +1,327 @@
+"""Experts on the CPU without gradients, for any number of tokens: each has the bits that it has alone.
+
+Choices are sorted by expert, so that each expert's matrices stream past once; what a token's experts return is added in
+the order in which it chose them. What takes several threads is cut by columns, in three phases.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, fma, integers, located, new, run, sigmoid, silu
+from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, product
+from ..kit.cpu.run import WORTH_THREADS
+
+LINEAR, _RELU, _GELU, _SILU, _RELU2, _GELU_ERF, _SWIGLU, _GEGLU = range(8)
+ACTIVATIONS = {"relu": _RELU, "gelu": _GELU, "silu": _SILU, "relu2": _RELU2, "gelu_erf": _GELU_ERF}
+ACTIVATIONS |= {"swiglu": _SWIGLU, "geglu": _GEGLU}
+_GATED = _SWIGLU  # those from here on
+_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_TWICE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi), and that of the tanh form
+# erf x = 1 - (e1 t + ... + e5 t^5) exp(-x^2) with t = 1 / (1 + p x), to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+_SQRT_HALF, _P = np.float32(0.7071067811865476), np.float32(0.3275911)
+_E1, _E2, _E3, _E4, _E5 = map(np.float32, (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
+
+Sizes = tuple[int, int, int, int, int, int]
+"""tokens, top_k, n_experts, d, width between the two matrices, width of the output"""
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor | None,
+    up: Tensor | None,
+    down: Tensor,
+    activation: int,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor | None:
+    """`expert_feedforward` or, without `up`, `expert_linear`; None where the kernel cannot read what it is given."""
+    n_experts, out, hidden = down.shape
+    sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
+    x = x.contiguous()  # bound here, lest it be freed before it is read
+    work, y = new(space(sizes, activation)), new(x.shape[0], out)
+    places = located(x, gates, up, down, up_bias, down_bias, work, y)
+    if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
+        return None
+    launch(sizes, activation, False, indices.data_ptr(), *places)
+    return y
+
+
+def activated(x: Tensor, activation: int) -> Tensor | None:
+    """An activation of x (..., f); None where the kernel cannot read it."""
+    wide = x.shape[-1]
+    width = wide // 2 if activation >= _GATED else wide
+    y = new(*x.shape[:-1], width)
+    places = located(x, y)
+    if places is None or wide == 0:
+        return None
+    rows = x.numel() // wide
+    run(_activated, rows, 16 * y.numel() // MULTIPLICATIONS, wide, width, activation, *places)
+    return y
+
+
+def space(sizes: Sizes, activation: int) -> int:
+    """Numbers that are kept on the way, integers counted as two."""
+    tokens, top_k, n_experts, d, hidden, out = sizes
+    between = _rows(hidden, activation)
+    return 2 * (n_experts + 1) + tokens * top_k * (4 + d + between + out)
+
+
+def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
+    """The experts over as many threads as that is worth. See `_experts` for what lies where."""
+    tokens, top_k, _, d, hidden, out = sizes
+    choices = tokens * top_k
+    first = choices * d * _rows(hidden, activation) // MULTIPLICATIONS
+    second = choices * hidden * out // MULTIPLICATIONS
+    if first + second < WORTH_THREADS or torch.get_num_threads() == 1:
+        _alone(0, 1, *sizes, activation, adds, *places)
+        return
+    shares, costs = (1, -(-hidden // COLUMNS), -(-out // COLUMNS)), (0, first, second)
+    for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
+        if phase != 1 or activation != LINEAR:
+            run(_experts, tasks, cost, phase, *sizes, activation, adds, *places)
+
+
+def prepare(
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: int,
+    y: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> Callable[[int], None] | None:
+    """See `moemamba.ops.prepare_experts`."""
+    (rows, top_k), (n_experts, out, hidden), d = indices.shape, down.shape, x.shape[1]
+    work = new(space((rows, top_k, n_experts, d, hidden, out), activation))
+    tensors = (x, gates, up, down, up_bias, down_bias, work, y)
+    places, chosen = located(*tensors), indices.data_ptr()
+    if places is None:
+        return None
+
+    kept = (*tensors, indices)
+
+    def step(live: int) -> None:
+        assert kept  # and so are not freed
+        launch((live, top_k, n_experts, d, hidden, out), activation, True, chosen, *places)
+
+    return step
+
+
+def _rows(hidden: int, activation: int) -> int:
+    """Of the first matrix of an expert."""
+    return 0 if activation == LINEAR else 2 * hidden if activation >= _GATED else hidden
+
+
+@exact
+def _gelu(x: Any) -> Any:
+    """x (1 + erf(x / sqrt 2)) / 2."""
+    z = abs(x) * _SQRT_HALF
+    t = _ONE / fma(_P, z, _ONE)
+    beyond = t * fma(fma(fma(fma(_E5, t, _E4), t, _E3), t, _E2), t, _E1) * exp2(-LOG2E * z * z)
+    return x * _HALF * (_ONE + (_ONE - beyond if x > _ZERO else beyond - _ONE))
+
+
+# Loops begin at zero: numba takes other numbers for possibly negative, and counts those from the end, one by one.
+
+
+@exact
+def activate(row: int, width: int, activation: int, first: int, last: int) -> None:
+    """Entries first .. last - 1 of a row, in place; gated ones are of its first `width`, times those behind them."""
+    size = last - first
+    x = floats(row + 4 * first, size)
+    if activation == _RELU:
+        for c in range(size):
+            x[c] = _ZERO if x[c] < _ZERO else x[c]
+    elif activation == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
+        for c in range(size):
+            x[c] = x[c] * sigmoid(_TWICE * fma(_CUBIC * x[c] * x[c], x[c], x[c]))
+    elif activation == _SILU:
+        for c in range(size):
+            x[c] = silu(x[c])
+    elif activation == _RELU2:
+        for c in range(size):
+            x[c] = _ZERO if x[c] < _ZERO else x[c] * x[c]
+    elif activation == _GELU_ERF:
+        for c in range(size):
+            x[c] = _gelu(x[c])
+    elif activation == _GEGLU:
+        other = floats(row + 4 * (width + first), size)
+        for c in range(size):
+            x[c] = _gelu(x[c]) * other[c]
+    else:
+        other = floats(row + 4 * (width + first), size)
+        for c in range(size):
+            x[c] = silu(x[c]) * other[c]
+
+
+@exact_kernel
+def _activated(first: int, last: int, wide: int, width: int, activation: int, x: int, y: int) -> None:
+    """Rows first .. last - 1."""
+    row = np.empty(wide, np.float32)
+    for r in range(first, last):
+        source, target = floats(x + 4 * wide * r, (wide,)), floats(y + 4 * width * r, (width,))
+        for c in range(wide):
+            row[c] = source[c]
+        activate(row.ctypes.data, width, activation, 0, width)
+        for c in range(width):
+            target[c] = row[c]
+
+
+@exact
+def _sort(chosen: Any, starts: Any, order: Any, place: Any) -> None:
+    """Where each expert's choices start, the choices by expert, and the place of each, -1 of dropped ones."""
+    n_experts = starts.shape[0] - 1
+    for e in range(n_experts + 1):
+        starts[e] = 0
+    for choice in range(chosen.shape[0]):
+        if 0 <= chosen[choice] < n_experts:
+            starts[chosen[choice] + 1] += 1
+    for e in range(n_experts):
+        starts[e + 1] += starts[e]
+    filled = starts.copy()
+    for choice in range(chosen.shape[0]):
+        e = chosen[choice]
+        place[choice] = -1
+        if 0 <= e < n_experts:
+            place[choice] = filled[e]
+            order[filled[e]] = choice
+            filled[e] += 1
+
+
+@exact
+def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: int, step: int) -> None:
+    """y = sum_j gates_j returned[place_j] of one token, in the order of its choices; `step` bytes from row to row."""
+    for c in range(y.shape[0]):
+        y[c] = _ZERO
+    for j in range(place.shape[0]):
+        if place[j] >= 0:
+            share, row = gates[j] if gated else _ONE, floats(returned + place[j] * step, y.shape[0])
+            for c in range(y.shape[0]):
+                y[c] = fma(share, row[c], y[c])
+
+
+@exact
+def _add(row: int, shift: int, first: int, last: int) -> None:
+    """To entries first .. last - 1 of a row those of a shift."""
+    x, other = floats(row + 4 * first, last - first), floats(shift + 4 * first, last - first)
+    for c in range(last - first):
+        x[c] += other[c]
+
+
+@exact_kernel
+def _experts(
+    first: int,
+    last: int,
+    phase: int,
+    tokens: int,
+    top_k: int,
+    n_experts: int,
+    d: int,
+    hidden: int,
+    out: int,
+    activation: int,
+    adds: bool,
+    indices: int,
+    x: int,
+    gates: int,
+    up: int,
+    down: int,
+    up_bias: int,
+    down_bias: int,
+    work: int,
+    y: int,
+) -> None:
+    """A share of a phase: sorting; the first matrices with the activation; the second, and the sums, added to y or not.
+
+    Without `up` there is one matrix, and `hidden` is d.
+    """
+    choices = tokens * top_k
+    rows = 2 * hidden if activation >= _GATED else hidden if up else 0
+    starts = integers(work, (n_experts + 1,))
+    order = integers(work + 8 * (n_experts + 1), (choices,))
+    place = integers(work + 8 * (n_experts + 1 + choices), (choices,))
+    sorted_ = work + 8 * (n_experts + 1 + 2 * choices)  # (choices, d)
+    between = sorted_ + 4 * choices * d  # (choices, rows)
+    returned = between + 4 * choices * rows  # (choices, out)
+    if phase == 0:
+        _sort(integers(indices, (choices,)), starts, order, place)
+        for j in range(starts[n_experts]):
+            source, target = floats(x + 4 * d * (order[j] // top_k), (d,)), floats(sorted_ + 4 * d * j, (d,))
+            for c in range(d):
+                target[c] = source[c]
+    elif phase == 1 and up:
+        start, end = first * COLUMNS, min(last * COLUMNS, hidden)
+        for e in range(n_experts):
+            count, begin = starts[e + 1] - starts[e], starts[e]
+            if count:
+                a, w, b = sorted_ + 4 * begin * d, up + 4 * e * rows * d, between + 4 * begin * rows
+                product(start, end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
+                if activation >= _GATED:
+                    product(hidden + start, hidden + end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
+                for j in range(count):
+                    row = b + 4 * j * rows
+                    if up_bias:
+                        shift = up_bias + 4 * e * rows
+                        _add(row, shift, start, end)
+                        if activation >= _GATED:
+                            _add(row, shift, hidden + start, hidden + end)
+                    activate(row, hidden, activation, start, end)
+    elif phase == 2:
+        start, end = first * COLUMNS, min(last * COLUMNS, out)
+        source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
+        for e in range(n_experts):
+            count, begin = starts[e + 1] - starts[e], starts[e]
+            if count:
+                a, w, b = source_rows + step * begin, down + 4 * e * out * hidden, returned + 4 * begin * out
+                product(start, end, count, hidden, a, step, w, 4 * hidden, b, 4 * out)
+                for j in range(count if down_bias else 0):
+                    _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
+        total = np.empty(end - start, np.float32)
+        for token in range(tokens):
+            mine = place[token * top_k : (token + 1) * top_k]
+            shares = floats(gates + 4 * token * top_k if gates else gates, (top_k,))
+            _sum_choices(total, shares, gates != 0, mine, returned + 4 * start, 4 * out)
+            target = floats(y + 4 * (out * token + start), end - start)
+            if adds:
+                for c in range(end - start):
+                    target[c] += total[c]
+            else:
+                for c in range(end - start):
+                    target[c] = total[c]
+
+
+@exact_kernel
+def _alone(
+    first: int,
+    last: int,
+    tokens: int,
+    top_k: int,
+    n_experts: int,
+    d: int,
+    hidden: int,
+    out: int,
+    activation: int,
+    adds: bool,
+    indices: int,
+    x: int,
+    gates: int,
+    up: int,
+    down: int,
+    up_bias: int,
+    down_bias: int,
+    work: int,
+    y: int,
+) -> None:
+    """All phases one after the other."""
+    for phase in range(3):
+        _experts(
+            0, hidden + out, phase, tokens, top_k, n_experts, d, hidden, out, activation, adds, indices, x, gates, up,
+            down, up_bias, down_bias, work, y,
+        )  # fmt: skip
