@@ -3,6 +3,7 @@
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
 
 import pytest
 from servers import TEMPLATE, running, small
@@ -72,7 +73,6 @@ def write(page, text):
     return page.text_content("#story")
 
 
-@pytest.mark.xfail(strict=False, reason="a text with control characters is not the same after its link")
 @slow
 def test_write_and_its_link(browser, server):
     def answer(seed):
@@ -112,6 +112,19 @@ def test_write_and_its_link(browser, server):
     with opened(browser, server, f"/{link}"[1:]) as page:
         page.wait_for_selector("#go:text-is('Write on')")
         assert page.text_content("#story") == text, "a link shows the same again"
+
+
+@slow
+def test_links_keep_every_character(browser, server):
+    text = "a\r\n\0b\x7f\x1b &?#%+=é\u2028🦔 "
+    asked = {"prompt": text, "max_tokens": 8, "temperature": 0}
+    made = server.post("/v1/completions", **asked)["choices"][0]["text"]
+    values = urlencode({"text": text, "max_tokens": 8, "temperature": 0, "seed": 1, "wrote": 1})
+    with opened(browser, server, f"#write?{values}") as page:
+        page.wait_for_selector("#go:text-is('Write on')")
+        assert page.text_content("#story") == text + made
+        hash = page.evaluate("location.hash")
+        assert dict(parse_qsl(hash.partition("?")[2], keep_blank_values=True))["text"] == text
 
 
 @slow
