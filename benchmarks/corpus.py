@@ -30,10 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PACKAGES = Path(__file__).with_name("corpus.json")
-TEXT = frozenset(
-    ".c .h .cc .cpp .hpp .cxx .rst .txt .py .S .s .md .go .rs .java .ads .adb .f90 .d .sh .pl .pm .t .texi .def .ac .am"
-    " .m4 .exp .m .mm .y .l .dts .dtsi .yaml .td .ll .hs .erl .hrl .el .pas .pp .inc .js .css .sql .sgml .po4a".split()
-)
+ENDINGS = """
+.c .h .cc .cpp .hpp .cxx .S .s .l .y .m .mm .d .def .td .ll .inc .exp .dts .dtsi .rs .go .java .js .hs .py .pl .pm .t
+.sh .erl .hrl .el .pas .pp .ads .adb .f90 .sql .css .am .ac .m4 .yaml .txt .md .rst .texi .sgml
+"""
+TEXT = frozenset(ENDINGS.split())
 LARGEST = 400_000  # bytes: beyond are tables of registers and generated files
 SHINGLE, MINIMA, BANDS, SIMILAR = 5, 64, 8, 0.85
 DRAWN = np.random.default_rng(0).integers(1, 2**63, (2, MINIMA), dtype=np.uint64) | np.uint64(1)
@@ -140,8 +141,8 @@ def loaded(package: dict[str, Any], mirror: str, folder: Path) -> Path:
                 path.write_bytes(answer.read())
         except (urllib.error.URLError, OSError) as error:
             sys.exit(
-                f"{package['name']}: {package['file']} cannot be had from {mirror} ({error}). The mirror may have a newer"
-                f" version only; older ones are kept by https://snapshot.debian.org: put the file into {folder}."
+                f"{package['name']}: {package['file']} cannot be had from {mirror} ({error}). The mirror may have a"
+                f" newer version only; older ones are kept by https://snapshot.debian.org: put the file into {folder}."
             )
     if hashlib.sha256(path.read_bytes()).hexdigest() != package["sha256"]:
         sys.exit(f"{path} is not the file that {PACKAGES.name} pins (SHA-256); delete it to load it again.")
@@ -178,7 +179,10 @@ def main() -> None:
             splits[package["split"]] += documents(package["name"], kept)
             sizes = {"files": len(kept), "bytes": sum(file.size for file in kept), "dropped": dict(dropped)}
             report.append(package | sizes)
-            print(f"{package['name']:20} {sizes['files']:7} files {sizes['bytes'] / 1e6:8.1f} MB; out: {dict(dropped)}", flush=True)
+            print(
+                f"{package['name']:20} {sizes['files']:7} files {sizes['bytes'] / 1e6:8.1f} MB; out: {dict(dropped)}",
+                flush=True,
+            )
     for split, lines in splits.items():
         write(options.out / f"{split}.jsonl.gz", lines)
     (options.out / "corpus.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -37,7 +37,6 @@ from moemamba.distributed import Processes
 from moemamba.layers import MoE
 from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Guard, Skips
-from moemamba.training.update.loss import losses
 from moemamba.training.update.step import WARM_UP, Step
 
 BATCH, LENGTH, VOCABULARY = 256, 256, 50_257
@@ -80,8 +79,8 @@ def ours(name: str, graph: Literal["on", "off"], **changes: Any) -> Contender:
 
 def our_loss(model: MoEMamba) -> Loss:
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        language, auxiliary = losses(model(tokens, targets=targets), model.config.routers)
-        return language + auxiliary
+        output = model(tokens, targets=targets)
+        return output.loss + output.auxiliary
 
     return loss
 

@@ -17,7 +17,7 @@ from .letters import (
     Projection,
     RoutedMambaConfig,
 )
-from .marks import later
+from .marks import documented, later
 from .reading import shown, to_dict, validate
 
 __all__ = [
@@ -45,12 +45,13 @@ FOREIGN = frozenset(
 """what transformers has in a config.json that says nothing of what the model computes"""
 
 
-def description(config: "ModelConfig", end_of_text: int) -> dict[str, Any]:
+def description(config: "ModelConfig", end_of_text: int | None) -> dict[str, Any]:
     """What config.json holds: the model as `reading.from_dict` reads it, and what transformers asks for besides."""
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    ids = {} if end_of_text is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
     return to_dict(config) | {"model_type": MODEL_TYPE, "architectures": ["MoEMambaForCausalLM"]} | ids
 
 
+@documented
 @dataclass(frozen=True)
 class ModelConfig:
     """A language model: `pattern` repeated `n_blocks` times between an embedding and a head.

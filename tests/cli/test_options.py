@@ -35,9 +35,13 @@ KINDS = {
     "paper": "Paper",
     "report": "Asked",
     "generate": "Generate",
+    "chat": "Chat",
+    "serve": "Serve",
     "eval": "Eval",
+    "look": "Look",
     "info": "Info",
     "doctor": "Doctor",
+    "plan": "Planning",
 }
 
 
@@ -212,9 +216,9 @@ def test_every_option_is_explained_by_itself(option):
 
 
 def explanation(option: Option) -> str:
-    from moemamba.cli.help import _documentation
+    from moemamba.marks import texts
 
-    return _documentation(option.owner)[option.path[-1]]
+    return texts(option.owner)[option.path[-1]]
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))

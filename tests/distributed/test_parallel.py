@@ -20,7 +20,6 @@ from moemamba.config import ExpertsConfig, RoutedMambaConfig
 from moemamba.distributed import Processes, divide_gradients, gathered, gradient_norm, join, summing
 from moemamba.host.progress import Report
 from moemamba.training.spread import build, check
-from moemamba.training.update.loss import losses
 
 pytestmark = pytest.mark.slow
 SILENT = Report(silent=True)
@@ -97,7 +96,7 @@ def gradients(config, rank=0, size=1, distributed=True):
         model.compile_layers(backend="aot_eager")  # what training does, but for the C++ compiler
     forward = summing(model, processes)
     output = forward(tokens[rows], targets=targets[rows])
-    language, auxiliary = losses(output, config.model.routers)
+    language, auxiliary = output.loss, output.auxiliary
     share = (targets[rows] != -100).sum() / (targets != -100).sum()
     (language * share + auxiliary / size).backward()
     found = {name: gathered(parameter.grad).clone() for name, parameter in model.named_parameters()}

@@ -147,6 +147,7 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+@pytest.mark.slow
 def test_remote_code(tmp_path):
     """In a process that has imported nothing of ours, and in one that cannot."""
     model, x = build(), tokens()

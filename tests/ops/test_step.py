@@ -1,9 +1,11 @@
 """Generation on the CPU: a position of a Mamba layer in one kernel and products of few rows, against plain PyTorch."""
 
+import sys
+
 import pytest
 import torch
 from doors import cpu, reference
-from torch import nn
+from torch import Tensor, nn
 
 from moemamba import ModelConfig, MoEMamba, ops
 from moemamba.layers import Mamba, mamba
@@ -39,7 +41,7 @@ def last_by_step(layer, x):
     return layer(x[:, -1:], state)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 9])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -119,14 +121,12 @@ def test_changed_children_are_called(change, monkeypatch):
 
 
 def test_where_the_kernel_does_not_apply(monkeypatch):
-    """Gradients, many rows, packing, other dtypes: the ops one by one, with the same numbers."""
+    """Gradients, packing, other dtypes: the ops one by one, with the same numbers."""
     layer, x = layer_and_input()
     calls = count_steps(monkeypatch)
     y, _ = last_by_step(layer, x)
     assert y.requires_grad
     with torch.no_grad():
-        many = torch.cat([x] * 9)
-        torch.testing.assert_close(last_by_step(layer, many)[0][:1], y, atol=2e-5, rtol=2e-5)
         _, state = layer(x[:, :-1])
         for sequence in (0, -1):
             seq_idx = torch.full((1, 1), sequence)
@@ -154,10 +154,36 @@ def test_weights_that_do_not_lie_as_the_kernel_reads_them():
             ops.mamba_step(x[:, -1:], *before, *weights[:3], weights[0], *weights[4:])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_place_and_prepared_are_the_same(threads, monkeypatch):
+    """Over one thread or several, where states lie by channel and where they do not, after weights have changed."""
+    monkeypatch.setattr(sys.modules["moemamba.ops.mamba_step.cpu"], "WORTH_THREADS", 1)
+    monkeypatch.setattr(sys.modules["moemamba.ops.kit.cpu.run"], "WORTH_THREADS", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    layer, x = layer_and_input(5, d_model=72)
+    layer.requires_grad_(False)
+    _, state = layer(x[:, :-1])
+    conv, ssm = (tensor.clone() for tensor in state)
+    rows, y = x[:, -1].contiguous(), torch.ones(5, 72)
+    prepared = ops.prepare_mamba_step(rows, conv, ssm, layer._step_weights(), y)
+    layer.A_log += 0.25  # which is read anew
+    expected, *after = ops.mamba_step(x[:, -1:], *state, *layer._step_weights())
+    prepared(3)
+    assert torch.equal(y[:3], 1 + expected[:3, 0]) and torch.equal(y[3:], torch.ones(2, 72))
+    for new, old, wanted in zip((conv, ssm), state, after, strict=True):
+        assert torch.equal(new[:3], wanted[:3]) and torch.equal(new[3:], old[3:])
+    for arrange in (Tensor.clone, Tensor.contiguous):
+        own = [arrange(tensor) for tensor in state]
+        found, *states = ops.mamba_step(x[:, -1:], *own, *layer._step_weights(), in_place=True)
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(own, states, strict=True))
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 def test_linear(rows, bias, monkeypatch):
-    monkeypatch.setattr(cpu_linear, "SMALL", 0)
     monkeypatch.setattr(cpu_linear, "MULTIPLICATIONS", 1e-4)  # as if it were worth two threads
     torch.manual_seed(0)
     layer = Linear(37, 61, bias=bias)

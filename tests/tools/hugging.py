@@ -4,7 +4,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
+
+pytest.importorskip("transformers", reason="these models are for transformers")
 from transformers import PreTrainedTokenizerFast
 
 from moemamba import ModelConfig

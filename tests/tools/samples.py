@@ -2,6 +2,8 @@
 
 import torch
 
+from moemamba.ops.mamba_step import Inner
+
 CONSTANT = {"valid"}  # floating, but no op has a gradient of it
 
 
@@ -93,8 +95,11 @@ def mamba_step():
     shapes |= {"conv_weight": (i, k), "conv_bias": (i,), "x_proj": (r + 2 * n, i), "dt_proj": (i, r), "dt_bias": (i,)}
     shapes |= {"A_log": (i, n), "D": (i,), "out_proj": (d, i)}
     x = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
-    yield x | {"norm_weight": None, "norm_bias": None, "eps": 1e-5, "in_place": False}
-    yield x | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "eps": 1e-5, "in_place": False}
+    rest = {"norm_weight": None, "norm_bias": None, "eps": 1e-5, "in_place": False}
+    yield x | {"inner": None} | rest
+    yield x | {"inner": Inner(torch.randn(r), torch.randn(n), torch.randn(n), 1e-3)} | rest
+    yield x | {"inner": Inner(None, None, None, 1e-6)} | rest
+    yield x | {"inner": None} | rest | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d)}
 
 
 def attention():

@@ -178,3 +178,13 @@ def test_an_optimizer_on_its_own():
     with average.in_place():
         lowered = model[0].weight.detach().clone()
     torch.testing.assert_close(model[0].weight - lowered, torch.full((3, 4), 0.5))
+
+
+def test_the_average_is_tested_too(config):
+    """On the text that nothing was chosen by, as if it was the model."""
+    found = train(config, report=SILENT)
+    corpora = open_corpora(config.reads(), find_tokenizer(config.reads()), SILENT)
+    model = load(f"{config.run}/averaged")[0]
+    expected = evaluate(model, corpora.test, context=16, batch_size=2).loss
+    (line,) = lines(config, "test")
+    assert line["averaged"] == found.test.averaged == pytest.approx(expected, abs=1e-6) != line["loss"]

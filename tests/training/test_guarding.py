@@ -172,9 +172,9 @@ def poison(monkeypatch, *steps):
     """Losses of these steps (the first is 1) are not a number."""
     original, calls = stepping.losses, iter(range(1, 10**6))
 
-    def poisoned(output, routers):
-        language, auxiliary = original(output, routers)
-        return type(original(output, routers))(language * math.nan if next(calls) in steps else language, auxiliary)
+    def poisoned(output):
+        language, auxiliary = original(output)
+        return language * math.nan if next(calls) in steps else language, auxiliary
 
     monkeypatch.setattr(stepping, "losses", poisoned)
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers import Router, roles
+from ..layers import BaseRouter, roles, routers
 from ..layers.moe.experts import Experts, LinearExperts
 from ..model import MoEMamba
 from .processes import Processes
@@ -109,8 +109,8 @@ def group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
             processes.device.type, (groups, processes.size // groups), mesh_dim_names=("group", "member")
         )
         across = processes.limit(mesh)["member"].get_group()
-    for module in model.modules():
-        if isinstance(module, Router):
+    for module in routers(model).values():
+        if isinstance(module, BaseRouter):
             module.groups, module.across = max(1, groups // processes.size), across
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ..checkpoint import find_model, load, saveable, write_model
@@ -18,7 +18,6 @@ from ..host.files import expanded, new_directory, read_text, replace
 from ..host.progress import Report
 from ..layers import roles
 from ..model import MoEMamba
-from ..training.update.loss import losses
 from .config import FinetuneConfig
 from .examples import Example, read_examples
 from .lora import attach, merge
@@ -86,6 +85,7 @@ def answer_loss(model: MoEMamba, examples: Sequence[Example], config: FinetuneCo
             rows = Rows(*(part.to(device) for part in rows))
             here = int((rows.targets != -100).sum())
             output = model(rows.tokens, None, rows.seq_idx, rows.targets)
+            assert output.loss is not None
             total, count = total + output.loss.item() * here, count + here
     return total / count if count else None
 
@@ -138,10 +138,10 @@ def _gradients(model: MoEMamba, rows: Rows) -> tuple[float, float]:
     reduced = torch.autocast("cuda", torch.bfloat16) if rows.tokens.is_cuda else nullcontext()
     with parametrize.cached(), reduced:
         output = model(rows.tokens, None, rows.seq_idx, rows.targets)
-    found = losses(output, model.config.routers)
-    total: Tensor = found.language + found.auxiliary
+    assert output.loss is not None and output.auxiliary is not None
+    total: Tensor = output.loss + output.auxiliary
     total.backward()
-    return found.language.item(), found.auxiliary.item()
+    return output.loss.item(), output.auxiliary.item()
 
 
 def _batches(examples: Sequence[Example], config: FinetuneConfig, draw: np.random.Generator) -> Iterator[Rows]:

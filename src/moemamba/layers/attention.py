@@ -1,7 +1,7 @@
 """Causal self-attention."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -30,6 +30,22 @@ class AttentionState(NamedTuple):
     positions: Tensor
     """(b, s) int64 position of each entry in the row's current sequence; -1 for entries that are not of it"""
 
+    def select(self, rows: "Tensor | list[int] | slice") -> "AttentionState":
+        """The state of some rows, in the order given; a row may be taken more than once."""
+        return AttentionState(*(tensor[rows] for tensor in self))
+
+    def fork(self, copies: int) -> "AttentionState":
+        """Each row `copies` times, one after the other."""
+        return AttentionState(*(tensor.repeat_interleave(copies, dim=0) for tensor in self))
+
+    def to(self, device: torch.device | str) -> "AttentionState":
+        """The state on another device."""
+        return AttentionState(*(tensor.to(device) for tensor in self))
+
+    def detach(self) -> "AttentionState":
+        """The state cut off from the graph, for truncated back-propagation."""
+        return AttentionState(*(tensor.detach() for tensor in self))
+
 
 class Attention(Layer):
     """Multi-head causal self-attention; rotary positions turn the pairs (x_j, x_{j + d/2h}).
@@ -46,6 +62,7 @@ class Attention(Layer):
     """
 
     state_type, state_kind = AttentionState, "attention"
+    __call__: Callable[..., tuple[Tensor, AttentionState]]
 
     def __init__(
         self,
@@ -80,6 +97,15 @@ class Attention(Layer):
         cls, layer: Any, x: Tensor, state: Any = None, seq_idx: Tensor | None = None, record: Any = None
     ) -> Result:
         return *layer(x, state, seq_idx), ()
+
+    def initial_state(
+        self, rows: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> AttentionState:
+        """The state before any token, without keys, of `rows` sequences; device and dtype as the weights' if None."""
+        weight = self.out_proj.weight
+        device, width = device or weight.device, self.out_proj.in_features // self.n_heads
+        keys = torch.zeros(rows, self.n_kv_heads, 0, width, device=device, dtype=dtype or weight.dtype)
+        return AttentionState(keys, keys.clone(), torch.zeros(rows, 0, dtype=torch.int64, device=device))
 
     def roles(self) -> dict[str, Role]:
         """The paper draws both matrices."""

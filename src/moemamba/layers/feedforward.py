@@ -1,5 +1,6 @@
 """The dense feed-forward layer."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
@@ -24,6 +25,8 @@ class FeedForward(Layer):
         bias: whether the projections have one.
         d_out: width of the output; d_model if None.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self, d_model: int, d_ff: int, activation: str = "swiglu", bias: bool = False, d_out: int | None = None

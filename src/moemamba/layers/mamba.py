@@ -1,12 +1,14 @@
 """The Mamba layer: a selective state-space model between two projections (arXiv 2312.00752, section 3.4, figure 3)."""
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.mamba_step import Inner
 from ..ops.packing import without_padding
 from .layer import Layer, Prepared, Result
 from .linear import Linear, before_bias, beside, in_halves
@@ -26,6 +28,22 @@ class MambaState(NamedTuple):
     """(b, i, k-1) last inputs of the convolution, oldest first"""
     ssm: Tensor
     """(b, i, n) float32"""
+
+    def select(self, rows: "Tensor | list[int] | slice") -> "MambaState":
+        """The state of some rows, in the order given; a row may be taken more than once."""
+        return MambaState(*(tensor[rows] for tensor in self))
+
+    def fork(self, copies: int) -> "MambaState":
+        """Each row `copies` times, one after the other."""
+        return MambaState(*(tensor.repeat_interleave(copies, dim=0) for tensor in self))
+
+    def to(self, device: torch.device | str) -> "MambaState":
+        """The state on another device."""
+        return MambaState(*(tensor.to(device) for tensor in self))
+
+    def detach(self) -> "MambaState":
+        """The state cut off from the graph, for truncated back-propagation."""
+        return MambaState(*(tensor.detach() for tensor in self))
 
 
 class StepWeights(NamedTuple):
@@ -49,6 +67,8 @@ class StepWeights(NamedTuple):
     """(i,)"""
     out_proj: Tensor
     """(d, i)"""
+    inner: Inner | None = None
+    """the norms of dt, B and C"""
 
 
 class CausalConv1d(nn.Module):
@@ -140,6 +160,20 @@ class SelectiveSSM(Layer):
         shapes = len(conv.shape) == len(ssm.shape) == 3 and conv.shape[:2] == ssm.shape[:2]
         return shapes and conv.dtype.is_floating_point and ssm.dtype.is_floating_point
 
+    def initial_state(
+        self, rows: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        """The state before any token, all zeros, of `rows` sequences: to begin with one of your own, or a learned one.
+
+        Args:
+            device, dtype: of `conv`, as the layer's weights if None; `ssm` is float32, or float64 as they are.
+        """
+        weight = self.conv1d.weight
+        device, dtype = device or weight.device, dtype or weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        conv = torch.zeros(rows, self.d_inner, weight.shape[-1] - 1, device=device, dtype=dtype)
+        return MambaState(conv, torch.zeros(rows, self.d_inner, self.d_state, device=device, dtype=wide))
+
     def scan(self, u: Tensor, z: Tensor, state: MambaState | None, seq_idx: Tensor | None) -> tuple[Tensor, MambaState]:
         """u, gate z (b, l, i) -> y (b, l, i), state."""
         u, conv = self.conv1d(u, None if state is None else state.conv, seq_idx)
@@ -181,10 +215,15 @@ class Mamba(SelectiveSSM):
         conv_bias: whether the convolution has a bias.
         proj_bias: whether the projections in and out have biases.
 
+    Unlike mamba_ssm's it returns its state beside its output. Padding has the sequence number -1: `layers.padded` makes
+    it from lengths, `layers.packed` puts sequences one behind the other.
+
     Parameters carry the names and shapes of mamba_ssm: in_proj (2i, d; the gate's rows last), conv1d (i, 1, k),
     x_proj (r + 2n, i), dt_proj (i, r), A_log (i, n), D (i,), out_proj (d, i). The norms are dt_norm (r,), B_norm and
     C_norm (n,).
     """
+
+    __call__: Callable[..., tuple[Tensor, MambaState]]
 
     def __init__(
         self,
@@ -222,7 +261,7 @@ class Mamba(SelectiveSSM):
         if state is not None and seq_idx is None and x.shape[1] == 1 and x.device.type == "cpu":
             weights = self.weights_of_step(x)
             if weights is not None:
-                y, *after = ops.mamba_step(x, *state, *weights)
+                y, *after = ops.mamba_step(x, state.conv, state.ssm, *weights)
                 return y, MambaState(*after)
         if not self.padding_is_zero:
             x = without_padding(x, seq_idx)
@@ -235,11 +274,12 @@ class Mamba(SelectiveSSM):
         weights = self.weights_of_step(x) if x.device.type == "cpu" else None
         if weights is None:
             return super().step(x, buffers, live, place)
-        return ops.mamba_step(x, *(buffer[:live] for buffer in buffers), *weights, in_place=True)[0]
+        conv, ssm = (buffer[:live] for buffer in buffers)
+        return ops.mamba_step(x, conv, ssm, *weights, in_place=True)[0]
 
     def prepare(self, buffers: Any, x: Tensor, y: Tensor) -> Prepared:
         weights = self.weights_of_step(x[:, None])
-        step = None if weights is None else ops.prepare_mamba_step(x, *buffers, weights, y)
+        step = None if weights is None else ops.prepare_mamba_step(x, buffers.conv, buffers.ssm, weights, y)
         if step is None:
             return super().prepare(buffers, x, y)
         return lambda live, room, place: step(live)
@@ -269,8 +309,6 @@ class Mamba(SelectiveSSM):
 
     def why_not_fused(self) -> str | None:
         """Which option the kernels of a whole step know nothing of; None if they know all of this layer's."""
-        if self.inner_norm != "none":
-            return f'inner_norm = "{self.inner_norm}": the kernel of a step has no norms of dt, B and C'
         if not self.conv_bias:
             return "conv_bias = False: the kernel of a step adds a bias"
         if self.proj_bias:
@@ -284,8 +322,18 @@ class Mamba(SelectiveSSM):
         x_proj = weights_alone(self.x_proj, Linear, 1)
         dt_proj = weights_alone(self.dt_proj, Linear, 2)
         out_proj = weights_alone(self.out_proj, Linear, 1)
-        if not (in_proj and conv1d and x_proj and dt_proj and out_proj):
+        inner = self._inner_norms()
+        if not (in_proj and conv1d and x_proj and dt_proj and out_proj and inner is not False):
             return None
         taps, shift = conv1d
         inside = (*x_proj, *dt_proj, self.A_log, self.D)
-        return StepWeights._make((*in_proj, taps.squeeze(1), shift, *inside, *out_proj))
+        return StepWeights._make((*in_proj, taps.squeeze(1), shift, *inside, *out_proj, inner))
+
+    def _inner_norms(self) -> Inner | Literal[False] | None:
+        """The norms of dt, B and C; False where calling them may do more than a norm does."""
+        if self.inner_norm == "none":
+            return None
+        norms = (self.dt_norm, self.B_norm, self.C_norm)
+        if not all(plain(norm, RMSNorm) for norm in norms):
+            return False
+        return Inner._make((*(norm._parameters["weight"] for norm in norms), self.dt_norm.eps))

@@ -18,6 +18,8 @@ class RMSNorm(nn.RMSNorm):
     With `elementwise_affine=False` there is no weight.
     """
 
+    __call__: Callable[..., Tensor]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> the same."""
         assert self.eps is not None

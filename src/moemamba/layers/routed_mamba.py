@@ -1,6 +1,6 @@
 """Experts inside the Mamba block (MoE-Mamba, section 4.4; Routing Mamba, arXiv 2506.18145)."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from .linear import Linear
 from .mamba import MambaState, SelectiveSSM, options
 from .moe import MoE
 from .moe.experts import LinearExperts
-from .moe.router import Choice, Router, RouterStats, note
+from .moe.router import Router
+from .moe.routing import Choice, RouterStats, note
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -28,6 +29,8 @@ class RoutedMamba(SelectiveSSM):
         n_experts, top_k, capacity_factor, scores, router_bias: see `MoE`.
         d_expert, activation, n_shared_experts, bias: of the two-layer experts; unused with shared routing.
     """
+
+    __call__: Callable[..., tuple[Tensor, MambaState, tuple[RouterStats, ...]]]
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..marks import later
+from ..marks import documented, later
 from ..reading import validate
 from .letter import Letter
 from .options import Options
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..config import ModelConfig
 
 
+@documented
 @dataclass(frozen=True)
 class AttentionConfig(Options):
     """Causal self-attention, letter `A`."""

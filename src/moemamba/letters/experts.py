@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..marks import later
+from ..marks import documented, later
 from ..reading import validate
 from .letter import Letter
 from .options import Options
@@ -17,6 +17,7 @@ multiply the activated half of what the first matrix gives with its other half (
 GATED = ("swiglu", "geglu")
 
 
+@documented
 @dataclass(frozen=True)
 class ExpertsConfig(Options):
     """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..marks import documented
 from ..reading import validate
 from .experts import GATED, Activation, up_rows
 from .letter import Letter
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ..config import ModelConfig
 
 
+@documented
 @dataclass(frozen=True)
 class FeedForwardConfig(Options):
     """A dense feed-forward layer, letter `F`."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..marks import later
+from ..marks import documented, later
 from ..reading import validate
 from .letter import Letter
 from .options import Options
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..config import ModelConfig
 
 
+@documented
 @dataclass(frozen=True)
 class MambaConfig(Options):
     """The selective state-space layer, letter `M` (arXiv 2312.00752, section 3.4)."""

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from ..marks import documented
 from ..reading import validate
 from .experts import GATED, ExpertsConfig
 from .mamba import Mamba
@@ -17,6 +18,7 @@ Projection = Literal["conv", "gate", "out"]
 TWO_LAYER = ("d_expert", "activation", "n_shared_experts", "bias")  # of experts that are no single matrix
 
 
+@documented
 @dataclass(frozen=True)
 class RoutedMambaConfig(Options):
     """Experts inside the Mamba block, letter `R`: which projections are routed, and how."""

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from ..results import Claim, Row, Spread, paired
+from ..results import Claim, Row, Spread, error_of_difference, paired
 
-Measure = Literal["loss", "capped_loss", "averaged", "training_loss"]
+Measure = Literal["loss", "capped_loss", "averaged", "training_loss", "test", "capped_test", "averaged_test"]
 
 
 HEADER = (
@@ -112,8 +112,9 @@ def verdict(claim: Claim, rows: Sequence[Row], measure: Measure = "loss") -> str
     Differences are paired by seed; `Spread.clear` says which stand out.
 
     Args:
-        measure: of a claim on loss: held-out, held-out with the capacity limits of training or with
-            averaged weights, or smoothed training loss.
+        measure: of a claim on loss: held-out, held-out with the capacity limits of training or with averaged weights,
+            smoothed training loss, or the first three on the test text, where one seed has a standard error at least
+            over that text.
     """
     by_name = {row.name: row for row in rows}
     better, worse = by_name[claim.better], by_name[claim.worse]
@@ -124,8 +125,18 @@ def verdict(claim: Claim, rows: Sequence[Row], measure: Measure = "loss") -> str
     mean, error = format(d.mean, f"+{form}"), d.standard_error
     if error is None:
         side = "no difference" if d.side == "equal" else d.side
-        return f"{side}, one seed ({mean}{unit})".replace("-", "−")
+        over = text_error(better, worse) if measure == "test" and not claim.accuracy else None
+        return f"{side}, one seed ({mean}{unit}{'' if over is None else f', ± {over:.4f} over the text'})".replace(
+            "-", "−"
+        )
     found = "no clear difference"
     if d.clear:
         found = "confirmed" if (d.side == "higher") == claim.accuracy else "contradicted"
     return f"{found} ({mean} ± {error:{form}}{unit}, {len(d.values)} seeds)".replace("-", "−")
+
+
+def text_error(first: Row, second: Row) -> float | None:
+    """Standard error over the test text of two models' difference, with the first seed that both have."""
+    theirs = dict(zip(second.seeds, second.tests, strict=False))
+    shared = ((test, theirs[seed]) for seed, test in zip(first.seeds, first.tests, strict=False) if seed in theirs)
+    return next((error for pair in shared if (error := error_of_difference(*pair)) is not None), None)

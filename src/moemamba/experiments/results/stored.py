@@ -83,6 +83,27 @@ class Router:
 
 
 @dataclass(frozen=True)
+class StoredTest:
+    """What a finished run came to on the text that nothing was chosen by."""
+
+    tokens: int
+    loss: float
+    bits_per_byte: float | None = None
+    accuracy: float | None = None
+    drop_gap: float | None = None
+    averaged: float | None = None
+    blocks: tuple[tuple[float, ...], ...] = ()
+    """weight and loss of each"""
+
+    def __post_init__(self) -> None:
+        if not self.tokens > 0:
+            raise ValueError(f"tokens is {self.tokens}; it must be greater than 0")
+        for block in self.blocks:
+            if len(block) != 2 or not 0 < block[0] <= 1:
+                raise ValueError(f"blocks has {shown(block)}; expected a weight between 0 and 1, and a loss")
+
+
+@dataclass(frozen=True)
 class StoredRun:
     """One training run."""
 
@@ -96,6 +117,7 @@ class StoredRun:
     router: Router
     train_tokens: int | None = None
     """of its corpus; older files do not say"""
+    test: StoredTest | None = None
 
     def __post_init__(self) -> None:
         if self.train_tokens is not None and not self.train_tokens > 0:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...layers import Routing
 from ...layers.moe.experts import Experts, LinearExperts
-from ...layers.moe.router import Routing
 from ...model import MoEMamba
 from ...ops.experts import ACTIVATIONS
 from ...state import State

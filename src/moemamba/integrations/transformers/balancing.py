@@ -8,16 +8,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ...config import ExpertsConfig
-from ...layers import Router, RouterStats
-from ...model import Output
-from ...state import State
-from ...training.update.loss import losses
+from ...layers import RouterStats, routers
+from ...model import weighed
 
 
 def auxiliary(router: tuple[RouterStats, ...], routers: tuple[ExpertsConfig, ...]) -> Tensor:
-    """() the routers' losses, weighed as `training.update.loss` does."""
-    zero = router[0].balance_loss.new_zeros(())
-    return losses(Output(None, State(()), router, zero), routers).auxiliary
+    """() the routers' losses, weighed as `MoEMamba` does."""
+    return weighed(router, routers, router[0].balance_loss)
 
 
 class _Carrying(torch.autograd.Function):
@@ -78,11 +75,11 @@ class BalanceBias(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Move each router's bias against its load since the last step."""
         for found in _collecting(model):
-            routers = [module for module in found.modules() if isinstance(module, Router)]
+            own = routers(found).values()
             loads, found.collected.loads = found.collected.loads, []
-            for router, load, experts in zip(routers, loads, found.routers, strict=False):
+            for router, load, experts in zip(own, loads, found.routers, strict=False):
                 if experts.bias_rate:
-                    router.update_balance_bias(load, experts.bias_rate)
+                    router.update_balance_bias(load, experts.bias_rate)  # type: ignore[operator]
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """No longer."""

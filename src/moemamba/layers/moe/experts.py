@@ -10,7 +10,7 @@ from ... import ops
 from ...ops.experts import GATED
 from ..roles import MATRIX, Role
 from .exchange import held, visit_experts
-from .router import Choice, Routing
+from .routing import Choice, Routing
 
 BIASES = Role(decays=False, muon=False)
 """of a stack of experts, a vector each"""
@@ -62,7 +62,8 @@ class Experts(nn.Module):
 
     def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
         up, down = held(self.up_proj), held(self.down_proj)
-        biases = {n: None if (b := getattr(self, n)) is None else held(b) for n in ("up_bias", "down_bias")}
+        own = {"up_bias": self.up_bias, "down_bias": self.down_bias}
+        biases = {name: None if bias is None else held(bias) for name, bias in own.items()}
         return ops.expert_feedforward(x, indices, gates, up, down, activation=self.activation, **biases)
 
 

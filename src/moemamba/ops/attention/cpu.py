@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import dense_rows
 from ..kit.cpu import LOG2E, bytes_at, exact, exact_kernel, exp2, floats, fma, integers, located, new, run
 from ..kit.cpu.lanes import LANES, weighing
 from ..kit.cpu.product import MULTIPLICATIONS, product
@@ -33,7 +34,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor
     """See `moemamba.ops.attention`."""
     y = None
     if not traced(q, k, v) and not torch.is_autocast_enabled("cpu"):
-        y = _attend(*(t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)), visible)
+        y = _attend(dense_rows(q), dense_rows(k), dense_rows(v), visible)
     if y is not None:
         return y
     mask = None if visible is None else visible[:, None]

@@ -42,8 +42,9 @@ def experts(
     """`expert_feedforward` or, without `up`, `expert_linear`; None where the kernel cannot read what it is given."""
     n_experts, out, hidden = down.shape
     sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
+    x = x.contiguous()  # bound here, lest it be freed before it is read
     work, y = new(space(sizes, activation)), new(x.shape[0], out)
-    places = located(x if x.is_contiguous() else x.contiguous(), gates, up, down, up_bias, down_bias, work, y)
+    places = located(x, gates, up, down, up_bias, down_bias, work, y)
     if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
         return None
     launch(sizes, activation, False, indices.data_ptr(), *places)
@@ -127,30 +128,37 @@ def _gelu(x: Any) -> Any:
     return x * _HALF * (_ONE + (_ONE - beyond if x > _ZERO else beyond - _ONE))
 
 
+# Loops begin at zero: numba takes other numbers for possibly negative, and counts those from the end, one by one.
+
+
 @exact
-def activate(row: Any, width: int, activation: int, first: int, last: int) -> None:
+def activate(row: int, width: int, activation: int, first: int, last: int) -> None:
     """Entries first .. last - 1 of a row, in place; gated ones are of its first `width`, times those behind them."""
+    size = last - first
+    x = floats(row + 4 * first, size)
     if activation == _RELU:
-        for c in range(first, last):
-            row[c] = _ZERO if row[c] < _ZERO else row[c]
+        for c in range(size):
+            x[c] = _ZERO if x[c] < _ZERO else x[c]
     elif activation == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
-        for c in range(first, last):
-            row[c] = row[c] * sigmoid(_TWICE * fma(_CUBIC * row[c] * row[c], row[c], row[c]))
+        for c in range(size):
+            x[c] = x[c] * sigmoid(_TWICE * fma(_CUBIC * x[c] * x[c], x[c], x[c]))
     elif activation == _SILU:
-        for c in range(first, last):
-            row[c] = silu(row[c])
+        for c in range(size):
+            x[c] = silu(x[c])
     elif activation == _RELU2:
-        for c in range(first, last):
-            row[c] = _ZERO if row[c] < _ZERO else row[c] * row[c]
+        for c in range(size):
+            x[c] = _ZERO if x[c] < _ZERO else x[c] * x[c]
     elif activation == _GELU_ERF:
-        for c in range(first, last):
-            row[c] = _gelu(row[c])
+        for c in range(size):
+            x[c] = _gelu(x[c])
     elif activation == _GEGLU:
-        for c in range(first, last):
-            row[c] = _gelu(row[c]) * row[width + c]
+        other = floats(row + 4 * (width + first), size)
+        for c in range(size):
+            x[c] = _gelu(x[c]) * other[c]
     else:
-        for c in range(first, last):
-            row[c] = silu(row[c]) * row[width + c]
+        other = floats(row + 4 * (width + first), size)
+        for c in range(size):
+            x[c] = silu(x[c]) * other[c]
 
 
 @exact_kernel
@@ -161,7 +169,7 @@ def _activated(first: int, last: int, wide: int, width: int, activation: int, x:
         source, target = floats(x + 4 * wide * r, (wide,)), floats(y + 4 * width * r, (width,))
         for c in range(wide):
             row[c] = source[c]
-        activate(row, width, activation, 0, width)
+        activate(row.ctypes.data, width, activation, 0, width)
         for c in range(width):
             target[c] = row[c]
 
@@ -188,21 +196,23 @@ def _sort(chosen: Any, starts: Any, order: Any, place: Any) -> None:
 
 
 @exact
-def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: Any, first: int, last: int) -> None:
-    """y = sum_j gates_j returned[place_j] of one token, in the order of its choices, over some columns."""
-    for c in range(first, last):
+def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: int, step: int) -> None:
+    """y = sum_j gates_j returned[place_j] of one token, in the order of its choices; `step` bytes from row to row."""
+    for c in range(y.shape[0]):
         y[c] = _ZERO
     for j in range(place.shape[0]):
         if place[j] >= 0:
-            share = gates[j] if gated else _ONE
-            for c in range(first, last):
-                y[c] = fma(share, returned[place[j], c], y[c])
+            share, row = gates[j] if gated else _ONE, floats(returned + place[j] * step, y.shape[0])
+            for c in range(y.shape[0]):
+                y[c] = fma(share, row[c], y[c])
 
 
 @exact
-def _add(row: Any, shift: Any, first: int, last: int) -> None:
-    for c in range(first, last):
-        row[c] += shift[c]
+def _add(row: int, shift: int, first: int, last: int) -> None:
+    """To entries first .. last - 1 of a row those of a shift."""
+    x, other = floats(row + 4 * first, last - first), floats(shift + 4 * first, last - first)
+    for c in range(last - first):
+        x[c] += other[c]
 
 
 @exact_kernel
@@ -256,9 +266,9 @@ def _experts(
                 if activation >= _GATED:
                     product(hidden + start, hidden + end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
                 for j in range(count):
-                    row = floats(b + 4 * j * rows, (rows,))
+                    row = b + 4 * j * rows
                     if up_bias:
-                        shift = floats(up_bias + 4 * e * rows, (rows,))
+                        shift = up_bias + 4 * e * rows
                         _add(row, shift, start, end)
                         if activation >= _GATED:
                             _add(row, shift, hidden + start, hidden + end)
@@ -272,15 +282,19 @@ def _experts(
                 a, w, b = source_rows + step * begin, down + 4 * e * out * hidden, returned + 4 * begin * out
                 product(start, end, count, hidden, a, step, w, 4 * hidden, b, 4 * out)
                 for j in range(count if down_bias else 0):
-                    _add(floats(b + 4 * j * out, (out,)), floats(down_bias + 4 * e * out, (out,)), start, end)
-        results, total = floats(returned, (choices, out)), np.empty(out, np.float32)
+                    _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
+        total = np.empty(end - start, np.float32)
         for token in range(tokens):
             mine = place[token * top_k : (token + 1) * top_k]
             shares = floats(gates + 4 * token * top_k if gates else gates, (top_k,))
-            _sum_choices(total, shares, gates != 0, mine, results, start, end)
-            target = floats(y + 4 * out * token, (out,))
-            for c in range(start, end):
-                target[c] = target[c] + total[c] if adds else total[c]
+            _sum_choices(total, shares, gates != 0, mine, returned + 4 * start, 4 * out)
+            target = floats(y + 4 * (out * token + start), end - start)
+            if adds:
+                for c in range(end - start):
+                    target[c] += total[c]
+            else:
+                for c in range(end - start):
+                    target[c] = total[c]
 
 
 @exact_kernel

@@ -13,9 +13,9 @@ from ...config import description
 from ...host.files import WriteError, check_regular, expanded, replace, write_json
 from ...host.lock import Lock
 from ...marks import Change, changeable
-from ...reading import read_config, to_dict
+from ...reading import to_dict
 from ...text import Tokenizer, load_tokenizer, tokenizer_config
-from ..config import TrainConfig
+from ..config import TrainConfig, read_run
 from .log import Log
 
 LEFTOVER = r"\.\d{8}(\.\d+)?"
@@ -50,7 +50,7 @@ class RunDirectory:
         """
         if self.exists and not resume:
             raise FileExistsError(
-                f"{self.path} already holds a run; resume it (--resume), or choose another run directory"
+                f"{self.path} already holds a run; resume it (resume=True), or choose another run directory"
             )
         if not self.exists and checkpoints(self.path):  # newer ones than a new run's first, which would be removed
             raise FileExistsError(
@@ -58,17 +58,19 @@ class RunDirectory:
                 "run directory"
             )
         if resume and not self.exists:
-            raise FileNotFoundError(f"{self.path} holds no run to resume; start one without --resume")
+            raise FileNotFoundError(f"{self.path} holds no run to resume; start one without resume=True")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             owner = self.lock.take()
         except OSError as error:
             why = error.reason if isinstance(error, WriteError) else error.strerror
-            raise OSError(f"cannot write to the run directory {self.path}: {why}; choose another (--run)") from error
+            raise OSError(
+                f"cannot write to the run directory {self.path}: {why}; choose another run directory"
+            ) from error
         if owner is not None:
             raise OSError(
                 f"another process trains in {self.path}{owner and f' ({owner})'}; wait until it ends, or choose "
-                "another run directory (--run)"
+                "another run directory"
             )
         self._remove_leftovers()
 
@@ -98,7 +100,7 @@ class RunDirectory:
 
     def config(self) -> TrainConfig:
         """How the run was begun."""
-        return read_config(TrainConfig, self.path / "train.json")
+        return read_run(self.path / "train.json")
 
     def tokenizer(self) -> Tokenizer:
         """The run's own; raises CheckpointError."""

@@ -13,12 +13,14 @@ from ...data.corpora import find_tokenizer
 from ...host import files
 from ...host.files import expanded, new_directory
 from ...letters import LETTERS
+from ...model import MoEMamba
 from ...reading import read_config
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
 from ..spread import check, check_used, routing_groups
 from ..update import becomes, fall, learning_rate, warmup_steps
 from .directory import RunDirectory
+from .given import check_resumed, note_given
 from .position import Position, read_position
 
 # What neither weights nor the function that a model computes depend on: fine-tuning may change it.
@@ -26,7 +28,7 @@ FREE = {"init", "vocab_size", "capacity_factor", "balance_weight", "z_weight", "
 
 
 def admit(
-    run: RunDirectory, config: TrainConfig, resume: bool, size: int
+    run: RunDirectory, config: TrainConfig, resume: bool, size: int, given: MoEMamba | None = None
 ) -> tuple[TrainConfig, TrainConfig, Tokenizer]:
     """Check what can be checked before any work.
 
@@ -34,7 +36,11 @@ def admit(
         the configuration that the run (of a new branch the run that it leaves) had before, this one if none; the
         configuration with what the run settles; its tokenizer.
     """
+    if given is not None and (config.start or config.branch):
+        raise ValueError("a model that is handed in has its weights already; leave start and branch out")
     run.occupy(resume)
+    if resume:
+        check_resumed(run, given)
     config = settle(config, run.config() if resume else None)
     origin = run if resume else left_by(config.branch) if config.branch else None
     begun = origin.config() if origin else config
@@ -44,7 +50,13 @@ def admit(
     if not resume:
         check_used(config, size)
     tokenizer = origin.tokenizer() if origin else find_tokenizer(config.reads())
-    model = config.model.replace(vocab_size=_vocabulary(config, begun if origin else None, tokenizer))
+    if given is None:
+        model = config.model.replace(vocab_size=_vocabulary(config, begun if origin else None, tokenizer))
+    elif (model := config.model).vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model knows {model.vocab_size:,} tokens, but the tokenizer has {tokenizer.vocab_size:,}; give the "
+            "tokenizer that belongs to the model"
+        )
     config = replace(config, model=model, routing_groups=routing_groups(config, size))
     if resume:
         run.check_unchanged(config)
@@ -65,10 +77,13 @@ def _vocabulary(config: TrainConfig, begun: TrainConfig | None, tokenizer: Token
     return tokenizer.vocab_size
 
 
-def begin(run: RunDirectory, config: TrainConfig, tokenizer: Tokenizer, content: str) -> None:
+def begin(
+    run: RunDirectory, config: TrainConfig, tokenizer: Tokenizer, content: str, given: MoEMamba | None = None
+) -> None:
     """Write what describes a new run; `content` is the hash of its training tokens, which a branch must share."""
     if config.branch:
         check_data(Path(config.branch), content)
+    note_given(run, given)
     run.begin(config, tokenizer)
 
 
@@ -187,7 +202,7 @@ def left_by(branch: str) -> RunDirectory:
     if not (folder / "training.json").exists() or not origin.exists:
         raise CheckpointError(
             f"branch is {folder}, which is not in the directory of a run, whose optimiser and train.json are needed; "
-            "name a run or one of its checkpoints, or take the weights alone with --start"
+            "name a run or one of its checkpoints, or take the weights alone with start"
         )
     return origin
 

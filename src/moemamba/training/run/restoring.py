@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 from ...checkpoint import AVERAGED, Damaged, check_tensors, checkpoints, damaged, model_tensors, open_weights, verify
 from ...distributed import Processes, fill
 from ...model import MoEMamba
+from ...state import State
 from ...tensors import Stored, TensorFile
 from ..update import Average, load_optimizer_tensors
 from .directory import RunDirectory
 from .position import Position, read_position
-from .saving import RANDOM_CPU, RANDOM_CUDA, TRAINING
+from .saving import CARRIED, RANDOM_CPU, RANDOM_CUDA, TRAINING
 
 
 def restore(
@@ -161,6 +162,22 @@ def read_model(folder: Path, model: MoEMamba) -> None:
     check_tensors(weights, model_tensors(model))
     verify(weights)
     _fill(model, weights)
+
+
+def read_carried(run: RunDirectory, position: Position, rows: int) -> State:
+    """The state that each row of the next batch begins with, of a run that carries state.
+
+    Raises:
+        Damaged: the checkpoint lacks it, or it is not of so many rows.
+    """
+    file = run.path / "checkpoints" / f"{position.step:08d}" / CARRIED
+    try:
+        state = State.load(file)
+    except (FileNotFoundError, ValueError) as error:
+        raise damaged(file, error) from error
+    if state.batch_size != rows:
+        raise damaged(file, ValueError(f"it has {state.batch_size} rows in place of {rows}"))
+    return state
 
 
 def _fill(model: MoEMamba, weights: TensorFile) -> None:

@@ -44,6 +44,8 @@ def make_optimizer(
     factors = factors_of([name for name, _ in model.named_parameters()], rates or {})
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         matrix, decays = muon and role[name].muon, decay == "all" or role[name].decays
         groups.setdefault((matrix, decays, factors[name]), []).append(parameter)
     # Fused, an update can be withheld by a flag on the device; see `guard.apply`.

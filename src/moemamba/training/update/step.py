@@ -9,19 +9,26 @@ from torch import Tensor
 
 from ...data.batches import Batch
 from ...distributed import Agreement, Processes, divide_gradients, gradient_norm, last_part, sharded, summing
-from ...model import MoEMamba
+from ...model import MoEMamba, Output
+from ...state import State
 from ..config import TrainConfig
 from ..evaluate import autocast
 from ..watch import Measures, add, measures, router_stats
 from .average import Average
+from .carry import Carried
 from .guard import Guard, apply
-from .loss import losses
 
 WARM_UP = 3  # steps before the capture: kernels are compiled and tuned, the optimiser's state comes to be
 AHEAD = 2  # steps that the host may submit before the first of them is done
 
 Taken = tuple[Measures, Tensor, Tensor]
 """of a step: the measures of all processes' batches, the gradient's norm before clipping, whether it failed"""
+
+
+def losses(output: Output) -> tuple[Tensor, Tensor]:
+    """What is minimised, in its parts: the model's loss, and the routers' weighed ones."""
+    assert output.loss is not None and output.auxiliary is not None, "the model was called without targets"
+    return output.loss, output.auxiliary
 
 
 def captures(config: TrainConfig, processes: Processes) -> bool:
@@ -68,6 +75,7 @@ class Step:
         self.model, self.optimizer, self.config, self.dtype = model, optimizer, config, dtype
         self.guard, self.processes, self.notify = guard, processes, notify
         self.agreement, self.average = agreement, average
+        self.carried = Carried() if config.carry_state else None
         self.forward = summing(model, processes)
         self.captures = captures(config, processes)
         device = processes.device
@@ -118,6 +126,7 @@ class Step:
         """The step itself; on GPUs without the host waiting for anything."""
         model, config, processes = self.model, self.config, self.processes
         total: Measures = []
+        states: list[State] = []
         parts = len(batch) * processes.size
         counted = torch.stack([(part.targets != -100).sum() for part in batch]).to(torch.float32)
         (everywhere,) = processes.sum([counted.sum()])
@@ -125,9 +134,14 @@ class Step:
         for number, part in enumerate(batch):
             with last_part(self.forward, number == len(batch) - 1):
                 with autocast(processes.device, self.dtype):
-                    output = self.forward(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
-                language, auxiliary = losses(output, model.config.routers)
+                    state = None
+                    if self.carried is not None and part.goes_on is not None:
+                        state = self.carried.before(number, part.goes_on)
+                    output = self.forward(part.tokens, state=state, seq_idx=part.seq_idx, targets=part.targets)
+                language, auxiliary = losses(output)
                 (language * shares[number] + auxiliary / parts).backward()
+            if self.carried is not None:
+                states.append(output.state.detach())
             total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
         told = self.agreement.flags() if self.agreement else []
         total = processes.sum([*torch._foreach_div(total, parts), *told])
@@ -135,6 +149,8 @@ class Step:
             self.agreement.hear(total.pop())
         norm = gradient_norm(model.parameters(), processes)
         failed = self.guard.check(total[0] + total[1], norm)
+        if self.carried is not None:
+            self.carried.keep(states, failed)
         excess = (norm / config.clip).clamp(min=1.0)  # which the update divides the gradient by
         if not sharded(model):
             apply(self.optimizer, failed, excess)

@@ -2,6 +2,7 @@
 
 from .alarms import Alarms, Raised, sentences
 from .metrics import Measures, Meter, add, measures, router_stats
+from .moment import Moment, Watch, Watcher
 from .peak import peak_flops
 from .trackers import Board, open_board, require_board
 
@@ -10,7 +11,10 @@ __all__ = [
     "Board",
     "Measures",
     "Meter",
+    "Moment",
     "Raised",
+    "Watch",
+    "Watcher",
     "add",
     "measures",
     "open_board",

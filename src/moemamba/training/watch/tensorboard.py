@@ -48,6 +48,6 @@ def require_tensorboard() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"tensorboard cannot be used ({error}); pip install 'moemamba[tensorboard]', or leave --tensorboard out"
+            f"tensorboard cannot be used ({error}); pip install 'moemamba[tensorboard]', or leave tensorboard=True out"
         ) from error
     return SummaryWriter

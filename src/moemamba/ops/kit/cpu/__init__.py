@@ -24,7 +24,7 @@ from .memory import (
     summed,
     write,
 )
-from .run import exact, exact_kernel, inner, kernel, run, summing
+from .run import exact, exact_kernel, inner, kernel, run
 
 __all__ = [
     "LN2",
@@ -60,6 +60,5 @@ __all__ = [
     "store_columns",
     "store_tile",
     "summed",
-    "summing",
     "write",
 ]

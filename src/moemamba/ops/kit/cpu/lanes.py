@@ -35,14 +35,16 @@ def _wide() -> bool:
 TILE_SHAPE = (4, 4) if _wide() else (2, 2)
 
 
-@intrinsic
-def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+def _fused(context: Any, a: Any, b: Any, c: Any) -> Any:
     """a b + c of float32, rounded once."""
 
     def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
         return builder.call(_function(builder, "llvm.fma.f32", _FLOAT, _FLOAT, _FLOAT, _FLOAT), values)
 
     return types.float32(types.float32, types.float32, types.float32), emit
+
+
+fma: Any = intrinsic(_fused)
 
 
 def tile(rows: int, columns: int) -> Callable[..., None]:

@@ -108,8 +108,8 @@ def _linear(
     start, end = first * COLUMNS, min(last * COLUMNS, width_out)
     product(start, end, rows, width_in, x, x_step, weight, 4 * width_in, y, 4 * width_out)
     if bias:
-        shift = floats(bias, (width_out,))
+        shift = floats(bias + 4 * start, end - start)
         for row in range(rows):
-            out = floats(y + 4 * row * width_out, (width_out,))
-            for c in range(start, end):
+            out = floats(y + 4 * (row * width_out + start), end - start)
+            for c in range(end - start):
                 out[c] += shift[c]

@@ -90,11 +90,6 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
-def summing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As `inner`, but sums may be taken in any order, as those in kernels may, so that they are vectorised."""
-    return numba.njit(fastmath=FAST | {"reassoc"}, error_model="numpy")(function)  # type: ignore[no-any-return]
-
-
 _kernels: set[str] = set()
 _PACKAGE = __name__.removesuffix("kit.cpu.run")
 

@@ -1,0 +1,217 @@
+"""The kernel of `cpu.py`: one position of a Mamba layer for any number of rows, in four phases."""
+
+from typing import Any
+
+import numpy as np
+
+from ..kit.cpu import TILE, exact, exact_kernel, floats, fma, gated, next_state, silu, softplus
+from ..kit.cpu.lanes import tile
+from ..kit.cpu.product import product
+
+SHARE = 16  # rows of a projection that are a task
+NORMS = 4  # a phase that most layers have not
+
+_ONE = np.float32(1)
+_dot = tile(1, 1)
+
+# Loops are over vectors that each function makes of an address, and change them in place: of slices of matrices LLVM
+# would not know the strides, and what two arrays may share it does not vectorise.
+
+
+@exact
+def _normalise(x: int, size: int, weight: int, eps: Any, total: Any) -> None:
+    """As `ops.rms_norm` does, in place; without weights they are ones."""
+    _dot(size, x, 0, x, 0, total.ctypes.data, 0)
+    scale = _ONE / np.sqrt(total[0] / np.float32(size) + eps)
+    own = floats(x, size)
+    for c in range(size):
+        own[c] = own[c] * scale
+    if weight:
+        shares = floats(weight, size)
+        for c in range(size):
+            own[c] = own[c] * shares[c]
+
+
+@exact
+def _convolve(u: Any, total: Any, width: int, k: int, taps: int, bias: int, window: int) -> None:
+    """The convolution at one position with its activation, u in and out; the window moves on.
+
+    Addresses of the first of these channels in rows of `width`.
+    """
+    size = u.shape[0]
+    shift = floats(bias, size)
+    for c in range(size):
+        total[c] = shift[c]
+    for tap in range(k - 1):
+        weight, old = floats(taps + 4 * tap * width, size), floats(window + 4 * tap * width, size)
+        for c in range(size):
+            total[c] = fma(weight[c], old[c], total[c])
+    for tap in range(k - 2):
+        place = window + 4 * tap * width
+        older, old = floats(place, size), floats(place + 4 * width, size)
+        for c in range(size):
+            older[c] = old[c]
+    if k > 1:
+        last = floats(window + 4 * (k - 2) * width, size)
+        for c in range(size):
+            last[c] = u[c]
+    weight = floats(taps + 4 * (k - 1) * width, size)
+    for c in range(size):
+        u[c] = silu(fma(weight[c], u[c], total[c]))
+
+
+@exact
+def _scan(u: Any, dt: Any, drive: Any, B: Any, C: Any, width: int, decay: int, D: int, state: int) -> None:
+    """u becomes C h + D u, with h the state after this position."""
+    size = u.shape[0]
+    skip = floats(D, size)
+    for c in range(size):
+        drive[c] = dt[c] * u[c]
+    for c in range(size):
+        u[c] = skip[c] * u[c]
+    for s in range(B.shape[0]):
+        place = 4 * s * width
+        rate, h, Bs, Cs = floats(decay + place, size), floats(state + place, size), B[s], C[s]
+        for c in range(size):
+            h[c] = next_state(h[c], dt[c], rate[c], drive[c], Bs)
+        for c in range(size):
+            u[c] = fma(Cs, h[c], u[c])
+
+
+@exact
+def _bring(before: int, after: int, rows: int, width: int, size: int) -> None:
+    """Copy some channels of a state to where it is changed, if that is elsewhere."""
+    for row in range(rows if before != after else 0):
+        source, target = floats(before + 4 * row * width, size), floats(after + 4 * row * width, size)
+        for c in range(size):
+            target[c] = source[c]
+
+
+@exact_kernel
+def step(
+    first: int,
+    last: int,
+    phase: int,
+    rows: int,
+    d: int,
+    width: int,
+    n: int,
+    k: int,
+    r: int,
+    adds: bool,
+    eps: float,
+    x: int,
+    in_proj: int,
+    conv_weight: int,
+    conv_bias: int,
+    x_proj: int,
+    dt_proj: int,
+    dt_bias: int,
+    decay: int,
+    D: int,
+    out_proj: int,
+    dt_norm: int,
+    B_norm: int,
+    C_norm: int,
+    conv_before: int,
+    conv_after: int,
+    ssm_before: int,
+    ssm_after: int,
+    work: int,
+    y: int,
+) -> None:
+    """A share of a phase: into the convolution; what dt, B and C are chosen from; the scan; out, added to y or not.
+    Where `eps` is not negative, all of the phase NORMS comes before the scan.
+
+    States are (b, k - 1, i) and (b, n, i), those after may be those before; `conv_weight` is (k, i), `decay` (n, i).
+    """
+    inner = work  # (rows, 2 width): u, and the gate
+    step = inner + 8 * rows * width  # (rows, width) dt
+    chosen = step + 4 * rows * width  # (rows, r + 2 n)
+    made = chosen + 4 * rows * (r + 2 * n)  # (rows, d)
+    across, wide, start, end = 4 * (r + 2 * n), 8 * width, first * TILE, min(last * TILE, width)
+    spare = np.empty(width, np.float32)
+    if phase == 0:
+        product(start, end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
+        product(width + start, width + end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
+        here = 4 * start
+        for b in range(rows):
+            history = 4 * b * (k - 1) * width + here
+            u = floats(inner + b * wide + here, end - start)
+            _bring(conv_before + history, conv_after + history, k - 1, width, end - start)
+            window = conv_after + history
+            _convolve(u, spare[: end - start], width, k, conv_weight + here, conv_bias + here, window)
+    elif phase == 1:
+        first, last = first * SHARE, min(last * SHARE, r + 2 * n)
+        product(first, last, rows, width, inner, wide, x_proj, 4 * width, chosen, across)
+    elif phase == NORMS:
+        for b in range(rows):
+            row, epsilon = chosen + b * across, np.float32(eps)
+            _normalise(row, r, dt_norm, epsilon, spare)
+            _normalise(row + 4 * r, n, B_norm, epsilon, spare)
+            _normalise(row + 4 * (r + n), n, C_norm, epsilon, spare)
+    elif phase == 2:
+        product(start, end, rows, r, chosen, across, dt_proj, 4 * r, step, 4 * width)
+        size, here = end - start, 4 * start
+        shift = floats(dt_bias + here, size)
+        for b in range(rows):
+            dt, own = floats(step + 4 * b * width + here, size), floats(chosen + b * across, r + 2 * n)
+            u, z = floats(inner + b * wide + here, size), floats(inner + b * wide + 4 * width + here, size)
+            for c in range(size):
+                dt[c] = softplus(dt[c] + shift[c])
+            state, rest = 4 * b * n * width + here, (own[r : r + n], own[r + n :])
+            _bring(ssm_before + state, ssm_after + state, n, width, size)
+            _scan(u, dt, spare[:size], rest[0], rest[1], width, decay + here, D + here, ssm_after + state)
+            for c in range(size):
+                u[c] = gated(u[c], z[c])
+    else:
+        first, last = first * SHARE, min(last * SHARE, d)
+        product(first, last, rows, width, inner, wide, out_proj, 4 * width, made if adds else y, 4 * d)
+        if adds:
+            for b in range(rows):
+                place = 4 * (b * d + first)
+                source, target = floats(made + place, last - first), floats(y + place, last - first)
+                for c in range(last - first):
+                    target[c] += source[c]
+
+
+@exact_kernel
+def all_phases(
+    first: int,
+    last: int,
+    rows: int,
+    d: int,
+    width: int,
+    n: int,
+    k: int,
+    r: int,
+    adds: bool,
+    eps: float,
+    x: int,
+    in_proj: int,
+    conv_weight: int,
+    conv_bias: int,
+    x_proj: int,
+    dt_proj: int,
+    dt_bias: int,
+    decay: int,
+    D: int,
+    out_proj: int,
+    dt_norm: int,
+    B_norm: int,
+    C_norm: int,
+    conv_before: int,
+    conv_after: int,
+    ssm_before: int,
+    ssm_after: int,
+    work: int,
+    y: int,
+) -> None:
+    """All phases one after the other: for one row calls would take as long as the arithmetic."""
+    for phase in (0, 1, NORMS, 2, 3):
+        if phase != NORMS or eps >= 0:
+            step(
+                0, width + d, phase, rows, d, width, n, k, r, adds, eps, x, in_proj, conv_weight, conv_bias, x_proj,
+                dt_proj, dt_bias, decay, D, out_proj, dt_norm, B_norm, C_norm, conv_before, conv_after, ssm_before,
+                ssm_after, work, y,
+            )  # fmt: skip
