@@ -28,7 +28,8 @@ TURNS = 7
 # In the page: the modules that it has loaded itself, on elements of its own.
 MEASURE = """async ([text, whole]) => {
     const { Score } = await import("/page/score.js");
-    const answer = await (await fetch("/v1/routing", { method: "POST", body: JSON.stringify({ prompt: text }) })).json();
+    const asked = { method: "POST", body: JSON.stringify({ prompt: text }) };
+    const answer = await (await fetch("/v1/routing", asked)).json();
     answer.numbers = answer.layers.map((_, i) => `${i}`);
     const box = document.getElementById("score");
     const score = new Score(box);
@@ -70,8 +71,13 @@ def measured(asked: argparse.Namespace, playwright: Any) -> dict[str, Any]:
             turns = [page.evaluate(MEASURE, [text, whole]) for _ in range(TURNS)]
             assert all(turn[2:] == [asked.tokens, asked.layers] for turn in turns)
             busy, shown = (sorted(turn[i] for turn in turns) for i in (0, 1))
-            found[name] = {"script_ms": round(statistics.median(busy), 1), "frame_ms": round(statistics.median(shown), 1)}
-            print(f"{name}: {found[name]['script_ms']} ms of work, shown after {found[name]['frame_ms']} ms", flush=True)
+            found[name] = {
+                "script_ms": round(statistics.median(busy), 1),
+                "frame_ms": round(statistics.median(shown), 1),
+            }
+            print(
+                f"{name}: {found[name]['script_ms']} ms of work, shown after {found[name]['frame_ms']} ms", flush=True
+            )
         browser.close()
     return found
 

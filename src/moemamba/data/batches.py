@@ -244,9 +244,9 @@ class Mixture:
         corpus, places = self._share(numbers)
         batches = [self.parts[k].read(places[corpus == k]) for k in np.unique(corpus)]
         order = torch.from_numpy(np.argsort(np.argsort(corpus, kind="stable")))
-        tokens, targets, seq_idx = zip(*batches, strict=True)
-        resets = None if seq_idx[0] is None else torch.cat(seq_idx)[order]
-        return Batch(torch.cat(tokens)[order], torch.cat(targets)[order], resets)
+        tokens, targets = (torch.cat([batch[k] for batch in batches])[order] for k in (0, 1))
+        resets = [batch.seq_idx for batch in batches if batch.seq_idx is not None]
+        return Batch(tokens, targets, torch.cat(resets)[order] if resets else None)
 
     def _share(self, numbers: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """(b,) the corpus of each row, and (b,) its number among that corpus's rows."""

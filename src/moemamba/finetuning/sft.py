@@ -139,8 +139,7 @@ def _gradients(model: MoEMamba, rows: Rows) -> tuple[float, float]:
     with parametrize.cached(), reduced:
         output = model(rows.tokens, None, rows.seq_idx, rows.targets)
     assert output.loss is not None and output.auxiliary is not None
-    total: Tensor = output.loss + output.auxiliary
-    total.backward()
+    (output.loss + output.auxiliary).backward()
     return output.loss.item(), output.auxiliary.item()
 
 

@@ -144,11 +144,11 @@ class SelectiveSSM(Layer):
 
     @classmethod
     def allocate(cls, rows: int, room: int, like: Any) -> MambaState:
-        """Zeros that lie in memory as kernels leave states: on a CPU by channel."""
+        """Zeros that lie in memory as kernels leave states: those of the CPU by channel."""
         zeros = []
         for tensor in like:
             _, width, entries = tensor.shape
-            if tensor.device.type == "cpu":
+            if ops.choose("mamba_step", tensor) == "cpu":
                 zeros.append(tensor.new_zeros(rows, entries, width).transpose(1, 2))
             else:
                 zeros.append(tensor.new_zeros(rows, width, entries))
