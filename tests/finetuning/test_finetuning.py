@@ -59,6 +59,14 @@ def test_answers_alone_are_learnt_with_what_ends_them():
     assert prompt == pieces[0][0]  # what is asked later is what was learnt
 
 
+@pytest.mark.parametrize("source", [PLAIN, CHATML, "{{ bos_token }}" + CHATML])
+def test_the_server_asks_as_was_learnt(source):
+    from moemamba.serving.openai.templates import Template as Served
+
+    words = chatml_tokenizer()
+    assert Served(source, words).encode(CHAT[:2]) == Template(source, words).pieces(CHAT)[0][0]
+
+
 def test_special_tokens_are_the_templates_alone():
     words = chatml_tokenizer()
     begin, end = (words._inner.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))

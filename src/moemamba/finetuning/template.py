@@ -85,7 +85,7 @@ class Template:
         shown = [{key: self._hide(value) for key, value in message.items()} for message in messages]
         try:
             text: str = self._template.render(
-                messages=shown, add_generation_prompt=prompt, eos_token=self._end, bos_token=""
+                messages=shown, add_generation_prompt=prompt, eos_token=self._end, bos_token=self._end
             )
         except TemplateError as error:
             raise ValueError(f"the template refuses the conversation: {error}") from error
