@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := src tests $(wildcard benchmarks)
+CODE := src tests examples $(wildcard benchmarks)
 
 # The demo: the same size per token, but MoE-Mamba chooses among 32 experts. make demo STEPS=20 SEEDS=1 is a quick look.
 STEPS ?= 1200

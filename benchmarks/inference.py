@@ -9,6 +9,9 @@ A prompt of 64 tokens, 256 new ones, the most likely each; M x 16, d_model 512, 
 
 Before anything is timed, the two must have the same logits, and the same tokens in float32. Then milliseconds to the
 first token of prompts of 64 and 16,384 tokens. Medians; the sides take turns. The last line is one JSON object.
+
+`inference.py --contexts 1024 8192 32768 131072 [--batches 1 16 64] [--tiny] [--quick] [--out FILE]` measures the four
+25M models far into their sequences instead; see contexts.py. It runs on a CPU too.
 """
 
 import argparse
@@ -17,10 +20,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from contexts import contexts, ratios
 from torch import Tensor
 
 from moemamba import MoEMamba, preset
@@ -35,6 +40,7 @@ except ImportError as error:
 else:
     missing = None
 
+BATCHES = [1, 64, 256]
 VOCABULARY, PROMPT, NEW, LONG = 50_257, 64, 256, 16_384
 CLOSE = 5e-2  # relative error of the logits, bfloat16
 TURNS = 3
@@ -198,10 +204,23 @@ def profile(model: MoEMamba, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--only", choices=["mamba", "moe", "first"], help="one kind of case")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
+    parser.add_argument("--contexts", type=int, nargs="+", help="measure the four models after so many tokens")
+    parser.add_argument("--tiny", action="store_true", help="with --contexts: the presets for a laptop")
+    parser.add_argument("--quick", action="store_true", help="with --contexts: two turns of two steps")
+    parser.add_argument("--most", type=int, default=1 << 16, help="with --contexts: sequences to try at most")
+    parser.add_argument("--out", type=Path, help="with --contexts: file for the JSON object")
     options = parser.parse_args()
+    if options.contexts:
+        batches = options.batches if options.batches != BATCHES else [1, 16, 64]
+        found = contexts(options.contexts, batches, options.tiny, options.quick, options.most)
+        found["ratios"] = ratios(found, 16 if 16 in batches else batches[-1])
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found))
+        return
     if not torch.cuda.is_available():
         print(json.dumps({"skipped": "this benchmark needs a GPU; benchmarks/cpu.py measures decoding on a CPU"}))
         return

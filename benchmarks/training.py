@@ -35,9 +35,8 @@ from moemamba import MoEMamba, TrainConfig, preset
 from moemamba.data.batches import Batch
 from moemamba.distributed import Processes
 from moemamba.layers import MoE
+from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Guard, Skips
-from moemamba.training.update.loss import losses
-from moemamba.training.update.optim import make_optimizer
 from moemamba.training.update.step import WARM_UP, Step
 
 BATCH, LENGTH, VOCABULARY = 256, 256, 50_257
@@ -80,8 +79,8 @@ def ours(name: str, graph: Literal["on", "off"], **changes: Any) -> Contender:
 
 def our_loss(model: MoEMamba) -> Loss:
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
-        language, auxiliary = losses(model(tokens, targets=targets), model.config.routers)
-        return language + auxiliary
+        output = model(tokens, targets=targets)
+        return output.loss + output.auxiliary
 
     return loss
 
@@ -226,7 +225,7 @@ def our_step(contender: Contender, batch: int) -> Stepping:
     assert isinstance(model, MoEMamba) and contender.graph is not None
     config = TrainConfig(model.config, cuda_graph=contender.graph, learning_rate=RATE)
     guard = Guard(config, device, Skips())
-    take = Step(model, make_optimizer(model, config), config, torch.bfloat16, guard, Processes(device))
+    take = Step(model, optimizer_of(model, config), config, torch.bfloat16, guard, Processes(device))
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1))
     part = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
 
@@ -239,7 +238,7 @@ def our_step(contender: Contender, batch: int) -> Stepping:
 def their_step(contender: Contender, batch: int) -> Stepping:
     """The same for models that are not ours."""
     model = contender.model.train()
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=RATE))
+    optimizer = optimizer_of(model, TrainConfig(learning_rate=RATE))
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1), device="cuda")
     found: list[Tensor] = []
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,11 +24,16 @@ SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, database=N
 EXPERTS = ExpertsConfig(5, d_expert=40, top_k=2, n_shared_experts=1)
 SMALL = {
     **{
-        name: config.replace(d_model=48, vocab_size=37, attention=AttentionConfig(4)) for name, config in MODELS.items()
+        name: replace(config, d_model=48, vocab_size=37, attention=replace(config.attention, n_heads=4))
+        for name, config in MODELS.items()
     },
     "M odd": ModelConfig("M", d_model=41, vocab_size=31).replace(d_state=5, d_conv=3, expand=1.5),
     "M layernorm": ModelConfig("M", d_model=48, vocab_size=31, norm="layernorm", final_norm=False),
     "E gelu": ModelConfig("E", d_model=40, vocab_size=37, experts=EXPERTS).replace(activation="gelu"),
+    "E gelu_erf": ModelConfig("E", d_model=40, vocab_size=37, experts=EXPERTS).replace(
+        activation="gelu_erf", bias=True
+    ),
+    "F geglu": ModelConfig("F", d_model=40, vocab_size=37, feedforward=FeedForwardConfig(57, activation="geglu")),
     "F silu": ModelConfig("F", d_model=40, vocab_size=37, feedforward=FeedForwardConfig(57, activation="silu")),
     "(MAE)F": ModelConfig("(MAE)F", d_model=48, vocab_size=37, attention=AttentionConfig(2), experts=EXPERTS),
 }

@@ -47,7 +47,7 @@ def test_round_trip(tmp_path, tied):
     assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
     assert (loaded.head.weight is loaded.embedding.weight) == tied
     names = {file.name for file in (tmp_path / "new" / "model").iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_run_means_its_newest_checkpoint(tmp_path):

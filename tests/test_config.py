@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moemamba import MoEMamba, count_parameters, ops, preset, presets
+from moemamba import MoEMamba, TrainConfig, count_parameters, ops, preset, presets
 from moemamba.config import (
     AttentionConfig,
     ExpertsConfig,
     FeedForwardConfig,
+    MambaConfig,
     ModelConfig,
     RoutedMambaConfig,
     parse_pattern,
@@ -44,11 +45,19 @@ def test_a_preset_takes_changes_of_any_part():
     assert round(count_parameters(preset("moe-mamba-25m", n_experts=32)).total / 1e6, 2) == 416.36
 
 
+EXPERTS = tuple(f"experts.{name}" for name in ("up_proj", "down_proj", "up_bias", "down_bias"))
 VARIANTS = {
     **{name: preset(name) for name in presets()},
     "tied": ModelConfig("MF", 2, 48, tie_embeddings=True, feedforward=FeedForwardConfig(40, "gelu", bias=True)),
     "odd": ModelConfig("M(ME)A", 3, 36, attention=AttentionConfig(3), norm="layernorm", final_norm=False),
     "shared experts": ModelConfig("E", 2, 32, experts=ExpertsConfig(4, top_k=2, n_shared_experts=2)),
+    "inner norms": ModelConfig("MR", 2, 32, mamba=MambaConfig(inner_norm="rmsnorm", conv_bias=False), head_bias=True),
+    "weightless": ModelConfig("M", 2, 32, mamba=MambaConfig(inner_norm="weightless", proj_bias=True)),
+    "fewer keys": ModelConfig(
+        "A", 2, 32, attention=AttentionConfig(4, n_kv_heads=1, rotary=False, qkv_bias=True, out_bias=True)
+    ),
+    "biases": ModelConfig("E", 2, 32, experts=ExpertsConfig(3, n_shared_experts=2, bias=True, router_bias=True)),
+    "geglu": ModelConfig("EF", 2, 32, experts=ExpertsConfig(activation="geglu"), final_norm_kind="layernorm"),
     "routed, shared": ModelConfig("R", 2, 32, routed=RoutedMambaConfig(("conv",))),
     "routed, independent": ModelConfig("R", 2, 32, routed=RoutedMambaConfig(("gate", "out"), "independent")),
 }
@@ -65,17 +74,16 @@ def test_counting_agrees_with_the_model(config):
         parameter.numel() * (experts.n_experts - experts.top_k) // experts.n_experts
         for path, experts in zip(model.router_names, config.routers, strict=True)
         for name, parameter in model.get_submodule(path).named_parameters()
-        if name.endswith(
-            ("experts.up_proj", "experts.down_proj", "conv_proj.weight", "gate_proj.weight", "out_proj.weight")
-        )
-        and parameter.ndim == 3
+        if name.endswith((*EXPERTS, "conv_proj.weight", "gate_proj.weight", "out_proj.weight"))
+        and (parameter.ndim == 3 or name.endswith("_bias"))
     )
     assert count.active == count.total - unused
 
 
+@pytest.mark.parametrize("keys", [2, 1])
 @pytest.mark.parametrize("pattern", ["M", "A", "ME"])
-def test_state_and_flops_match_what_the_model_does(pattern):
-    config = ModelConfig(pattern, 2, 32, attention=AttentionConfig(2))
+def test_state_and_flops_match_what_the_model_does(pattern, keys):
+    config = ModelConfig(pattern, 2, 32, attention=AttentionConfig(2, n_kv_heads=keys))
     model = MoEMamba(config).eval()
     tokens = torch.zeros(1, 6, dtype=torch.int64)
     with torch.no_grad():
@@ -90,6 +98,19 @@ def test_state_and_flops_match_what_the_model_does(pattern):
 def test_json_round_trip():
     for config in VARIANTS.values():
         assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_new_options_are_written_only_where_they_are_used():
+    """So that files without them are the same bytes as ever."""
+    written = {"d_state": 16, "d_conv": 4, "expand": 2.0, "dt_rank": None}
+    assert to_dict(ModelConfig())["mamba"] == written
+    assert to_dict(ModelConfig())["attention"] == {"n_heads": None, "rope_base": 10_000.0}
+    assert list(to_dict(ModelConfig()))[-2:] == ["tie_embeddings", "init"]
+    config = ModelConfig("M", mamba=MambaConfig(inner_norm="rmsnorm"), norm_eps=1e-6)
+    values = to_dict(config)
+    assert values["mamba"] == written | {"inner_norm": "rmsnorm"} and values["norm_eps"] == 1e-6
+    assert from_dict(ModelConfig, values) == config
+    assert to_dict(TrainConfig(model=ModelConfig()))["model"] == to_dict(ModelConfig())
 
 
 def test_patterns():
@@ -111,6 +132,12 @@ def test_patterns():
         (lambda: ModelConfig(norm="batch"), "norm is 'batch'; expected one of 'rmsnorm', 'layernorm'"),
         (lambda: ModelConfig("A", d_model=100, attention=AttentionConfig(3)), "n_heads is 3"),
         (lambda: preset("mamba-tiny", expand=0.001), "expand is 0.001, of which d_model = 128 leaves no channel"),
+        (lambda: ModelConfig("A", 1, 64, attention=AttentionConfig(4, n_kv_heads=3)), "choose a divisor of 4"),
+        (lambda: MambaConfig(inner_norm_eps=1e-6), "inner_norm_eps is 1e-06, but inner_norm is 'none'"),
+        (lambda: ModelConfig("R", mamba=MambaConfig(proj_bias=True)), "the projections of R have no biases"),
+        (lambda: ModelConfig(final_norm=False, final_norm_kind="layernorm"), "there is no norm before the head"),
+        (lambda: ModelConfig(norm_eps=0.0), "norm_eps is 0.0; it must be greater than 0"),
+        (lambda: ExpertsConfig(scores="max"), "scores is 'max'; expected one of 'softmax', 'sigmoid'"),
         (lambda: ExpertsConfig(4, top_k=5), "top_k is 5, more than n_experts = 4"),
         (lambda: ExpertsConfig(z_weight=-1.0), "z_weight is -1.0; it must be 0 or more"),
         (lambda: RoutedMambaConfig(()), "name one or more of conv, gate, out"),

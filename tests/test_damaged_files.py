@@ -20,8 +20,8 @@ from moemamba.reading import read_config
 from moemamba.training.run import RunDirectory, read_position, restore
 from moemamba.training.run.restoring import examine
 from moemamba.training.spread import require_fit
+from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Guard
-from moemamba.training.update.optim import make_optimizer
 from moemamba.training.watch.alarms import Alarms
 from moemamba.training.watch.metrics import Meter
 
@@ -115,7 +115,7 @@ def resume(run: RunDirectory) -> None:
     run.tokenizer()
     assert config.model.n_blocks * len(config.model.pattern) < 1000 or pytest.fail("built")
     model = MoEMamba(config.model)
-    position = restore(run, model, make_optimizer(model, config), CONTENT, lambda said: None, ONE, config.steps)
+    position = restore(run, model, optimizer_of(model, config), CONTENT, lambda said: None, ONE, config.steps)
     Guard(config, torch.device("cpu"), position.skips)
     Meter(config, model.router_names, position.seconds)
     Alarms([2], position.alarms)
@@ -141,7 +141,7 @@ def trained():
     """A model and its optimiser, as the run has them."""
     config = RunDirectory(FIRST / "run").config()
     model = MoEMamba(config.model)
-    return model, make_optimizer(model, config)
+    return model, optimizer_of(model, config)
 
 
 @settings(max_examples=80, **BUDGET)

@@ -17,7 +17,7 @@ SCRIPT = re.compile(r"python -m moemamba (.*?)'", re.S)
 
 def commands():
     """Of every document: (processes, arguments) of each command in its blocks of code."""
-    for document in ("README.md", "docs/training.md"):
+    for document in ("README.md", "docs/training.md", "docs/serving.md", "docs/ecosystem.md"):
         text = (ROOT / document).read_text()
         for block in re.findall(r"^```\w*\n(.*?)^```", text.replace("\\\n", " "), re.S | re.M):
             if block.startswith("#!"):

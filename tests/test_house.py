@@ -34,29 +34,58 @@ ROOMS = {
     "checkpoint": "device model tensors",
     "data": "",
     "distributed": "device initialisation layers model",
-    "training": "checkpoint data device distributed initialisation layers model ops tensors",
+    "training": "checkpoint data device distributed initialisation layers model ops state tensors",
     "inference": "device layers model ops state",
+    "inspection": "layers model ops state",
+    "serving": "inference model state tensors",
+    "longcontext": "data layers model state training",
     "experiments": "data device distributed training",
-    "cli": "checkpoint data device distributed experiments inference model ops training",
+    "finetuning": "checkpoint data device distributed layers model ops training",
+    "integrations": "checkpoint inference layers model ops state tensors training",
+    "cli": (
+        "checkpoint data device distributed experiments finetuning inference inspection integrations longcontext model "
+        "ops serving training"
+    ),
     "__main__": "cli",
 }
 # Folders of a room in order: each sees those before it.
-STACKS = {"moemamba.experiments": ("results", "page", "compare", "paper")}
+STACKS = {"moemamba.experiments": ("results", "page", "compare", "law", "paper")}
 FOLDER = 15  # files in a folder
-PEERS = {"cli": 25, "letters": 25, "layers": 25}  # those of files of one kind
+PEERS = {"cli": 30, "letters": 25, "layers": 25}  # those of files of one kind
 DRAWERS = {"utils", "util", "common", "helpers", "registry", "misc", "shared", "base", "core", "tools"}
 PUBLIC = {
+    "AttentionConfig",
+    "ByteTokenizer",
+    "CheckpointError",
+    "Corpus",
+    "Diverged",
+    "Evaluation",
+    "ExpertsConfig",
+    "FeedForwardConfig",
+    "Interrupted",
+    "Look",
+    "MambaConfig",
     "MoEMamba",
     "ModelConfig",
+    "Moment",
     "Output",
+    "Report",
+    "RoutedMambaConfig",
+    "RouterStats",
     "State",
+    "Tokenizer",
+    "Tokens",
     "TrainConfig",
+    "TrainResult",
     "count_parameters",
     "evaluate",
     "generate",
     "layers",
     "load",
+    "look",
+    "make_optimizer",
     "ops",
+    "prepare",
     "preset",
     "presets",
     "save",

@@ -1,24 +1,28 @@
 """Models on disk: directories that are complete or absent, whatever happens while they are written."""
 
+import json
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .config import ModelConfig, parse_pattern
+from .config import ModelConfig, description, parse_pattern
 from .counting import require_memory
 from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .model import MoEMamba
-from .reading import from_dict, to_dict
-from .tensors import TensorFile, differences, not_finite, write_tensors
-from .text import Tokenizer, load_tokenizer
+from .reading import from_dict
+from .tensors import CHECKSUMS, TensorFile, differences, not_finite, write_tensors
+from .text import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_config
 
 TOKENIZER_LIMIT = 200_000_000
 """bytes of a tokenizer.json"""
+AVERAGED = "averaged"
+"""the folder in a checkpoint of a run that has the model with averaged weights"""
 
 
 class CheckpointError(ValueError):
@@ -29,11 +33,13 @@ class Damaged(CheckpointError):
     """A file of a checkpoint is missing, or its header, its checksum or its values are not what was written."""
 
 
-def save(path: str | Path, model: torch.nn.Module, tokenizer: Tokenizer) -> None:
+def save(path: str | Path, model: torch.nn.Module, tokenizer: Tokenizer | None = None) -> None:
     """Write config.json, model.safetensors and tokenizer.json into a new directory.
 
     Args:
-        model: a MoEMamba, which `torch.compile` or DataParallel may have wrapped.
+        model: a MoEMamba, which `torch.compile` or DataParallel may have wrapped. Parts of it may be yours: their names
+            are written down, and `load` wants them back (`into`).
+        tokenizer: None for a model of what is no text.
     Raises:
         ValueError: what would be written could not be loaded again.
         FileExistsError: there is something at `path` already.
@@ -41,19 +47,26 @@ def save(path: str | Path, model: torch.nn.Module, tokenizer: Tokenizer) -> None
     """
     inner = unwrapped(model)
     tensors = saveable(inner)
-    _require_vocabulary(inner.config, tokenizer, "the tokenizer")
+    if tokenizer is not None:
+        _require_vocabulary(inner.config, tokenizer, "the tokenizer")
     with new_directory(expanded(path)) as folder:
-        write_model(folder, inner.config, tensors, tokenizer)
+        write_model(folder, inner.config, tensors, tokenizer, foreign_parts(inner))
 
 
-def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
-    """A model in evaluation mode, and its tokenizer.
+def load(
+    path: str | Path, device: str = "cpu", *, dtype: torch.dtype | None = None, into: MoEMamba | None = None
+) -> tuple[MoEMamba, Tokenizer]:
+    """A model in evaluation mode, and its tokenizer; of a model that was saved without one, one that says so.
 
     Args:
-        path: a directory that `save` has written, or a run directory, whose newest checkpoint is meant.
-        device: see `find_device`.
+        path: a directory that `save` has written, or a run directory, whose newest checkpoint is meant; "RUN/averaged"
+            means that checkpoint's averaged weights (`TrainConfig.average`).
+        device: see `find_device`; with `into` that of the model.
+        dtype: of the weights, such as torch.bfloat16; as they were saved, which is float32, if None.
+        into: a model that gets the weights, in place of one that is built: one with parts of your own.
     Raises:
-        CheckpointError: there is none, it is damaged, or its files do not belong together.
+        CheckpointError: there is none, it is damaged, its files do not belong together, or it has parts that moemamba
+            does not build.
         ValueError: this machine has no such device, or too little memory.
         OSError: the system cannot read it.
     """
@@ -63,12 +76,17 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
     config = from_dict(ModelConfig, read_json(folder / "config.json"), str(folder / "config.json"))
     require_memory(config, device_memory(place))
     stored = open_weights(folder)
-    model = outline(config, stored)
+    if into is None:
+        _require_own(stored)
+    model = outline(config, stored) if into is None else into
     check_tensors(stored, model_tensors(model))
     verify(stored)
-    model.to_empty(device=place)
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    if dtype is not None:
+        model.to(dtype=dtype)
+    if into is None:
+        model.to_empty(device=place)
+        if config.tie_embeddings:
+            model.head.weight = model.embedding.weight
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
             tensor.copy_(stored[name][...])
@@ -77,7 +95,21 @@ def load(path: str | Path, device: str = "cpu") -> tuple[MoEMamba, Tokenizer]:
             f"{stored.file} holds numbers that are not finite ({strange}), with which nothing can be computed; "
             f"{_instead(stored.file)}"
         )
-    return model.eval(), _read_tokenizer(folder, config)
+    untold = stored.metadata.get("tokenizer") == "none"
+    return model.eval(), NoTokenizer(config.vocab_size) if untold else _read_tokenizer(folder, config)
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """Of each tensor of a model that `load` has loaded; those of its bytes where the file has none."""
+    stored = open_weights(folder)
+    values = files.parse_json(stored.metadata.get(CHECKSUMS, "{}"), str(stored.file))
+    if isinstance(values, dict) and values.keys() == stored.keys():
+        return {name: int(value) for name, value in values.items()}
+    return {name: zlib.crc32(_bytes(tensor[...])) for name, tensor in stored.items()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def find_model(path: Path) -> Path:
@@ -86,19 +118,36 @@ def find_model(path: Path) -> Path:
     Raises:
         CheckpointError: there is none; the message says what there is.
     """
+    if newest := newest_of(path):
+        return newest
     if not path.is_dir():
         raise CheckpointError(f"there is no model at {path}; name a directory that train or save has written")
+    if runs := sorted(path.glob("*/seed-*/train.json")):
+        raise CheckpointError(f"{path} holds a comparison; name one of its runs, such as {runs[0].parent}")
+    if (path / "train.json").exists():
+        raise CheckpointError(
+            f"the run in {path} has no checkpoint yet; go on with it until it saves one (resume=True)"
+        )
+    if (path / "config.json").exists() or (path / "tokenizer.json").exists():
+        raise damaged(path / "model.safetensors", "")
+    raise CheckpointError(f"{path} holds no model; name a run, a checkpoint, or a directory that save has written")
+
+
+def newest_of(path: Path) -> Path | None:
+    """The directory of a model as `find_model` takes it: None if there is none.
+
+    Raises:
+        CheckpointError: averaged weights are asked for, which the newest checkpoint of the run does not have.
+    """
     if (path / "model.safetensors").exists():
         return path
     if found := checkpoints(path):
         return found[-1]
-    if runs := sorted(path.glob("*/seed-*/train.json")):
-        raise CheckpointError(f"{path} holds a comparison; name one of its runs, such as {runs[0].parent}")
-    if (path / "train.json").exists():
-        raise CheckpointError(f"the run in {path} has no checkpoint yet; go on with it until it saves one (--resume)")
-    if (path / "config.json").exists() or (path / "tokenizer.json").exists():
-        raise damaged(path / "model.safetensors", "")
-    raise CheckpointError(f"{path} holds no model; name a run, a checkpoint, or a directory that save has written")
+    if path.name != AVERAGED or not (found := checkpoints(path.parent)):
+        return None
+    if not (found[-1] / AVERAGED).is_dir():
+        raise CheckpointError(f"{found[-1]} has no averaged weights; a run has them with average = 0.999 or the like")
+    return found[-1] / AVERAGED
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -115,9 +164,36 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name))
 
 
+PARTS = "parts"
+"""in a file of weights, which modules of its model moemamba does not build"""
+
+
+def _require_own(stored: TensorFile) -> None:
+    """Raises CheckpointError if a file has the weights of a model with parts of somebody's own."""
+    if parts := stored.metadata.get(PARTS):
+        name, kind = next(iter(files.parse_json(parts, f"the list of parts in {stored.file}").items()))
+        raise CheckpointError(
+            f"{stored.file} is of a model whose {name} is {kind}, which moemamba does not build; build that model and "
+            "give it: load(path, into=model)"
+        )
+
+
 def model_tensors(model: MoEMamba) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones once, as model.safetensors holds them."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def foreign_parts(model: MoEMamba) -> dict[str, str]:
+    """The modules of a model that moemamba would not build from its configuration: {"layers.1.branches.0.router":
+    "mine.HashRouter"}, without those inside of one."""
+    with torch.device("meta"):
+        expected = {name: type(module) for name, module in MoEMamba(model.config).named_modules()}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{part}.") for part in found)
+        if type(module) is not expected.get(name) and not inside:
+            found[name or "model"] = f"{type(module).__module__}.{type(module).__qualname__}"
+    return found
 
 
 def unwrapped(model: torch.nn.Module) -> MoEMamba:
@@ -154,7 +230,10 @@ def saveable(model: MoEMamba) -> dict[str, Tensor]:
                 "the head has weights of its own, but the configuration says tie_embeddings; set it to False"
             )
         del found["head.weight"]
-    if wrong := differences(found, expected):
+    parts = foreign_parts(model)
+    if parts:
+        expected = found
+    elif wrong := differences(found, expected):
         raise ValueError(f"the model is not what its configuration says: {wrong}; it could not be loaded again")
     if other := [name for name, tensor in found.items() if tensor.is_meta or hasattr(tensor, "full_tensor")]:
         raise ValueError(f"{other[0]} is not whole on this device; save the model with its weights in one process")
@@ -163,11 +242,28 @@ def saveable(model: MoEMamba) -> dict[str, Tensor]:
     return {name: found[name] for name in expected}
 
 
-def write_model(folder: Path, config: ModelConfig, tensors: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """The three files that `load` needs, into an existing directory."""
-    write_json(folder / "config.json", to_dict(config))
-    files.replace(folder / "tokenizer.json", tokenizer.to_json())
-    write_tensors(folder / "model.safetensors", tensors)
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    tokenizer: Tokenizer | None,
+    parts: Mapping[str, str] | None = None,
+) -> None:
+    """The three files that `load` needs, and the one besides that transformers does, into an existing directory.
+
+    Args:
+        tokenizer: None where there is none, and then only the first two are written.
+        parts: those of the model that moemamba does not build (`foreign_parts`).
+    """
+    about = {PARTS: json.dumps(parts)} if parts else {}
+    if tokenizer is None or isinstance(tokenizer, NoTokenizer):
+        about["tokenizer"] = "none"
+        write_json(folder / "config.json", description(config, None))
+    else:
+        write_json(folder / "config.json", description(config, tokenizer.end_of_text))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
+        files.replace(folder / "tokenizer.json", tokenizer.to_json())
+    write_tensors(folder / "model.safetensors", tensors, about)
 
 
 def open_weights(folder: Path, name: str = "model.safetensors") -> TensorFile:

@@ -17,7 +17,8 @@ from .letters import (
     Projection,
     RoutedMambaConfig,
 )
-from .reading import shown, validate
+from .marks import documented, later
+from .reading import shown, to_dict, validate
 
 __all__ = [
     "Activation",
@@ -32,6 +33,25 @@ __all__ = [
 ]
 
 
+MODEL_TYPE = "moemamba"
+FOREIGN = frozenset(
+    {
+        *("model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "_name_or_path"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "is_encoder_decoder", "return_dict"),
+        *("output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type"),
+        *("id2label", "label2id", "hidden_size", "num_hidden_layers", "layer_types"),
+    }
+)
+"""what transformers has in a config.json that says nothing of what the model computes"""
+
+
+def description(config: "ModelConfig", end_of_text: int | None) -> dict[str, Any]:
+    """What config.json holds: the model as `reading.from_dict` reads it, and what transformers asks for besides."""
+    ids = {} if end_of_text is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    return to_dict(config) | {"model_type": MODEL_TYPE, "architectures": ["MoEMambaForCausalLM"]} | ids
+
+
+@documented
 @dataclass(frozen=True)
 class ModelConfig:
     """A language model: `pattern` repeated `n_blocks` times between an embedding and a head.
@@ -67,12 +87,37 @@ class ModelConfig:
     init: Literal["default", "paper"] = "default"
     """initial weights: default draws from a normal distribution and scales residual outputs down with depth; paper is
     MoE-Mamba's truncated normal"""
+    norm_eps: float = later(1e-5)
+    """added to the variance, or the mean square, in every norm"""
+    final_norm_kind: Literal["rmsnorm", "layernorm"] | None = later(None)
+    """normalisation before the head; as before each layer if None"""
+    head_bias: bool = later(False)
+    """a bias of the projection to the vocabulary"""
 
     def __post_init__(self) -> None:
-        validate(self, positive=("n_blocks", "d_model", "vocab_size"))
+        validate(self, positive=("n_blocks", "d_model", "vocab_size", "norm_eps"))
         parse_pattern(self.pattern)
+        if self.final_norm_kind and not self.final_norm:
+            raise ValueError(
+                f"final_norm_kind is {self.final_norm_kind!r}, but there is no norm before the head; "
+                "set final_norm to True, or final_norm_kind to None"
+            )
         for letter in self.letters:
             letter.check(self)
+
+    @classmethod
+    def without_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        """The fields of a config.json without those that only transformers reads; see `reading.from_dict`.
+
+        Raises:
+            ValueError: they are of another kind of model.
+        """
+        if (kind := values.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
+            raise ValueError(
+                f"{where} describes a model of the type {shown(kind)}, not {MODEL_TYPE}; "
+                "`moemamba convert` reads those of some other types"
+            )
+        return {name: value for name, value in values.items() if name not in FOREIGN}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -113,6 +158,14 @@ class ModelConfig:
     @property
     def n_heads(self) -> int:
         return self.attention.heads(self.d_model)
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.attention.kv_heads(self.d_model)
+
+    @property
+    def inner_norm_eps(self) -> float:
+        return self.mamba.inner_norm_eps or self.norm_eps
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed.

@@ -18,13 +18,13 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Total, active and embedding parameters of a model that need not fit anywhere."""
-    final_norm = _norm(config) if config.final_norm else 0
+    final_norm = _norm(config, config.final_norm_kind or config.norm) if config.final_norm else 0
     block = [_layer(config, letters) for letters in parse_pattern(config.pattern)]
     tables = 1 if config.tie_embeddings else 2
     return ParameterCount(
         total=config.n_blocks * sum(total for total, _ in block) + final_norm,
         active=config.n_blocks * sum(active for _, active in block) + final_norm,
-        embedding=tables * config.vocab_size * config.d_model,
+        embedding=config.vocab_size * (tables * config.d_model + config.head_bias),
     )
 
 
@@ -106,11 +106,12 @@ def _block(config: ModelConfig) -> list[Letter]:
     return [LETTERS[letter] for letters in parse_pattern(config.pattern) for letter in letters]
 
 
-def _norm(config: ModelConfig) -> int:
-    return config.d_model * (2 if config.norm == "layernorm" else 1)
+def _norm(config: ModelConfig, kind: str) -> int:
+    return config.d_model * (2 if kind == "layernorm" else 1)
 
 
 def _layer(config: ModelConfig, letters: str) -> tuple[int, int]:
     """(total, active) of one residual sub-layer."""
     parts = [LETTERS[letter].parameters(config) for letter in letters]
-    return sum(t for t, _ in parts) + _norm(config), sum(a for _, a in parts) + _norm(config)
+    norm = _norm(config, config.norm)
+    return sum(t for t, _ in parts) + norm, sum(a for _, a in parts) + norm

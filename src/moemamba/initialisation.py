@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .layers import make_norm, roles
+from .layers import final_norm, roles
 from .layers.head import Head
 from .layers.residual import Residual
 
@@ -95,8 +95,8 @@ def _draw(model: "MoEMamba", fill: Callable[[Tensor, Tensor], None]) -> None:
             (layer, partial(Residual, config, letters))
             for layer, letters in zip(model.layers, config.layers, strict=True)
         ),
-        (model.norm, lambda: make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()),
-        (model.head, lambda: Head(config.d_model, config.vocab_size, bias=False)),
+        (model.norm, lambda: final_norm(config)),
+        (model.head, lambda: Head(config.d_model, config.vocab_size, bias=config.head_bias)),
     ]
     for module, make in makers:
         values = make().state_dict()

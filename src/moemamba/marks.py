@@ -1,11 +1,20 @@
-"""What an option is, marked at its field: the one declaration that help, resuming and comparing derive theirs from."""
+"""What an option is, marked at its field: the one declaration that help, resuming and comparing derive theirs from.
 
+What it means is said by the string below its field, once: for `--help`, for Python's `help()` and for editors.
+"""
+
+import ast
 import dataclasses
+import inspect
+import sys
+import textwrap
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import cache
+from typing import Any, Literal, TypeVar, get_args
 
 Change = Literal["never", "on a branch", "on resume", "always"]
 _CHANGES = get_args(Change)
+Kind = TypeVar("Kind", bound=type)
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,19 @@ def option(
     of_one_run: bool = False,
     shows: tuple[str, ...] = (),
     factory: Any = dataclasses.MISSING,
+    later: bool = False,
 ) -> Any:
-    """A dataclass field with its marks."""
+    """A dataclass field with its marks; `later` as the function of that name has it."""
     marks = Marks(group, place, changes, recipe, of_one_run, shows)
-    return field(default=default, default_factory=factory, metadata={"marks": marks})  # type: ignore[call-overload]
+    return field(default=default, default_factory=factory, metadata={"marks": marks, "later": later})  # type: ignore[call-overload]
+
+
+def later(default: Any) -> Any:
+    """A field that files of older versions lack: written only where it is not the default.
+
+    So what has no use for it is written as ever, byte for byte, and older versions read it.
+    """
+    return field(default=default, metadata={"later": True})
 
 
 def marks(kind: type) -> dict[str, Marks]:
@@ -53,3 +71,42 @@ def changeable(kind: type, where: Change) -> set[str]:
     """The options of which a run that goes on there may have other values."""
     least = _CHANGES.index(where)
     return {name for name, each in marks(kind).items() if _CHANGES.index(each.changes) >= least}
+
+
+def documented(kind: Kind) -> Kind:
+    """Let `help()` show what the strings below a dataclass's fields say. They are read when they are asked for."""
+    kind.__doc__ = _Documentation(kind.__doc__ or "")  # type: ignore[assignment]
+    return kind
+
+
+class _Documentation:
+    def __init__(self, text: str):
+        self.text = inspect.cleandoc(text)
+
+    def __get__(self, _: object, kind: type) -> str:
+        about, lines = texts(kind), []
+        for each in dataclasses.fields(kind):
+            if text := about.get(each.name):
+                lines += textwrap.wrap(f"{each.name}: {text}", 100, subsequent_indent="    ", break_on_hyphens=False)
+        return "\n".join([self.text, "", "Args:", *(f"    {line}" for line in lines)]) if lines else self.text
+
+
+@cache
+def texts(owner: type) -> dict[str, str]:
+    """What the string below each field of a class says."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[owner.__module__]))
+    except OSError:  # installed without sources
+        return {}
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == owner.__name__:
+            for field, text in zip(node.body, node.body[1:], strict=False):
+                if (
+                    isinstance(field, ast.AnnAssign)
+                    and isinstance(field.target, ast.Name)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(text.value, ast.Constant)
+                ):
+                    found[field.target.id] = " ".join(str(text.value.value).split())
+    return found

@@ -1,8 +1,9 @@
 """The language model: an embedding, residual sub-layers from the letters of a pattern, and a head."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,9 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import ops
-from .config import ModelConfig
+from .config import ExpertsConfig, ModelConfig
 from .initialisation import initialise
-from .layers import LAYERS, Choice, Router, RouterStats, make_norm
+from .layers import LAYERS, Choice, RouterStats, final_norm, routers
 from .layers.head import Head
 from .layers.residual import Residual
 from .layers.roles import Role, composed
@@ -32,58 +33,49 @@ class Output(NamedTuple):
     """one for each router, bottom to top"""
     loss: Tensor | None = None
     """() mean cross-entropy in nats, float32, without auxiliary losses; None without targets"""
+    auxiliary: Tensor | None = None
+    """() losses of the routers, weighed by the configuration and averaged; 0 without routers. A loop of your own adds
+    it: `(out.loss + out.auxiliary).backward()`. None where neither targets are given nor gradients wanted"""
 
 
-class MoEMamba(nn.Module):
-    """A language model of any pattern of `ModelConfig`.
+if TYPE_CHECKING:  # for checkers alone: what there is depends on the call, see `MoEMamba.__call__`
 
-    Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
+    class Predicted(Output):
+        """Of a call without targets."""
 
-    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, after
-    `ops.load_kernels` of the backend whose kernels it calls: "cpu" for a model that was on the CPU.
+        logits: Tensor
+
+    class Scored(Output):
+        """Of a call with targets."""
+
+        loss: Tensor
+        auxiliary: Tensor
+
+
+def weighed(router: tuple[RouterStats, ...], experts: tuple[ExpertsConfig, ...], like: Tensor) -> Tensor:
+    """() the losses of routers, weighed as the experts of each have it, and averaged: `Output.auxiliary`.
+
+    Args:
+        like: says on which device, and in which dtype (float32 at least) where there are no routers.
+    """
+    total = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    for stats, own in zip(router, experts, strict=True):
+        total = total + own.balance_weight * stats.balance_loss + own.z_weight * stats.z_loss
+    return total / max(1, len(router))
+
+
+class Backbone(nn.Module):
+    """What is below the head: an embedding, residual sub-layers and a norm, which whoever inherits this puts there.
 
     Attributes:
         recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
             are kept, so that they cannot change.
     """
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.recompute = False
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
-        self.norm = make_norm(config.norm, config.d_model) if config.final_norm else nn.Identity()
-        self.head = Head(config.d_model, config.vocab_size, bias=False)
-        initialise(self)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-
-    def forward(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        seq_idx: Tensor | None = None,
-        targets: Tensor | None = None,
-        record: list[Choice] | None = None,
-    ) -> Output:
-        """Logits for every position, or the loss against targets.
-
-        Args:
-            tokens: (b, l) int64.
-            state: continues the first sequence of each row.
-            seq_idx: (b, l) sequence that each position belongs to; -1 is padding, which changes nothing.
-            targets: (b, l) int64; -100 does not count.
-            record: a list to which each router appends the experts and gates of every token, (b, l, k), as in `router`.
-        Raises:
-            ValueError: a shape that does not fit.
-        """
-        hidden, state, router = self.backbone(tokens, state, seq_idx, record)
-        if targets is None:
-            return Output(self.head(hidden), state, router)
-        if targets.shape != tokens.shape:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape)} as tokens")
-        return Output(None, state, router, self.head(hidden, targets))
+    embedding: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    recompute = False
 
     def backbone(
         self,
@@ -92,19 +84,39 @@ class MoEMamba(nn.Module):
         seq_idx: Tensor | None = None,
         record: list[Choice] | None = None,
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
-        """As `forward`, up to what the head sees: hidden (b, l, d), state, router statistics."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}; expected (batch, length)")
-        if seq_idx is not None and seq_idx.shape != tokens.shape:
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape)} as tokens")
+        """Arguments as in `MoEMamba.forward` -> what the head sees (b, l, d), state, router statistics."""
+        self._check_input(tokens)
+        if seq_idx is not None and seq_idx.shape != tokens.shape[:2]:
+            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
+        if tokens.is_floating_point():
+            return self.through(tokens, state, seq_idx, record)
+        narrow = tokens.dtype not in (torch.int64, torch.int32)  # uint8, as of bytes or bases
+        return self.through(self.embedding(tokens.long() if narrow else tokens), state, seq_idx, record)
+
+    def through(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
+        """As `backbone`, of what the embedding gives, x (b, l, d).
+
+        Args:
+            hidden: a list to which the residual stream before each sub-layer is appended, (b, l, d).
+        """
         if state is not None:
-            self._expect_own(state, tokens.shape[0])
-        x: Tensor = without_padding(self.embedding(tokens), seq_idx)  # and so it stays through all layers
+            self._expect_own(state, x.shape[0])
+        x = without_padding(x, seq_idx)  # and so it stays through all layers
         y: Tensor | None = None
         mixers: list[Any] = []
         router: list[RouterStats] = []
         for layer in self.layers:
             before = None if state is None else state.mixers[len(mixers) :]
+            if hidden is not None:
+                x, y = x if y is None else x + y, None
+                hidden.append(x)
             # torch.func cannot; and what is computed twice would be recorded twice
             if self.recompute and torch.is_grad_enabled() and record is None and not ops.transformed(x):
                 x, y, after, stats = checkpoint(
@@ -123,6 +135,16 @@ class MoEMamba(nn.Module):
             router += stats
         return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
 
+    def _check_input(self, tokens: Tensor) -> None:
+        shape, d = tuple(tokens.shape), self.embedding.embedding_dim
+        if tokens.is_floating_point() and (tokens.ndim != 3 or shape[2] != d):
+            raise ValueError(
+                f"tokens is floating point of shape {shape}; expected integers (batch, length), or embedded "
+                f"(batch, length, d_model = {d})"
+            )
+        if not tokens.is_floating_point() and tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {shape}; expected (batch, length)")
+
     def _expect_own(self, state: State, rows: int) -> None:
         kinds = [LAYERS[letter].state_type for layer in self.layers for letter in layer.letters]  # type: ignore[union-attr]
         own = "".join(_SYMBOLS[kind] for kind in kinds if kind is not None)
@@ -135,6 +157,94 @@ class MoEMamba(nn.Module):
             )
         if own and state.batch_size != rows:
             raise ValueError(f"state holds {state.batch_size} rows and tokens {rows}; they must be as many")
+
+
+class MoEMamba(Backbone):
+    """A language model of any pattern of `ModelConfig`.
+
+    Forward, chunked prefill, decoding and truncated back-propagation are one call with different lengths.
+
+    `torch.export` takes it with its state. What it makes is loaded where `moemamba.model` is imported, after
+    `ops.load_kernels` of the backend whose kernels it calls: "cpu" for a model that was on the CPU.
+    """
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: State | None = None,
+            seq_idx: Tensor | None = None,
+            targets: None = None,
+            record: list[Choice] | None = None,
+        ) -> Predicted: ...
+
+        @overload
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: State | None = None,
+            seq_idx: Tensor | None = None,
+            *,
+            targets: Tensor,
+            record: list[Choice] | None = None,
+        ) -> Scored: ...
+
+        @overload
+        def __call__(
+            self,
+            tokens: Tensor,
+            state: State | None,
+            seq_idx: Tensor | None,
+            targets: Tensor,
+            record: list[Choice] | None = None,
+        ) -> Scored: ...
+
+        def __call__(self, *arguments: Any, **named: Any) -> Output: ...
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self._forgotten = _Forgotten()
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
+        self.norm = final_norm(config)
+        self.head = Head(config.d_model, config.vocab_size, bias=config.head_bias)
+        initialise(self)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        targets: Tensor | None = None,
+        record: list[Choice] | None = None,
+    ) -> Output:
+        """Logits for every position, or the loss against targets.
+
+        Args:
+            tokens: (b, l) integers; or (b, l, d) floating point, which stands for what the embedding makes of them.
+            state: continues the first sequence of each row.
+            seq_idx: (b, l) sequence that each position belongs to; -1 is padding, which changes nothing.
+            targets: (b, l) int64; -100 does not count.
+            record: a list to which each router appends the experts and gates of every token, (b, l, k), as in `router`.
+        Raises:
+            ValueError: a shape that does not fit.
+        """
+        hidden, state, router = self.backbone(tokens, state, seq_idx, record)
+        wanted = targets is not None or (bool(router) and torch.is_grad_enabled())
+        auxiliary = weighed(router, self.config.routers, hidden) if wanted else None
+        if targets is None:
+            return Output(self.head(hidden), state, router, auxiliary=auxiliary)
+        if targets.shape != tokens.shape[:2]:
+            raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
+        loss = self.head(hidden, targets)
+        if self._forgotten.watches(hidden, self.config):
+            self._forgotten.listen(loss, auxiliary)
+        return Output(None, state, router, loss, auxiliary)
 
     def roles(self) -> dict[str, Role]:
         """The role of each parameter; rows of the embedding and the head stand for tokens, one by one."""
@@ -161,16 +271,56 @@ class MoEMamba(nn.Module):
     @property
     def router_names(self) -> tuple[str, ...]:
         """Where each router sits, in the order of `Output.router`: "layers.1.branches.0"."""
-        return tuple(
-            name.removesuffix(".router") for name, module in self.named_modules() if isinstance(module, Router)
-        )
+        return tuple(routers(self))
 
     def update_balance_bias(self, router: tuple[RouterStats, ...]) -> None:
         """Loss-free balancing: after a step, move each router's selection bias against its load."""
-        routers = [module for module in self.modules() if isinstance(module, Router)]
-        for module, stats, experts in zip(routers, router, self.config.routers, strict=True):
-            if experts.bias_rate:
-                module.update_balance_bias(stats.load, experts.bias_rate)
+        for (name, module), stats, experts in zip(routers(self).items(), router, self.config.routers, strict=True):
+            if not experts.bias_rate:
+                continue
+            if not hasattr(module, "update_balance_bias"):
+                raise ValueError(f"bias_rate is {experts.bias_rate}, but the router of {name} has no bias; set it to 0")
+            module.update_balance_bias(stats.load, experts.bias_rate)  # type: ignore[operator]
+
+
+class _Forgotten:
+    """Says once that a training loop leaves out `Output.auxiliary`: without it experts soon get no tokens.
+
+    It listens to backward passes until one has reached the auxiliary loss, or `PATIENCE` have not.
+    """
+
+    PATIENCE = 10
+
+    def __init__(self) -> None:
+        self.alone, self.silent = 0, False
+
+    def watches(self, hidden: Tensor, config: ModelConfig) -> bool:
+        if self.silent or not hidden.requires_grad or torch.compiler.is_compiling() or ops.transformed(hidden):
+            return False
+        if not any(experts.balance_weight for experts in config.routers):
+            self.silent = True
+            return False
+        if self.alone < self.PATIENCE:
+            return True
+        self.silent = True
+        warnings.warn(
+            "the balance loss of the routers is not in the loss that was minimised, so that experts may get no tokens; "
+            "minimise out.loss + out.auxiliary, or set balance_weight and z_weight to 0",
+            stacklevel=6,
+        )
+        return False
+
+    def listen(self, loss: Tensor, auxiliary: Tensor | None) -> None:
+        if auxiliary is None or not auxiliary.requires_grad or not loss.requires_grad:
+            return
+        loss.register_hook(self._hear_loss)
+        auxiliary.register_hook(self._hear_auxiliary)
+
+    def _hear_loss(self, _: Tensor) -> None:
+        self.alone += 1
+
+    def _hear_auxiliary(self, _: Tensor) -> None:
+        self.silent = True
 
 
 # The first letter with a state of each kind, which stands for it in messages.

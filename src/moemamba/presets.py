@@ -4,7 +4,7 @@ import difflib
 from typing import Any
 
 from .config import ModelConfig
-from .letters import AttentionConfig, ExpertsConfig, FeedForwardConfig, RoutedMambaConfig
+from .letters import AttentionConfig, ExpertsConfig, FeedForwardConfig, MambaConfig, RoutedMambaConfig
 
 
 def _paper(pattern: str, n_blocks: int, d_model: int, **parts: Any) -> ModelConfig:
@@ -27,6 +27,7 @@ def _dense(d_ff: int) -> FeedForwardConfig:
     return FeedForwardConfig(d_ff, activation="relu", bias=True)
 
 
+_inner_norm = MambaConfig(inner_norm="rmsnorm")
 _heads_8, _heads_12 = AttentionConfig(n_heads=8), AttentionConfig(n_heads=12)
 
 PRESETS: dict[str, ModelConfig] = {
@@ -52,6 +53,10 @@ PRESETS: dict[str, ModelConfig] = {
         vocab_size=50257,
         experts=ExpertsConfig(128, top_k=4, d_expert=256, balance_weight=0.001, bias_rate=0.001),
     ),
+    # With norms inside the Mamba layers, as Jamba has them: these can go to llama.cpp and vLLM, exactly.
+    "moe-mamba-25m-portable": ModelConfig(
+        "ME", 8, 512, vocab_size=50257, mamba=_inner_norm, experts=ExpertsConfig(42, d_expert=1024)
+    ),
     # For a laptop: bytes, and the choices that the field has since converged on. Each group is of equal active size.
     "mamba-tiny": ModelConfig("M", 8, 128),
     "moe-mamba-tiny": ModelConfig("ME", 4, 128, experts=ExpertsConfig(8)),
@@ -59,8 +64,10 @@ PRESETS: dict[str, ModelConfig] = {
     "transformer-moe-tiny": ModelConfig(
         "AE", 4, 128, attention=AttentionConfig(n_heads=4), experts=ExpertsConfig(8, d_expert=341)
     ),
+    "moe-mamba-tiny-portable": ModelConfig("ME", 4, 128, mamba=_inner_norm, experts=ExpertsConfig(8)),
     "mamba-small": ModelConfig("M", 12, 256),
     "moe-mamba-small": ModelConfig("ME", 6, 256, experts=ExpertsConfig(16)),
+    "moe-mamba-small-portable": ModelConfig("ME", 6, 256, mamba=_inner_norm, experts=ExpertsConfig(16)),
     "transformer-small": ModelConfig("AF", 6, 256),
     "transformer-moe-small": ModelConfig("AE", 6, 256, experts=ExpertsConfig(16, d_expert=682)),
     "routed-mamba-small": ModelConfig(

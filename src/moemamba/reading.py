@@ -1,6 +1,7 @@
 """Dataclasses from plain values, checked field by field; to plain values and back. No torch here."""
 
 import dataclasses
+import re
 import types
 import typing
 from pathlib import Path
@@ -11,11 +12,12 @@ from .host.files import read_json
 LARGEST = 1e300  # of a number that a field can hold; infinity and what is not a number are none
 
 Config = TypeVar("Config")
+_KNOWN: dict[Any, dict[str, Any]] = {}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values for JSON."""
-    return dataclasses.asdict(config)
+    """A configuration as plain values for JSON; what `marks.later` marks is left out where it is the default."""
+    return _written(config, dataclasses.asdict(config))
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config") -> Config:
@@ -24,7 +26,9 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     Raises:
         ValueError: an unknown key, a value of the wrong type or one that cannot work, named with its place.
     """
-    hints = typing.get_type_hints(kind)
+    if own := getattr(kind, "without_foreign", None):
+        values = own(values, where)
+    hints = _hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where} has the unknown key {shown(unknown[0])}; known keys are {', '.join(hints)}")
@@ -49,6 +53,16 @@ def read_config(kind: type[Config], file: Path) -> Config:
         OSError: it is missing or cannot be read.
     """
     return from_dict(kind, read_json(file), str(file))
+
+
+def _written(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _written(value, values[field.name])
+        elif field.metadata.get("later") and value == field.default:
+            del values[field.name]
+    return values
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -89,13 +103,28 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         _convert(hint, getattr(config, name), name)
     for name in positive + not_negative:
         value = getattr(config, name)
         if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
             bound = "greater than 0" if name in positive else "0 or more"
             raise ValueError(f"{name} is {value}; it must be {bound}")
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, which take longer to find than to check."""
+    if kind not in _KNOWN:
+        _KNOWN[kind] = typing.get_type_hints(kind)
+    return _KNOWN[kind]
+
+
+def amount(text: str, what: str) -> float:
+    """`0.93M` -> 930000.0; raises ValueError, naming what it is of, where that is no number above 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
+    if not found or not float(found[1]):
+        raise ValueError(f"{what} is {text!r}; expected a number above 0, such as 930000 or 0.93M")
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
 
 
 def shown(value: Any) -> str:

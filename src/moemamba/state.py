@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .host.files import FileError, expanded, parse_json
 from .layers import LAYERS
-from .tensors import TensorFile, not_finite, write_tensors
+from .tensors import Stored, TensorFile, not_finite, write_tensors
 
 KINDS = {layer.state_kind: layer for layer in reversed(LAYERS.values()) if layer.state_type is not None}
 """a layer with each kind of state, by what files call that"""
@@ -59,12 +59,7 @@ class State:
         Raises:
             OSError: it cannot be written; what was there before is untouched.
         """
-        tensors = {
-            f"{index}.{name}": getattr(mixer, name) for index, mixer in enumerate(self.mixers) for name in mixer._fields
-        }
-        names = {state: kind for kind, state in STATES.items()}
-        kinds = [names[type(mixer)] for mixer in self.mixers]
-        write_tensors(expanded(path), tensors, {"mixers": json.dumps(kinds)})
+        write_tensors(expanded(path), *pack(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Self:
@@ -77,30 +72,50 @@ class State:
         """
         try:
             stored = TensorFile(expanded(path))
-            kinds = _kinds(stored)
+            _kinds(stored, stored.metadata)
             stored.verify()
-            names = [[f"{index}.{name}" for name in STATES[kind]._fields] for index, kind in enumerate(kinds)]
-            tensors = {name: stored[name][...] for own in names for name in own}
-            if strange := not_finite(tensors):
+            found = unpack(stored, stored.metadata)
+            if strange := not_finite(pack(found)[0]):
                 raise FileError(f"{strange} is not finite")
         except FileError as error:
             raise FileError(
                 f"{path} holds no complete saved state ({error}); write it again with State.save"
             ) from error
-        parts = ([tensors[name].to(device) for name in own] for own in names)
-        return cls(tuple(STATES[kind](*part) for kind, part in zip(kinds, parts, strict=True)))
+        return cls(found.to(device).mixers)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(tuple(type(mixer)(*map(function, mixer)) for mixer in self.mixers))
 
 
-def _kinds(stored: TensorFile) -> list[str]:
+def pack(state: State) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state as tensors by name, and what a file says of them besides."""
+    tensors = {
+        f"{index}.{name}": getattr(mixer, name) for index, mixer in enumerate(state.mixers) for name in mixer._fields
+    }
+    names = {kind_of_state: kind for kind, kind_of_state in STATES.items()}
+    return tensors, {"mixers": json.dumps([names[type(mixer)] for mixer in state.mixers])}
+
+
+def unpack(stored: Mapping[str, Stored], said: Mapping[str, str]) -> State:
+    """The state that `pack` has taken apart, from a file.
+
+    Raises:
+        FileError: it is none, or its tensors do not belong together.
+    """
+    mixers = []
+    for index, kind in enumerate(_kinds(stored, said)):
+        names = STATES[kind]._fields
+        mixers.append(STATES[kind](*(stored[f"{index}.{name}"][...] for name in names)))
+    return State(tuple(mixers))
+
+
+def _kinds(stored: Mapping[str, Stored], said: Mapping[str, str]) -> list[str]:
     """The mixers of a saved state, whose tensors are of shapes and dtypes that belong together.
 
     Raises:
         FileError: it is none, or they are not.
     """
-    kinds = parse_json(stored.metadata.get("mixers", "null"), "its list of mixers")
+    kinds = parse_json(said.get("mixers", "null"), "its list of mixers")
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
         raise FileError("it does not say which mixers it is of")
     fields = {f"{index}.{name}" for index, kind in enumerate(kinds) for name in STATES[kind]._fields}

@@ -153,7 +153,7 @@ def test_mistakes_get_one_sentence(call, arguments, sentence, tmp_path, monkeypa
         (["eval", "--context", "0"], "context is 0; it must be greater than 0"),
         (["eval", "--batch-size", "0"], "batch_size is 0; it must be greater than 0"),
         (["info", "--context", "-5"], "context is -5; it must be greater than 0"),
-        (["generate", "--prompt", "x", "--seed", str(1 << 64)], "it must be 0 or more and less than 2^64"),
+        (["generate", "--prompt", "x", "--seed", str(1 << 64)], "expected a number below 2^63"),
         (["generate", "--prompt", "x\udcff"], "the prompt is not UTF-8 text"),
     ],
 )

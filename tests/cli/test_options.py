@@ -27,13 +27,21 @@ from moemamba.training.spread import check_used
 KINDS = {
     "train": "Train",
     "prepare": "Prepare",
+    "convert": "Convert",
+    "finetune": "Finetune",
+    "upcycle": "Upcycle",
+    "export": "Export",
     "compare": "Compare",
     "paper": "Paper",
     "report": "Asked",
     "generate": "Generate",
+    "chat": "Chat",
+    "serve": "Serve",
     "eval": "Eval",
+    "look": "Look",
     "info": "Info",
     "doctor": "Doctor",
+    "plan": "Planning",
 }
 
 
@@ -208,9 +216,9 @@ def test_every_option_is_explained_by_itself(option):
 
 
 def explanation(option: Option) -> str:
-    from moemamba.cli.help import _documentation
+    from moemamba.marks import texts
 
-    return _documentation(option.owner)[option.path[-1]]
+    return texts(option.owner)[option.path[-1]]
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))

@@ -10,10 +10,11 @@ from documents import fake_tokens, texts_of, write_folder
 
 from moemamba import TrainConfig
 from moemamba.data import preparation
-from moemamba.data.batches import Batches, Windows, permute, sequential
+from moemamba.data.batches import Batches, Windows, permute
 from moemamba.data.corpora import open_corpora
 from moemamba.data.documents import Documents, is_held_out
 from moemamba.data.preparation import HELD_OUT, cache_directory, prepare
+from moemamba.data.windows import sequential
 from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer, train_bpe
 

@@ -20,7 +20,6 @@ from moemamba.config import ExpertsConfig, RoutedMambaConfig
 from moemamba.distributed import Processes, divide_gradients, gathered, gradient_norm, join, summing
 from moemamba.host.progress import Report
 from moemamba.training.spread import build, check
-from moemamba.training.update.loss import losses
 
 pytestmark = pytest.mark.slow
 SILENT = Report(silent=True)
@@ -31,6 +30,7 @@ FULL = MODEL.replace(experts=dataclasses.replace(EXPERTS, capacity_factor=0.7))
 WAYS = {
     "copies": (2, {}),
     "parameters": (2, {"shard": "parameters"}),
+    "averaged": (2, {"shard": "parameters", "average": 0.9}),
     "experts": (2, {"expert_parallel": 2}),
     "groups-over-processes": (2, {"routing_groups": 1, "model": FULL}),
     "muon": (2, {"shard": "parameters", "expert_parallel": 2, "optimizer": "muon", "model": MODEL.replace(n_blocks=2)}),
@@ -96,7 +96,7 @@ def gradients(config, rank=0, size=1, distributed=True):
         model.compile_layers(backend="aot_eager")  # what training does, but for the C++ compiler
     forward = summing(model, processes)
     output = forward(tokens[rows], targets=targets[rows])
-    language, auxiliary = losses(output, config.model.routers)
+    language, auxiliary = output.loss, output.auxiliary
     share = (targets[rows] != -100).sum() / (targets != -100).sum()
     (language * share + auxiliary / size).backward()
     found = {name: gathered(parameter.grad).clone() for name, parameter in model.named_parameters()}
@@ -194,6 +194,7 @@ def assert_alike(one, other, gap=True):
             assert mine[name] == pytest.approx(its[name], rel=2e-4), (mine["step"], name)
     for mine, its in zip(lines(one, "evaluation"), lines(other, "evaluation"), strict=True):
         assert mine["loss"] == pytest.approx(its["loss"], rel=1e-4) and mine["tokens"] == its["tokens"]
+        assert mine["averaged"] == (its["averaged"] and pytest.approx(its["averaged"], rel=1e-4))
         assert (mine["drop_gap"] is None) == (its["drop_gap"] is None)
         if gap and mine["drop_gap"] is not None:
             assert mine["drop_gap"] == pytest.approx(its["drop_gap"], abs=1e-4)
@@ -212,6 +213,9 @@ def test_several_processes_are_one(way, runs, alone):
     _, change = WAYS[way]
     one = alone(**{name: change[name] for name in change if name not in ("shard", "expert_parallel", "accumulate")})
     assert_alike(runs / way, one, gap=way != "groups-over-processes")
+    if "average" in change:
+        for name, value in tensors(one / "averaged").items():
+            torch.testing.assert_close(tensors(runs / way / "averaged")[name], value, rtol=1e-3, atol=2e-5)
     if "dropped" in str(change.get("model")):
         assert lines(runs / way, "router")[-1]["layers"][0]["dropped"] > 0.05
     first, last = tensors(one), tensors(runs / way)

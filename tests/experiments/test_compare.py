@@ -1,29 +1,36 @@
 """Comparisons: their arithmetic on curves made by hand, their fairness and resumption on tiny real runs."""
 
+import dataclasses
 import json
 import math
 import re
 import shutil
+import statistics
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import comparisons
 import pytest
 import torch
 
-from moemamba import TrainConfig, ops, preset, train
+from moemamba import TrainConfig, load, ops, preset, train
+from moemamba.cli.outcome import tell
 from moemamba.config import ExpertsConfig, ModelConfig
 from moemamba.counting import count_parameters
 from moemamba.experiments.compare import Contender, compare, parse_contender, parse_contenders
-from moemamba.experiments.page import cells, count, html_page, markdown, signed, times
+from moemamba.experiments.page import cells, count, html_page, markdown, signed, times, verdict
 from moemamba.experiments.page.chart import shade
 from moemamba.experiments.page.section import Grid, section
 from moemamba.experiments.page.svg import ticks
 from moemamba.experiments.results import (
+    Claim,
     Comparison,
     History,
     RunResult,
     Spread,
+    Test,
     crossing,
+    error_of_difference,
     read_history,
     read_results,
     smoothed,
@@ -32,6 +39,7 @@ from moemamba.experiments.results import (
     summarise,
     thinned,
 )
+from moemamba.host.progress import Report
 from moemamba.reading import to_dict
 
 MAMBA = ModelConfig("M", 1, 16)
@@ -475,11 +483,126 @@ def test_active_chooses_the_width_of_experts():
         assert abs(count_parameters(contender.model).active / 0.93e6 - 1) <= 0.01
     few = parse_contender("moe-mamba-25m,d_model=128,active=0.93M,n_blocks=4,n_experts=4").model  # a smaller router
     assert few.experts.d_expert > parse_contender(f"moe-mamba-25m,active=0.93M,{changes}").model.experts.d_expert
+    dense = parse_contender("transformer-25m,d_model=128,n_blocks=4,n_heads=2,active=0.93M").model  # by d_ff
+    assert abs(count_parameters(dense).active / 0.93e6 - 1) <= 0.01
     for text, why in {
         "mamba-25m,active=1M": "needs experts",
         "moe-mamba-tiny,active=10": "within 1% by d_expert; the nearest is",
-        "moe-mamba-tiny,active=much": "expected a number of parameters",
-        "moe-mamba-tiny,active=0": "expected a number of parameters",
+        "moe-mamba-tiny,active=much": "expected a number above 0",
+        "moe-mamba-tiny,active=0": "expected a number above 0",
     }.items():
         with pytest.raises(ValueError, match=why):
             parse_contender(text)
+
+
+def _tested(*losses: float) -> Test:
+    blocks = tuple((1 / len(losses), loss) for loss in losses)
+    return Test(1000, sum(losses) / len(losses), 0.01, None, None, blocks)
+
+
+def test_the_error_over_the_text_is_of_paired_blocks():
+    """Two models on the same text: what makes a part of it hard falls away."""
+    ours, theirs = _tested(3.0, 5.0, 4.0, 6.0), _tested(3.1, 5.3, 4.2, 6.2)
+    differences = [-0.1, -0.3, -0.2, -0.2]
+    assert error_of_difference(ours, theirs) == pytest.approx(statistics.stdev(differences) / 2)
+    assert error_of_difference(ours, theirs) < ours.standard_error / 5
+    assert error_of_difference(ours, _tested(3.0, 5.0)) is None and error_of_difference(ours, None) is None
+
+
+def test_the_test_is_kept_and_shown_beside_the_rest():
+    """In results.json, table, claims and headline; and nothing of it where no run has one."""
+    found = comparisons.comparison()
+    before = markdown([found])
+    assert "test loss" not in before and '"test"' not in json.dumps(found.to_dict()["runs"])
+    runs = [
+        dataclasses.replace(run, test=_tested(4.0 - len(run.model) / 10 + run.seed / 50, 4.2 - len(run.model) / 10))
+        for run in found.runs
+    ]
+    rows = summarise(runs, comparisons.MODELS, 32)
+    found = Comparison.from_dict(json.loads(json.dumps(dataclasses.replace(found, rows=rows, runs=runs).to_dict())))
+    assert [run.test for run in found.runs] == [
+        dataclasses.replace(run.test, loss=run.test.loss, blocks=tuple(map(tuple, run.test.blocks))) for run in runs
+    ]
+    text = markdown([found])
+    assert "test loss" in text and "vs its capacity" in text and "on the test text" in text
+    assert "lower, one seed (−0.4000 nats, ± 0.0000 over the text)" in text
+    claim = Claim("experts-8", "mamba")
+    assert verdict(claim, found.rows, "capped_test").startswith("lower, one seed (−0.4000 nats)")
+
+
+def test_a_test_that_cannot_be_is_refused():
+    values = comparisons.comparison().to_dict()
+    for test, said in (
+        ({"tokens": 0, "loss": 1.0}, "greater than 0"),
+        ({"tokens": 5, "loss": 1.0, "blocks": [[2.0, 1.0]]}, "weight between 0 and 1"),
+        ({"tokens": 5, "loss": 1.0, "blocks": [[0.5]]}, "weight between 0 and 1"),
+    ):
+        values["runs"][0]["test"] = test
+        with pytest.raises(ValueError, match=said):
+            Comparison.from_dict(json.loads(json.dumps(values)))
+
+
+# Branches
+
+
+def test_a_branch_is_named_by_its_trunk():
+    trunk, other, short = parse_contenders(
+        ["mamba-tiny,learning_rate=0.01", "b=mamba-tiny", "short=@mamba-tiny,steps=5"]
+    )
+    assert (short.trunk, short.model) == ("mamba-tiny", trunk.model) and other.trunk is None
+    assert short.recipe == {"learning_rate": 0.01, "steps": 5}
+    for texts, said in (
+        (["a=mamba-tiny", "b=@c,steps=5"], "write NAME=@MODEL,steps=N with one of a"),
+        (["a=mamba-tiny", "b=@a"], "needs steps"),
+        (["a=mamba-tiny", "b=@a,steps=5,learning_rate=1"], "it has steps, learning_rate"),
+        (["b=@a,steps=5", "a=mamba-tiny"], "the baseline, cannot"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse_contenders(texts)
+
+
+def test_a_branch_is_the_run_that_had_its_steps_from_the_beginning(base, tmp_path):
+    """Bit for bit, for the price of its cool-down; and the comparison goes on where it stopped."""
+    base = dataclasses.replace(base, schedule="wsd", cooldown=0.5, steps=8, warmup=0.125, save_every=8, eval_every=2)
+    trunk, branch = Contender("mamba", MAMBA, {}), Contender("short", MAMBA, {"steps": 4}, "mamba")
+    found = compare([trunk, branch], base, 1, tmp_path / "out", silent=True)
+    assert all(run.finished for run in found.runs) and found.rows[1].own_schedule
+    whole = dataclasses.replace(
+        base, model=MAMBA, run=str(tmp_path / "whole"), steps=4, warmup=0.25
+    )  # as many steps of warm-up
+    train(whole, report=Report(silent=True))
+    ours, theirs = (load(place)[0].state_dict() for place in (tmp_path / "out/short/seed-0", tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    saved = sorted(path.name for path in (tmp_path / "out/mamba/seed-0/checkpoints").iterdir())
+    assert saved == ["00000002", "00000008"]
+    text = markdown([found])
+    assert "short ran for 4 steps" in text and "a branch of mamba, whose steps it shares" in text
+    shutil.rmtree(tmp_path / "out/short")
+    again = compare([trunk, branch], base, 1, tmp_path / "out", silent=True)
+    assert again.rows[1].loss == found.rows[1].loss
+    shutil.rmtree(tmp_path / "out/short")
+    shutil.rmtree(tmp_path / "out/mamba/seed-0/checkpoints/00000002")
+    with pytest.raises(ValueError, match="which was not saved; remove"):
+        compare([trunk, branch], base, 1, tmp_path / "out", silent=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "said"),
+    [({"schedule": "cosine"}, 4, "needs --schedule wsd"), ({}, 7, "must lie between"), ({"warmup": 0.5}, 4, "between")],
+)
+def test_branches_that_cannot_be(base, changes, steps, said, tmp_path):
+    base = dataclasses.replace(base, **({"schedule": "wsd", "cooldown": 0.5, "steps": 8} | changes))
+    pair = [Contender("mamba", MAMBA, {}), Contender("short", MAMBA, {"steps": steps, "cooldown": 0.25}, "mamba")]
+    with pytest.raises(ValueError, match=said):
+        compare(pair, base, 1, tmp_path, silent=True)
+
+
+def test_the_terminal_shows_the_test_too(tmp_path, capsys):
+    found = comparisons.comparison()
+    tell(found, tmp_path)
+    assert "test loss" not in capsys.readouterr().out
+    runs = [dataclasses.replace(run, test=_tested(4.0 + run.seed, 4.2)) for run in found.runs]
+    rows = summarise(runs, comparisons.MODELS, 32)
+    tell(dataclasses.replace(found, rows=rows, runs=runs), tmp_path)
+    shown = capsys.readouterr().out
+    assert "test loss" in shown and "on the test text" in shown and "vs its capacity" in shown

@@ -13,8 +13,9 @@ from tokenizers import models, pre_tokenizers
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, evaluate, train
 from moemamba.cli import eval as eval_command
-from moemamba.data.batches import Tokens, predicted_bytes, windows
+from moemamba.data.batches import Tokens
 from moemamba.data.preparation import prepare
+from moemamba.data.windows import predicted_bytes, windows
 from moemamba.host.progress import Report
 from moemamba.text import ByteTokenizer, load_tokenizer, train_bpe
 from moemamba.training.config import absolute

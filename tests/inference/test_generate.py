@@ -9,8 +9,8 @@ import torch
 from moemamba import ModelConfig, MoEMamba, generate
 from moemamba.config import AttentionConfig
 from moemamba.inference import Sampling, engine, stream
+from moemamba.inference.choosing import sample
 from moemamba.inference.draws import Draws
-from moemamba.inference.sampling import sample
 
 PROMPTS = [[1, 2, 3], [9], [4, 4, 5, 6, 7, 8, 1]]
 

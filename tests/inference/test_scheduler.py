@@ -8,21 +8,26 @@ from moemamba.inference.scheduler import Scheduler
 
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 40), st.integers(1, 6)),  # a prompt's length, tokens to decode
+        st.tuples(st.just("add"), st.integers(0, 40), st.integers(1, 6)),  # a prompt's length, tokens to decode
         st.tuples(st.just("abort"), st.integers(0, 20), st.just(0)),
         st.tuples(st.just("step"), st.integers(1, 4), st.just(0)),
     ),
     max_size=30,
 )
-SIZES = st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))
+SIZES = st.tuples(st.integers(1, 4), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+KNOWN = st.tuples(st.integers(0, 40), st.lists(st.integers(1, 40), max_size=3), st.booleans())
 
 
 class World:
-    """A scheduler with requests that decode some tokens each; every step is checked."""
+    """A scheduler with requests that decode some tokens each; every step is checked.
 
-    def __init__(self, sizes):
-        self.scheduler, self.sizes = Scheduler(*sizes), sizes
+    Of prompts some is known when they are admitted, parts of them end at cuts, and some wait for the one before.
+    """
+
+    def __init__(self, sizes, known=()):
+        self.scheduler, self.sizes, self.known = Scheduler(*sizes), sizes, known
         self.lengths, self.wanted, self.read, self.begun, self.ended = {}, {}, {}, [], []
+        self.cuts, self.leaders = {}, {}
 
     def add(self, length, wanted):
         number = len(self.lengths)
@@ -33,33 +38,58 @@ class World:
         if number in self.lengths and number not in self.ended:
             self.scheduler.finish(number)
             self.ended.append(number)
+            self.leaders.pop(number, None)
+            for other in [other for other, leader in self.leaders.items() if leader == number]:
+                del self.leaders[other]
+                self.scheduler.begin(other, 0)  # nobody reads it for this one
+
+    def admit(self):
+        for number in self.scheduler.admit():
+            assert number not in self.ended and number not in self.begun
+            self.begun.append(number)
+            length = self.lengths[number]
+            done, cuts, waits = self.known[number % len(self.known)] if self.known else (0, [], False)
+            reads = number - 1 in self.read and number - 1 not in self.ended and self.read[number - 1] < length
+            if waits and reads and length == self.lengths[number - 1] and number - 1 not in self.leaders:
+                self.leaders[number] = number - 1
+                self.scheduler.hold(number)
+                continue
+            self.read[number], self.cuts[number] = min(done, length), sorted(cuts)
+            self.scheduler.begin(number, self.read[number], self.cuts[number])
 
     def step(self):
-        slots, chunk, piece = self.sizes
-        live, parts = self.scheduler.live, None
+        slots, chunk, piece, alone = self.sizes
+        self.admit()
+        live = self.scheduler.live
         parts = self.scheduler.plan()
+        chunk = chunk if live else alone
         assert sum(part.last - part.first for part in parts) <= chunk
         assert len({part.request for part in parts}) == len(parts)
         for number, first, last, ends in parts:
             assert number not in self.ended and number not in live
-            assert first == self.read[number] and first < last <= min(first + piece, self.lengths[number])
+            assert number not in self.leaders
+            assert first == self.read[number] and first <= last <= min(first + piece, self.lengths[number])
+            assert first < last or last == self.lengths[number]
+            assert not any(first < cut < last for cut in self.cuts.get(number, ()))
             self.read[number] = last
             assert ends == (last == self.lengths[number])
-            self.begun += [number] if first == 0 else []
+            for other in [other for other, leader in self.leaders.items() if ends and leader == number]:
+                del self.leaders[other]
+                self.read[other] = last
+                self.scheduler.ready(other)
         for number in live:  # every live row gets a token
             assert number not in self.ended and self.read[number] == self.lengths[number]
             self.wanted[number] -= 1
             if self.wanted[number] == 0:
-                self.scheduler.finish(number)
-                self.ended.append(number)
+                self.abort(number)
         assert 0 <= self.scheduler.free <= slots
         assert bool(parts) or bool(live) or not self.scheduler.busy, "a step does something"
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(SIZES, ACTIONS)
-def test_no_request_is_lost_and_every_slot_is_freed(sizes, actions):
-    world = World(sizes)
+@given(SIZES, st.lists(KNOWN, max_size=4), ACTIONS)
+def test_no_request_is_lost_and_every_slot_is_freed(sizes, known, actions):
+    world = World(sizes, known)
     for action, value, other in actions:
         if action == "add":
             world.add(value, other)
@@ -68,7 +98,7 @@ def test_no_request_is_lost_and_every_slot_is_freed(sizes, actions):
         else:
             for _ in range(value):
                 world.step()
-    bound = sum(world.lengths.values()) + sum(world.wanted.values())
+    bound = 2 * sum(world.lengths.values()) + sum(world.wanted.values()) + len(world.lengths)
     steps = 0
     while world.scheduler.busy:
         world.step()
@@ -76,6 +106,7 @@ def test_no_request_is_lost_and_every_slot_is_freed(sizes, actions):
         assert steps <= bound, "none starves"
     assert sorted(world.ended) == list(world.lengths) and world.scheduler.free == sizes[0]
     assert world.begun == sorted(world.begun), "first come, first served"
+    assert not world.leaders and world.scheduler.waiting == 0
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -108,7 +139,7 @@ def test_prompts_share_a_chunk_as_their_ends_allow():
     assert part.request == 3 and part.last - part.first == 6, "no more than a piece"
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1, 0)])
 def test_sizes_that_cannot_be(sizes):
     with pytest.raises(ValueError, match="it must be 1 or more"):
         Scheduler(*sizes)
@@ -118,5 +149,3 @@ def test_requests_that_are_not_known():
     scheduler = Scheduler(1, 1, 1)
     with pytest.raises(ValueError, match="request 3 is not known"):
         scheduler.finish(3)
-    with pytest.raises(ValueError, match="prompt of 0 tokens"):
-        scheduler.add(1, 0)

@@ -10,7 +10,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from moemamba import layers
 from moemamba.layers.linear import Linear, before_bias, beside, in_halves
-from moemamba.layers.moe.router import arrival, capacity
+from moemamba.layers.moe.routing import arrival, capacity
 
 
 def assert_same_gradients(expected, actual):
@@ -293,7 +293,7 @@ def test_router_stays_in_float32_under_autocast():
         (lambda: layers.Attention(16, 3), "n_heads is 3, but d_model = 16 must split into heads of even width"),
         (lambda: layers.Attention(6, 2), "n_heads is 2, but d_model = 6 must split into heads of even width"),
         (lambda: layers.MoE(16, 2, top_k=3)(torch.zeros(1, 3, 16)), "top_k is 3; of 2 experts"),
-        (lambda: layers.MoE(16, 2)(torch.zeros(3, 16)), r"x has shape \(3, 16\); expected \(b, l, d\)"),
+        (lambda: layers.MoE(16, 2)(torch.zeros(16)), r"x has shape \(16,\); expected \(b, l, d\)"),
         (lambda: layers.Attention(16, 2)(torch.zeros(3, 16)), r"x has shape \(3, 16\); expected \(b, l, d\)"),
         (lambda: layers.Mamba(16)(torch.zeros(3, 16)), r"x has shape \(3, 32\); expected \(b, l, i\)"),
     ],

@@ -12,7 +12,7 @@ from doors import cpu, reference
 
 from moemamba import ops
 from moemamba.layers import Router
-from moemamba.ops.experts import ACTIVATIONS
+from moemamba.ops.experts import ACTIVATIONS, GATED
 from moemamba.ops.head import cpu as cpu_cross_entropy
 
 cpu_kernel = sys.modules["moemamba.ops.kit.cpu.run"]  # `run` is a function of the package too
@@ -74,7 +74,7 @@ def choices(tokens, top_k, n_experts, kind):
 
 def expert_inputs(kind="any", tokens=50, top_k=2, activation="relu", dtype=torch.float32):
     indices = choices(tokens, top_k, 5, kind)
-    hidden = 48 if activation == "swiglu" else 24
+    hidden = 48 if activation in GATED else 24
     return {
         "x": torch.randn(tokens, 17, dtype=dtype),
         "indices": indices,
@@ -306,18 +306,20 @@ def test_compiles_as_one_graph(name, inputs):
         for key in expected:
             assert torch.equal(actual[key], expected[key]), (backend, key)
         with torch.no_grad():
-            # Without gradients products are others than those of training, which compiled code keeps.
-            torch.testing.assert_close(compiled(*inputs.values()), getattr(cpu, name)(*inputs.values()))
+            # A graph keeps the products of training, a plain call has those of inference.
+            torch.testing.assert_close(
+                compiled(*inputs.values()), getattr(cpu, name)(*inputs.values()), rtol=1e-4, atol=2e-6
+            )
 
 
 def test_custom_ops_follow_the_rules():
     """Fake implementations, autograd registration and aliasing, by torch's own checks."""
     inputs = scan_inputs(2, 33, 6, 3)
-    inputs["initial_state"] = inputs["initial_state"].transpose(1, 2)  # states lie by channel
+    inputs["initial_state"] = inputs["initial_state"].transpose(1, 2)  # the kernel's states lie by channel
     tensors = [t.detach().contiguous().requires_grad_() for t in inputs.values() if is_float(t)]
     torch.library.opcheck(torch.ops.moemamba.cpu_selective_scan.default, (*tensors, True, None, True))
-    x, weight, bias, state = (t.detach().contiguous().requires_grad_() for t in conv_inputs().values() if is_float(t))
-    state = state.detach().transpose(1, 2).contiguous().requires_grad_()
+    x, weight, bias, state = (t.detach().contiguous() for t in conv_inputs().values() if is_float(t))
+    x, weight, bias, state = (t.requires_grad_() for t in (x, weight, bias, state.transpose(1, 2).contiguous()))
     torch.library.opcheck(torch.ops.moemamba.cpu_causal_conv1d.default, (x, weight, bias, state, True, None))
     hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
     loss = torch.ops.moemamba.cpu_linear_cross_entropy.default

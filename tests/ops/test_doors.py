@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moemamba import ops
 from moemamba.cli import doctor
-from moemamba.ops.choice import BACKENDS, OPS, Backend, Door, compute
+from moemamba.ops.choice import BACKENDS, OPS, Backend, Door, compute, unsupported
 
 TOLERANCE = 1e-3  # of an output's or a gradient's norm
 
@@ -81,7 +81,9 @@ def test_old_names_warn(name):
 def test_a_new_backend_is_a_file_a_line_and_a_door(tmp_path, monkeypatch, capsys):
     """It is offered by `doctor`, tested by what is generated above, and chosen where its line says so."""
     (tmp_path / "fake.py").write_text(
-        "def rms_norm(x, weight, eps):\n    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight\n"
+        "def rms_norm(x, weight, eps):\n"
+        "    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()\n"
+        "    return y if weight is None else y * weight\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -106,4 +108,8 @@ def test_a_new_backend_is_a_file_a_line_and_a_door(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(BACKENDS, "fake", Backend(lambda device: None, natural=("cpu",)))
     monkeypatch.setitem(OPS, "rms_norm", OPS["rms_norm"]._replace(doors={"fake": Door(load)}))
     assert ops.choose("rms_norm", x) == "fake"
+    weighed = Door(load, supports=lambda x, weight=None, *rest: "it has weights" if weight is None else None)
+    monkeypatch.setitem(OPS, "rms_norm", OPS["rms_norm"]._replace(doors={"fake": weighed}))
+    assert ops.choose("rms_norm", x, weight) == "fake" and ops.choose("rms_norm", x, None) == "reference"
+    assert unsupported(weighed, (x, None)) == "it has weights"
     assert ops.rms_norm(x, weight).equal(x)

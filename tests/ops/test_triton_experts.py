@@ -10,7 +10,7 @@ from moemamba import ops
 
 pytest.importorskip("triton")
 
-from moemamba.ops.experts import ACTIVATIONS, grouped_linear, places_in_queues, triton_sort
+from moemamba.ops.experts import ACTIVATIONS, GATED, grouped_linear, places_in_queues, triton_sort
 from moemamba.ops.experts import triton_products as products
 from moemamba.ops.head import triton as triton_cross_entropy
 from moemamba.ops.router import linear_float32
@@ -41,7 +41,7 @@ def make(
     def draw(*shape):
         return torch.randn(shape, generator=generator, device=DEVICE)
 
-    groups = 2 if activation == "swiglu" else 1
+    groups = 2 if activation in GATED else 1
     scores = draw(tokens, n_experts)
     if n_experts > 2:
         scores[:, 1] = -float("inf")

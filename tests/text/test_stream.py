@@ -91,6 +91,63 @@ def test_pieces_are_the_text(kind):
     check()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_follows_another(kind):
+    """Without the text before, but as it is behind that; or as it is by itself, where a decoder cannot tell."""
+    tokenizer = KINDS[kind]
+    some = st.integers(0, tokenizer.vocab_size - 1)
+
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @given(st.lists(some, max_size=8), st.lists(some, max_size=12))
+    def check(before, ids):
+        def following():
+            decoder = StreamDecoder(tokenizer, before)
+            return "".join(map(decoder.push, ids)) + decoder.finish()
+
+        found, alone = outcome(following), outcome(lambda: tokenizer.decode(ids))
+        first, both = outcome(lambda: tokenizer.decode(before)), outcome(lambda: tokenizer.decode(before + ids))
+        if None in (found, alone, first, both):
+            return
+        assert found == alone or both.endswith(found)
+        settled = both.startswith(first) and "\ufffd" not in both
+        assert not settled or found in (alone, both[len(first) :])
+
+    check()
+
+
+def test_a_space_and_half_a_character_follow():
+    tokenizer = KINDS["Llama"]
+    world = tokenizer.vocab_size and LLAMA.index("▁world") + 2
+    assert StreamDecoder(tokenizer).push(world) == "world"
+    assert StreamDecoder(tokenizer, [LLAMA.index("▁hello") + 2]).push(world) == " world"
+    assert StreamDecoder(ByteTokenizer(), "né".encode()[:-1]).push(0xA9) == "é"
+    byte = {name: LLAMA.index(name) + 2 for name in ("<0x0A>", "<0xE2>", "<0x82>", "<0xAC>")}
+    after = StreamDecoder(tokenizer, [byte["<0x0A>"]])
+    assert after.push(world) == " world", "a whole character before is not said again"
+    half = StreamDecoder(tokenizer, [byte["<0xE2>"], byte["<0x82>"]])
+    assert half.push(byte["<0xAC>"]) + half.push(world) == "€ world"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spellings_are_what_tokens_add(kind):
+    """The bytes of tokens, one after the other, are those of the text, where a decoder looks at each by itself."""
+    tokenizer = KINDS[kind]
+    if kind not in ("bytes", "byte-level", "byte-level, Japanese", "Llama without a strip", "Metaspace, never"):
+        assert all(isinstance(tokenizer.spelling(token), bytes) for token in range(-1, tokenizer.vocab_size + 1))
+        return
+    names = {token: name for name, token in tokenizer.special.items()}
+    plain = [token for token in range(tokenizer.vocab_size) if token not in names]
+
+    @settings(max_examples=100, deadline=None, derandomize=True, database=None)
+    @given(st.lists(st.sampled_from(plain), max_size=12))
+    def check(ids):
+        raw = b"".join(map(tokenizer.spelling, ids)).decode(errors="replace")
+        assert raw == tokenizer.decode(ids) or "\ufffd" in raw
+
+    check()
+    assert all(tokenizer.spelling(token) == name.encode() for token, name in names.items())
+
+
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(st.binary(max_size=16))
 def test_any_bytes(raw):

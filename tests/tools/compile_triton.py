@@ -122,7 +122,7 @@ with torch.no_grad():
             )
             weights = [draw(*shape, dtype=dtype) for shape in (*shapes, (512,), (512,))]
             for norm in ((), weights[9:10], weights[9:]):
-                triton.mamba_step(x, conv, ssm, *weights[:9], *norm)
+                triton.mamba_step(x, conv, ssm, *weights[:9], None, *norm)
             triton.linear_argmax(x[:, 0], draw(50257, 512, dtype=dtype))
 for n_experts, top_k in ((32, 1), (128, 4)):
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 import torch
 
+from moemamba.ops.mamba_step import Inner
+
 CONSTANT = {"valid"}  # floating, but no op has a gradient of it
 
 
@@ -41,6 +43,7 @@ def linear_beside():
 
 def rms_norm():
     yield {"x": torch.randn(3, 13, 21), "weight": torch.randn(21), "eps": 1e-5}
+    yield {"x": torch.randn(3, 13, 21), "weight": None, "eps": 1e-3}
 
 
 def _choices(tokens, top_k, n_experts):
@@ -53,6 +56,9 @@ def expert_feedforward():
     for activation, rows in (("relu", 6), ("swiglu", 12)):
         x = {"x": torch.randn(17, 8), "indices": _choices(17, 2, 4), "gates": torch.rand(17, 2)}
         yield x | {"up": torch.randn(4, rows, 8), "down": torch.randn(4, 8, 6), "activation": activation}
+    x |= {"up": torch.randn(4, 12, 8), "down": torch.randn(4, 8, 6), "activation": "geglu"}
+    yield x | {"up_bias": torch.randn(4, 12), "down_bias": torch.randn(4, 8)}
+    yield x | {"up": torch.randn(4, 6, 8), "activation": "relu2"}
 
 
 def activate():
@@ -89,13 +95,17 @@ def mamba_step():
     shapes |= {"conv_weight": (i, k), "conv_bias": (i,), "x_proj": (r + 2 * n, i), "dt_proj": (i, r), "dt_bias": (i,)}
     shapes |= {"A_log": (i, n), "D": (i,), "out_proj": (d, i)}
     x = {name: torch.randn(shape) / 2 for name, shape in shapes.items()}
-    yield x | {"norm_weight": None, "norm_bias": None, "eps": 1e-5, "in_place": False}
-    yield x | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "eps": 1e-5, "in_place": False}
+    rest = {"norm_weight": None, "norm_bias": None, "eps": 1e-5, "in_place": False}
+    yield x | {"inner": None} | rest
+    yield x | {"inner": Inner(torch.randn(r), torch.randn(n), torch.randn(n), 1e-3)} | rest
+    yield x | {"inner": Inner(None, None, None, 1e-6)} | rest
+    yield x | {"inner": None} | rest | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d)}
 
 
 def attention():
     q, k, v = torch.randn(3, 2, 3, 9, 20)
     yield {"q": q, "k": k, "v": v, "visible": None}
+    yield {"q": torch.randn(2, 6, 9, 20), "k": k, "v": v, "visible": None}
     k, v = torch.randn(2, 2, 3, 150, 20)
     yield {"q": q, "k": k, "v": v, "visible": (torch.rand(2, 9, 150) < 0.7) | (torch.arange(150) == 3)}
     yield {"q": q, "k": k, "v": v, "visible": (torch.arange(150) < 141 + torch.arange(9)[:, None]).expand(2, -1, -1)}
@@ -113,14 +123,17 @@ def router():
     x = _router(24) | {"bias": torch.randn(5) / 5, "top_k": 2}
     yield x | {"valid": (torch.rand(24) < 0.8).float(), "groups": 3}
     yield x | {"top_k": 1, "valid": None, "groups": 1}
+    yield x | {"valid": None, "groups": 2, "logit_bias": torch.randn(5), "scores": "sigmoid"}
 
 
 def router_choices():
     yield _router(7) | {"bias": torch.randn(5) / 5, "top_k": 2}
+    yield _router(7) | {"bias": torch.randn(5) / 5, "top_k": 2, "logit_bias": torch.randn(5), "scores": "sigmoid"}
 
 
 def router_means():
     yield {"logits": torch.randn(7, 5), "bias": torch.randn(5) / 5, "top_k": 2}
+    yield {"logits": torch.randn(7, 5), "bias": torch.randn(5) / 5, "top_k": 2, "scores": "sigmoid"}
 
 
 def router_logits():

@@ -97,6 +97,8 @@ def model(pattern: str = "ME", **experts: Any) -> ModelConfig:
         {"on_failure": "skip", "spike_factor": 1.05, "max_skips": 99, "steps": 32},
         {"sampling": "documents"},
         {"dtype": "float32"},
+        {"carry_state": True},
+        {"carry_state": True, "reset_state": True, "accumulate": 2, "on_failure": "skip", "spike_factor": 1.05},
         {"model": model("AFR(ME)", top_k=2, n_shared_experts=1)},
         {"model": model("AFR(ME)", top_k=2), "reset_state": True, "recompute": True},
     ],

@@ -338,7 +338,7 @@ def test_branch_refused(change, said, trunk, config):
 
 def test_a_saved_model_has_no_branches(trunk, config, tmp_path):
     save(tmp_path / "saved", *load(trunk))
-    with pytest.raises(ValueError, match=r"not in the directory of a run.* take the weights alone with --start"):
+    with pytest.raises(ValueError, match=r"not in the directory of a run.* take the weights alone with start"):
         train(dataclasses.replace(config, branch=str(tmp_path / "saved")), report=SILENT)
 
 

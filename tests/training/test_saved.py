@@ -29,7 +29,7 @@ from moemamba.presets import preset
 from moemamba.tensors import TensorFile, write_tensors
 from moemamba.text import ByteTokenizer
 from moemamba.training.run import RunDirectory, read_position, restore, restoring
-from moemamba.training.update.optim import make_optimizer
+from moemamba.training.update import optimizer_of
 
 FIRST = Path(__file__).parents[1] / "fixtures" / "v0.1"
 SILENT = Report(silent=True)
@@ -331,7 +331,7 @@ def test_what_another_machine_cannot_read_is_not_damaged(run):
     model = MoEMamba(config.model)
     content = read_position(run.path / "checkpoints" / "00000008").content
     with pytest.raises(OSError, match=r"00000008 is intact here .* the same for all machines"):
-        restore(run, model, make_optimizer(model, config), content, print, AnotherFails(torch.device("cpu")))
+        restore(run, model, optimizer_of(model, config), content, print, AnotherFails(torch.device("cpu")))
     assert names(run) == {"00000004", "00000008"}
 
 
@@ -341,4 +341,4 @@ def test_a_step_beyond_the_run_is_refused(run):
     content = read_position(run.path / "checkpoints" / "00000008").content
     one = Processes(torch.device("cpu"))
     with pytest.raises(ValueError, match="at step 8, but the run is to have 6"):
-        restore(run, model, make_optimizer(model, shorter), content, print, one, shorter.steps)
+        restore(run, model, optimizer_of(model, shorter), content, print, one, shorter.steps)

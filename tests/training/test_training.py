@@ -24,11 +24,13 @@ from moemamba.data.batches import Tokens
 from moemamba.host import progress
 from moemamba.host.progress import Report
 from moemamba.reading import from_dict, to_dict
-from moemamba.training import loop
-from moemamba.training.evaluate import Evaluation
+from moemamba.text import ByteTokenizer
+from moemamba.training import held_out, loop
+from moemamba.training.blocks import standard_error
+from moemamba.training.config import read_run
+from moemamba.training.evaluate import Evaluation, _cut
+from moemamba.training.update import optimizer_of
 from moemamba.training.update.guard import Diverged
-from moemamba.training.update.loss import losses
-from moemamba.training.update.optim import make_optimizer
 from moemamba.training.update.schedule import learning_rate
 
 SILENT = Report(silent=True)
@@ -101,14 +103,14 @@ def test_decay_groups():
     routed = RoutedMambaConfig(experts=ExpertsConfig(2))
     model = MoEMamba(ModelConfig("MEFAR", 1, 16, norm="layernorm", routed=routed, attention=AttentionConfig(2)))
     spared = {"A_log", "D", "bias", "norm"}
-    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.2))
+    optimizer = optimizer_of(model, TrainConfig(weight_decay=0.2))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     names = dict(model.named_parameters())
     assert len(decay) == len(names)
     for name, parameter in names.items():
         assert decay[id(parameter)] == (0.0 if spared & set(name.split(".")) else 0.2), name
     assert {0.0, 0.2} == set(decay.values())
-    (group,) = make_optimizer(model, TrainConfig(weight_decay=0.2, decay="all")).param_groups
+    (group,) = optimizer_of(model, TrainConfig(weight_decay=0.2, decay="all")).param_groups
     assert len(group["params"]) == len(names) and group["weight_decay"] == 0.2
 
 
@@ -118,13 +120,13 @@ def test_losses_apart():
     model = MoEMamba(config)
     tokens, targets = torch.randint(257, (2, 2, 9))
     output = model(tokens, targets=targets)
-    language, auxiliary = losses(output, config.routers)
+    language, auxiliary = output.loss, output.auxiliary
     expected = cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
     assert torch.allclose(language, expected)
     terms = [0.5 * stats.balance_loss + 0.25 * stats.z_loss for stats in output.router]
     assert len(terms) == 2 and torch.allclose(auxiliary, (terms[0] + terms[1]) / 2)
     dense = MoEMamba(ModelConfig("M", 1, 16))
-    assert losses(dense(tokens, targets=targets), dense.config.routers).auxiliary == 0
+    assert dense(tokens, targets=targets).auxiliary == 0
 
 
 def test_evaluation_is_the_mean_over_all_tokens():
@@ -289,8 +291,8 @@ def test_killed_at_any_moment(config):
 
 def test_keeps_the_newest_and_the_best(config, monkeypatch):
     results = iter([5.0, 3.0, 4.0, 2.5, 4.0, 6.0, 5.0, 4.0])
-    monkeypatch.setattr(loop, "evaluate", lambda *a, **k: Evaluation(next(results), 0.0, 0.0, 0))
-    config = dataclasses.replace(config, steps=8, save_every=1, eval_every=1)
+    monkeypatch.setattr(held_out, "evaluate", lambda *a, **k: Evaluation(next(results), 0.0, 0.0, 0))
+    config = dataclasses.replace(config, steps=8, save_every=1, eval_every=1, test="none")
     train(config, stop=3, report=SILENT)
     assert {int(folder.name) for folder in (Path(config.run) / "checkpoints").iterdir()} == {2, 3}
     train(config, resume=True, report=SILENT)
@@ -425,7 +427,7 @@ def test_too_little_to_hold_out(config, tmp_path):
     with pytest.raises(ValueError, match=r"the held-out text of .* has 6 tokens, but one window needs 33"):
         train(dataclasses.replace(config, validation=str(tmp_path / "v.txt")), report=SILENT)
     (tmp_path / "line.txt").write_text("word " * 20)
-    with pytest.raises(ValueError, match=r"has 0 tokens.*held-out text of its own \(--validation\)"):
+    with pytest.raises(ValueError, match=r"has 0 tokens.*held-out text of its own \(validation\)"):
         train(dataclasses.replace(config, data=str(tmp_path / "line.txt")), report=SILENT)
 
 
@@ -506,3 +508,74 @@ def test_plain_lines_without_a_terminal(config, capsys, monkeypatch):
 
 def test_public_names():
     assert moemamba.train is train and moemamba.evaluate is evaluate and moemamba.TrainConfig is TrainConfig
+
+
+def test_a_finished_run_is_tested_on_text_that_it_was_not_evaluated_on(config):
+    """Every second window, all of them, once; against a plain loop over the same tokens."""
+    found = train(dataclasses.replace(config, eval_tokens=1 << 20), report=SILENT)
+    corpora = loop.open_corpora(config.reads(), ByteTokenizer(), SILENT)
+    (held,), (own,) = corpora.validation, corpora.test
+    assert (held.half, own.half) == (0, 1)
+    model, ids = load(config.run)[0], torch.from_numpy(own.tokens.ids.astype(np.int64))
+    total = {0: 0.0, 1: 0.0}
+    count = {0: 0, 1: 0}
+    for number, first in enumerate(range(0, len(ids) - 1, 32)):
+        row = ids[first : first + 33]
+        with torch.no_grad():
+            loss = cross_entropy(model(row[None, :-1]).logits[0], row[1:], reduction="sum")
+        total[number % 2] += loss.item()
+        count[number % 2] += len(row) - 1
+    assert (found.evaluation.tokens, found.test.tokens) == (count[0], count[1])
+    assert found.evaluation.loss == pytest.approx(total[0] / count[0], abs=1e-5)
+    assert found.test.loss == pytest.approx(total[1] / count[1], abs=1e-5)
+    (line,) = lines(config, "test")
+    assert line["step"] == config.steps and line["loss"] == found.test.loss and line["tokens"] == count[1]
+    blocks = np.array(line["blocks"])
+    assert blocks[:, 0].sum() == pytest.approx(1) and blocks.prod(1).sum() == pytest.approx(line["loss"])
+    again = train(config, resume=True, report=SILENT)
+    assert again.test is None and lines(config, "test") == [line]
+
+
+def test_a_test_that_was_cut_off_is_made_up_for(config):
+    train(config, report=SILENT)
+    (line,) = lines(config, "test")
+    log = Path(config.run) / "metrics.jsonl"
+    log.write_text("".join(text for text in log.read_text().splitlines(True) if '"kind": "test"' not in text))
+    assert train(config, resume=True, report=SILENT).test.loss == line["loss"]
+    assert lines(config, "test") == [line]
+
+
+def test_a_run_of_an_older_version_has_no_test(config):
+    train(config, stop=5, report=SILENT)
+    file = Path(config.run) / "train.json"
+    values = json.loads(file.read_text())
+    del values["test"]
+    file.write_text(json.dumps(values))
+    train(read_run(file), resume=True, report=SILENT)
+    assert not lines(config, "test")
+
+
+def test_a_text_to_test_on(config, tmp_path):
+    """Of its own, so that the held-out text is evaluated on as a whole."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"line {k}\n" for k in range(40)))
+    config = dataclasses.replace(config, test=str(other))
+    found = train(config, report=SILENT)
+    assert found.test.tokens == len(other.read_text())  # and the end mark, all but the first
+    assert loop.open_corpora(config.reads(), ByteTokenizer(), SILENT).validation[0].half is None
+
+
+def test_the_standard_error_is_that_of_the_blocks():
+    values = [3.0, 4.0, 5.0, 4.5]
+    expected = np.std(values, ddof=1) / 2
+    assert standard_error([(0.25, value) for value in values]) == pytest.approx(expected)
+    assert standard_error([(1.0, 3.0)]) is None
+
+
+@pytest.mark.parametrize(("total", "blocks", "rows"), [(10, 3, 4), (7, 7, 2), (5, 64, 5), (100, 8, 33), (6, 1, 4)])
+def test_windows_are_cut_into_blocks_of_one_size(total, blocks, rows):
+    found = []
+    for first in range(0, total, rows):
+        for block, part in _cut(first, min(rows, total - first), total, blocks):
+            found += [block] * (part.stop - part.start)
+    assert found == [window * blocks // total for window in range(total)]

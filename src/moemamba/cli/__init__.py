@@ -19,15 +19,31 @@ from .mistakes import DONE, IMPOSSIBLE, answer, together
 COMMANDS = {
     "train": "[PRESET]             train a model",
     "prepare": "DATA                 tokenise a text once, for runs to come",
+    "convert": "FOLDER|FILE          a model of another program as one of ours",
     "compare": "MODEL MODEL ...      train models on the same batches over seeds; a table and a report",
     "paper": "TABLE                a table of the MoE-Mamba paper, run again at a size of your choice",
     "report": "COMPARISON ...       comparisons that were run, on one page",
+    "finetune": "RUN                  a model learns from conversations, by LoRA or wholly",
+    "upcycle": "RUN                  a dense model as a mixture of experts that computes the same",
+    "export": "RUN                  a model in the format of another program",
     "generate": "RUN                  continue a prompt",
+    "chat": "RUN                  talk with a model, or write a text in turns, in the terminal",
+    "serve": "RUN                  answer requests over HTTP as OpenAI's API does, with a page to look at",
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
+    "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
+    "plan": "                     which model to train, by a scaling law; and the law, from comparisons",
     "doctor": "                     versions, devices, and which backend each op uses and why",
 }
-PRINTS = {"generate", "eval", "info", "doctor"}  # what they print is all that they do: they end with their reader
+PRINTS = {
+    "generate",
+    "chat",
+    "eval",
+    "look",
+    "info",
+    "plan",
+    "doctor",
+}  # what they print is all that they do: they end with their reader
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ class Compare:
     models: Positional[tuple[str, ...]]
     """two or more, the baseline first: PRESET, NAME=PRESET or NAME=config.json, each with changes behind commas if
     wanted, as in many=moe-mamba-tiny,n_experts=32,learning_rate=0.002; active=0.93M chooses d_expert for so many active
-    parameters; one with steps of its own has a schedule of that length"""
+    parameters; one with steps of its own has a schedule of that length. short=@mamba,steps=500 is a branch of the model
+    called mamba, which must have --schedule wsd: its runs, cooled down within 500 steps"""
     seeds: int = 2
     """runs of each model; seed k draws other weights and another order of the data, alike for all models"""
     jobs: int = 1

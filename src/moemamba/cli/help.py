@@ -1,14 +1,12 @@
 """What `moemamba COMMAND --help` prints, from the dataclass of the command: first what most people set."""
 
-import ast
 import dataclasses
 import inspect
 import shutil
-import sys
 import textwrap
 from collections.abc import Sequence
-from functools import cache
 
+from ..marks import texts
 from .options import Option, options
 
 FEW = 24  # options that one page shows at once
@@ -63,9 +61,9 @@ def _grouped(kind: type, known: Sequence[Option]) -> list[tuple[str, list[Option
 
 
 def _entry(option: Option) -> str:
-    about = _documentation(option.owner).get(option.path[-1], "").replace("``", '"')
+    about = texts(option.owner).get(option.path[-1], "").replace("``", '"')
     value = option.default
-    if not option.flag and value not in (None, "", ()) and value is not dataclasses.MISSING:
+    if not option.flag and value not in (None, "", (), {}) and value is not dataclasses.MISSING:
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
         about = f"{about} (default: {shown})"
     name = option.name
@@ -89,24 +87,3 @@ def _wrapped(text: str, head: str) -> str:
         break_long_words=False,
     )
     return "\n".join([*([head] if len(head) >= COLUMN else []), *(lines or [head])])
-
-
-@cache
-def _documentation(owner: type) -> dict[str, str]:
-    """What the string below each field of a class says."""
-    try:
-        tree = ast.parse(inspect.getsource(sys.modules[owner.__module__]))
-    except OSError:  # installed without sources
-        return {}
-    found: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and node.name == owner.__name__:
-            for field, text in zip(node.body, node.body[1:], strict=False):
-                if (
-                    isinstance(field, ast.AnnAssign)
-                    and isinstance(field.target, ast.Name)
-                    and isinstance(text, ast.Expr)
-                    and isinstance(text.value, ast.Constant)
-                ):
-                    found[field.target.id] = " ".join(str(text.value.value).split())
-    return found

@@ -9,6 +9,7 @@ from ..config import ModelConfig, parse_pattern
 from ..counting import count_parameters, flops_per_token, memory, state_bytes
 from ..counting import size as size
 from ..host.files import check_regular, expanded
+from ..integrations.portability import FORMATS, obstacles, remark
 from ..letters import LETTERS
 from ..presets import PRESETS, preset
 from ..reading import read_config, to_dict, validate
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     show(layers(config), ("layer", "letter", "what", "parameters", "active", "times"))
     print()
     show(costs(config, asked.context))
+    print()
+    show(exports(config))
 
 
 def find_config(source: str) -> ModelConfig:
@@ -86,6 +89,7 @@ def _numbers(config: ModelConfig, context: int) -> dict[str, Any]:
             "optimizer": 8 * weights,
             "state": state_bytes(config, context),
         },
+        "exports": {name: {"possible": not reasons, "reasons": reasons} for name, reasons in obstacles(config).items()},
     }
 
 
@@ -113,3 +117,12 @@ def costs(config: ModelConfig, context: int) -> list[tuple[str, ...]]:
         ("optimiser", size(needs.optimizer), "float32, AdamW's two moments, while training"),
         ("state", size(state_bytes(config, context)), f"of one sequence after {context:,} tokens"),
     ]
+
+
+def exports(config: ModelConfig) -> list[tuple[str, ...]]:
+    """One row a format that `moemamba export` knows: whether a model can go there, and if not, why not."""
+    rows: list[tuple[str, ...]] = []
+    for name, reasons in obstacles(config).items():
+        says = f"no: {'; '.join(reasons)}" if reasons else f"yes: {remark(name, config) or FORMATS[name][0]}"
+        rows.append((f"export to {name}", says))
+    return rows

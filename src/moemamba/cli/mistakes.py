@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 
 from ..host.stop import Interrupted
@@ -67,7 +68,17 @@ def sentence(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{_name(error.filename)}: {error.strerror}" if error.filename is not None else str(error.strerror)
-    return visible(text, line=True)
+    return visible(as_options(text), line=True)
+
+
+def as_options(text: str) -> str:
+    """What an exception says to Python, in words of the command line: `resume=True` is --resume there."""
+    text = re.sub(r"\b([a-z_]+)=True\b", lambda found: _option(found[1]), text)
+    return re.sub(r'\b([a-z_]+)=(?:"(\w+)"|(N)\b)', lambda found: f"{_option(found[1])} {found[2] or found[3]}", text)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def first_line(error: BaseException) -> str:

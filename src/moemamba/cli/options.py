@@ -59,7 +59,12 @@ class Option:
     @property
     def several(self) -> bool:
         """Whether it takes more than one value."""
-        return any(typing.get_origin(each) is tuple for each in self.alternatives)
+        return any(typing.get_origin(each) in (tuple, dict) for each in self.alternatives)
+
+    @property
+    def table(self) -> bool:
+        """Whether it takes values with names."""
+        return typing.get_origin(self.hint) is dict
 
     @property
     def alternatives(self) -> tuple[Any, ...]:
@@ -83,11 +88,14 @@ class Option:
             shown = "|".join(map(str, typing.get_args(kind)))
         else:
             shown = "PATH" if "place" in marks else SHOWN.get(kind, "VALUE")
+        shown = f"NAME={shown}" if self.table else shown
         return f" {shown}{' ...' if self.several and not self.repeated else ''}"
 
     @property
     def _item(self) -> Any:
         """The type of a value, of several each."""
+        if self.table:
+            return typing.get_args(self.hint)[1]
         tuples = [each for each in self.alternatives if typing.get_origin(each) is tuple]
         return typing.get_args(tuples[0])[0] if tuples else self.alternatives[0]
 
@@ -96,9 +104,17 @@ class Option:
         optional = type(None) in typing.get_args(self.hint)
         if optional and list(texts) == ["None"]:
             return None
+        if self.table:
+            return dict(self._entry(text) for text in texts)
         values = tuple(_converted(self._item, text, self.name) for text in texts)
         single = not self.several or (len(values) == 1 and len(self.alternatives) > 1)  # `str | tuple[str, ...]`
         return values[0] if single else values
+
+    def _entry(self, text: str) -> tuple[str, Any]:
+        name, equals, value = text.rpartition("=")
+        if not equals:
+            raise ValueError(f"{self.name} has {text!r}; write NAME=VALUE")
+        return name, _converted(self._item, value, self.name)
 
 
 def _plain(hint: Any) -> tuple[Any, tuple[str, ...]]:

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from ..experiments.page import HEADER, STEPS_NOTES, cells, loss_notes, says, verdict
+from ..experiments.page import HEADER, STEPS_NOTES, Grid, Measure, cells, loss_notes, reported_tests, says, verdict
 from ..experiments.results import Comparison
 from .terminal import show
 
@@ -27,8 +27,16 @@ def _print(found: Comparison, out: Path) -> None:
     print()
     show(cells(found.rows), HEADER)
     print(f"\n{loss_notes(found.seeds)} {STEPS_NOTES}\n")
+    for block in reported_tests(found):
+        if isinstance(block, Grid):
+            show(block.rows, block.header)
+            print()
+        else:
+            print(f"{block}\n")
     if found.paper:
-        show([(says(claim), verdict(claim, found.rows)) for claim in found.paper.claims], ("claim", "here"))
+        measure: Measure = "test" if all(row.test.values for row in found.rows) else "loss"
+        where = "on the test text" if measure == "test" else "here"
+        show([(says(claim), verdict(claim, found.rows, measure)) for claim in found.paper.claims], ("claim", where))
         print()
     print(f"report: {out / 'results.md'}, {out / 'report.html'}", flush=True)
 

@@ -10,9 +10,8 @@ from ..host.files import expanded
 from ..host.stop import Interrupted
 from ..host.terminal import say
 from ..marks import option
-from ..reading import read_config
 from ..text import ByteTokenizer, load_tokenizer
-from ..training.config import FIRST, TrainConfig
+from ..training.config import FIRST, TrainConfig, read_run
 from .info import find_config
 from .options import Merged
 from .terminal import parse, stopped
@@ -95,7 +94,7 @@ def newest(place: str) -> Path:
 def begun(run: Path) -> TrainConfig | None:
     """How the run in a directory was begun; None if there is none."""
     file = run / "train.json"
-    return read_config(TrainConfig, file) if file.is_file() else None
+    return read_run(file) if file.is_file() else None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -105,7 +104,9 @@ def main(arguments: Sequence[str]) -> None:
     try:
         train(asked.config, "auto" if asked.auto_resume else asked.resume)
     except Interrupted as interrupted:
-        say(f"\n{interrupted}")
+        place = shlex.quote(asked.config.run)
+        on = f"Go on with: moemamba train --run {place} --resume"
+        say(f"\n{interrupted}".replace("Go on with resume=True", on))
         raise
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of several processes one speaks

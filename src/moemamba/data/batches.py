@@ -1,6 +1,6 @@
 """Tokens on disk to batches that are a pure function of the step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -9,12 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..text import ByteTokenizer, Tokenizer
+from ..text import Tokenizer
 from .config import DataConfig
 
 _BITS = np.uint64(20)  # of a share in `Mixture`
-BEFORE = 16  # tokens that are decoded before a part of a text
-LOST = 0.01  # share of a text that its tokens may lose and still have bits per byte
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,6 @@ class Tokens:
     """bytes that the tokens decode to, for each byte of the text"""
 
 
-class HeldOut(NamedTuple):
-    """A text that a model is evaluated on."""
-
-    name: str
-    share: float
-    """of the evaluation"""
-    tokens: Tokens
-
-
 class Batch(NamedTuple):
     """Rows of text and what follows each token."""
 
@@ -53,6 +42,8 @@ class Batch(NamedTuple):
     """(b, l) int64, the tokens that follow"""
     seq_idx: Tensor | None
     """(b, l) int32 document of each token, counted from the row's first; None if state is not reset"""
+    goes_on: Tensor | None = None
+    """(b,) bool: the row goes on where the same row of the batch before ended; None where no state is carried"""
 
     def to(self, device: torch.device) -> "Batch":
         """On another device; the host does not wait for a GPU."""
@@ -72,7 +63,7 @@ class Batch(NamedTuple):
                 place.copy_(part.pin_memory() if place.is_cuda and not part.is_cuda else part, non_blocking=True)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(change(self.tokens), change(self.targets), None if self.seq_idx is None else change(self.seq_idx))
+        return Batch(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
 
 class Rows(Protocol):
@@ -138,6 +129,50 @@ class Windows:
 
     def read(self, numbers: NDArray[np.uint64]) -> Batch:
         return _batch(self.tokens, self.chosen(numbers) * self.context, self.context, self.reset_state)
+
+
+class Lanes:
+    """Rows that each read on where the same row of the batch before ended, so that its state can be carried over.
+
+    An epoch cuts the windows of `Windows` into as many stretches as a batch has rows, which begin at a place of their
+    own in each epoch, so that what does not fill the stretches differs; which row reads which stretch is a permutation
+    of (seed, epoch). Row n is row n modulo `rows` of batch n / rows.
+
+    Args:
+        rows: of a batch, all its parts and processes together.
+        reset_state: see `Windows`; a row that begins with a document does not go on then.
+    Raises:
+        ValueError: the tokens do not fill one window a row.
+    """
+
+    def __init__(self, tokens: Tokens, context: int, seed: int, rows: int, *, reset_state: bool = False):
+        self.tokens, self.context, self.seed, self.rows, self.reset_state = tokens, context, seed, rows, reset_state
+        require_window("the training data", tokens, context)
+        self.windows = (len(tokens.ids) - 1) // context
+        self.stretch = self.windows // rows
+        if not self.stretch:
+            raise ValueError(
+                f"carry_state needs a window of text for each row, but {self.windows:,} windows of {context:,} tokens "
+                f"are fewer than batch_size = {rows}; give more text, or a smaller batch_size or context"
+            )
+
+    def chosen(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(b,) windows, counted from the beginning of the text."""
+        batches, row = np.divmod(numbers, np.uint64(self.rows))
+        epochs, place = np.divmod(batches, np.uint64(self.stretch))
+        keys = _mix(np.full_like(epochs, self.seed), epochs)
+        lane = permute(row, self.rows, keys)
+        first = _mix(keys, np.full_like(keys, self.rows)) % np.uint64(self.windows)
+        return ((first + lane * np.uint64(self.stretch) + place) % np.uint64(self.windows)).astype(np.int64)
+
+    def read(self, numbers: NDArray[np.uint64]) -> Batch:
+        windows = self.chosen(numbers)
+        batch = _batch(self.tokens, windows * self.context, self.context, self.reset_state)
+        goes_on = (numbers // np.uint64(self.rows) % np.uint64(self.stretch) > 0) & (windows > 0)
+        if self.reset_state:
+            before = self.tokens.ids[np.maximum(windows * self.context - 1, 0)]
+            goes_on &= before != self.tokens.ids[-1]  # every text ends with the token that ends documents
+        return batch._replace(goes_on=torch.from_numpy(goes_on))
 
 
 class SampledDocuments:
@@ -209,9 +244,9 @@ class Mixture:
         corpus, places = self._share(numbers)
         batches = [self.parts[k].read(places[corpus == k]) for k in np.unique(corpus)]
         order = torch.from_numpy(np.argsort(np.argsort(corpus, kind="stable")))
-        tokens, targets, seq_idx = zip(*batches, strict=True)
-        resets = None if seq_idx[0] is None else torch.cat(seq_idx)[order]
-        return Batch(torch.cat(tokens)[order], torch.cat(targets)[order], resets)
+        tokens, targets = (torch.cat([batch[k] for batch in batches])[order] for k in (0, 1))
+        resets = [batch.seq_idx for batch in batches if batch.seq_idx is not None]
+        return Batch(tokens, targets, torch.cat(resets)[order] if resets else None)
 
     def _share(self, numbers: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """(b,) the corpus of each row, and (b,) its number among that corpus's rows."""
@@ -226,67 +261,11 @@ class Mixture:
 
 def make_rows(tokens: Tokens, config: DataConfig) -> Rows:
     """The rows that a run reads of one corpus."""
+    if config.lanes:
+        return Lanes(tokens, config.context, config.seed, config.lanes, reset_state=config.reset_state)
     if config.sampling == "documents":
         return SampledDocuments(tokens, config.context, config.seed)
     return Windows(tokens, config.context, config.seed, reset_state=config.reset_state)
-
-
-def sequential(
-    tokens: Tokens, batch_size: int, context: int, most: int | None = None, reset_state: bool = False
-) -> Iterator[Batch]:
-    """One pass in the text's own order: every window once, the last batch perhaps smaller; see `windows`."""
-    starts, tail = windows(tokens, context, most)
-    for first in range(0, len(starts), batch_size):
-        yield _batch(tokens, starts[first : first + batch_size], context, reset_state)
-    if tail:
-        yield _batch(tokens, np.array([len(tokens.ids) - 1 - tail]), tail, reset_state)
-
-
-def windows(tokens: Tokens, context: int, most: int | None = None) -> tuple[NDArray[np.int64], int]:
-    """Where the windows of one pass begin, and the length of a shorter one after them, to the end of the text.
-
-    The tokens that follow those of the windows are predicted: all of the text but its first.
-
-    Args:
-        most: read about that many tokens only, at least one window; the windows are spread evenly over the text, since
-            its beginning need not be like the rest.
-    Raises:
-        ValueError: the tokens do not fill one window.
-    """
-    require_window("the validation data", tokens, context)
-    full, tail = divmod(len(tokens.ids) - 1, context)
-    if most is None or most >= len(tokens.ids) - 1:
-        return np.arange(full) * context, tail
-    count = min(full, max(1, most // context))
-    return np.arange(count) * full // count * context, 0
-
-
-def predicted_bytes(tokens: Tokens, context: int, most: int | None = None) -> float:
-    """The bytes of the text of the tokens that `sequential` predicts.
-
-    Those of a part are what its tokens decode to, with some tokens before them, since a character can have several.
-    """
-    starts, tail = windows(tokens, context, most)
-    if len(starts) * context + tail == len(tokens.ids) - 1:
-        return tokens.bytes - _spelled(tokens, np.array([-1]), 1)
-    return _spelled(tokens, starts, context)
-
-
-def _spelled(tokens: Tokens, starts: NDArray[np.int64], size: int) -> float:
-    """Bytes of the `size` tokens that follow each of the places."""
-    if tokens.tokenizer is None:
-        return tokens.bytes * len(starts) * size / len(tokens.ids)
-    ids = tokens.ids
-    if isinstance(tokens.tokenizer, ByteTokenizer):
-        return float(sum((ids[start + 1 : start + 1 + size] < 256).sum() for start in starts))
-    begins = [max(0, start + 1 - BEFORE) for start in starts]
-    texts = tokens.tokenizer.decode_batch([ids[b : s + 1 + size] for b, s in zip(begins, starts, strict=True)])
-    known = tokens.tokenizer.decode_batch([ids[b : s + 1] for b, s in zip(begins, starts, strict=True)])
-    return (_size(texts) - _size(known)) / tokens.spelled
-
-
-def _size(texts: list[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
 
 
 def require_window(what: str, tokens: Tokens, context: int, more: str = "") -> None:

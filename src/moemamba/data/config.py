@@ -10,6 +10,8 @@ from ..host.files import expanded
 
 HUB = "hf:"  # how the name of a dataset of the Hugging Face hub begins
 
+NO_TEST = "none"  # where a text to test on is named
+
 Sampling = Literal["windows", "documents"]
 
 
@@ -32,6 +34,9 @@ class DataConfig:
     """tokens in a row"""
     cache: str = "tokens"
     """folder of prepared texts where the package's own cache cannot be written"""
+    test: str | None = NO_TEST
+    lanes: int | None = None
+    """rows of a batch that read on from batch to batch; None where rows have nothing to do with each other"""
 
     def __post_init__(self) -> None:
         if self.sampling == "documents" and self.reset_state:
@@ -39,8 +44,14 @@ class DataConfig:
                 'reset_state goes with sampling = "windows" alone: the paper\'s sampling carries state from one '
                 "document to the next; leave one of them out"
             )
+        if self.lanes and (self.sampling == "documents" or len(weighted(self.data)) > 1):
+            what = 'sampling = "documents" draws' if self.sampling == "documents" else "several texts are mixed from"
+            raise ValueError(
+                f"carry_state needs rows that read on in one text, but {what} rows that do not; leave it out"
+            )
         weighted(self.data)
-        for name, value, what in (("validation", self.validation, "text"), ("tokenizer", self.tokenizer, "tokenizer")):
+        texts = (("validation", self.validation, "text"), ("test", self.test, "text"))
+        for name, value, what in (*texts, ("tokenizer", self.tokenizer, "tokenizer")):
             if value is not None and not value.strip():  # an unset variable of a shell, seldom what is meant
                 raise ValueError(f"{name} is {value!r}, which names no {what}; name one, or leave it out")
 

@@ -4,17 +4,19 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..host.progress import Report
 from ..text import Tokenizer, load_tokenizer, train_bpe
-from .batches import LOST, HeldOut, Mixture, Rows, Tokens, make_rows, require_window
-from .config import DataConfig, weighted
+from .batches import Mixture, Rows, Tokens, make_rows, require_window
+from .config import NO_TEST, DataConfig, weighted
 from .documents import Documents, is_held_out
 from .preparation import HELD_OUT, Show, cache_directory, prepare
 from .prepared import Corpus, digest, is_prepared
+from .windows import LOST, HeldOut, splits
 
+HALF = "; every second window is kept for the test at the end"
 BPE_TEXT = 1 << 26  # characters that a tokenizer is trained on at most
 
 
@@ -26,6 +28,9 @@ class Corpora:
     shares: tuple[float, ...]
     """of the rows of every batch; their sum is 1"""
     validation: tuple[HeldOut, ...]
+    """what a run is evaluated on while it trains"""
+    test: tuple[HeldOut, ...] = ()
+    """what a finished run is tested on, none of it among `validation`; empty for no test"""
 
     @property
     def content(self) -> str:
@@ -51,7 +56,10 @@ class Corpora:
             times = tokens * share / len(part.train.ids)
             report.note(f"{'data':10}{here}{_describe(part.name, part.train)}, read {times:,.3g} times")
         for held in self.validation:
-            report.note(f"{'held out':10}{_describe(held.name, held.tokens)}")
+            report.note(f"{'held out':10}{_describe(held.name, held.tokens)}{HALF if held.half == 0 else ''}")
+        for text in self.test:
+            if text.half is None:
+                report.note(f"{'test':10}{_describe(text.name, text.tokens)}")
         for part in self.parts:
             for note in remarks(part):
                 report.note(f"{'':10}{note}")
@@ -104,9 +112,24 @@ def open_corpora(config: DataConfig, tokenizer: Tokenizer, report: Report) -> Co
     else:
         held = open_held_out(config, tokenizer, report)
     for text in held:
-        other = ", or held-out text of its own (--validation)" if config.validation is None else ""
+        other = ", or held-out text of its own (validation)" if config.validation is None else ""
         require_window(f"the held-out text of {text.name}", text.tokens, config.context, other)
-    return Corpora(tuple(parts), tuple(shares), held)
+    return Corpora(tuple(parts), tuple(shares), *_apart(held, config, tokenizer, report))
+
+
+def _apart(
+    held: tuple[HeldOut, ...], config: DataConfig, tokenizer: Tokenizer, report: Report
+) -> tuple[tuple[HeldOut, ...], tuple[HeldOut, ...]]:
+    """What is evaluated on in training, and what a finished run is tested on: a text of its own, or every second window
+    of what is held out if there are two or more of each text."""
+    if config.test is None and all(splits(text.tokens, config.context) for text in held):
+        first, second = (tuple(text._replace(half=half) for text in held) for half in (0, 1))
+        return first, second
+    if config.test is None or config.test == NO_TEST:
+        return held, ()
+    text = _whole(config.test, config, tokenizer, report)
+    require_window(f"the test text of {text.name}", text.tokens, config.context)
+    return held, (text,)
 
 
 def open_held_out(config: DataConfig, tokenizer: Tokenizer, report: Report) -> tuple[HeldOut, ...]:
@@ -116,9 +139,14 @@ def open_held_out(config: DataConfig, tokenizer: Tokenizer, report: Report) -> t
         FileNotFoundError, ValueError, OSError: see `prepare`.
     """
     if config.validation is None:
-        return open_corpora(config, tokenizer, report).validation
-    corpus = _open(config.validation, 0.0, config, tokenizer, report)
-    return (HeldOut(corpus.name, 1.0, corpus.validation if len(corpus.validation.ids) else corpus.train),)
+        return open_corpora(replace(config, test=NO_TEST), tokenizer, report).validation
+    return (_whole(config.validation, config, tokenizer, report),)
+
+
+def _whole(source: str, config: DataConfig, tokenizer: Tokenizer, report: Report) -> HeldOut:
+    """A text of its own to evaluate on: of prepared tokens what they held out, if anything."""
+    corpus = _open(source, 0.0, config, tokenizer, report)
+    return HeldOut(corpus.name, 1.0, corpus.validation if len(corpus.validation.ids) else corpus.train)
 
 
 def _open(source: str | None, share: float, config: DataConfig, tokenizer: Tokenizer, report: Report) -> Corpus:
@@ -151,7 +179,9 @@ def remarks(corpus: Corpus) -> list[str]:
     found = list(corpus.notes)
     if corpus.skipped and not found:  # prepared by an older version
         found.append(f"{corpus.skipped:,} files left out, which are not UTF-8 text")
-    if corpus.lost:
+    if corpus.lost == 1:
+        found.append(f"{corpus.name} is no text, so that there are no bits per byte")
+    elif corpus.lost:
         much = "; bits per byte mean nothing and are left out" if corpus.lost > LOST else ""
         found.append(f"the tokens do not spell {corpus.lost:.2%} of the text of {corpus.name}{much}")
     return found

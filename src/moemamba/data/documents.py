@@ -52,6 +52,8 @@ class Documents:
         OSError: a file cannot be read.
     """
 
+    of_ids = False
+
     def __init__(self, source: str | Path | None):
         if source is not None and not str(source).strip():
             raise ValueError('the data is named "", which is nothing; name a file or a folder, "." for the current one')
@@ -107,6 +109,10 @@ class Documents:
             yield from records
             if records.mended:
                 self.mended.append((records.file, records.mended, records.first_mended))
+
+    def ids(self) -> Iterator[Any]:
+        """None: see `tokenfiles` for files of them."""
+        return iter(())
 
     def opened(self) -> Iterator[Records]:
         """Each file that can be read; of a folder the others are left out, and a single one is an error."""

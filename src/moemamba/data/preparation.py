@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,21 @@ FEW = 20  # documents, of which the hash cannot be expected to hold out the shar
 
 Show = Callable[[int, int], None]
 """told the bytes of text read so far, and how many there are, 0 if that is not known"""
+
+
+class Source(Protocol):
+    """Documents to be tokenised: `Documents`, or what Python hands over (`handed`)."""
+
+    name: str
+    text_bytes: int
+    of_ids: bool
+    """its documents are ids already"""
+    skipped: dict[Path, str]
+
+    def fingerprint(self) -> list[Any]: ...
+    def notes(self) -> tuple[str, ...]: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def ids(self) -> Iterator[NDArray[Any]]: ...
 
 
 def prepare(
@@ -63,7 +78,7 @@ def prepare(
 
 
 def write_tokens(
-    folder: Path, documents: Documents, tokenizer: Tokenizer, held_out: float, show: Show = lambda done, total: None
+    folder: Path, documents: Source, tokenizer: Tokenizer, held_out: float, show: Show = lambda done, total: None
 ) -> Corpus:
     """Tokenise into a new folder, which appears when it is complete; memory does not grow with the text.
 
@@ -96,6 +111,7 @@ class _Encoded(NamedTuple):
 
     ids: NDArray[Any]
     text: bytes
+    """that is hashed and counted"""
 
 
 class _Writer:
@@ -158,7 +174,7 @@ class _Measured:
         return self.spelled / self.bytes if self.spelled else 1.0
 
 
-def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, share: float, show: Show) -> None:
+def _write(folder: Path, documents: Source, tokenizer: Tokenizer, share: float, show: Show) -> None:
     bound: float = share * 2**64
     low, high, index = _write_split(folder, documents, tokenizer, bound, show)
     if share and not (index.train.tokens and index.validation.tokens):
@@ -168,7 +184,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, share: floa
 
 
 def _write_split(
-    folder: Path, documents: Documents, tokenizer: Tokenizer, bound: float, show: Show
+    folder: Path, documents: Source, tokenizer: Tokenizer, bound: float, show: Show
 ) -> tuple[int, int, Index]:
     """Write both sides: documents whose hash is below `bound` are held out. The smallest and the largest hash."""
     low, high = 1 << 64, -1
@@ -198,18 +214,23 @@ def _warnings(index: Index, share: float) -> list[str]:
     documents, held = index.train.documents + index.validation.documents, index.validation.documents
     if not held:
         return [
-            "nothing is held out, since all documents are alike, or there is but one; name held-out text (--validation)"
+            "nothing is held out, since all documents are alike, or there is but one; name held-out text (validation)"
         ]
     if documents > FEW and not share / 4 < held / documents < 4 * share:
         return [
             f"{held:,} of {documents:,} documents are held out, since many are alike; better name held-out text "
-            "(--validation)"
+            "(validation)"
         ]
     return []
 
 
-def _encoded(documents: Documents, tokenizer: Tokenizer, measured: _Measured) -> Iterator[_Encoded]:
-    if documents.is_tokens:
+def _encoded(documents: Source, tokenizer: Tokenizer, measured: _Measured) -> Iterator[_Encoded]:
+    if documents.of_ids:
+        for ids in documents.ids():
+            yield _Encoded(ids, ids.astype("<u4").tobytes())
+        measured.bytes = measured.lost = 1  # no text
+        return
+    if isinstance(documents, Documents) and documents.is_tokens:
         for ids, text in documents_of(documents, tokenizer):
             yield _Encoded(ids, text.encode())
         return

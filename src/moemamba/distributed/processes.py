@@ -144,7 +144,7 @@ def join(device: str, minutes: float = 10.0) -> Iterator[Processes]:
         if local >= torch.cuda.device_count():
             raise ValueError(
                 f"process {local} of this machine has no GPU of its own, since there are {torch.cuda.device_count()}; "
-                "start one process for each GPU, or train with --device cpu"
+                'start one process for each GPU, or train with device="cpu"'
             )
         place = torch.device("cuda", local)
         torch.cuda.set_device(place)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers import Router, roles
+from ..layers import BaseRouter, roles, routers
 from ..layers.moe.experts import Experts, LinearExperts
 from ..model import MoEMamba
 from .processes import Processes
@@ -109,14 +109,21 @@ def group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
             processes.device.type, (groups, processes.size // groups), mesh_dim_names=("group", "member")
         )
         across = processes.limit(mesh)["member"].get_group()
-    for module in model.modules():
-        if isinstance(module, Router):
+    for module in routers(model).values():
+        if isinstance(module, BaseRouter):
             module.groups, module.across = max(1, groups // processes.size), across
 
 
 def sharded(model: nn.Module) -> bool:
     """Whether a process holds only parts of some parameters, or copies that FSDP2 keeps alike."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def refresh(model: nn.Module) -> None:
+    """After parameters were changed in place between steps: forget whole ones that were put together before."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def summing(model: MoEMamba, processes: Processes) -> nn.Module:

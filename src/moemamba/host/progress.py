@@ -1,7 +1,10 @@
 """What a long run shows: a bar on a terminal, plain lines elsewhere. Where it cannot be shown the run goes on."""
 
+import logging
+import sys
 import time
-from typing import TextIO, cast
+from collections.abc import Callable
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -11,6 +14,25 @@ from .terminal import display, visible
 QUIET = 10.0  # seconds between plain lines
 
 
+def notebook_line() -> Callable[[str], None] | None:
+    """What shows a text in the place of the one that it showed before, in a notebook's output; None elsewhere."""
+    python = sys.modules.get("IPython")  # a notebook has it already
+    shell = python.get_ipython() if python is not None and hasattr(python, "get_ipython") else None
+    if shell is None or not hasattr(shell, "kernel"):
+        return None
+    from IPython.display import display as show  # type: ignore[import-not-found,unused-ignore]
+
+    shown: list[Any] = []
+
+    def line(text: str) -> None:
+        if shown:
+            shown[0].update({"text/plain": text}, raw=True)
+        else:
+            shown.append(show({"text/plain": text}, raw=True, display_id=True))
+
+    return line
+
+
 class Report:
     """Progress of one run on standard output, or nothing at all.
 
@@ -18,13 +40,22 @@ class Report:
         label: begins every line, for several runs one after another.
         silent: show nothing.
         plain: show lines on a terminal too, where several runs share it.
+        to: a logger that gets every line, in place of standard output.
+
+    In a notebook, how far a task is stands in one line that changes.
     """
 
-    def __init__(self, label: str = "", silent: bool = False, plain: bool = False):
-        self.label, self._plain = visible(label, line=True), plain
+    def __init__(self, label: str = "", silent: bool = False, plain: bool = False, *, to: logging.Logger | None = None):
+        self.label, self._plain, self._to = visible(label, line=True), plain, to
+        self._line = None if silent or plain or to else notebook_line()
         self._output = display()
         self._console = Console(
-            file=cast(TextIO, self._output), quiet=silent, highlight=False, soft_wrap=True, emoji=False
+            file=cast(TextIO, self._output),
+            quiet=silent,
+            highlight=False,
+            soft_wrap=True,
+            emoji=False,
+            force_jupyter=False,  # where each line would be a display of its own
         )
         self._told = False
         self._bar: Progress | None = None
@@ -44,11 +75,16 @@ class Report:
 
     def _print(self, text: str, style: str | None = None) -> None:
         text = visible(text, line=True)
-        self._console.print(f"{self.label}: {text}" if self.label else text, markup=False, style=style)
+        text = f"{self.label}: {text}" if self.label else text
+        if self._to is not None:
+            if not self._console.quiet:
+                self._to.log(logging.WARNING if style else logging.INFO, text)
+            return
+        self._console.print(text, markup=False, style=style)
 
     def lost(self) -> str | None:
         """Why nothing is shown any more, said once: standard output cannot be written. None if all is well."""
-        why = None if self._console.quiet else self._output.lost
+        why = None if self._console.quiet or self._to is not None else self._output.lost
         if why is None or self._told:
             return None
         self._told = True
@@ -60,7 +96,7 @@ class Report:
         self._first, self._total = done, total
         self._since = None
         self._last = time.monotonic()
-        if self._console.is_terminal and not self._plain:
+        if self._console.is_terminal and not self._plain and self._to is None and self._line is None:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -79,6 +115,9 @@ class Report:
             self._since = done, now  # what came before was compiling too, of which nothing is left
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, text=visible(text, line=True))
+        elif self._line is not None:
+            share = f"{done / self._total:.0%}  " if self._total else ""
+            self._line(f"{share}{visible(text, line=True)}{self._left(done, now)}")
         elif now - self._last >= QUIET and done > self._first:
             self._last = now
             self.note(f"{text}{self._left(done, now)}")

@@ -1,7 +1,7 @@
 """One engine for all decoding: requests come and go, and each step makes a token of every one that is live."""
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
@@ -10,76 +10,27 @@ from torch import Tensor
 
 from ..layers import LAYERS
 from ..model import MoEMamba
-from ..state import State
-from .choosing import Chooser
-from .config import Sampling
-from .evaluation import expect_numbers, in_evaluation
+from .cache import Snapshot, StateCache
+from .choosing import Chooser, Tilt
+from .evaluation import NOT_FINITE, in_evaluation
 from .graph import Stepper, capturable, fingerprint
-from .prefill import alike, joined, read
+from .prefill import Reader, score, scores
+from .request import Event, Request, Run, Score
 from .scheduler import Part, Scheduler
 from .slots import Slots
-from .stopping import Ending, Stops
 
 CHECK = 32  # steps after which the last is looked at on a GPU: what is not finite stays so, in the state
 PIECE = 2048  # positions of one prompt in a step, which bounds the memory of long prompts
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt to continue.
-
-    Attributes:
-        prompt: token ids, one at least.
-        max_new_tokens: most tokens to add, one at least.
-        seed: seed and number of the sample, which make its draws repeatable; None draws from torch's generator.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    stops: Stops = field(default_factory=Stops)
-    seed: tuple[int, int] | None = None
-
-
-class Event(NamedTuple):
-    """What a step made of a request."""
-
-    request: int
-    token: int | None
-    """the new token; None for one that completes a stop"""
-    kept: int | None = None
-    """once the request has ended, how many of its tokens come before what ended it"""
-
-
-class _Run:
-    """A request on its way."""
-
-    def __init__(self, number: int, request: Request):
-        self.number, self.request, self.ending = number, request, Ending(request.stops)
-        self.sampling, self.seed = request.sampling, request.seed
-        self.state: State | None = None  # of what has been read of its prompt
-        self.launched = 0  # tokens that were asked for
-        self.count = 0  # tokens that are known
-        self.seated, self.ended = True, False  # whether it still has a slot, or waits for one
-
-    @property
-    def position(self) -> int:
-        """In its sequence, of the token that is chosen next."""
-        return len(self.request.prompt) + self.launched
-
-    @property
-    def left(self) -> int:
-        """Tokens that may still be asked for."""
-        return self.request.max_new_tokens - self.launched
-
-
 class _Outlook:
     """What a step asks of the live requests, counted on while they stay the same: there may be hundreds."""
 
-    def __init__(self, live: Sequence[_Run]):
+    def __init__(self, live: Sequence[Run]):
         self.runs = tuple(live)
         self.most, self.least = max(run.left for run in live), min(run.left for run in live)
-        self.greedy = all(run.sampling.temperature == 0 for run in live)
+        self.greedy = all(run.plain for run in live)
+        self.scored = _scored(live)
 
     def launch(self) -> None:
         """Each gets a token more."""
@@ -89,10 +40,14 @@ class _Outlook:
 class _Flight(NamedTuple):
     """Tokens that a GPU may still be computing."""
 
-    runs: tuple[_Run, ...]
+    runs: tuple[Run, ...]
     tokens: Tensor
     largest: Tensor | None
     """(b,) of each row's output, where it is to be checked"""
+    scored: list[int]
+    """rows whose tokens are scored"""
+    scores: tuple[Tensor, ...]
+    """of those, as `score` returns them"""
     ready: "torch.cuda.Event | None"
 
 
@@ -107,14 +62,28 @@ class Engine:
             `renew` has to be told.
         slots: requests that are decoded at once; others wait.
         chunk: prompt positions in a step, which bounds the time between two tokens of the others; no bound if None.
+        alone: the same while nobody else decodes; as `chunk` if None.
+        cache: keeps what prompts and answers leave, for others that begin alike.
+
+    Attributes:
+        generated: new tokens so far, of all requests.
     """
 
-    def __init__(self, model: MoEMamba, slots: int = 16, chunk: int | None = None):
-        self._scheduler = Scheduler(slots, chunk or slots * PIECE, PIECE)
+    def __init__(
+        self,
+        model: MoEMamba,
+        slots: int = 16,
+        chunk: int | None = None,
+        *,
+        alone: int | None = None,
+        cache: StateCache | None = None,
+    ):
+        self._scheduler = Scheduler(slots, chunk or slots * PIECE, PIECE, alone)
         self._numbers = count()
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, Run] = {}
         self._model: MoEMamba | None = None
         self._made: tuple[object, ...] | None = None
+        self.cache, self.generated = cache, 0
         self.renew(model)
 
     @property
@@ -126,6 +95,26 @@ class Engine:
     def slots(self) -> int:
         """Requests that are decoded at once."""
         return self._scheduler.slots
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return self._scheduler.waiting
+
+    @property
+    def live(self) -> int:
+        """Rows that are being decoded."""
+        return self._rows.live
+
+    @property
+    def free(self) -> int:
+        """Slots that no request has."""
+        return self._scheduler.free
+
+    @property
+    def load(self) -> list[Tensor]:
+        """Of each router (e,) choices of prompts that fell on each expert; empty before the first prompt."""
+        return self._reader.load
 
     @property
     def captures(self) -> bool:
@@ -151,7 +140,12 @@ class Engine:
             self._rows = Slots(kinds, self.slots, self._device)
             self._stepper = Stepper(self._rows, captures, padded=captures)
             self._ahead = captures
-        self._live: list[_Run] = []  # row by row
+        if self.cache is not None:
+            self.cache.clear()  # the weights may be others
+        self._reader = Reader(view, self._scheduler, self._rows.kinds, self.cache)
+        self._events: list[Event] = []  # of requests that only read
+        self._latest: tuple[tuple[Run, ...], Tensor] | None = None  # of the last step, and what the head saw
+        self._live: list[Run] = []  # row by row
         self._outlook: _Outlook | None = None  # of the live rows as they are
         self._chooser: Chooser | None = None  # likewise
         self._flights: list[_Flight] = []
@@ -160,20 +154,30 @@ class Engine:
     def rest(self) -> None:
         """Forget the model, so that it can be freed; `renew` goes on."""
         self._model = None
+        del self._reader
+
+    def bind(self) -> None:
+        """Make the calling thread one that may use the engine: what it launches goes to the model's GPU."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def submit(self, request: Request) -> int:
         """Queue a request; events carry the number that is returned.
 
         Raises:
-            ValueError: an empty prompt, or no token wanted.
+            ValueError: an empty prompt, or a number of tokens that cannot be.
         """
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {request.max_new_tokens}; a request needs 1 or more")
+        if request.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {request.max_new_tokens}; it must be 0 or more")
+        if not len(request.prompt) and request.start is None:
+            raise ValueError("a request has a prompt of 0 tokens; it needs one at least")
         number = next(self._numbers)
+        run = self._runs[number] = Run(number, request)
+        assert self._model is not None
+        run.tilt = Tilt.of(request.sampling, request.bias, self._model.config.vocab_size, self._device)
         self._scheduler.add(number, len(request.prompt))
-        self._runs[number] = _Run(number, request)
         if self._ahead:
-            self._rows.reserve(len(request.prompt) + request.max_new_tokens)  # graphs stay as they are
+            self._rows.reserve(run.position + request.max_new_tokens)  # graphs stay as they are
         return number
 
     @torch.inference_mode()
@@ -188,17 +192,21 @@ class Engine:
     def step(self) -> list[Event]:
         """A token of every live request, and a chunk of the prompts that are to be read.
 
-        Raises:
-            FloatingPointError: the model's output is not finite. All requests are aborted then, as by any other error.
+        A request for which the model's output is not finite fails by itself. After any other error all are aborted.
         """
         try:
             return self._step()
         except BaseException:
+            self._latest = None
             self.abort(*self._runs)
             raise
 
     def _step(self) -> list[Event]:
         earlier, self._flights = self._flights, []
+        events = []
+        if earlier and any(run.constraint for run in self._live):  # what may come next depends on what came
+            events, earlier = self._landed(earlier), []
+        self._reader.admit(self._runs)
         parts = self._scheduler.plan()
         if self._live:
             self._decode()
@@ -206,8 +214,9 @@ class Engine:
             self._read(parts)
         if not self._ahead:
             earlier, self._flights = self._flights, []
-        events = [event for flight in earlier for event in self._land(flight)]
-        self._release([run for flight in earlier for run in flight.runs if run.ended])
+        events += self._landed(earlier)
+        if self._events:
+            events, self._events = events + self._events, []
         return events
 
     def _decode(self) -> None:
@@ -222,91 +231,154 @@ class Engine:
             if self._chooser is None:
                 self._chooser = Chooser(runs, left, self._model.config.vocab_size, self._device)
             self._rows.tokens[: len(runs)] = self._chooser(logits)
+        if self.cache is not None:
+            self._latest = runs, hidden
         self._steps += 1
         looks = not self._ahead or self._steps % CHECK == 0 or self._outlook.least == 1
         output = logits if not self._ahead and logits is not None else hidden
         self._outlook.launch()
-        self._launch(runs, self._rows.tokens[: len(runs)], output if looks else None)
+        self._launch(runs, self._rows.tokens[: len(runs)], output if looks else None, logits, self._outlook.scored)
 
     def _read(self, parts: list[Part]) -> None:
         """Read parts of prompts, and launch the first token of those that end."""
         assert self._model is not None
-        ended: list[_Run] = []
-        outputs, states = [], []
-        for group in alike(parts):
-            runs = [self._runs[part.request] for part in group]
-            rows = [run.request.prompt[part.first : part.last] for run, part in zip(runs, group, strict=True)]
-            before = [run.state for run in runs if run.state is not None]
-            hidden, state = read(self._model, rows, joined(self._rows.kinds, before) if before else None)
-            for place, (run, part) in enumerate(zip(runs, group, strict=True)):
-                run.state = None if part.ends else state.select(slice(place, place + 1))
-            last = [place for place, part in enumerate(group) if part.ends]
-            ended += [runs[place] for place in last]
-            every = len(last) == len(group)
-            outputs.append(hidden if every else hidden[last])
-            states.append(state if every else state.select(last))
-        if not ended:
+        ready = []
+        for each in self._reader.read(parts, self._runs):
+            self._close([run for run in each.runs if not run.request.max_new_tokens], each.hidden, each.runs)
+            ready.append(each.select([row for row, run in enumerate(each.runs) if run.request.max_new_tokens]))
+        ready = [each for each in ready if each.runs]
+        if not ready:
             return
-        logits = self._model.head(torch.cat(outputs))
+        ended = [run for each in ready for run in each.runs]
+        logits = self._model.head(torch.cat([each.hidden for each in ready]))
         tokens = Chooser(ended, 1, self._model.config.vocab_size, self._device)(logits)
-        for state, own in zip(states, tokens.split([len(each) for each in outputs]), strict=True):
-            if len(own):
-                self._rows.put(state, own)
+        for each, own in zip(ready, tokens.split([len(each.runs) for each in ready]), strict=True):
+            self._rows.put(each.state, own)
         self._live += ended
         self._outlook = self._chooser = None
-        self._launch(tuple(ended), tokens, logits)
+        self._launch(tuple(ended), tokens, logits, logits, _scored(ended))
 
-    def _launch(self, runs: tuple[_Run, ...], tokens: Tensor, output: Tensor | None) -> None:
+    def _close(self, only: list[Run], hidden: Tensor, runs: list[Run]) -> None:
+        """End requests that only read."""
+        for run in only:
+            run.ended = True
+            if not bool(hidden[runs.index(run)].isfinite().all()):
+                run.failure, run.reading = NOT_FINITE.format(0), None
+            self._events.append(Event(run.number, None, 0, reading=run.reading, failure=run.failure))
+            del self._runs[run.number]
+        self._release(only)
+
+    def _launch(
+        self,
+        runs: tuple[Run, ...],
+        tokens: Tensor,
+        output: Tensor | None,
+        logits: Tensor | None,
+        scored: list[int],
+    ) -> None:
         """Send for tokens that are computed, and let go who has all that it wanted."""
         for run in runs:
             run.launched += 1
+        found: tuple[Tensor, ...] = ()
+        if scored and logits is not None:
+            most = max(runs[row].request.logprobs or 0 for row in scored)
+            found = score(logits[scored], tokens[scored], most)
         largest = None if output is None else output.amax(-1)
         ready = None
         if self._device.type == "cuda":
-            tokens = _fetched(tokens)
+            tokens, found = _fetched(tokens), tuple(map(_fetched, found))
             largest = None if largest is None else _fetched(largest)
             ready = torch.cuda.Event()
             ready.record()
         else:
             tokens = tokens.clone()  # the next step overwrites them
-        self._flights.append(_Flight(runs, tokens, largest, ready))
+        self._flights.append(_Flight(runs, tokens, largest, scored, found, ready))
         self._release([run for run in runs if run.launched == run.request.max_new_tokens])
 
-    def _land(self, flight: _Flight) -> list[Event]:
-        """The events of tokens that have been launched."""
-        if flight.ready is not None:
-            flight.ready.synchronize()
-        if flight.largest is not None:
-            expect_numbers(flight.largest, max(run.count for run in flight.runs))
-        events = []
-        for run, token in zip(flight.runs, flight.tokens.tolist(), strict=True):
-            if run.ended:
-                continue  # launched before its end was known
-            run.count = count = run.count + 1
-            run.ended = stopped = run.ending.push(token)
-            kept = None
-            if not stopped and count == run.request.max_new_tokens:
-                run.ending.finish()
-                run.ended = True
-            if run.ended:
-                kept = count if run.ending.kept is None else run.ending.kept
-                del self._runs[run.number]
-            events.append(Event(run.number, None if stopped else token, kept))
+    def _landed(self, flights: list[_Flight]) -> list[Event]:
+        """The events of tokens that have been launched; who has ended leaves."""
+        events = [event for flight in flights for event in self._land(flight)]
+        self._release([run for flight in flights for run in flight.runs if run.ended])
         return events
 
-    def _release(self, runs: Iterable[_Run]) -> None:
+    def _land(self, flight: _Flight) -> list[Event]:
+        if flight.ready is not None:
+            flight.ready.synchronize()
+        if flight.largest is not None and not math.isfinite(flight.largest.sum().item()):
+            for run, finite in zip(flight.runs, flight.largest.isfinite().tolist(), strict=True):
+                run.failure = None if finite else NOT_FINITE.format(len(run.produced))
+        known = dict(zip(flight.scored, scores(*flight.scores), strict=True)) if flight.scored else {}
+        events = []
+        for row, (run, token) in enumerate(zip(flight.runs, flight.tokens.tolist(), strict=True)):
+            if run.ended:
+                continue  # launched before its end was known
+            produced = run.produced
+            if 0 < len(produced) < run.bare and run.failure is None:
+                produced.append(token)  # most are so, and there may be hundreds
+                events.append(Event(run.number, token))
+            else:
+                events.append(self._event(run, token, known.get(row)))
+        self.generated += len(events)
+        return events
+
+    def _event(self, run: Run, token: int, found: Score | None) -> Event:
+        """A request's next token is known."""
+        if found is not None:
+            found = found._replace(top=found.top[: run.request.logprobs])
+        if run.failure is not None:
+            run.ended = True
+            del self._runs[run.number]
+            return Event(run.number, None, len(run.produced), failure=run.failure)
+        if run.constraint is not None:
+            run.constraint.push(token)
+        run.produced.append(token)
+        count = len(run.produced)
+        run.ended = stopped = run.ending.push(token)
+        kept = None
+        if not stopped and count == run.request.max_new_tokens:
+            run.ending.finish()
+            run.ended = True
+        if run.ended:
+            kept = count if run.ending.kept is None else run.ending.kept
+            del self._runs[run.number]
+        reading, run.reading = run.reading, None
+        if stopped:
+            return Event(run.number, None, kept, found, reading, ended_by=token)
+        return Event(run.number, token, kept, found, reading)
+
+    def _release(self, runs: Iterable[Run]) -> None:
         """Free the slots of requests that need them no longer."""
         leaving = [run for run in runs if run.seated]
         if not leaving:
             return
         for run in leaving:
+            if self._latest is not None:
+                self._remember(run, *self._latest)
             run.seated = False
             self._scheduler.finish(run.number)
+            self._reader.leave(run)
         rows = [row for row, run in enumerate(self._live) if not run.seated]
         for new, old in self._rows.drop(rows):
             self._live[new] = self._live[old]
         del self._live[self._rows.live :]
         self._outlook = self._chooser = None
+
+    def _remember(self, run: Run, runs: tuple[Run, ...], hidden: Tensor) -> None:
+        """Keep what an answer leaves, for prompts that go on from it; where nothing runs ahead it is still there."""
+        assert self.cache is not None
+        if self._ahead or run.failure is not None or run not in runs or run not in self._live:
+            return
+        length = len(run.request.prompt) + run.launched - 1  # what its row has read
+        tokens = [*run.key[1], *run.produced][:length]
+        seen = hidden[runs.index(run)].clone()
+        if bool(seen.isfinite().all()):
+            state = self._rows.take(self._live.index(run))
+            self.cache.put(run.key[0], tokens, Snapshot(state, seen, *run.before(length)))
+
+
+def _scored(runs: Sequence[Run]) -> list[int]:
+    """Rows whose tokens are scored."""
+    return [row for row, run in enumerate(runs) if run.request.logprobs is not None]
 
 
 def _fetched(tensor: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """A model as it computes in evaluation mode, whatever mode it is in: flags on a shared module are not touched."""
 
-import math
 from types import MethodType
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..model import MoEMamba
+
+NOT_FINITE = (
+    "the model's output is not finite (infinity, or not a number) after {} new tokens: its weights are damaged, or its "
+    "training diverged; take another checkpoint"
+)
 
 
 def in_evaluation(model: MoEMamba) -> MoEMamba:
@@ -33,12 +37,3 @@ def _view(module: nn.Module, views: dict[int, nn.Module]) -> nn.Module:
         own["forward"] = MethodType(forward.__func__, view)
     own["_modules"] = {name: child and _view(child, views) for name, child in module._modules.items()}
     return view
-
-
-def expect_numbers(largest: Tensor, count: int) -> None:
-    """Raises FloatingPointError if the largest (b,) of each row of an output are not finite, after `count` tokens."""
-    if not math.isfinite(largest.sum().item()):
-        raise FloatingPointError(
-            f"the model's output is not finite (infinity, or not a number) after {count} new tokens: its weights are "
-            "damaged, or its training diverged; take another checkpoint"
-        )

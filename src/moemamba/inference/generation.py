@@ -5,15 +5,16 @@ from collections import deque
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from operator import index
-from typing import Any, overload
+from typing import Any, Unpack, overload
 from weakref import ref
 
 from torch import Tensor
 
 from ..model import MoEMamba
 from ..text import Tokenizer
-from .config import Sampling
-from .engine import Engine, Event, Request
+from .config import Sampling, SamplingOptions
+from .engine import Engine
+from .request import Event, Request
 from .stopping import Stop, Stops, read_stops
 
 Given = Stop | Collection[Stop]
@@ -29,7 +30,7 @@ def generate(
     stop: Given = ...,
     seed: Seed = ...,
     tokenizer: Tokenizer | None = ...,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> list[int]: ...
 
 
@@ -42,7 +43,7 @@ def generate(
     stop: Given = ...,
     seed: Seed = ...,
     tokenizer: Tokenizer | None = ...,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> list[list[int]]: ...
 
 
@@ -54,7 +55,7 @@ def generate(
     stop: Given = (),
     seed: Seed = None,
     tokenizer: Tokenizer | None = None,
-    **sampling: Any,
+    **sampling: Unpack[SamplingOptions],
 ) -> Any:
     """Continue one prompt or a batch of prompts of any lengths. The model's mode, training or not, makes no difference.
 
@@ -76,6 +77,9 @@ def generate(
             of range.
         FloatingPointError: the model's output is not finite.
     """
+    for name in sampling.keys() - SamplingOptions.__annotations__.keys():
+        options = ", ".join(SamplingOptions.__annotations__)
+        raise TypeError(f"generate() has no option {name}; for sampling there are {options}")
     rows = _plain(prompts)
     if isinstance(rows, str | bytes | dict) or not hasattr(rows, "__iter__"):
         raise ValueError(f"prompts is {str(rows)[:40]!r}; expected token ids, which a tokenizer's encode makes of text")
@@ -85,7 +89,7 @@ def generate(
     stops = read_stops(stop, model.config.vocab_size, tokenizer)
     results = [list[int]() for _ in batch]
     for events in _events(model, batch, max_new_tokens, Sampling(**sampling), stops, seed):
-        for row, token, kept in events:
+        for row, token, kept, *_ in events:
             if token is not None:
                 results[row].append(token)
             if kept is not None:
@@ -117,7 +121,7 @@ def stream(
     ended = set[int]()
     with closing(_events(model, prompts, max_new_tokens, sampling, stops, seed)) as steps:
         for events in steps:
-            for row, token, kept in events:
+            for row, token, kept, *_ in events:
                 if token is not None:
                     queues[row].append(token)
                 if kept is not None:
@@ -184,7 +188,10 @@ def _events(
         rows = {engine.submit(request): row for row, request in enumerate(requests)}
         try:
             while engine.busy:
-                yield [Event(rows[request], token, kept) for request, token, kept in engine.step()]
+                events = engine.step()
+                if failed := next((event.failure for event in events if event.failure), None):
+                    raise FloatingPointError(failed)
+                yield [event._replace(request=rows[event.request]) for event in events]
         finally:
             engine.abort(*rows)
 

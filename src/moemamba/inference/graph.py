@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..layers import LAYERS
 from ..layers.head import Head
+from ..layers.moe.experts import Experts
 from ..layers.plain import plain, why_not_plain
 from ..layers.residual import Residual
 from ..model import MoEMamba
@@ -97,7 +98,7 @@ class Stepper:
         slots.places[:rows] += 1
         if not greedy:
             return hidden, model.head(hidden)
-        same = plain(model.head, Head) and model.head.weight.dtype == hidden.dtype
+        same = plain(model.head, Head) and model.head.bias is None and model.head.weight.dtype == hidden.dtype
         fast = self.padded and same and not torch.is_autocast_enabled(hidden.device.type)
         tokens.copy_(ops.linear_argmax(hidden, model.head.weight) if fast else model.head(hidden).argmax(-1))
         return hidden, None
@@ -133,7 +134,8 @@ def capturable(model: MoEMamba) -> bool:
     those of other processes do."""
     weight = model.embedding.weight
     apart = any(getattr(module, "group", None) is not None for module in model.modules())
-    return weight.is_cuda and not apart and ops.choose("expert_feedforward", weight) != "reference"
+    waiting = apart or any(module.waits() for module in model.modules() if isinstance(module, Experts))
+    return weight.is_cuda and not waiting and ops.choose("expert_feedforward", weight) != "reference"
 
 
 def fingerprint(model: MoEMamba) -> tuple[object, ...]:

@@ -1,12 +1,13 @@
 """Which requests a step of the engine works on. No torch and no clock here: what is planned depends on calls alone."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """Positions first .. last - 1 of a request's prompt."""
+    """Positions first .. last - 1 of a request's prompt; none of one that is known to its end."""
 
     request: int
     first: int
@@ -22,6 +23,13 @@ class _Reading:
     request: int
     length: int
     done: int = 0
+    cuts: Sequence[int] = ()
+    """positions, in order, that a part must not cross"""
+
+    def left(self, most: int) -> int:
+        """Positions that a part may have: up to `most`, the next cut, or the end."""
+        following = next((cut for cut in self.cuts if cut > self.done), self.length)
+        return min(most, following - self.done, self.length - self.done)
 
 
 class Scheduler:
@@ -34,26 +42,34 @@ class Scheduler:
         slots: requests that are read or decoded at once.
         chunk: prompt positions in a step, which bounds the time between two tokens of the others.
         piece: positions of one prompt in a step, which bounds the memory of a long one.
+        alone: the chunk while nothing decodes; as `chunk` if None.
     """
 
-    def __init__(self, slots: int, chunk: int, piece: int):
-        for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece)):
+    def __init__(self, slots: int, chunk: int, piece: int, alone: int | None = None):
+        alone = chunk if alone is None else alone
+        for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece), ("alone", alone)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        self.slots, self.chunk, self.piece = slots, chunk, piece
+        self.slots, self.chunk, self.piece, self.alone = slots, chunk, piece, alone
         self._waiting: deque[_Reading] = deque()
         self._reading: deque[_Reading] = deque()
+        self._held: dict[int, _Reading] = {}  # with a slot, until somebody else has read the same prompt
         self._live: dict[int, None] = {}  # in the order in which they began to decode
 
     @property
     def busy(self) -> bool:
         """Whether a request has not finished."""
-        return bool(self._waiting or self._reading or self._live)
+        return bool(self._waiting or self._reading or self._held or self._live)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._waiting)
 
     @property
     def free(self) -> int:
         """Slots that no request has."""
-        return self.slots - len(self._reading) - len(self._live)
+        return self.slots - len(self._reading) - len(self._held) - len(self._live)
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -62,14 +78,43 @@ class Scheduler:
 
     def add(self, request: int, length: int) -> None:
         """Queue a request by its number, which no other has, with a prompt of `length` tokens."""
-        if length < 1:
-            raise ValueError(f"request {request} has a prompt of {length} tokens; it needs one at least")
         self._waiting.append(_Reading(request, length))
+
+    def admit(self) -> list[int]:
+        """Give free slots to who has waited longest. Each may then `begin` where it likes, or be put on `hold`."""
+        admitted = []
+        while self._waiting and self.free:
+            one = self._waiting.popleft()
+            self._reading.append(one)
+            admitted.append(one.request)
+        return admitted
+
+    def begin(self, request: int, done: int, cuts: Sequence[int] = ()) -> None:
+        """Of an admitted prompt so many positions are known; parts of it end at the cuts. One on hold goes on."""
+        one = self._held.pop(request, None)
+        if one is None:
+            one = next(one for one in self._reading if one.request == request)
+        else:
+            self._reading.append(one)
+        one.done, one.cuts = done, cuts
+
+    def hold(self, request: int) -> None:
+        """An admitted request keeps its slot and reads nothing, until it `begin`s or is `ready`."""
+        one = next(one for one in self._reading if one.request == request)
+        self._reading.remove(one)
+        self._held[request] = one
+
+    def ready(self, request: int) -> None:
+        """A request on hold decodes from the next step on: its prompt has been read."""
+        del self._held[request]
+        self._live[request] = None
 
     def finish(self, request: int) -> None:
         """A request has ended or is given up, at whatever stage: its slot is free from the next step on."""
         if request in self._live:
             del self._live[request]
+            return
+        if self._held.pop(request, None) is not None:
             return
         for queue in (self._reading, self._waiting):
             for one in queue:
@@ -80,8 +125,7 @@ class Scheduler:
 
     def plan(self) -> list[Part]:
         """What is read of which prompts in the step that comes; the step decodes what is live before this call."""
-        while self._waiting and self.free:
-            self._reading.append(self._waiting.popleft())
+        self.admit()
         shares = self._shares()
         parts = []
         for one, share in zip(list(self._reading), shares, strict=False):
@@ -96,8 +140,9 @@ class Scheduler:
 
     def _shares(self) -> list[int]:
         """Positions for each of the first prompts of the queue, as equal as their ends allow."""
-        wanted = [min(one.length - one.done, self.piece) for one in self._reading][: self.chunk]
-        shares, left = [0] * len(wanted), self.chunk
+        chunk = self.chunk if self._live else self.alone
+        wanted = [one.left(self.piece) for one in self._reading][:chunk]
+        shares, left = [0] * len(wanted), chunk
         order = sorted(range(len(wanted)), key=wanted.__getitem__)  # who needs less leaves more to the others
         for place, index in enumerate(order):
             shares[index] = min(wanted[index], left // (len(order) - place))

@@ -57,21 +57,25 @@ def _token(value: Any, vocab_size: int) -> int:
 class Ending:
     """Watches the tokens of one row.
 
+    Args:
+        before: last tokens of its prompt, which its text may depend on.
+
     Attributes:
         kept: once the row has ended, how many of its tokens come before what ended it; None until then.
+        never: there is nothing that would end it.
     """
 
-    def __init__(self, stops: Stops):
+    def __init__(self, stops: Stops, before: Sequence[int] = ()):
         self._stops, self._count = stops, 0
         self.kept: int | None = None
         self._recent: list[int] = []
         self._longest = max(map(len, stops.sequences), default=0)
-        self._text = _Text(stops.texts, stops.tokenizer) if stops.tokenizer and stops.texts else None
-        self._never = not (stops.tokens or self._longest or self._text)
+        self._text = _Text(stops.texts, stops.tokenizer, before) if stops.tokenizer and stops.texts else None
+        self.never = not (stops.tokens or self._longest or self._text)
 
     def push(self, token: int) -> bool:
         """Whether the row ends with this token."""
-        if self._never:
+        if self.never:
             return False
         self._count += 1
         if token in self._stops.tokens:
@@ -98,8 +102,8 @@ class Ending:
 class _Text:
     """Looks for texts in what tokens spell."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer):
-        self._decoder, self._until = StreamDecoder(tokenizer), UntilText(texts)
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, before: Sequence[int]):
+        self._decoder, self._until = StreamDecoder(tokenizer, before), UntilText(texts)
         self._starts: list[int] = []  # characters that were known before each token
         self._known = 0
 

@@ -1,7 +1,7 @@
-"""Causal self-attention with rotary positions."""
+"""Causal self-attention."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
@@ -24,42 +24,88 @@ class AttentionState(NamedTuple):
     """The keys and values of the tokens so far; unlike Mamba's state it grows with them."""
 
     keys: Tensor
-    """(b, h, s, d/h), rotated"""
+    """(b, g, s, d/h) of g heads, rotated where positions are"""
     values: Tensor
-    """(b, h, s, d/h)"""
+    """(b, g, s, d/h)"""
     positions: Tensor
     """(b, s) int64 position of each entry in the row's current sequence; -1 for entries that are not of it"""
 
+    def select(self, rows: "Tensor | list[int] | slice") -> "AttentionState":
+        """The state of some rows, in the order given; a row may be taken more than once."""
+        return AttentionState(*(tensor[rows] for tensor in self))
+
+    def fork(self, copies: int) -> "AttentionState":
+        """Each row `copies` times, one after the other."""
+        return AttentionState(*(tensor.repeat_interleave(copies, dim=0) for tensor in self))
+
+    def to(self, device: torch.device | str) -> "AttentionState":
+        """The state on another device."""
+        return AttentionState(*(tensor.to(device) for tensor in self))
+
+    def detach(self) -> "AttentionState":
+        """The state cut off from the graph, for truncated back-propagation."""
+        return AttentionState(*(tensor.detach() for tensor in self))
+
 
 class Attention(Layer):
-    """Multi-head causal self-attention without biases; rotary positions turn the pairs (x_j, x_{j + d/2h}).
+    """Multi-head causal self-attention; rotary positions turn the pairs (x_j, x_{j + d/2h}).
 
     Args:
         d_model: width of input and output, d.
-        n_heads: h; d_model / h must be even.
+        n_heads: h; with rotary positions d_model / h must be even.
         rope_base: base of the rotary frequencies.
+        n_kv_heads: g, heads of keys and values, each shared by h / g of the queries'; h if None.
+        rotary: whether there are positions.
+        qkv_bias, out_bias: whether the projections have biases.
+
+    Parameters: qkv_proj (d + 2 g d/h, d), rows of queries, keys and values; out_proj (d, d).
     """
 
     state_type, state_kind = AttentionState, "attention"
+    __call__: Callable[..., tuple[Tensor, AttentionState]]
 
-    def __init__(self, d_model: int, n_heads: int, rope_base: float = 10_000.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        rope_base: float = 10_000.0,
+        n_kv_heads: int | None = None,
+        rotary: bool = True,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+    ):
         super().__init__()
-        if d_model % (2 * n_heads):
-            raise ValueError(f"n_heads is {n_heads}, but d_model = {d_model} must split into heads of even width")
-        self.n_heads, self.rope_base = n_heads, rope_base
-        self.qkv_proj = Linear(d_model, 3 * d_model, bias=False)
-        self.out_proj = Linear(d_model, d_model, bias=False)
+        if d_model % ((1 + rotary) * n_heads):
+            even = "even" if rotary else "one"
+            raise ValueError(f"n_heads is {n_heads}, but d_model = {d_model} must split into heads of {even} width")
+        self.n_heads, self.rope_base, self.rotary = n_heads, rope_base, rotary
+        self.n_kv_heads = n_kv_heads or n_heads
+        if n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads is {n_kv_heads}, which must divide n_heads = {n_heads}")
+        self.qkv_proj = Linear(d_model, d_model + 2 * (d_model // n_heads) * self.n_kv_heads, bias=qkv_bias)
+        self.out_proj = Linear(d_model, d_model, bias=out_bias)
 
     @classmethod
     def build(cls, config: "ModelConfig") -> Self:
         """The layer of a model."""
-        return cls(config.d_model, config.n_heads, config.attention.rope_base)
+        own = config.attention
+        biases = own.qkv_bias, own.out_bias
+        return cls(config.d_model, config.n_heads, own.rope_base, config.n_kv_heads, own.rotary, *biases)
 
     @classmethod
     def call(
         cls, layer: Any, x: Tensor, state: Any = None, seq_idx: Tensor | None = None, record: Any = None
     ) -> Result:
         return *layer(x, state, seq_idx), ()
+
+    def initial_state(
+        self, rows: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> AttentionState:
+        """The state before any token, without keys, of `rows` sequences; device and dtype as the weights' if None."""
+        weight = self.out_proj.weight
+        device, width = device or weight.device, self.out_proj.in_features // self.n_heads
+        keys = torch.zeros(rows, self.n_kv_heads, 0, width, device=device, dtype=dtype or weight.dtype)
+        return AttentionState(keys, keys.clone(), torch.zeros(rows, 0, dtype=torch.int64, device=device))
 
     def roles(self) -> dict[str, Role]:
         """The paper draws both matrices."""
@@ -137,11 +183,14 @@ class Attention(Layer):
         lost = _not_finite(x, seq_idx)
         if lost is not None:
             x = x.masked_fill(lost[..., None], 0)
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (b, h, l, d/h)
+        heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        each = self.qkv_proj(x).unflatten(-1, (sum(heads), -1)).transpose(1, 2)  # (b, h + 2g, l, d/h)
+        q, k, v = each.split(heads, 1)
         time = torch.arange(length, device=x.device)
         first = time.new_zeros(batch) if state is None else F.pad(state.positions, (1, 0), value=-1).amax(1) + 1
         place = first[:, None] + time if seq_idx is None else positions(seq_idx, first)  # (b, l)
-        q, k = (ops.rotary(x, place, self.rope_base) for x in (q, k))
+        if self.rotary:
+            q, k = (ops.rotary(x, place, self.rope_base) for x in (q, k))
 
         if state is None and seq_idx is None and lost is None:
             y = ops.attention(q, k, v)

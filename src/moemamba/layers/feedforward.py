@@ -1,11 +1,12 @@
 """The dense feed-forward layer."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from .. import ops
-from ..ops.experts import ACTIVATIONS
+from ..ops.experts import ACTIVATIONS, GATED
 from .layer import Layer, Result
 from .linear import Linear
 from .roles import Role, composed
@@ -20,10 +21,12 @@ class FeedForward(Layer):
     Args:
         d_model: width of the input, d.
         d_ff: hidden width, f.
-        activation: "relu", "gelu" (tanh approximation), "silu", or "swiglu" (up_proj has 2f rows, the gate's first).
+        activation: see `ops.expert_feedforward`; of gated ones up_proj has 2f rows, the gate's first.
         bias: whether the projections have one.
         d_out: width of the output; d_model if None.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self, d_model: int, d_ff: int, activation: str = "swiglu", bias: bool = False, d_out: int | None = None
@@ -32,7 +35,7 @@ class FeedForward(Layer):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
         self.activation = activation
-        self.up_proj = Linear(d_model, 2 * d_ff if activation == "swiglu" else d_ff, bias=bias)
+        self.up_proj = Linear(d_model, 2 * d_ff if activation in GATED else d_ff, bias=bias)
         self.down_proj = Linear(d_ff, d_out or d_model, bias=bias)
 
     @classmethod

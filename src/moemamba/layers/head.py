@@ -1,5 +1,6 @@
 """The projection to the vocabulary."""
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -13,5 +14,9 @@ class Head(Linear):
         """(b, l, d) -> logits (b, l, v), or the mean cross-entropy against targets (b, l)."""
         if targets is None:
             return super().forward(input)
-        total = ops.linear_cross_entropy(input.flatten(0, 1), self.weight, targets.flatten(), reduction="sum")
+        hidden, weight = input.flatten(0, 1), self.weight
+        if self.bias is not None:  # a column more, that meets a one
+            hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
+            weight = torch.cat([weight, self.bias[:, None]], 1)
+        total = ops.linear_cross_entropy(hidden, weight, targets.flatten(), reduction="sum")
         return total / (targets != -100).sum().clamp(min=1)  # 0 where nothing counts, which adds nothing to a mean

@@ -12,7 +12,7 @@ from .roles import Role, composed
 if TYPE_CHECKING:
     from ..config import ModelConfig
     from ..tensors import Stored
-    from .moe.router import Choice, RouterStats
+    from .moe.routing import Choice, RouterStats
 
 Result = tuple[Tensor, Any, "tuple[RouterStats, ...]"]
 """y (b, l, d), the state that continues x, None for a layer that has none, and what each router did"""

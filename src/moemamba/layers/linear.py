@@ -11,8 +11,11 @@ class Linear(nn.Linear):
     """PyTorch's module over `ops.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., d) -> (..., f)."""
-        return ops.linear(input, self.weight, self.bias)
+        """(..., d) -> (..., f); a bias that is kept in float32 where the weight is not is rounded."""
+        bias: Tensor | None = self.bias
+        if bias is not None and bias.dtype != self.weight.dtype:
+            bias = bias.to(self.weight.dtype)
+        return ops.linear(input, self.weight, bias)
 
 
 def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,28 +1,41 @@
 """Normalisation over the last dimension, chosen by name."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .. import ops
 from .plain import plain
 
-EPS = 1e-5
+if TYPE_CHECKING:
+    from ..config import ModelConfig
 
 
 class RMSNorm(nn.RMSNorm):
-    """`x / sqrt(mean x^2 + eps) * weight` (arXiv 1910.07467): PyTorch's module over `ops.rms_norm`."""
+    """`x / sqrt(mean x^2 + eps) * weight` (arXiv 1910.07467): PyTorch's module over `ops.rms_norm`.
+
+    With `elementwise_affine=False` there is no weight.
+    """
+
+    __call__: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> the same."""
-        assert self.weight is not None
         assert self.eps is not None
         return ops.rms_norm(x, self.weight, self.eps)
 
 
-def make_norm(kind: str, d_model: int) -> nn.Module:
+def make_norm(kind: str, d_model: int, eps: float = 1e-5) -> nn.Module:
     """ "rmsnorm" or "layernorm" of width d_model."""
-    return RMSNorm(d_model, EPS) if kind == "rmsnorm" else nn.LayerNorm(d_model, EPS)
+    return RMSNorm(d_model, eps) if kind == "rmsnorm" else nn.LayerNorm(d_model, eps)
+
+
+def final_norm(config: "ModelConfig") -> nn.Module:
+    """The norm before the head of a model; nothing where it has none."""
+    if not config.final_norm:
+        return nn.Identity()
+    return make_norm(config.final_norm_kind or config.norm, config.d_model, config.norm_eps)
 
 
 def prepare_norm(norm: nn.Module, x: Tensor, y: Tensor) -> Callable[[int], None]:

@@ -24,7 +24,7 @@ class Residual(nn.Module):
     def __init__(self, config: ModelConfig, letters: str):
         super().__init__()
         self.letters = letters
-        self.norm = make_norm(config.norm, config.d_model)
+        self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
         self.branches = nn.ModuleList(LAYERS[letter].build(config) for letter in letters)
         for layer in self.branches:
             layer.padding_is_zero = True  # type: ignore[assignment]  # the model sees to it

@@ -1,7 +1,6 @@
 """Experts inside the Mamba block (MoE-Mamba, section 4.4; Routing Mamba, arXiv 2506.18145)."""
 
-import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
@@ -9,10 +8,11 @@ from torch import Tensor, nn
 from ..ops.packing import without_padding
 from .layer import Result
 from .linear import Linear
-from .mamba import MambaState, SelectiveSSM
+from .mamba import MambaState, SelectiveSSM, options
 from .moe import MoE
 from .moe.experts import LinearExperts
-from .moe.router import Choice, Router, RouterStats, note
+from .moe.router import Router
+from .moe.routing import Choice, RouterStats, note
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -22,13 +22,15 @@ class RoutedMamba(SelectiveSSM):
     """A Mamba layer some of whose projections are experts.
 
     Args:
-        d_model, d_state, d_conv, expand, dt_rank: as for `Mamba`.
+        d_model, d_state, d_conv, expand, dt_rank, and inner_norm, inner_norm_eps, conv_bias: as for `Mamba`.
         projections: the routed ones among "conv" and "gate" (the halves of in_proj) and "out" (out_proj).
         shared_routing: True: one router decides for the whole block, experts are linear, and the router's probability
             weighs the output alone (Routing Mamba). False: each projection is its own mixture of two-layer experts.
-        n_experts, top_k, capacity_factor: see `MoE`.
-        d_expert, activation, n_shared_experts: of the two-layer experts; unused with shared routing.
+        n_experts, top_k, capacity_factor, scores, router_bias: see `MoE`.
+        d_expert, activation, n_shared_experts, bias: of the two-layer experts; unused with shared routing.
     """
+
+    __call__: Callable[..., tuple[Tensor, MambaState, tuple[RouterStats, ...]]]
 
     def __init__(
         self,
@@ -46,9 +48,14 @@ class RoutedMamba(SelectiveSSM):
         activation: str = "swiglu",
         capacity_factor: float | None = None,
         n_shared_experts: int = 0,
+        scores: str = "softmax",
+        router_bias: bool = False,
+        bias: bool = False,
+        **inside: Any,
     ):
-        super().__init__(d_model, d_state, d_conv, expand, dt_rank)
-        self.router = Router(d_model, n_experts, top_k, capacity_factor) if shared_routing else None
+        super().__init__(d_model, d_state, d_conv, expand, dt_rank, **inside)
+        routing = (top_k, capacity_factor, scores, router_bias)
+        self.router = Router(d_model, n_experts, *routing) if shared_routing else None
 
         def projection(name: str, wide_in: int, wide_out: int) -> nn.Module:
             if name not in projections:
@@ -64,6 +71,9 @@ class RoutedMamba(SelectiveSSM):
                 capacity_factor=capacity_factor,
                 n_shared_experts=n_shared_experts,
                 d_out=wide_out,
+                scores=scores,
+                router_bias=router_bias,
+                bias=bias,
             )
             mixture.padding_is_zero = True  # of x by `forward`, of y by the scan
             return mixture
@@ -81,12 +91,15 @@ class RoutedMamba(SelectiveSSM):
             experts.n_experts,
             routed.projections,
             routed.routing == "shared",
-            **dataclasses.asdict(config.mamba),
+            **options(config),
             d_expert=config.d_routed_expert,
             top_k=experts.top_k,
             activation=experts.activation,
             capacity_factor=experts.capacity_factor,
             n_shared_experts=experts.n_shared_experts,
+            scores=experts.scores,
+            router_bias=experts.router_bias,
+            bias=experts.bias,
         )
 
     @classmethod

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..marks import documented, later
 from ..reading import validate
 from .letter import Letter
 from .options import Options
@@ -10,9 +11,13 @@ from .options import Options
 if TYPE_CHECKING:
     from ..config import ModelConfig
 
-Activation = Literal["relu", "gelu", "silu", "swiglu"]
+Activation = Literal["relu", "gelu", "silu", "swiglu", "relu2", "gelu_erf", "geglu"]
+"""gelu is the approximation by tanh, gelu_erf the exact one, relu2 the square of relu; swiglu and geglu (exact)
+multiply the activated half of what the first matrix gives with its other half (arXiv 2002.05202)"""
+GATED = ("swiglu", "geglu")
 
 
+@documented
 @dataclass(frozen=True)
 class ExpertsConfig(Options):
     """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""
@@ -36,6 +41,13 @@ class ExpertsConfig(Options):
     """weight of the router's z-loss (arXiv 2202.08906, eq. 5)"""
     bias_rate: float = 0.0
     """loss-free balancing (arXiv 2408.15664): how far a step moves each expert's selection bias against its load"""
+    scores: Literal["softmax", "sigmoid"] = later("softmax")
+    """what a token's gates are of the router's logits: softmax over all experts, or each expert's sigmoid alone
+    (arXiv 2408.15664); chosen ones are not made to sum to 1"""
+    router_bias: bool = later(False)
+    """a learned bias of each expert's logit"""
+    bias: bool = later(False)
+    """biases in the experts' matrices"""
 
     def __post_init__(self) -> None:
         validate(
@@ -48,18 +60,22 @@ class ExpertsConfig(Options):
 
     def width(self, d_model: int) -> int:
         """d_expert of the letter `E`."""
-        return self.d_expert or (2 if self.activation == "swiglu" else 3) * d_model
+        return self.d_expert or (2 if self.activation in GATED else 3) * d_model
 
     def parameters(self, d_in: int, d_out: int, d_expert: int) -> tuple[int, int]:
         """(total, active) of a mixture of two-layer experts with its router."""
-        expert = d_in * up_rows(d_expert, self.activation) + d_expert * d_out
-        always = d_in * self.n_experts + self.n_shared_experts * expert  # the router, and what every token visits
+        rows = up_rows(d_expert, self.activation)
+        matrices, biases = d_in * rows + d_expert * d_out, self.bias * (rows + d_out)
+        router = (d_in + self.router_bias) * self.n_experts
+        shared = self.n_shared_experts
+        always = router + shared * matrices + self.bias * (shared * rows + bool(shared) * d_out)
+        expert = matrices + biases
         return always + self.n_experts * expert, always + self.top_k * expert
 
 
 def up_rows(hidden: int, activation: str) -> int:
     """Rows of the first matrix of a feed-forward network."""
-    return 2 * hidden if activation == "swiglu" else hidden
+    return 2 * hidden if activation in GATED else hidden
 
 
 class Experts(Letter):
@@ -77,4 +93,5 @@ class Experts(Letter):
     def describe(self, config: "ModelConfig") -> str:
         e = config.experts
         shared = f" + {e.n_shared_experts} shared" if e.n_shared_experts else ""
-        return f"experts: {e.n_experts} × {config.d_expert} {e.activation}, top-{e.top_k}{shared}"
+        scores = "" if e.scores == "softmax" else f", {e.scores} gates"
+        return f"experts: {e.n_experts} × {config.d_expert} {e.activation}, top-{e.top_k}{shared}{scores}"

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..marks import documented
 from ..reading import validate
-from .experts import Activation, up_rows
+from .experts import GATED, Activation, up_rows
 from .letter import Letter
 from .options import Options
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ..config import ModelConfig
 
 
+@documented
 @dataclass(frozen=True)
 class FeedForwardConfig(Options):
     """A dense feed-forward layer, letter `F`."""
@@ -27,7 +29,7 @@ class FeedForwardConfig(Options):
         validate(self, positive=("d_ff",))
 
     def width(self, d_model: int) -> int:
-        return self.d_ff or (8 * d_model // 3 if self.activation == "swiglu" else 4 * d_model)
+        return self.d_ff or (8 * d_model // 3 if self.activation in GATED else 4 * d_model)
 
 
 class FeedForward(Letter):

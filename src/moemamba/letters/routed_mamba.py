@@ -4,8 +4,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from ..marks import documented
 from ..reading import validate
-from .experts import ExpertsConfig
+from .experts import GATED, ExpertsConfig
 from .mamba import Mamba
 from .options import Options
 
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
 Projection = Literal["conv", "gate", "out"]
 
-TWO_LAYER = ("d_expert", "activation", "n_shared_experts")  # of experts that are no single matrix
+TWO_LAYER = ("d_expert", "activation", "n_shared_experts", "bias")  # of experts that are no single matrix
 
 
+@documented
 @dataclass(frozen=True)
 class RoutedMambaConfig(Options):
     """Experts inside the Mamba block, letter `R`: which projections are routed, and how."""
@@ -28,7 +30,7 @@ class RoutedMambaConfig(Options):
     """shared: one decision a block, linear experts (Routing Mamba, arXiv 2506.18145); independent: a router and
     two-layer experts in each projection (MoE-Mamba, section 4.4)"""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    """the experts; d_expert, activation and n_shared_experts concern independent routing alone"""
+    """the experts; d_expert, activation, n_shared_experts and bias concern independent routing alone"""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -56,7 +58,7 @@ class RoutedMambaConfig(Options):
 
     def width(self, d_model: int, d_inner: int) -> int:
         """d_expert: a two-layer expert has as many weights as the projection that it replaces."""
-        gated = 1.5 if self.experts.activation == "swiglu" else 1.0
+        gated = 1.5 if self.experts.activation in GATED else 1.0
         return self.experts.d_expert or max(1, round(d_model * d_inner / (d_model + d_inner) / gated))
 
 
@@ -64,12 +66,17 @@ class RoutedMamba(Mamba):
     name = "routed Mamba"
     parts: tuple[str, ...] = ("mamba", "routed")
 
+    def check(self, config: "ModelConfig") -> None:
+        super().check(config)
+        if config.mamba.proj_bias:
+            raise ValueError("proj_bias is True, but the projections of R have no biases; set it to False")
+
     def parameters(self, config: "ModelConfig") -> tuple[int, int]:
         d, i, routed, experts = config.d_model, config.d_inner, config.routed, config.routed.experts
         shared = routed.routing == "shared"
         parts = [(self.core(config),) * 2]
         if shared:
-            parts.append((d * experts.n_experts,) * 2)
+            parts.append(((d + experts.router_bias) * experts.n_experts,) * 2)
         for name, d_in, d_out in (("conv", d, i), ("gate", d, i), ("out", i, d)):
             if name not in routed.projections:
                 parts.append((d_in * d_out,) * 2)

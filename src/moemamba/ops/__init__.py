@@ -90,7 +90,7 @@ class backend:
 _OLD = {
     "grouped_linear": ("experts", "grouped_linear", "ops.expert_linear"),
     "linear_float32": ("router", "linear_float32", "ops.router"),
-    "places_in_queues": ("experts", "places_in_queues", "layers.moe.router.arrival"),
+    "places_in_queues": ("experts", "places_in_queues", "layers.moe.routing.arrival"),
     "route": ("router", "router_choices", "ops.router_choices"),
     "route_with_stats": ("router", "route_with_stats", "ops.router_means"),
     "route_with_totals": ("router", "router", "ops.router"),

@@ -38,6 +38,9 @@ class Door(NamedTuple):
     """what its kernels compute of the op: both directions, no gradient, or the gradient alone"""
     why_not: Callable[[str], str | None] = lambda device: None
     """why it cannot run where its backend can, by kind of device"""
+    supports: Callable[..., str | None] | None = None
+    """why it cannot compute what an op's arguments, in order, ask for; None where it can, and for a door that computes
+    all of its op"""
 
 
 class Op(NamedTuple):
@@ -114,7 +117,7 @@ def choose(op: str, *arguments: Any) -> str:
         if name not in doors:
             return "reference"
         reason = why_not(name, device)
-        if reason is None and doors[name].why_not(device):
+        if reason is None and (doors[name].why_not(device) or unsupported(doors[name], arguments)):
             return "reference"
         if reason is None and tensor.dtype == torch.float64:
             reason = f'the {name} backend accumulates in float32; use ops.backend("reference") for float64'
@@ -126,9 +129,14 @@ def choose(op: str, *arguments: Any) -> str:
     if tensor.dtype != torch.float64:
         for natural in doors:
             runs = device in BACKENDS[natural].natural and why_not(natural, device) is None
-            if runs and doors[natural].why_not(device) is None:
+            if runs and doors[natural].why_not(device) is None and not unsupported(doors[natural], arguments):
                 return "reference" if may_be_transformed() and transformed(*arguments) else natural
     return "reference"
+
+
+def unsupported(door: Door, arguments: tuple[Any, ...]) -> str | None:
+    """Why a door cannot compute these arguments of its op, of which the last may be missing; None if it can."""
+    return None if door.supports is None else door.supports(*arguments)
 
 
 def compute(op: str, *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
@@ -91,3 +92,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     inner.train_from_iterator(texts, trainer)
     return TrainedTokenizer(inner)
+
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a tokenizer_config.json tells transformers: how to read tokenizer.json, and which token ends a text.
+
+    That one fills rows up as well, since there need be no other; a mask tells where.
+    """
+    added = json.loads(tokenizer.to_json())["added_tokens"]
+    end = next(token["content"] for token in added if token["id"] == tokenizer.end_of_text)
+    named = dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+    return named | {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

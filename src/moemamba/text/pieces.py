@@ -8,7 +8,7 @@ is asked at the end, with all ids.
 import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ _BYTE = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
 
 class Pieces(Protocol):
     """Text of ids that come one by one; all pieces together are the text of all ids."""
+
+    def follow(self, ids: Iterable[int]) -> None:
+        """Begin after a text of these ids, which is not returned: the first letters may depend on it."""
 
     def push(self, token: int) -> str:
         """The text that this token settles, perhaps none."""
@@ -35,6 +38,10 @@ class Utf8:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    def follow(self, ids: Iterable[int]) -> None:
+        for token in ids:
+            self.push(token)
+
     def push(self, token: int) -> str:
         return self._decoder.decode(bytes((token,))) if 0 <= token < 256 else ""
 
@@ -47,6 +54,9 @@ class Held:
 
     def __init__(self, decode: Callable[[list[int]], str]):
         self._decode, self._ids = decode, list[int]()
+
+    def follow(self, ids: Iterable[int]) -> None:
+        """As if there were none: what all of them are is not known in parts."""
 
     def push(self, token: int) -> str:
         self._ids.append(token)
@@ -70,6 +80,10 @@ class Step:
     def push(self, text: str) -> list[str]:
         decode, self._decode = self._decode, self._later
         return [decode(text)]
+
+    def settle(self) -> list[str]:
+        """What is held back of a text that is whole, and ends here."""
+        return []
 
     def finish(self) -> list[str]:
         return []
@@ -109,6 +123,14 @@ class ByteFallback(Step):
             return [*self.finish(), text]
         self._run.append(int(byte[1], 16))
         return []
+
+    def settle(self) -> list[str]:
+        try:
+            text = self._run.decode()
+        except UnicodeDecodeError:  # half a character waits for the rest
+            return []
+        self._run.clear()
+        return [text] if text else []
 
     def finish(self) -> list[str]:
         run, self._run = bytes(self._run), bytearray()
@@ -161,6 +183,14 @@ class Trained:
         self._name, self._special, self._steps = inner.id_to_token, special, steps
         self._plain = len(steps) == 1 and isinstance(steps[0], ByteLevel)  # most are, and it is one string
 
+    def follow(self, ids: Iterable[int]) -> None:
+        if any(isinstance(step, Words) for step in self._steps):
+            return  # what it holds back cannot be told from what is to come
+        for token in ids:
+            self.push(token)
+        for place, step in enumerate(self._steps, 1):
+            self._through(step.settle(), place)
+
     def push(self, token: int) -> str:
         name = self._name(token) if 0 <= token < 1 << 32 else None
         if name is None or name in self._special:
@@ -195,6 +225,24 @@ def pieces_of(decoder: Any) -> list[Step] | None:
         whole = whole or kind == "ByteLevel"
         steps.append(step)
     return steps
+
+
+def speller(decoder: Any) -> Callable[[str], bytes]:
+    """What a decoder of the library makes of the name of a token that others stand before."""
+    steps = pieces_of(decoder) or []
+    if any(isinstance(step, ByteLevel) for step in steps):
+        return _raw
+    bytewise = any(isinstance(step, ByteFallback) for step in steps)
+
+    def spell(name: str) -> bytes:
+        byte = _BYTE.fullmatch(name) if bytewise else None
+        if byte is not None:
+            return bytes((int(byte[1], 16),))
+        if decoder is None:
+            return f" {name}".encode()
+        return str(decoder.decode(["x", name, "x"])).removeprefix("x").removesuffix("x").encode()
+
+    return spell
 
 
 def _after_fuse(part: dict[str, Any]) -> Step | None:

@@ -1,6 +1,6 @@
 """Text as it comes: pieces of whole characters, up to a stop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .foreign import refusal
 from .tokenizer import Tokenizer
@@ -10,10 +10,20 @@ class StreamDecoder:
     """Text of tokens that arrive one by one, never half a character.
 
     For any ids, the pieces together are what `decode` makes of all of them.
+
+    Args:
+        before: ids that came before, whose text is not returned, but which what follows may depend on: a half character
+            is completed, and a space between two words is one.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()):
         self._pieces = tokenizer.pieces()
+        try:
+            self._pieces.follow(before)
+        except BaseException as error:
+            if not isinstance(refusal(error, "decode the ids"), ValueError):
+                raise
+            self._pieces = tokenizer.pieces()  # what it cannot decode it does not depend on
 
     def push(self, token: int) -> str:
         """The text that this token settles, perhaps none.

@@ -3,7 +3,8 @@
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers
 
 from .foreign import check_growth, check_ids, obey_nothing, refusal
-from .pieces import Held, Pieces, Trained, Utf8, byte_vocabulary, pieces_of
+from .pieces import Held, Pieces, Trained, Utf8, byte_vocabulary, pieces_of, speller
 
 END_OF_TEXT = "<|endoftext|>"
 # What published tokenizers call the token that ends a document, most specific name first.
@@ -53,6 +54,13 @@ class Tokenizer(Protocol):
     def pieces(self) -> Pieces:
         """`decode` for ids that come one by one."""
 
+    def spelling(self, token: int) -> bytes:
+        """What a token stands for within a text, perhaps half a character; of a special one its name."""
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Tokens that no text spells, such as the end of one, by name."""
+
     def lost(self, texts: Sequence[str], ids: Sequence[Sequence[int] | NDArray[np.integer[Any]]]) -> int:
         """Bytes of texts that their ids, as `encode` makes them, do not spell.
 
@@ -85,6 +93,13 @@ class ByteTokenizer:
     def pieces(self) -> Pieces:
         return Utf8()
 
+    def spelling(self, token: int) -> bytes:
+        return END_OF_TEXT.encode() if token == self.end_of_text else bytes(range(token, min(token + 1, 256)))
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        return {END_OF_TEXT: self.end_of_text}
+
     def lost(self, texts: Sequence[str], ids: Sequence[Sequence[int] | NDArray[np.integer[Any]]]) -> int:
         return 0
 
@@ -94,6 +109,22 @@ class ByteTokenizer:
         byte_level(plain, use_regex=False)
         plain.add_special_tokens([END_OF_TEXT])
         return plain.to_str(pretty=True)
+
+
+class NoTokenizer:
+    """Stands where a model has no tokenizer, since what it reads is no text: it only knows how many tokens there are.
+
+    Raises:
+        ValueError: whenever it is asked for more.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # as copying and pickling ask for
+            raise AttributeError(name)
+        raise ValueError("the model was saved without a tokenizer: give it token ids, and read its ids")
 
 
 class TrainedTokenizer:
@@ -152,6 +183,20 @@ class TrainedTokenizer:
     def pieces(self) -> Pieces:
         steps = pieces_of(self._inner.decoder)
         return Held(self.decode) if steps is None else Trained(self._inner, self._special, steps)
+
+    def spelling(self, token: int) -> bytes:
+        name = self._inner.id_to_token(token) if 0 <= token < self.vocab_size else None
+        if name is None:
+            return b""
+        return name.encode() if name in self._special else self._spell(name)
+
+    @cached_property
+    def _spell(self) -> Callable[[str], bytes]:
+        return speller(self._inner.decoder)
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        return {name: number for name in self._special if (number := self._inner.token_to_id(name)) is not None}
 
     def lost(self, texts: Sequence[str], ids: Sequence[Sequence[int] | NDArray[np.integer[Any]]]) -> int:
         arrays = (np.asarray(one, np.int64) for one in ids)

@@ -1,14 +1,15 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ..config import ModelConfig
-from ..data.config import DataConfig, Sampling, absolute_source, at_home
-from ..host.files import expanded
-from ..marks import option
+from ..data.config import NO_TEST, DataConfig, Sampling, absolute_source, at_home
+from ..host.files import expanded, read_json
+from ..marks import documented, option
 from ..presets import preset
-from ..reading import validate
+from ..reading import from_dict, validate
 
 # Titles in --help, in its order.
 FIRST = "what most runs set"
@@ -18,6 +19,7 @@ WATCH = "metrics, evaluation and checkpoints"
 MACHINE = "memory, speed and processes"
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: model, data, schedule, and where it all goes.
@@ -43,6 +45,9 @@ class TrainConfig:
     are mixed, by weights in front of a colon (0.7:books/ 0.3:hf:allenai/c4:en), or by their sizes without weights"""
     validation: str | None = option(None, FIRST, changes="on resume")
     """held-out data of the same kinds; if None, every twentieth document of `data`, chosen by its content's hash"""
+    test: str | None = option(None, DATA, changes="on resume")
+    """text of the same kinds, all of which a finished run is tested on once; if None, every second window of the
+    held-out text, whose other half serves the evaluations of training. "none" leaves the test out"""
     tokenizer: str = option(DataConfig.tokenizer, FIRST, changes="on resume")
     """"bytes", "bpe-8192" (trained on the training text, with that many tokens), or the path of a tokenizer.json;
     prepared tokens bring their own"""
@@ -51,6 +56,9 @@ class TrainConfig:
     end and read from a random place on"""
     reset_state: bool = option(False, DATA)
     """begin every document of a packed sequence from an empty state"""
+    carry_state: bool = option(False, DATA)
+    """each row of a batch reads on where the same row of the batch before ended, and begins with the state that it left
+    there, through which no gradient flows: for contexts longer than --context"""
     data_seed: int = option(0, DATA, of_one_run=True)
     """seed of the order of the data"""
     run: str = option("runs/moe-mamba", FIRST, changes="always", of_one_run=True)
@@ -92,6 +100,12 @@ class TrainConfig:
     """share of the running mean of the gradients that AdamW keeps from step to step"""
     beta2: float = option(0.95, UPDATE, recipe=True)
     """share of the running mean of the squared gradients that AdamW keeps from step to step"""
+    rates: dict[str, float] = option(factory=dict, group=UPDATE, recipe=True)
+    """factors of the learning rate by the names of modules or parameters, in which * stands for anything:
+    *.router=0.5 embedding=2; the last that fits counts, and 0 leaves weights as they are"""
+    average: float | None = option(None, UPDATE, recipe=True)
+    """average the weights over the steps with this decay, such as 0.999 (about the last 1,000 steps); the average is
+    evaluated too and saved beside the weights, in the folder averaged of each checkpoint. None: no average"""
     clip: float = option(1.0, UPDATE, recipe=True)
     """largest norm of the gradient; a larger gradient is scaled down to it"""
 
@@ -109,12 +123,19 @@ class TrainConfig:
     """steps between evaluations on the held-out text"""
     eval_tokens: int = option(65536, WATCH, changes="on resume")
     """validation tokens that an evaluation reads at most, in windows spread evenly over the text"""
+    test_tokens: int | None = option(None, WATCH, changes="on resume")
+    """tokens that the test of a finished run reads at most, likewise; all if None"""
     save_every: int = option(100, FIRST, place=2, changes="always")
     """steps between checkpoints"""
+    save_at: tuple[int, ...] = option((), WATCH, changes="always")
+    """steps after which a checkpoint is saved besides, and kept: from there runs branch off"""
     keep: int = option(2, WATCH, changes="always")
     """newest checkpoints to keep, besides the best"""
     tensorboard: bool = option(False, WATCH, changes="always")
-    """write the metrics for TensorBoard too, into the folder tensorboard of the run"""
+    """write the metrics for TensorBoard too, into the folder tensorboard of the run; the same as --track tensorboard"""
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", WATCH, changes="always", later=True)
+    """show the metrics in a program for that while they come: TensorBoard, trackio (on this machine, or in a space of
+    the Hugging Face hub), or Weights & Biases; the project is moemamba, the run is called as its directory"""
 
     device: str = option("auto", FIRST, place=3, changes="always")
     """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
@@ -142,10 +163,10 @@ class TrainConfig:
     tokenised or a checkpoint written they wait for a day"""
 
     def __post_init__(self) -> None:
-        for name in ("data", "validation", "tokenizer", "run", "start", "branch"):
+        for name in ("data", "validation", "test", "tokenizer", "run", "start", "branch"):
             object.__setattr__(self, name, at_home(getattr(self, name)))
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
-        more = ("save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
+        more = ("test_tokens", "save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
         validate(
             self,
             positive=(*counts, *more, "learning_rate", "clip", "timeout"),
@@ -158,6 +179,8 @@ class TrainConfig:
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 1 << 63:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be less than 2^63")
+        if any(step < 1 for step in self.save_at):
+            raise ValueError(f"save_at is {self.save_at}; steps are counted from 1")
         self.reads()  # has rules of its own
         if self.batch_size % self.accumulate:
             raise ValueError(
@@ -179,6 +202,14 @@ class TrainConfig:
         for name, most in shares.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(f"average is {self.average}; it must lie between 0 and 1, such as 0.999, or None")
+        for pattern, factor in self.rates.items():
+            if not pattern or factor < 0:
+                raise ValueError(
+                    f"rates has {factor} for {pattern!r}; give the name of a module or a parameter, and a factor of 0 "
+                    "or more"
+                )
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
 
@@ -189,8 +220,9 @@ class TrainConfig:
             ValueError: a value that cannot work.
         """
         cache = str(expanded(self.run) / "tokens")
+        lanes = self.batch_size if self.carry_state else None
         how = (self.sampling, self.reset_state, self.data_seed, self.context)
-        return DataConfig(self.data, self.validation, self.tokenizer, *how, cache)
+        return DataConfig(self.data, self.validation, self.tokenizer, *how, cache, self.test, lanes)
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
@@ -199,4 +231,15 @@ def absolute(config: TrainConfig) -> TrainConfig:
     if data is not None:
         data = absolute_source(data) if isinstance(data, str) else tuple(map(absolute_source, data))
     validation = config.validation and absolute_source(config.validation, weights=False)
-    return replace(config, data=data, validation=validation, run=config.run and str(expanded(config.run)))
+    test = config.test if config.test in (None, NO_TEST) else absolute_source(config.test, weights=False)
+    return replace(config, data=data, validation=validation, test=test, run=config.run and str(expanded(config.run)))
+
+
+def read_run(file: Path) -> TrainConfig:
+    """How a run was begun, from its train.json; one of an older version has no test, and evaluates on all it held out.
+
+    Raises:
+        ValueError: what is wrong, with the file's name.
+        OSError: it is missing or cannot be read.
+    """
+    return from_dict(TrainConfig, {"test": NO_TEST} | read_json(file), str(file))

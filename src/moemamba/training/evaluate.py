@@ -4,17 +4,24 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import LOST, Batch, HeldOut, Tokens, predicted_bytes, sequential
+from ..data.batches import Batch, Tokens
+from ..data.preparation import cache_directory, prepare
+from ..data.prepared import Corpus, is_prepared
+from ..data.windows import LOST, HeldOut, predicted_bytes, sequential, windows
 from ..distributed import Processes
-from ..layers import Router
+from ..layers import BaseRouter, routers
 from ..model import MoEMamba
+from ..text import Tokenizer, load_tokenizer
+from .blocks import standard_error
 
 LOGITS = 2**27  # held at once while predictions are counted
+BLOCKS = 64  # parts of a text whose losses are told apart, so that two models can be compared part by part
 
 
 @dataclass(frozen=True)
@@ -36,15 +43,23 @@ class Evaluation:
     """loss with the experts' capacity as in training, minus `loss`; None if not asked for"""
     apart: dict[str, float] | None = None
     """of several texts, the loss of each"""
+    standard_error: float | None = None
+    """of the loss, from the spread over blocks of consecutive windows; None if not asked for, or of one block"""
+    blocks: tuple[tuple[float, float], ...] | None = None
+    """weight in the mean and loss of each block of consecutive windows; None if not asked for"""
+    averaged: float | None = field(default=None, metadata={"finite": False})
+    """loss of the averaged weights of a run that has some (`TrainConfig.average`)"""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON, which has no nan: a figure that is not known is left out."""
-        return {name: value for name, value in asdict(self).items() if value == value}
+        unasked = {name for name in ("standard_error", "blocks") if getattr(self, name) is None}
+        return {name: value for name, value in asdict(self).items() if value == value and name not in unasked}
 
 
 def evaluate(
     model: MoEMamba,
-    data: Tokens | Sequence[HeldOut],
+    data: Tokens | Corpus | Sequence[HeldOut] | str | Path,
+    tokenizer: Tokenizer | None = None,
     *,
     context: int = 256,
     batch_size: int = 16,
@@ -54,6 +69,7 @@ def evaluate(
     drop_gap: bool = False,
     group: int | None = None,
     processes: Processes | None = None,
+    blocks: int | None = None,
 ) -> Evaluation:
     """Predict the tokens of a text, in its own order, in windows that begin from an empty state.
 
@@ -61,7 +77,10 @@ def evaluate(
     dropped for want of capacity, so the result does not depend on batch_size.
 
     Args:
-        data: see `preparation.prepare`; of several texts, each has its share of `most` and of every mean.
+        data: tokens, as of `prepare`, of which the held-out ones count; a folder that `prepare` has written; a text, a
+            file or a folder, with its tokenizer; or several texts, each of which has its share of `most` and of every
+            mean.
+        tokenizer: of a text.
         context: tokens in a window.
         batch_size: windows computed at once.
         most: read about that many tokens at most; all if None.
@@ -70,28 +89,38 @@ def evaluate(
         drop_gap: measure too what the capacity limits of training would cost.
         group: windows that are routed together for the drop gap, which depends on it; batch_size if None.
         processes: that share the work, each with the same model; every one returns the whole result.
+        blocks: tell the losses of about so many parts of the text apart, and the standard error of their mean.
     Raises:
         ValueError: the text does not fill one window, or has tokens that the model does not.
     """
     processes = processes or Processes(next(model.parameters()).device)
     rows = min(batch_size, max(1, LOGITS // (context * model.config.vocab_size)))
-    texts = [HeldOut("", 1.0, data)] if isinstance(data, Tokens) else data
+    texts = _texts(data, tokenizer)
     apart: dict[str, float] = {}
+    parts: list[tuple[float, float]] = []
     loss = accuracy = limited = token_bytes = 0.0
     tokens = 0
-    for name, share, text in texts:
+    for name, share, text, half in texts:
         own = None if most is None else round(most * share)
+        starts, tail = windows(text, context, own, half)
+        count = max(1, round((blocks or 1) * share))
 
-        def batches(rows: int, name: str = name, text: Tokens = text, own: int | None = own) -> Iterator[Batch]:
-            found = _within(sequential(text, rows, context, own, reset_state), model.config.vocab_size, name)
+        def batches(
+            rows: int, name: str = name, text: Tokens = text, own: int | None = own, half: int | None = half
+        ) -> Iterator[_Numbered]:
+            found = _within(sequential(text, rows, context, own, reset_state, half), model.config.vocab_size, name)
             return _dealt(found, processes)
 
-        apart[name], right, count = _means(model, False, batches(rows), dtype, processes)
-        loss, accuracy, tokens = loss + share * apart[name], accuracy + share * right, tokens + count
-        token_bytes += share * predicted_bytes(text, context, own) / count
+        total = len(starts) + (tail > 0)
+        sums = _sums_of_blocks(model, False, batches(rows), total, count, dtype, processes)
+        apart[name], right, counted = _mean(sums, 0), _mean(sums, 1), int(sum(block[2] for block in sums))
+        loss, accuracy, tokens = loss + share * apart[name], accuracy + share * right, tokens + counted
+        parts += [(share * block[2] / counted, block[0] / block[2]) for block in sums]
+        token_bytes += share * predicted_bytes(text, context, own, half) / counted
         if drop_gap:
-            limited += share * _means(model, True, batches(group or batch_size), dtype, processes)[0]
-    spelled = token_bytes > 0 and not any(text.lost > LOST for _, _, text in texts)
+            group_batches = batches(group or batch_size)
+            limited += share * _mean(_sums_of_blocks(model, True, group_batches, total, 1, dtype, processes), 0)
+    spelled = token_bytes > 0 and not any(text.tokens.lost > LOST for text in texts)
     return Evaluation(
         loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -100,7 +129,24 @@ def evaluate(
         accuracy=accuracy,
         drop_gap=limited - loss if drop_gap else None,
         apart=apart if len(texts) > 1 else None,
+        standard_error=standard_error(parts) if blocks else None,
+        blocks=tuple(parts) if blocks else None,
     )
+
+
+def _texts(data: Tokens | Corpus | Sequence[HeldOut] | str | Path, tokenizer: Tokenizer | None) -> Sequence[HeldOut]:
+    if isinstance(data, str | Path):
+        own = load_tokenizer(data) if tokenizer is None and is_prepared(data) else tokenizer
+        if own is None:
+            raise ValueError(f"{data} is text; give the model's tokenizer too: evaluate(model, data, tokenizer)")
+        data = prepare(data, own, cache_directory(Path("tokens")), held_out=0.0)
+    if isinstance(data, Corpus):
+        data = data.validation if len(data.validation.ids) else data.train
+    if isinstance(data, Tokens):
+        return [HeldOut("", 1.0, data)]
+    if all(isinstance(text, HeldOut) for text in data):
+        return data
+    raise ValueError("data is none that can be evaluated; give tokens, a folder that prepare has written, or a text")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -108,36 +154,73 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+_Numbered = tuple[int, Batch]  # a batch, and the number of its first window in the pass
+
+
 @torch.no_grad()
-def _means(
-    model: MoEMamba, capacity: bool, batches: Iterator[Batch], dtype: torch.dtype, processes: Processes
-) -> tuple[float, float, int]:
-    """Loss in nats a token, share of tokens predicted right, number of tokens; with `capacity` a batch is one group."""
+def _sums_of_blocks(
+    model: MoEMamba,
+    capacity: bool,
+    batches: Iterator[_Numbered],
+    total: int,
+    blocks: int,
+    dtype: torch.dtype,
+    processes: Processes,
+) -> list[list[float]]:
+    """[loss, right, tokens] of each block that has some, summed; with `capacity` a batch is one group, and of the
+    block of its first window.
+
+    Args:
+        total: windows of the pass, of which each block has as many as the next, or one less.
+    """
     was_training = model.training
     model.train(capacity)
-    sums = torch.zeros(3, dtype=torch.float64, device=processes.device)  # loss, right, tokens
+    sums = torch.zeros(blocks, 3, dtype=torch.float64, device=processes.device)
     try:
         with one_group(model):
-            for batch in batches:
+            for first, batch in batches:
                 batch = batch.to(processes.device)
                 with autocast(processes.device, dtype):
-                    sums += _sums(model, batch, capacity)
+                    found = _sums(model, batch, capacity)
+                for block, rows in _cut(first, len(found), total, blocks):
+                    sums[block] += found[rows].sum(0)
     finally:
         model.train(was_training)
-    total, right, tokens = processes.sum([sums])[0].tolist()
-    return total / tokens, right / tokens, int(tokens)
+    return [block for block in processes.sum([sums])[0].tolist() if block[2]]
+
+
+def _cut(first: int, rows: int, total: int, blocks: int) -> Iterator[tuple[int, slice]]:
+    """The rows of a batch of windows by the block that they are of."""
+    place = 0
+    while place < rows:
+        block = min(first + place, total - 1) * blocks // total
+        end = min(rows, max(place + 1, -(-(block + 1) * total // blocks) - first))
+        yield block, slice(place, end)
+        place = end
+
+
+def _mean(blocks: list[list[float]], figure: int) -> float:
+    """A figure of all blocks by their tokens."""
+    return sum(block[figure] for block in blocks) / sum(block[2] for block in blocks)
 
 
 def _sums(model: MoEMamba, batch: Batch, capacity: bool) -> Tensor:
-    """(3,) float64: loss and right predictions, summed, and how many positions count."""
+    """(b, 3) float64 of each row: loss and right predictions, summed, and how many positions count; (1, 3) of all rows
+    with `capacity`."""
     counted = batch.targets != -100
     if capacity:  # only the loss is asked for, and a routing group cannot be cut to spare memory
         mean = model(batch.tokens, seq_idx=batch.seq_idx, targets=batch.targets).loss
-        return torch.stack([mean.double() * counted.sum(), torch.zeros_like(mean).double(), counted.sum().double()])
-    logits = model(batch.tokens, seq_idx=batch.seq_idx).logits.flatten(0, 1).float()
+        assert mean is not None
+        return torch.stack([mean.double() * counted.sum(), torch.zeros_like(mean).double(), counted.sum().double()])[
+            None
+        ]
+    found = model(batch.tokens, seq_idx=batch.seq_idx).logits
+    assert found is not None
+    logits = found.flatten(0, 1).float()
     targets = batch.targets.flatten()  # -100, which is no token, neither counts nor is ever right
-    loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-    return torch.stack([loss.double(), (logits.argmax(-1) == targets).sum().double(), counted.sum().double()])
+    loss = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="none").view_as(counted)
+    right = (logits.argmax(-1) == targets).view_as(counted)
+    return torch.stack([each.sum(1).double() for each in (loss, right, counted)], 1)
 
 
 def _within(batches: Iterable[Batch], vocab_size: int, name: str) -> Iterator[Batch]:
@@ -152,27 +235,28 @@ def _within(batches: Iterable[Batch], vocab_size: int, name: str) -> Iterator[Ba
         yield batch
 
 
-def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
+def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[_Numbered]:
     """Every process's share; as many for each, since sharded layers need all: where one has no more, padding."""
-    last = None
+    last, first = None, 0
     for number, batch in enumerate(batches):
         if number % processes.size == processes.rank:
-            yield batch
+            yield first, batch
+        first += len(batch.tokens)
         last = (number, batch)
     if last is not None and processes.rank > last[0] % processes.size:
-        tokens, targets, _ = last[1]
-        yield Batch(tokens, torch.full_like(targets, -100), torch.full_like(tokens, -1, dtype=torch.int32))
+        tokens, targets = last[1][:2]
+        yield 0, Batch(tokens, torch.full_like(targets, -100), torch.full_like(tokens, -1, dtype=torch.int32))
 
 
 @contextmanager
 def one_group(model: MoEMamba) -> Iterator[None]:
     """Let routers take each batch of this process as one routing group."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    before = [(router.groups, router.across) for router in routers]
-    for router in routers:
+    found = [router for router in routers(model).values() if isinstance(router, BaseRouter)]
+    before = [(router.groups, router.across) for router in found]
+    for router in found:
         router.groups, router.across = 1, None
     try:
         yield
     finally:
-        for router, (groups, across) in zip(routers, before, strict=True):
+        for router, (groups, across) in zip(found, before, strict=True):
             router.groups, router.across = groups, across

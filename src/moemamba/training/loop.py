@@ -2,43 +2,51 @@
 
 import math
 import os
-import shlex
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import torch
 
-from .. import ops
-from ..counting import count_parameters
 from ..data.batches import Batches
-from ..data.corpora import Corpora, find_tokenizer, open_corpora
+from ..data.config import NO_TEST
+from ..data.corpora import find_tokenizer, open_corpora
 from ..distributed import Agreement, Processes, join, sources
 from ..host.progress import Report
 from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
 from .config import TrainConfig, absolute
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation
+from .held_out import measured, tested_once
 from .run import (
     Position,
     RunDirectory,
     Saver,
     admit,
     begin,
+    check_given,
+    diverged,
+    fingerprint,
     go_on_longer,
+    introduce,
+    log_evaluation,
+    log_routers,
     plant,
+    read_carried,
     read_model,
+    require_beginning,
     restore,
+    skipped_steps,
     take,
     write,
 )
-from .spread import build, require_fit, routing_groups
-from .update import Diverged, Failed, Fatal, Guard, Step, captures, learning_rate, make_optimizer
-from .watch import Alarms, Meter, TensorBoard, peak_flops, require_tensorboard, sentences
+from .spread import build, require_fit
+from .update import Average, Guard, Step, captures, learning_rate, optimizer_of
+from .watch import Alarms, Meter, Watch, Watcher, open_board, peak_flops, require_board
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,9 @@ class TrainResult:
     """mean training loss of the last steps, in nats a token"""
     evaluation: Evaluation | None
     """the last one"""
+    test: Evaluation | None = None
+    """of the finished run, on `TrainConfig.test`; None where there is none, or where an earlier call made it, whose
+    line of kind test in metrics.jsonl has it"""
 
 
 def train(
@@ -61,6 +72,8 @@ def train(
     *,
     stop: int | None = None,
     report: Report | None = None,
+    model: MoEMamba | None = None,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """Train a model in a run directory; with the processes that `torchrun` started, if it did.
 
@@ -69,19 +82,27 @@ def train(
             "auto": continue it if it has begun, and begin it otherwise. With more `config.steps` than before it goes on
             longer, its schedule stretched to them.
         stop: save and return after this step; a later call resumes.
-        report: where progress is shown; standard output if None.
+        report: where progress is shown; standard output if None, nowhere with `Report(silent=True)`.
+        model: of your own, with the weights that it has and whatever was changed in it, in place of one that is built;
+            `config.model` becomes its configuration. It is trained in place. Who resumes the run hands in one of the
+            same parts; if all are moemamba's own, nobody need.
+        watch: called with a `Moment` for each line of metrics.jsonl; if it returns True, the run is saved at that step
+            and `train` returns. Of several processes all call it.
     Raises:
-        ValueError: data or configuration that cannot work, or a resumed run whose configuration or data differ.
+        ValueError: data, configuration or model that cannot work, or a resumed run of which one differs.
         Diverged: the loss, its gradient or an evaluation is not finite, or the gradient spiked, as `config` has it.
         Interrupted: SIGINT, SIGTERM, SIGUSR1 or SIGHUP came; the step was finished and saved. A second signal ends
             at once.
         OSError: the run directory holds a run already, another process trains in it, or it cannot be written.
     """
+    if model is not None:
+        check_given(model)
+        config = replace(config, model=model.config)
     config = absolute(config)
     if not config.run:
-        raise ValueError("run names no directory; say where the run shall lie: --run runs/mine")
+        raise ValueError('run names no directory; say where the run shall lie: run="runs/mine"')
     with join(config.device, config.timeout) as processes, closing(RunDirectory(config.run)) as run:
-        return _train(run, config, resume, stop, report or Report(), processes)
+        return _train(run, config, resume, stop, report or Report(), processes, model, watch)
 
 
 def _train(
@@ -91,17 +112,18 @@ def _train(
     stop: int | None,
     report: Report,
     processes: Processes,
+    given: MoEMamba | None,
+    watch: Watch | None,
 ) -> TrainResult:
     report = report if processes.first else Report(silent=True)
     run.log.writes = processes.first
-    if config.tensorboard:
-        require_tensorboard()
+    require_board(config)
     captures(config, processes)  # raises before any work
     require_fit(config, processes)
     resume = _resumes(run, resume, processes)
     if processes.size > 1:
         processes.alike((torch.__version__, sources()), "versions of PyTorch or sources of moemamba")
-    begun, config, tokenizer = processes.once(lambda: admit(run, config, resume, processes.size))
+    begun, config, tokenizer = processes.once(lambda: admit(run, config, resume, processes.size, given))
     if processes.first and not run.lock.holds:
         report.warn(f"{run.path} cannot be locked on this file system; see that no other process trains in it")
     text = config.reads()
@@ -112,20 +134,29 @@ def _train(
     every_rank = Batches(rows, config.batch_size)
     batches = Batches(rows, config.batch_size // (parts * processes.size), processes.rank, processes.size)
     dtype = _dtype(config, processes.device)
-    model = build(config, processes, dtype)
-    optimizer = make_optimizer(model, config)
+    if given is not None and processes.size > 1:
+        processes.alike(fingerprint(given), "weights of the models that are handed in")
+    model = build(config, processes, dtype, given)
+    watcher = run.log.watcher = None if watch is None else Watcher(watch, model)
+    optimizer = optimizer_of(model, config)
+    average = Average(model, config.average) if config.average else None
     if not resume:
-        processes.once(lambda: begin(run, config, tokenizer, corpora.content))
-        run.log("data", step=0, train_tokens=corpora.train_tokens)
+        processes.once(lambda: begin(run, config, tokenizer, corpora.content, given))
+        held_out = sum(text.tokens.bytes for text in corpora.validation)
+        run.log("data", step=0, train_tokens=corpora.train_tokens, held_out_bytes=held_out)
     if config.branch:
         processes.once(lambda: plant(run, Path(str(config.branch))))
     position = Position(content=corpora.content)
     if resume or config.branch:
-        position = restore(run, model, optimizer, corpora.content, report.note, processes, config.steps)
+        position = restore(run, model, optimizer, corpora.content, report.note, processes, config.steps, average)
+    if resume and not position.step:
+        processes.once(lambda: require_beginning(run, given))
     if config.start and not position.step:
         read_model(Path(config.start), model)
+        if average:
+            average.begin()
     position, said = processes.once(lambda: (position, go_on_longer(run, config, position, begun)))
-    _introduce(report, config, corpora, processes, dtype, position)
+    introduce(report, config, corpora, processes, dtype, position)
     if said:
         report.note(f"{'schedule':10}{said}")
 
@@ -138,10 +169,12 @@ def _train(
     guard = Guard(config, processes.device, position.skips)
     signals = Stop()
     agreement = Agreement(signals, processes)
-    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement)
+    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average)
+    if update.carried and position.step:
+        update.carried.go_on(read_carried(run, position, config.batch_size), parts, processes.device)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)
-    if config.tensorboard and processes.first:
-        run.log.board = TensorBoard(run.path / "tensorboard", position.step)
+    if processes.first:
+        run.log.board = open_board(config, run.path, position.step)
     saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)
@@ -152,51 +185,50 @@ def _train(
             meter.add(*update(step, batch, rate))
             position.step = step
             signalled = agreement.number()
-            saves = step == last or step % config.save_every == 0 or signalled > 0
+            saves = step == last or step % config.save_every == 0 or signalled > 0 or step in config.save_at
             evaluates = step == config.steps or step % config.eval_every == 0
             if not (saves or evaluates or step % config.log_every == 0):
                 continue
-            skipped = _skipped(run, report, every_rank, guard, processes)
+            skipped = skipped_steps(run, report, every_rank, guard, processes)
             if skipped < meter.steps:
                 line = meter.train_line(step, rate, skipped)
                 position.loss = line["loss"]
                 run.log("train", **line)
                 if meter.names:
-                    _log_routers(run, report, alarms, meter, step, skipped)
+                    log_routers(run, report, alarms, meter, step, skipped)
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
                 report.update(step, f"step {step:,} of {config.steps:,}: loss {line['loss']:.3f}, {speed}")
             if lost := report.lost():
                 run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
-                found = _evaluate(model, corpora, config, dtype, processes)
+                found = measured(model, average, corpora.validation, config, dtype, processes, config.eval_tokens)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
-                    processes.once(partial(_diverged, run, every_rank, step, what))
+                    processes.once(partial(diverged, run, every_rank, step, what))
                 position.evaluation, position.evaluated = found, step
-                tokens = step * config.batch_size * config.context
-                training = {"step": step, "tokens": tokens, "seconds": round(meter.seconds, 3)}
-                run.log("evaluation", **found.to_dict() | training)  # tokens are those trained on, as in every line
-                spelled = found.bits_per_byte == found.bits_per_byte  # else nan
-                bits = f", {found.bits_per_byte:.3f} bits per byte" if spelled else ""
-                quality = f"held-out loss {found.loss:.4f}{bits}"
-                report.note(f"step {step:,}: {quality}{_apart(found)}")
-            if saves:
+                log_evaluation(run, report, config, step, found, meter.seconds)
+            ended = watcher is not None and processes.any(watcher.asked)
+            if saves or ended:
                 position.seconds, position.skips, position.alarms = meter.seconds, guard.state(), alarms.state()
                 processes.once(saver.wait)
-                if snapshot := take(model, optimizer, asdict(position), processes):
-                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep))
+                if snapshot := take(model, optimizer, asdict(position), processes, average):
+                    carried = update.carried.state() if update.carried else None
+                    saver.begin(partial(write, run.path, snapshot, tokenizer, config.keep, config.save_at, carried))
             if signalled and step < config.steps:
                 saver.wait()
                 processes.wait()
-                raise Interrupted(
-                    f"stopped by {signal.Signals(signalled).name}; step {step:,} is saved in {run.path}. "
-                    f"Go on with: moemamba train --run {shlex.quote(str(run.path))} --resume",
-                    signalled,
-                )
+                name = signal.Signals(signalled).name
+                what = f"stopped by {name}; step {step:,} is saved in {run.path}. Go on with resume=True"
+                raise Interrupted(what, signalled)
+            if ended:
+                break
             meter.restart()
+        tested = None
+        if position.step == config.steps and config.test != NO_TEST:
+            tested = tested_once(run, report, model, average, corpora.test, config, dtype, processes)
     processes.wait()  # nobody leaves before all is written
     report.note(f"step {position.step:,} is saved in {run.path}")
-    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation)
+    return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation, tested)
 
 
 def prepare_text(config: TrainConfig, report: Report) -> None:
@@ -215,28 +247,6 @@ def _resumes(run: RunDirectory, asked: bool | Literal["auto"], processes: Proces
     return processes.once(lambda: (run.exists if asked == "auto" else asked) or (again and run.exists))
 
 
-def _evaluate(
-    model: MoEMamba, corpora: Corpora, config: TrainConfig, dtype: torch.dtype, processes: Processes
-) -> Evaluation:
-    rows = config.batch_size // (config.accumulate * processes.size)
-    return evaluate(
-        model,
-        corpora.validation,
-        context=config.context,
-        batch_size=rows,
-        most=config.eval_tokens,
-        reset_state=config.reset_state,
-        dtype=dtype,
-        drop_gap=any(experts.capacity_factor is not None for experts in config.model.routers),
-        group=min(rows, config.batch_size // routing_groups(config, processes.size)),
-        processes=processes,
-    )
-
-
-def _apart(found: Evaluation) -> str:
-    return "".join(f"; {name} {loss:.4f}" for name, loss in (found.apart or {}).items())
-
-
 @contextmanager
 def _closing(report: Report, run: RunDirectory, saver: Saver) -> Iterator[None]:
     try:
@@ -246,80 +256,6 @@ def _closing(report: Report, run: RunDirectory, saver: Saver) -> Iterator[None]:
         saver.wait()
         if run.log.board:
             run.log.board.close()
-
-
-def _skipped(run: RunDirectory, report: Report, batches: Batches, guard: Guard, processes: Processes) -> int:
-    """Read and write down which steps failed since the last line; returns how many.
-
-    Raises:
-        Diverged: one of them stops the run.
-    """
-    try:
-        failed = guard.read()
-    except Fatal as fatal:
-        *failed, last = fatal.failed
-        _log_skips(run, batches, failed)
-        row = f", failure {guard.in_a_row} in a row" if guard.in_a_row > 1 else ""
-        return processes.once(partial(_diverged, run, batches, last.step, f"{last}{row}"))
-    _log_skips(run, batches, failed)
-    if failed:
-        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-        report.note(f"skipped: {failed[0]}{more}; {guard.in_all:,} skipped in all")
-    return len(failed)
-
-
-def _log_skips(run: RunDirectory, batches: Batches, failed: Sequence[Failed]) -> None:
-    for skip in failed:
-        figures = {"loss": skip.loss, "grad_norm": skip.grad_norm}
-        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        run.log("skip", step=skip.step, **finite, **_identity(batches, skip.step))
-
-
-def _diverged(run: RunDirectory, batches: Batches, step: int, what: str) -> NoReturn:
-    """Write down which batch the step read, and raise; the checkpoints are all older than it."""
-    run.log("failure", step=step, **_identity(batches, step))
-    raise Diverged(
-        f"{what}; the windows it read are in {run.log.file}, and the checkpoints are from before; resume with "
-        "--on-failure skip, or begin a new run with a lower learning_rate or clip, or a longer warmup"
-    )
-
-
-def _identity(batches: Batches, step: int) -> dict[str, Any]:
-    """Which text the batch of a step was."""
-    return {"windows": batches.chosen(step - 1).tolist(), "context": batches.context}
-
-
-def _log_routers(run: RunDirectory, report: Report, alarms: Alarms, meter: Meter, step: int, skipped: int) -> None:
-    line = meter.router_line(step, skipped)
-    run.log("router", **line)
-    raised = alarms.look(line["layers"], meter.steps - skipped)
-    for alarm in raised:
-        run.log("alarm", step=step, **alarm)
-    for sentence in sentences(step, raised):
-        report.warn(sentence)
-
-
-def _introduce(
-    report: Report, config: TrainConfig, corpora: Corpora, processes: Processes, dtype: torch.dtype, position: Position
-) -> None:
-    """The lines that begin a run's output."""
-    count = count_parameters(config.model)
-    tokens = config.steps * config.batch_size * config.context
-    corpora.introduce(report, tokens)
-    report.note(
-        f"{'model':10}{config.model.pattern} x {config.model.n_blocks}, {count.total:,} parameters, {count.active:,} "
-        f"active, and {count.embedding:,} for a vocabulary of {config.model.vocab_size:,}"
-    )
-    device = processes.device.type if processes.size > 1 else processes.device
-    backend = ops.choose("selective_scan", torch.empty(0, device=processes.device))
-    graph = ", steps as a CUDA graph" if captures(config, processes) else ""
-    report.note(f"{'device':10}{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels{graph}")
-    if processes.size > 1:
-        spread = f", experts over {config.expert_parallel}" if config.expert_parallel > 1 else ""
-        what = "parameters shared out" if config.shard == "parameters" else "parameters in each"
-        report.note(f"{'processes':10}{processes.size}, {what}{spread}")
-    at = f"from step {position.step:,} of " if position.step else ""
-    report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens:,} tokens")
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

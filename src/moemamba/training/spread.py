@@ -19,6 +19,7 @@ def check(config: TrainConfig, size: int) -> None:
     Raises:
         ValueError: with the field to change.
     """
+    check_carried(config, size)
     rows, parallel = config.batch_size, _expert_parallel(config, size)
     if rows % (size * config.accumulate):
         raise ValueError(
@@ -47,6 +48,27 @@ def check(config: TrainConfig, size: int) -> None:
             f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch and {size} "
             "processes; one of the two must divide the other"
         )
+
+
+def check_carried(config: TrainConfig, size: int) -> None:
+    """Whether rows can begin with the state of the batch before.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if not config.carry_state:
+        return
+    model = config.model
+    growing = [each for each in model.letters if each.state_bytes(model, 2, 4) > each.state_bytes(model, 1, 4)]
+    why = ""
+    if size > 1:
+        why = f"{size} processes train; start one"
+    elif not counting.state_bytes(model, 1):
+        why = f"no letter of the pattern {config.model.pattern!r} has a state; choose one with M"
+    elif growing:
+        why = f"the state of {growing[0].name} grows with every token; choose a pattern without it"
+    if why:
+        raise ValueError(f"carry_state keeps the state of each row in one process, at one size, but {why}")
 
 
 def check_used(config: TrainConfig, size: int) -> None:
@@ -79,21 +101,26 @@ def routing_groups(config: TrainConfig, size: int) -> int:
     return config.routing_groups or size * config.accumulate
 
 
-def build(config: TrainConfig, processes: Processes, dtype: torch.dtype) -> MoEMamba:
-    """The model on its device, sharded as the configuration says, with the weights that its seed gives.
+def build(config: TrainConfig, processes: Processes, dtype: torch.dtype, given: MoEMamba | None = None) -> MoEMamba:
+    """The model on its device, sharded as the configuration says, with the weights that its seed gives, or those that
+    a model has which was handed in.
 
     They are the same for every number of processes, and drawn one sub-layer at a time, so that no process need hold the
     whole model.
     """
-    with torch.device("meta"):
-        model = MoEMamba(config.model)
+    if given is None:
+        with torch.device("meta"):
+            model = MoEMamba(config.model)
+    else:
+        model = given.to(processes.device)
     if processes.distributed and (config.shard == "parameters" or _expert_parallel(config, processes.size) > 1):
         shard(model, processes, dtype, config.shard == "none", _expert_parallel(config, processes.size))
     require_memory(model, config, processes.device)
-    model.to_empty(device=processes.device)
-    if config.model.tie_embeddings:
-        model.head.weight = model.embedding.weight
-    draw(model, fill, config.seed)
+    if given is None:
+        model.to_empty(device=processes.device)
+        if config.model.tie_embeddings:
+            model.head.weight = model.embedding.weight
+        draw(model, fill, config.seed)
     model.recompute = config.recompute
     group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
     return model
@@ -128,7 +155,7 @@ def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -
         where = "each GPU" if device.type == "cuda" else "this machine"
         raise ValueError(
             f"weights, gradients and the optimiser's state take {counting.size(each)} on {where}, which has "
-            f"{counting.size(has)}; share them out over more processes with --shard parameters or --expert-parallel N"
+            f'{counting.size(has)}; share them out over more processes with shard="parameters" or expert_parallel=N'
         )
 
 

@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .contender import Contender, parse_contender, parse_contenders
+from .contender import CLOSE, Contender, parse_contender, parse_contenders, sized
 
 if TYPE_CHECKING:
     from .comparing import compare
 
-__all__ = ["Contender", "compare", "parse_contender", "parse_contenders"]
+__all__ = ["CLOSE", "Contender", "compare", "parse_contender", "parse_contenders", "sized"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,14 @@ import torch
 
 from ... import __version__
 from ...config import ModelConfig
+from ...data.config import NO_TEST
 from ...device import find_device
 from ...distributed import Processes
 from ...host.files import replace
 from ...host.progress import Report
 from ...marks import changeable, marks
 from ...reading import read_config
-from ...training.config import TrainConfig
+from ...training.config import TrainConfig, read_run
 from ...training.spread import require_fit
 from ..page import html_page, markdown
 from ..results import (
@@ -34,6 +35,7 @@ from ..results import (
     summarise,
 )
 from .contender import Contender
+from .planning import leaves, planned
 from .runs import Task, carry_out
 
 # What differs from run to run, and what says how a run is carried out rather than what it computes.
@@ -76,17 +78,19 @@ def compare(
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
     plan = [(contender, seed) for seed in range(seeds) for contender in contenders]
-    configs = [_config(contender, base, seed, out) for contender, seed in plan]
+    configs = planned(plan, base, out)
     for config in configs:
         require_fit(config, Processes(find_device(config.device)))  # before any of them is trained
     begun = [_begun(config) for config in configs]
     _tell_of_lost_runs(out, configs, silent)
-    tasks = []
+    rounds: tuple[list[Task], list[Task]] = ([], [])  # branches come after what they branch off
     for k, ((contender, seed), config, resume) in enumerate(zip(plan, configs, begun, strict=True), start=1):
         if _read(contender, seed, config).status == "unfinished":
-            tasks.append(Task(config, resume, f"[{k}/{len(plan)}] {contender.name}, seed {seed}"))
+            task = Task(config, resume, f"[{k}/{len(plan)}] {contender.name}, seed {seed}")
+            rounds[contender.trunk is not None].append(task)
     try:
-        carry_out(tasks, jobs, silent)
+        carry_out(rounds[0], jobs, silent)
+        carry_out([task for task in rounds[1] if task.resume or leaves(task.config)], jobs, silent)
     except (RuntimeError, KeyboardInterrupt):
         with contextlib.suppress(Exception):  # what there is; the error says more
             _write(plan, configs, base, out, jobs, command, paper)
@@ -111,7 +115,8 @@ def _write(
         if (Path(config.run) / "config.json").exists():
             models[contender.name] = read_config(ModelConfig, Path(config.run) / "config.json")  # the vocabulary's size
     rows = summarise(runs, models, base.context)
-    recipes = {contender.name: contender.recipe for contender in contenders}
+    trunks = {contender.name: {"trunk": contender.trunk} for contender in contenders if contender.trunk}
+    recipes = {contender.name: contender.recipe | trunks.get(contender.name, {}) for contender in contenders}
     comparison = Comparison(rows, runs, _settings(base), recipes, _environment(jobs), command, paper)
     comparison.write(out / "results.json")
     _write_pages(comparison, out)
@@ -138,18 +143,9 @@ def _read(contender: Contender, seed: int, config: TrainConfig) -> RunResult:
         status = "diverged"
     elif history.evaluation and history.evaluation[-1]["step"] == config.steps:
         saved = (path / "checkpoints" / f"{config.steps:08d}").is_dir()
-        status = "finished" if saved else "unfinished"
+        tested = config.test == NO_TEST or any(line["step"] == config.steps for line in history.test)
+        status = "finished" if saved and tested else "unfinished"
     return RunResult.condensed(contender.name, seed, status, history, config.steps)
-
-
-def _config(contender: Contender, base: TrainConfig, seed: int, out: Path) -> TrainConfig:
-    own: dict[str, Any] = {
-        "model": contender.model,
-        "run": str(out / contender.name / f"seed-{seed}"),
-        "seed": seed,
-        "data_seed": seed,
-    }
-    return dataclasses.replace(base, **own, **contender.recipe)
 
 
 def _begun(config: TrainConfig) -> bool:
@@ -157,7 +153,7 @@ def _begun(config: TrainConfig) -> bool:
     file = Path(config.run) / "train.json"
     if not file.exists():
         return False
-    before = read_config(TrainConfig, file)
+    before = read_run(file)
     vocab_size = before.model.vocab_size  # the tokenizer's, whatever was asked for
     wanted = dataclasses.replace(config, model=config.model.replace(vocab_size=vocab_size))
     for name in (field.name for field in dataclasses.fields(TrainConfig)):

@@ -23,7 +23,7 @@ def html_page(comparisons: Sequence[Comparison]) -> str:
         said = section(comparisons[0])
         header = f"<header><h1>{html(said.title)}</h1>{_lead(said)}</header>"
         shown = _drawn(_maps, comparisons[0])
-        return _page(f"moemamba: {said.title}", header + _section(said, comparisons[0], "h2") + "".join(shown))
+        return document(f"moemamba: {said.title}", header + _section(said, comparisons[0], "h2") + "".join(shown))
     sections = [section(found) for found in comparisons]
     links = "".join(f"<li><a href='#{k}'>{html(said.title)}</a></li>" for k, said in enumerate(sections))
     body = [f"<header><h1>{len(sections)} comparisons</h1><ol>{links}</ol></header>"]
@@ -31,10 +31,10 @@ def html_page(comparisons: Sequence[Comparison]) -> str:
         body.append(
             f"<section><h2 id='{k}'>{html(said.title)}</h2>{_lead(said)}{_section(said, found, 'h3')}</section>"
         )
-    return _page("moemamba: " + ", ".join(said.title for said in sections), "".join(body))
+    return document("moemamba: " + ", ".join(said.title for said in sections), "".join(body))
 
 
-def _page(title: str, body: str) -> str:
+def document(title: str, body: str) -> str:
     """A complete HTML document."""
     style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return (
@@ -152,7 +152,7 @@ def _how(found: Comparison, level: str) -> list[str]:
 
 def _settings(found: Comparison) -> dict[str, Any]:
     """What all runs share, and where models have their own, that."""
-    settings = dict(found.settings)
+    settings = {name: "none" if value == {} else value for name, value in found.settings.items()}
     for name, value in settings.items():
         if own := {model: recipe[name] for model, recipe in found.recipes.items() if name in recipe}:
             settings[name] = f"{value}; {', '.join(f'{model}: {one}' for model, one in own.items())}"

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from ..results import Comparison, Reproduction, Row
-from .wording import HEADER, Measure, cells, says, signed, verdict
+from ..results import Comparison, Reproduction, Row, Spread
+from .wording import HEADER, Measure, about, cells, says, signed, text_error, verdict
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ def section(found: Comparison) -> Section:
     if any(row.drop_gap.values for row in found.rows):
         more += " A drop gap is what the capacity limits of training would add to the loss."
     parts: list[tuple[str, Sequence[str | Grid]]] = [
-        ("Results", [budget(found), _results(found), loss_notes(found.seeds) + more, _besides(found)]),
+        (
+            "Results",
+            [budget(found), _results(found), loss_notes(found.seeds) + more, *reported_tests(found), _besides(found)],
+        ),
         ("Steps to equal loss", [*_steps(found), STEPS_NOTES]),
     ]
     title = " · ".join(row.name for row in found.rows)
@@ -40,7 +44,13 @@ def section(found: Comparison) -> Section:
         title = found.paper.title
         capped = any(row.drop_gap.values for row in found.rows)
         by: dict[str, Measure] = {"held-out": "loss", **({"with capacity": "capped_loss"} if capped else {})}
+        by |= {"averaged weights": "averaged"} if any(row.averaged.values for row in found.rows) else {}
         by |= {"training loss": "training_loss"}
+        if any(row.test.values for row in found.rows):
+            averaged = any(row.averaged_test.values for row in found.rows)
+            more_tests: dict[str, Measure] = {"test with capacity": "capped_test"} if capped else {}
+            more_tests |= {"test, averaged weights": "averaged_test"} if averaged else {}
+            by = {"test": "test", **more_tests, **by}
         claims = [(says(c), *(verdict(c, found.rows, measure) for measure in by.values())) for c in found.paper.claims]
         parts.append(("Claims", [Grid(("claim", *by), claims), CLAIMS_NOTES]))
         parts.append(("Learning rates", _rates(found.paper)))
@@ -53,7 +63,7 @@ def budget(found: Comparison) -> str:
     steps = settings["steps"]
     others = {name: recipe["steps"] for name, recipe in found.recipes.items() if recipe.get("steps", steps) != steps}
     own = (
-        f"But {name} ran for {n:,} steps, {n * found.step_tokens:,} tokens, with a schedule of that length. "
+        f"But {name} ran for {n:,} steps, {n * found.step_tokens:,} tokens, {_schedule(found.recipes[name])}. "
         for name, n in others.items()
     )
     return (
@@ -63,20 +73,34 @@ def budget(found: Comparison) -> str:
     )
 
 
+def _schedule(recipe: Mapping[str, Any]) -> str:
+    """Of a model with steps of its own."""
+    if trunk := recipe.get("trunk"):
+        return f"a branch of {trunk}, whose steps it shares up to its own cool-down"
+    return "with a schedule of that length"
+
+
 def headline(row: Row) -> str:
-    """One sentence on how a model stands to the baseline."""
+    """One sentence on how a model stands to the baseline, on the test text where there is one."""
+    if row.test_difference.values and len(row.test_difference.values) == len(row.difference.values):
+        return _headline(replace(row, difference=row.test_difference), " on the test text")
+    return _headline(row, "")
+
+
+def _headline(row: Row, where: str) -> str:
     d = row.difference
     if row.missing or not d.values:
         return f"{row.name}: {row.verdict}."
     if d.std is not None and not d.clear:
-        return f"{row.name} shows no clear difference from the baseline: {signed(d)} nats per token."
+        return f"{row.name} shows no clear difference from the baseline{where}: {signed(d)} nats per token."
     side = "below" if d.mean < 0 else "above"
-    text = f"{row.name} ends {abs(d.mean):.3f} nats per token {side} the baseline ({row.verdict})"
+    text = f"{row.name} ends {abs(d.mean):.3f} nats per token {side} the baseline{where} ({row.verdict})"
     if row.speed_up and d.mean < 0 and row.speed_up.mean > 1:
         others = {"with the capacity of training": row.capped_speed_up} if row.drop_gap.values else {}
         others |= {"by training loss": row.training_speed_up}
         also = ", ".join(f"{k} {f'{v.mean:.2f}×' if v else 'not at all'}" for k, v in others.items())
-        text += f" and reaches its final loss in {row.speed_up.mean:.2f}× fewer steps ({also})"
+        final = "final held-out loss" if where else "final loss"
+        text += f" and reaches its {final} in {row.speed_up.mean:.2f}× fewer steps ({also})"
     own = f"; that is with a schedule of its own, of {row.steps:,} steps" if row.own_schedule else ""
     return f"{text}{own}."
 
@@ -113,17 +137,23 @@ STEPS_NOTES = (
 
 
 def _results(found: Comparison) -> Grid:
-    """Each model's loss by three measures (held-out dropless, with the capacity of training, in training), each with
-    its difference from the baseline's, beside the paper's if there is one."""
+    """Each model's loss by its measures (held-out dropless, with the capacity of training, with averaged weights, in
+    training), each with its difference from the baseline's, beside the paper's if there is one."""
     own = ("parameters", "active", "held-out loss", "vs baseline")
     more = ("training loss", "vs its training")
     rows, baseline, paper = _cells(found), found.rows[0].name, found.paper
+    averaged = {
+        row.name: (about(row.averaged), signed(row.averaged_difference) if row.name != baseline else "baseline")
+        for row in found.rows
+        if row.averaged.values
+    }
     gaps = {row.name: f"{row.drop_gap.mean:+.4f}".replace("-", "−") for row in found.rows if row.drop_gap.values}
     return Grid(
         (
             *("model", *own),
             *(("paper", "paper's difference") if paper else ()),
             *(("drop gap", "with capacity", "vs its capacity") if gaps else ()),
+            *(("averaged", "vs its averaged") if averaged else ()),
             *more,
         ),
         [
@@ -131,11 +161,62 @@ def _results(found: Comparison) -> Grid:
                 *(row[key] for key in ("model", *own)),
                 *(_printed(paper, name, baseline) if paper else ()),
                 *((gaps.get(name, "–"), row["with capacity"], row["vs its capacity"]) if gaps else ()),
+                *(averaged.get(name, ("–", "–")) if averaged else ()),
                 *(row[key] for key in more),
             )
             for name, row in rows.items()
         ],
     )
+
+
+TEST_NOTES = (
+    "Test loss: nats per token over all of a text, or of the half of the held-out text, that nothing was chosen by, at "
+    "the end of each run. The figure behind ± is its standard error over that text, from {blocks} parts of consecutive "
+    "windows; of a difference from the baseline, part by part. It does not know what another seed would change."
+)
+
+
+def reported_tests(found: Comparison) -> list[str | Grid]:
+    """The finished runs on the text that nothing was chosen by; nothing where no run has such."""
+    tested = [row for row in found.rows if row.test.values]
+    if not tested:
+        return []
+    baseline, capped = found.rows[0], any(row.drop_gap.values for row in found.rows)
+    averaged = any(row.averaged_test.values for row in tested)
+    rows = []
+    for row in tested:
+        first = row is baseline
+        tests = [test for test in row.tests if test]
+        with_capacity = (
+            f"{row.capped_test.mean:.4f}",
+            "baseline" if first else signed(row.capped_test_difference),
+        )
+        rows.append(
+            (
+                row.name,
+                f"{tests[0].tokens:,}",
+                f"{row.test.mean:.4f}{_over_text(tests[0].standard_error)}",
+                "baseline" if first else f"{signed(row.test_difference)}{_over_text(text_error(row, baseline))}",
+                *(with_capacity if capped else ()),
+                *(
+                    (_mean(row.averaged_test), "baseline" if first else signed(row.averaged_test_difference))
+                    if averaged
+                    else ()
+                ),
+            )
+        )
+    more = [*(("with capacity", "vs its capacity") if capped else ())]
+    more += ["averaged weights", "vs its averaged"] if averaged else []
+    blocks = len(next(test for test in tested[0].tests if test).blocks)
+    return [Grid(("model", "tokens", "test loss", "vs baseline", *more), rows), TEST_NOTES.format(blocks=blocks)]
+
+
+def _mean(spread: Spread) -> str:
+    return f"{spread.mean:.4f}" if spread.values else "–"
+
+
+def _over_text(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def _besides(found: Comparison) -> Grid:

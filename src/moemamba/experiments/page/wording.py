@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from ..results import Claim, Row, Spread, paired
+from ..results import Claim, Row, Spread, error_of_difference, paired
 
-Measure = Literal["loss", "capped_loss", "training_loss"]
+Measure = Literal["loss", "capped_loss", "averaged", "training_loss", "test", "capped_test", "averaged_test"]
 
 
 HEADER = (
@@ -53,9 +53,13 @@ def cells(rows: list[Row]) -> list[tuple[str, ...]]:
 
 
 def _loss(row: Row) -> str:
-    spread = f" ± {row.loss.std:.4f}" if row.loss.std is not None else ""
-    parts = [f"{row.loss.mean:.4f}{spread}"] if row.loss.values else []
+    parts = [about(row.loss)] if row.loss.values else []
     return "; ".join([*parts, *([row.missing] if row.missing else [])])
+
+
+def about(spread: Spread) -> str:
+    """`1.4053 ± 0.0062`: mean and standard deviation."""
+    return f"{spread.mean:.4f}" + (f" ± {spread.std:.4f}" if spread.std is not None else "")
 
 
 def _mean(spread: Spread, form: str) -> str:
@@ -108,7 +112,9 @@ def verdict(claim: Claim, rows: Sequence[Row], measure: Measure = "loss") -> str
     Differences are paired by seed; `Spread.clear` says which stand out.
 
     Args:
-        measure: of a claim on loss: held-out, held-out with the capacity limits of training, or smoothed training loss.
+        measure: of a claim on loss: held-out, held-out with the capacity limits of training or with averaged weights,
+            smoothed training loss, or the first three on the test text, where one seed has a standard error at least
+            over that text.
     """
     by_name = {row.name: row for row in rows}
     better, worse = by_name[claim.better], by_name[claim.worse]
@@ -119,8 +125,18 @@ def verdict(claim: Claim, rows: Sequence[Row], measure: Measure = "loss") -> str
     mean, error = format(d.mean, f"+{form}"), d.standard_error
     if error is None:
         side = "no difference" if d.side == "equal" else d.side
-        return f"{side}, one seed ({mean}{unit})".replace("-", "−")
+        over = text_error(better, worse) if measure == "test" and not claim.accuracy else None
+        return f"{side}, one seed ({mean}{unit}{'' if over is None else f', ± {over:.4f} over the text'})".replace(
+            "-", "−"
+        )
     found = "no clear difference"
     if d.clear:
         found = "confirmed" if (d.side == "higher") == claim.accuracy else "contradicted"
     return f"{found} ({mean} ± {error:{form}}{unit}, {len(d.values)} seeds)".replace("-", "−")
+
+
+def text_error(first: Row, second: Row) -> float | None:
+    """Standard error over the test text of two models' difference, with the first seed that both have."""
+    theirs = dict(zip(second.seeds, second.tests, strict=False))
+    shared = ((test, theirs[seed]) for seed, test in zip(first.seeds, first.tests, strict=False) if seed in theirs)
+    return next((error for pair in shared if (error := error_of_difference(*pair)) is not None), None)

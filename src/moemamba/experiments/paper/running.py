@@ -24,7 +24,7 @@ def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
     return replace(
         base,
         steps=steps,
-        batch_size=scale.batch_size,
+        batch_size=rows(table, scale),
         context=scale.context,
         sampling=scale.sampling,
         optimizer="adamw",
@@ -42,6 +42,11 @@ def recipe(base: TrainConfig, table: Table, scale: Scale) -> TrainConfig:
     )
 
 
+def rows(table: Table, scale: Scale) -> int:
+    """Sequences in a step: the table's own at the paper's scale, whose steps are the table's."""
+    return table.batch_size if scale.batch_size == Table.batch_size else scale.batch_size
+
+
 def tuning_steps(scale: Scale, steps: int) -> int:
     """Steps of a run that tries a learning rate, where the comparison's have `steps`."""
     return min(scale.tuning_steps or steps, steps)
@@ -49,7 +54,7 @@ def tuning_steps(scale: Scale, steps: int) -> int:
 
 def plan(table: Table, scale: Scale) -> list[str]:
     """What `reproduce` is going to run, in a few lines."""
-    steps, tokens = scale.steps or table.steps, scale.batch_size * scale.context
+    steps, tokens = scale.steps or table.steps, rows(table, scale) * scale.context
     short = tuning_steps(scale, steps)
     models = [
         f"{entry.name} ({count(parameters.total)}, {count(parameters.active)} active)"
@@ -65,7 +70,7 @@ def plan(table: Table, scale: Scale) -> list[str]:
     runs = len(table.entries) * scale.seeds
     lines = [
         f"{table.title}: {runs} runs, {len(models)} models with {scale.seeds} seed{'s' if scale.seeds > 1 else ''}, of "
-        f"{count(steps * tokens)} tokens ({steps:,} steps of {scale.batch_size} × {scale.context}) each",
+        f"{count(steps * tokens)} tokens ({steps:,} steps of {rows(table, scale)} × {scale.context}) each",
         f"models: {', '.join(models)}; without embedding and head",
     ]
     if tried:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...config import ModelConfig, RoutedMambaConfig
+from ...counting import count_parameters
 from ...presets import preset
-from ..compare import Contender
+from ..compare import CLOSE, Contender, sized
 from ..results import Claim
 
 PAPER_WIDTH, PAPER_BLOCKS = 512, 8  # of the 25M models
@@ -31,6 +32,9 @@ class Scale:
     steps: int | None = None
     """the table's own if None"""
     sampling: Literal["windows", "documents"] = "windows"
+    equal_active: bool = True
+    """experts and feed-forward layers are as wide as makes each model's active size that of Mamba, within 1%: what
+    grows with the width and not with its square weighs more in narrow models. The paper's sizes differ by up to 15%"""
 
 
 SCALES = {
@@ -38,7 +42,7 @@ SCALES = {
     # 262 M tokens are about 300 for each active parameter of Mamba; the paper's 25M models had 370, its 100M ones 260.
     # Rates are tuned over whole runs: the best after 400 steps was four times too high for experts (docs/results.md).
     "gpu": Scale(128, 4, 128, 256, 2, (2e-3, 4e-3, 8e-3), None, 8000),
-    "paper": Scale(PAPER_WIDTH, PAPER_BLOCKS, 64, 1024, 1, (), 1500, sampling="documents"),
+    "paper": Scale(PAPER_WIDTH, PAPER_BLOCKS, 64, 1024, 1, (), 1500, sampling="documents", equal_active=False),
 }
 
 
@@ -67,7 +71,11 @@ class Entry:
     def contender(self, scale: Scale) -> Contender:
         """The model at a scale, with the first learning rate of `rates`."""
         recipe = {**self.recipe, "learning_rate": self.rates(scale)[0]}
-        return Contender(self.name, scaled(preset(self.preset).replace(**self.changes), scale), recipe)
+        model = scaled(preset(self.preset).replace(**self.changes), scale)
+        if scale.equal_active:
+            mamba = "mamba-100m" if "100m" in self.preset else "mamba-25m"
+            model = _equal(model, count_parameters(scaled(preset(mamba), scale)).active)
+        return Contender(self.name, model, recipe)
 
 
 @dataclass(frozen=True)
@@ -78,24 +86,35 @@ class Table:
     entries: tuple[Entry, ...]
     claims: tuple[Claim, ...]
     steps: int = 15_000
-    """of 64 x 1024 tokens"""
+    """of `batch_size` x 1024 tokens"""
+    batch_size: int = 64
+    """the paper's"""
 
 
 def scaled(model: ModelConfig, scale: Scale) -> ModelConfig:
-    """A 25M model at another width and depth: experts, feed-forward layers and heads in proportion."""
+    """A model at a scale: width and depth as much smaller as the 25M models are, experts, feed-forward layers and heads
+    in proportion."""
 
     def width(paper: int | None) -> int | None:
         return None if paper is None else max(1, round(paper * scale.d_model / PAPER_WIDTH))
 
+    d_model = model.d_model * scale.d_model // PAPER_WIDTH
+
     return replace(
         model,
-        d_model=scale.d_model,
+        d_model=d_model,
         n_blocks=max(1, model.n_blocks * scale.n_blocks // PAPER_BLOCKS),
         experts=replace(model.experts, d_expert=width(model.experts.d_expert)),
         routed=replace(model.routed, experts=replace(model.routed.experts, d_expert=width(model.d_routed_expert))),
         feedforward=replace(model.feedforward, d_ff=width(model.feedforward.d_ff)),
-        attention=replace(model.attention, n_heads=max(1, scale.d_model // 64)),
+        attention=replace(model.attention, n_heads=max(1, d_model // 64)),
     )
+
+
+def _equal(model: ModelConfig, active: int) -> ModelConfig:
+    """The model with as many active parameters, within 1%; as it is where it has them."""
+    near = abs(count_parameters(model).active - active) <= CLOSE * active
+    return model if near else sized(model, active)
 
 
 def _sweep(
@@ -164,6 +183,17 @@ TABLES = {
         ),
         150_000,
     ),
+    "main-100m": Table(
+        "Mamba, MoE-Mamba and Transformer-MoE, 100M (table 1)",
+        (
+            Entry("mamba", "mamba-100m", {}, 2.99, 1e-3),
+            Entry("moe-mamba", "moe-mamba-100m", {}, 2.81, faster=2.35),
+            Entry("transformer-moe", "transformer-moe-100m", {}, 2.88, 2.5e-4, faster=1.79),
+        ),
+        (Claim("moe-mamba", "mamba"), Claim("moe-mamba", "transformer-moe"), Claim("transformer-moe", "mamba")),
+        30_000,
+        1024,
+    ),
     "experts": Table(
         "Number of experts (table 4)",
         (
@@ -188,10 +218,13 @@ TABLES = {
         "Sequential and parallel blocks (table 7)",
         (
             _MAMBA,
-            *_sweep("sequential", {8: 3.69, 32: 3.66}),
-            *_sweep("parallel", {8: 3.72, 32: 3.69}, "parallel-moe-mamba-25m"),
+            *_sweep("sequential", {1: 3.76, 2: 3.74, 4: 3.71, 8: 3.69, 16: 3.67, 32: 3.66}),
+            *_sweep("parallel", {1: 3.79, 2: 3.77, 4: 3.74, 8: 3.72, 16: 3.70, 32: 3.69}, "parallel-moe-mamba-25m"),
         ),
-        (Claim("sequential-8", "parallel-8"), Claim("sequential-32", "parallel-32"), Claim("parallel-32", "mamba")),
+        (
+            *(Claim(f"sequential-{n}", f"parallel-{n}") for n in (1, 2, 4, 8, 16, 32)),
+            Claim("parallel-32", "mamba"),
+        ),
     ),
     "inner": _inner_table(
         "Experts inside every other Mamba block (table 3)", (3.71, 3.70, 3.70, 3.72, 3.76, 3.88, 3.88), False
@@ -207,6 +240,7 @@ TABLES = {
                 Entry(f"ratio-{name}", "moe-mamba-25m", {"expand": e, "d_expert": f, "n_experts": n})
                 for name, (e, f, n) in FRACTIONS.items()
             ),
+            Entry("ratio-6-0", "mamba-25m", {"expand": 4.0, "n_blocks": 8}, 3.73),
         ),
         (
             Claim("ratio-3-3", "ratio-1-5"),

@@ -8,6 +8,7 @@ from .reproduction import Reproduction, Tuning
 from .row import Row, paired, summarise
 from .spread import Spread
 from .stored import Status, check_name
+from .tested import Test, error_of_difference
 
 __all__ = [
     "Claim",
@@ -19,9 +20,11 @@ __all__ = [
     "RunResult",
     "Spread",
     "Status",
+    "Test",
     "Tuning",
     "check_name",
     "crossing",
+    "error_of_difference",
     "paired",
     "read_history",
     "read_results",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class History:
     """where the run diverged; a resumption takes the line away"""
     data: list[dict[str, Any]] = field(default_factory=list)
     """what it read"""
+    test: list[dict[str, Any]] = field(default_factory=list)
+    """of finished runs, at each step that was its last"""
 
     def curve(self, kind: str, key: str) -> list[tuple[float, float]]:
         """(step, value) of one figure, such as `curve("evaluation", "loss")`; lines without it, or in which it is no
@@ -41,7 +43,7 @@ def read_history(run: Path) -> History:
     """
     path = run / "metrics.jsonl"
     lines = read_text(path, SIZE).splitlines()
-    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "evaluation": [], "router": [], "failure": [], "data": []}
+    kinds: dict[str, list[dict[str, Any]]] = {each.name: [] for each in fields(History)}
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)

@@ -9,8 +9,9 @@ from typing import Any, Self
 from ...reading import from_dict
 from .history import Curve, History, smoothed, smoothing
 from .stored import Layer, Status, StoredRun, is_figure
+from .tested import Test
 
-EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte", "accuracy", "drop_gap")
+EVALUATION = ("step", "tokens", "seconds", "loss", "bits_per_byte", "accuracy", "drop_gap", "averaged")
 MEANS = ("entropy", "dropped", "balance")  # of a router, over steps
 POINTS = 200  # of the training curve at most
 FIGURES = 10_000  # about the routers at most, whatever the number of experts, layers and lines
@@ -26,7 +27,8 @@ class RunResult:
     status: Status
     evaluation: Sequence[dict[str, float]]
     """lines of `EVALUATION`: tokens trained on, seconds of work, held-out loss in nats per token, dropless; `drop_gap`
-    is what the capacity limits of training would add to it, where there are any"""
+    is what the capacity limits of training would add to it, where there are any; `averaged` the loss of averaged
+    weights, where there are some"""
     training: Curve
     """smoothed language-model loss of the training batches, without auxiliary losses"""
     router: Sequence[dict[str, Any]]
@@ -38,6 +40,8 @@ class RunResult:
     """bytes, on a GPU"""
     train_tokens: int | None = None
     """of its corpus; None if the run did not write it down"""
+    test: Test | None = None
+    """of a finished run that has one"""
 
     @classmethod
     def condensed(cls, model: str, seed: int, status: Status, history: History, steps: int) -> Self:
@@ -62,6 +66,7 @@ class RunResult:
             ),
             max((peak for _, peak in history.curve("train", "peak_memory")), default=None),
             next((int(tokens) for _, tokens in history.curve("data", "train_tokens") if tokens >= 1), None),
+            Test.condensed(history.test, evaluation[-1]["step"]) if status == "finished" and evaluation else None,
         )
 
     @property
@@ -83,6 +88,7 @@ class RunResult:
             "tokens_per_second": None if math.isnan(self.tokens_per_second) else self.tokens_per_second,
             "peak_memory": self.peak_memory,
             **({"train_tokens": self.train_tokens} if self.train_tokens else {}),
+            **({"test": self.test.to_dict()} if self.test else {}),
             "evaluation": {
                 key: [line.get(key) for line in self.evaluation]
                 for key in EVALUATION
@@ -126,6 +132,7 @@ class RunResult:
             math.nan if run.tokens_per_second is None else run.tokens_per_second,
             run.peak_memory,
             run.train_tokens,
+            Test.of(run.test) if run.test else None,
         )
 
 

@@ -11,7 +11,9 @@ from ...reading import to_dict
 from .history import Curve, crossing
 from .record import RunResult
 from .spread import Spread
+from .tested import Test
 
+NONE = Spread(())
 UNCOUNTED = ("diverged", "unfinished")  # runs that no figure is of
 
 
@@ -38,6 +40,10 @@ class Row:
     """share of held-out tokens predicted right"""
     drop_gap: Spread
     """what the capacity limits of training would add to the loss; empty without any"""
+    averaged: Spread
+    """held-out loss of the averaged weights (`TrainConfig.average`); empty without any"""
+    averaged_difference: Spread
+    """that loss minus the baseline's of its averaged weights, with the same seed"""
     difference: Spread
     """loss minus the baseline's with the same seed, so on the same batches in the same order"""
     steps_to_baseline: tuple[float | None, ...]
@@ -62,6 +68,29 @@ class Row:
     """`speed_up` in time: times this model's tokens a second over the baseline's"""
     own_schedule: bool = False
     """its learning rate fell within other steps than the baseline's, so that its speed-up is another measure"""
+    tests: tuple[Test | None, ...] = ()
+    """what each run came to on the text that nothing was chosen by, in the order of `seeds`"""
+    test_difference: Spread = NONE
+    """its loss there minus the baseline's with the same seed"""
+    capped_test_difference: Spread = NONE
+    """the same with the capacity limits of training"""
+    averaged_test_difference: Spread = NONE
+    """the same with averaged weights on both sides"""
+
+    @property
+    def test(self) -> Spread:
+        """Loss there, dropless."""
+        return Spread(tuple(test.loss for test in self.tests if test))
+
+    @property
+    def averaged_test(self) -> Spread:
+        """Loss there of the averaged weights, of runs that have some."""
+        return Spread(tuple(test.averaged for test in self.tests if test and test.averaged is not None))
+
+    @property
+    def capped_test(self) -> Spread:
+        """Loss there with the capacity limits of training."""
+        return Spread(tuple(test.capped_loss for test in self.tests if test))
 
     @property
     def verdict(self) -> str:
@@ -87,6 +116,7 @@ class Row:
             "bits_per_byte": self.bits_per_byte.to_dict(),
             "accuracy": self.accuracy.to_dict(),
             "drop_gap": self.drop_gap.to_dict(),
+            **self._averaged(),
             "difference": self.difference.to_dict(),
             "verdict": self.verdict,
             "steps_to_baseline": list(self.steps_to_baseline),
@@ -100,7 +130,17 @@ class Row:
             "training_difference": self.training_difference.to_dict(),
             "time_speed_up": self.time_speed_up.to_dict() if self.time_speed_up else None,
             "own_schedule": self.own_schedule,
+            **(
+                {"test": self.test.to_dict(), "test_difference": self.test_difference.to_dict()}
+                if self.test.values
+                else {}
+            ),
         }
+
+    def _averaged(self) -> dict[str, Any]:
+        if not self.averaged.values:
+            return {}
+        return {"averaged": self.averaged.to_dict(), "averaged_difference": self.averaged_difference.to_dict()}
 
 
 def summarise(runs: list[RunResult], configs: dict[str, ModelConfig], context: int) -> list[Row]:
@@ -131,6 +171,8 @@ def _row(name: str, config: ModelConfig, every: list[RunResult], baseline: dict[
         bits_per_byte=_last(runs, "bits_per_byte"),
         accuracy=_last(runs, "accuracy"),
         drop_gap=_last(runs, "drop_gap"),
+        averaged=_last(runs, "averaged"),
+        averaged_difference=_difference([(_averaged(ours), _averaged(theirs)) for ours, theirs in pairs]),
         difference=_difference([(ours.curve, theirs.curve) for ours, theirs in pairs]),
         steps_to_baseline=steps,
         speed_up=ratios,
@@ -142,7 +184,22 @@ def _row(name: str, config: ModelConfig, every: list[RunResult], baseline: dict[
         capped_speed_up=_faster(capped)[1],
         training_difference=_difference(training),
         time_speed_up=_in_time(ratios, pairs),
+        tests=tuple(run.test for run in runs),
+        test_difference=Spread(tuple(round(a.loss - b.loss, 6) for a, b in _tests(pairs))),
+        averaged_test_difference=Spread(
+            tuple(
+                round(a.averaged - b.averaged, 6)
+                for a, b in _tests(pairs)
+                if a.averaged is not None and b.averaged is not None
+            )
+        ),
+        capped_test_difference=Spread(tuple(round(a.capped_loss - b.capped_loss, 6) for a, b in _tests(pairs))),
     )
+
+
+def _tests(pairs: Sequence[tuple[RunResult, RunResult]]) -> list[tuple[Test, Test]]:
+    """Of pairs of runs, their tests, where both have one."""
+    return [(ours.test, theirs.test) for ours, theirs in pairs if ours.test and theirs.test]
 
 
 def _last(runs: Sequence[RunResult], key: str) -> Spread:
@@ -153,6 +210,11 @@ def _last(runs: Sequence[RunResult], key: str) -> Spread:
 def _capped(run: RunResult) -> Curve:
     """Held-out loss with the capacity limits of training, by step."""
     return [(line["step"], line["loss"] + line.get("drop_gap", 0.0)) for line in run.evaluation]
+
+
+def _averaged(run: RunResult) -> Curve:
+    """Held-out loss of averaged weights, by step; empty without any."""
+    return [(line["step"], line["averaged"]) for line in run.evaluation if "averaged" in line]
 
 
 def _difference(pairs: Sequence[tuple[Curve, Curve]]) -> Spread:

@@ -29,6 +29,7 @@ class Evaluation:
     bits_per_byte: tuple[float | None, ...] = ()
     accuracy: tuple[float | None, ...] = ()
     drop_gap: tuple[float | None, ...] = ()
+    averaged: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         check_steps(self.step)
@@ -82,6 +83,27 @@ class Router:
 
 
 @dataclass(frozen=True)
+class StoredTest:
+    """What a finished run came to on the text that nothing was chosen by."""
+
+    tokens: int
+    loss: float
+    bits_per_byte: float | None = None
+    accuracy: float | None = None
+    drop_gap: float | None = None
+    averaged: float | None = None
+    blocks: tuple[tuple[float, ...], ...] = ()
+    """weight and loss of each"""
+
+    def __post_init__(self) -> None:
+        if not self.tokens > 0:
+            raise ValueError(f"tokens is {self.tokens}; it must be greater than 0")
+        for block in self.blocks:
+            if len(block) != 2 or not 0 < block[0] <= 1:
+                raise ValueError(f"blocks has {shown(block)}; expected a weight between 0 and 1, and a loss")
+
+
+@dataclass(frozen=True)
 class StoredRun:
     """One training run."""
 
@@ -95,6 +117,7 @@ class StoredRun:
     router: Router
     train_tokens: int | None = None
     """of its corpus; older files do not say"""
+    test: StoredTest | None = None
 
     def __post_init__(self) -> None:
         if self.train_tokens is not None and not self.train_tokens > 0:
@@ -263,14 +286,15 @@ def check_settings(where: str, settings: dict[str, Any], needed: Sequence[str]) 
     if missing := [name for name in needed if name not in settings]:
         raise ValueError(f"{where} lacks {missing[0]}")
     for name, value in settings.items():
-        kinds: tuple[type, ...] = (str, int, float, bool, type(None), list)
+        kinds: tuple[type, ...] = (str, int, float, bool, type(None), list, dict)
         if name in COUNTS:
             kinds = (int,)
         elif name == "learning_rate":
             kinds = (int, float)
         elif name in ("data", "tokenizer"):
             kinds = (str,)
-        flat = not isinstance(value, list) or not any(isinstance(each, list | dict) for each in value)
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        flat = not any(isinstance(each, list | dict) for each in inside)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not flat:
             raise ValueError(f"{where}.{name} is {shown(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
         if name in COUNTS and isinstance(value, int) and not 0 < value < SIZE[1]:

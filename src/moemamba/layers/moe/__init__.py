@@ -1,18 +1,21 @@
 """Sparse mixture of experts: a router that chooses, experts that compute (MoE-Mamba, section 3.1; arXiv 2101.03961)."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import ops
+from ...ops.experts import GATED
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
 from ..layer import Layer, Prepared, Result
 from ..plain import plain
 from ..roles import Role, composed
 from .experts import Experts
-from .router import Choice, Router, RouterStats, Routing, note
+from .router import Router
+from .routing import Choice, RouterStats, Routing, note, route
 
 if TYPE_CHECKING:
     from ...config import ModelConfig
@@ -26,11 +29,20 @@ class MoE(Layer):
         n_experts: e.
         d_expert: hidden width of an expert, f; if None, such that an expert has 6 d_model^2 weights.
         top_k: experts that each token visits.
-        activation: "relu", "gelu", "silu" or "swiglu".
+        activation: see `ops.expert_feedforward`.
         capacity_factor: see `Router`; None never drops.
         n_shared_experts: experts that every token visits besides, computed as one dense layer.
         d_out: width of the output; d_model if None.
+        scores, router_bias: see `Router`.
+        bias: whether experts have biases, shared ones too.
+        router: one of your own in place of ours, such as a `layers.BaseRouter`, which chooses among n_experts; then
+            top_k, capacity_factor, scores and router_bias are its own affair.
+
+    A training loop adds `stats.loss()` of what is returned, without which most tokens soon visit few experts; a model
+    has done so in `Output.auxiliary`.
     """
+
+    __call__: Callable[..., tuple[Tensor, RouterStats]]
 
     def __init__(
         self,
@@ -43,14 +55,19 @@ class MoE(Layer):
         capacity_factor: float | None = None,
         n_shared_experts: int = 0,
         d_out: int | None = None,
+        scores: str = "softmax",
+        router_bias: bool = False,
+        bias: bool = False,
+        router: nn.Module | None = None,
     ):
         super().__init__()
-        d_expert = d_expert or (2 if activation == "swiglu" else 3) * d_model
+        d_expert = d_expert or (2 if activation in GATED else 3) * d_model
         d_out = d_out or d_model
-        self.router = Router(d_model, n_experts, top_k, capacity_factor)
-        self.experts = Experts(d_model, n_experts, d_expert, d_out, activation)
+        own = (d_model, n_experts, top_k, capacity_factor)
+        self.router = Router(*own, scores=scores, bias=router_bias) if router is None else router
+        self.experts = Experts(d_model, n_experts, d_expert, d_out, activation, bias)
         shared = n_shared_experts * d_expert
-        self.shared = FeedForward(d_model, shared, activation, d_out=d_out) if shared else None
+        self.shared = FeedForward(d_model, shared, activation, bias, d_out) if shared else None
 
     @classmethod
     def build(cls, config: "ModelConfig") -> Self:
@@ -64,6 +81,9 @@ class MoE(Layer):
             activation=experts.activation,
             capacity_factor=experts.capacity_factor,
             n_shared_experts=experts.n_shared_experts,
+            scores=experts.scores,
+            router_bias=experts.router_bias,
+            bias=experts.bias,
         )
 
     @classmethod
@@ -78,14 +98,35 @@ class MoE(Layer):
         return composed(self, "experts", "shared")
 
     def forward(
-        self, x: Tensor, seq_idx: Tensor | None = None, record: list[Choice] | None = None
+        self,
+        x: Tensor,
+        seq_idx: Tensor | None = None,
+        record: list[Choice] | None = None,
+        routing: Routing | Choice | None = None,
     ) -> tuple[Tensor, RouterStats]:
-        """x (b, l, d), seq_idx (b, l) -> y (b, l, d_out), zero where dropped or padding, and what the router did."""
+        """The tokens through their experts.
+
+        Args:
+            x: (b, l, d), or (t, d) of tokens in no order, which are one sequence then.
+            seq_idx: (b, l); negative entries are padding.
+            record: a list to which the choices are appended, (b, l, k).
+            routing: choices made elsewhere, in place of the router's: a `Choice` (b, l, k), such as one of a record, to
+                replay it; or a `Routing`, as `layers.route` makes it.
+        Returns:
+            y (b, l, d_out), zero where dropped or padding, and what the router did.
+        """
+        if x.ndim == 2:
+            y, stats = self(x[None], None if seq_idx is None else seq_idx[None], record, routing)
+            return y[0], stats
         if not self.padding_is_zero:
             x = without_padding(x, seq_idx)
-        routing: Routing = self.router(x, seq_idx)
+        if routing is None:
+            routing = self.router(x, seq_idx)
+        elif isinstance(routing, Choice):
+            routing = route(*routing, self.experts.n_experts, seq_idx)
+        assert isinstance(routing, Routing)
         note(record, routing, x)
-        y: Tensor = self.experts(x.flatten(0, 1), routing).unflatten(0, x.shape[:2])
+        y = self.experts(x.flatten(0, 1), routing).unflatten(0, x.shape[:2])
         if self.shared is not None:
             shared = self.shared(x)
             y = y + (shared if seq_idx is None else shared.masked_fill(seq_idx[..., None] < 0, 0))
@@ -102,11 +143,21 @@ class MoE(Layer):
         choose = compute = None
         if here and self.shared is None and self.experts.group is None:
             router, experts = self.router, self.experts
+            assert isinstance(router, Router)
             indices = torch.empty(x.shape[0], router.top_k, dtype=torch.int64, device=x.device)
             gates = x.new_empty(x.shape[0], router.top_k)
-            choose = ops.prepare_router(x, router.weight, router.balance_bias, indices, gates)
+            choose = ops.prepare_router(
+                x,
+                router.weight,
+                router.balance_bias,
+                indices,
+                gates,
+                logit_bias=router.bias,
+                scores=router.scores,
+            )
+            biases = {"up_bias": experts.up_bias, "down_bias": experts.down_bias}
             compute = ops.prepare_experts(
-                x, indices, gates, experts.up_proj, experts.down_proj, y, activation=experts.activation
+                x, indices, gates, experts.up_proj, experts.down_proj, y, activation=experts.activation, **biases
             )
         if choose is None or compute is None:
             return super().prepare(buffers, x, y)
@@ -122,6 +173,8 @@ class MoE(Layer):
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
         with torch.autocast(x.device.type, enabled=False):
             router, tokens = self.router, x.flatten(0, 1)
-            choice = Choice(*ops.router_choices(tokens, router.weight, router.balance_bias, router.top_k))
+            assert isinstance(router, Router)
+            weights = (router.weight, router.balance_bias, router.top_k)
+            choice = Choice(*ops.router_choices(tokens, *weights, logit_bias=router.bias, scores=router.scores))
         y: Tensor = self.experts(x.flatten(0, 1), choice).unflatten(0, x.shape[:2])
         return y if self.shared is None else y + self.shared(x)

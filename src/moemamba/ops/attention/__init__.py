@@ -17,15 +17,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
 
     Args:
         q: (b, h, l, w).
-        k, v: (b, h, s, w).
+        k, v: (b, g, s, w), each of the g heads for h / g neighbouring ones of q (arXiv 2305.13245).
         visible: (b, l, s) bool, the keys that each query sees, one at least; None: those up to its own place (l = s).
     Returns:
         (b, h, l, w).
     """
+    batch, heads, _, width = sizes("q", q, "b, h, l, w")
+    groups, keys = sizes("k", k, "b, g, s, w")[1:3]
+    expect("k", k, (batch, groups, keys, width))
+    expect("v", v, (batch, groups, keys, width))
+    if heads % groups:
+        raise ValueError(f"k has {groups} heads, and q {heads}; each must be shared by equally many")
     if forced() == "reference" or transformed(q, k, v) or choose("attention", q, k, v) == "cpu":
         return compute("attention", q, k, v, visible)  # type: ignore[no-any-return]
     mask = None if visible is None else visible[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=groups < heads)
 
 
 def rotary(x: Tensor, place: Tensor, base: float) -> Tensor:

@@ -38,7 +38,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor
     if y is not None:
         return y
     mask = None if visible is None else visible[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=k.shape[1] < q.shape[1]
+    )
 
 
 def rotary(x: Tensor, place: Tensor, base: float) -> Tensor:
@@ -85,6 +87,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor |
         tasks,
         q.numel() * keys // MULTIPLICATIONS,
         heads,
+        heads // k.shape[1],
         length,
         keys,
         width,
@@ -241,6 +244,7 @@ def _attention(
     first: int,
     last: int,
     heads: int,
+    shared: int,
     length: int,
     keys: int,
     width: int,
@@ -255,7 +259,7 @@ def _attention(
     spans: int,
     y: int,
 ) -> None:
-    """Tasks are TASK queries of one head."""
+    """Tasks are TASK queries of one head; `shared` of them have one of the keys."""
     parts = (length + TASK - 1) // TASK
     factor = np.float32(scale)
     acc, counts = np.empty((QUERIES, width), np.float32), np.empty(QUERIES, np.int64)
@@ -266,7 +270,8 @@ def _attention(
         row, part = task // parts, task % parts
         b, h = row // heads, row % heads
         q_base = q + b * q_strides[0] + h * q_strides[1]
-        k_base, v_base = k + b * k_strides[0] + h * k_strides[1], v + b * v_strides[0] + h * v_strides[1]
+        k_base = k + b * k_strides[0] + h // shared * k_strides[1]
+        v_base = v + b * v_strides[0] + h // shared * v_strides[1]
         t, end = part * TASK, min(length, (part + 1) * TASK)
         while t < end:
             begin, apart, rows = span[b, t, 0], span[b, t, 1] < 0, 1

@@ -40,12 +40,12 @@ def linear_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return compute("linear_beside", x, weight)  # type: ignore[no-any-return]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
     """`x / sqrt(mean x^2 + eps) * weight` over the last dimension (arXiv 1910.07467, eq. 4).
 
     Args:
         x: (..., d).
-        weight: (d,).
+        weight: (d,); ones if None.
     Returns:
         (..., d) in x's dtype, or the weight's where that is wider.
     """

@@ -17,8 +17,10 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _dot = tile(1, 1)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `moemamba.ops.rms_norm`."""
+    if weight is None:
+        weight = x.new_ones(x.shape[-1])
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return reference.rms_norm(x, weight, eps)
     y, _ = _forward(plain(x), plain(weight), eps)

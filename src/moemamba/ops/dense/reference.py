@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `moemamba.ops.rms_norm`."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

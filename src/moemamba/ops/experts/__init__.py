@@ -10,6 +10,9 @@ from ..choice import Door, choose, compute, declare
 from . import reference
 from .reference import ACTIVATIONS as ACTIVATIONS  # what layers compute alone too
 
+GATED = ("swiglu", "geglu")
+"""activations whose first matrix has twice the rows, the gate's first"""
+
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One matrix product a group: rows sorted by expert, each with its expert's matrix.
@@ -48,7 +51,15 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
 
 
 def expert_feedforward(
-    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, *, activation: str = "relu"
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    *,
+    activation: str = "relu",
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """`y = sum_j gates_j E[indices_j](x)` with experts `E(x) = down activation(up x)` (arXiv 2101.03961, eq. 2).
 
@@ -56,9 +67,11 @@ def expert_feedforward(
         x: (t, d).
         indices: (t, k) int64, the experts chosen for each token; n_experts where a choice was dropped.
         gates: (t, k) float32 weight of each choice; one if None.
-        up: (e, f, d), or (e, 2f, d) for "swiglu": the gate's rows first.
+        up: (e, f, d), or (e, 2f, d) for gated activations: the gate's rows first.
         down: (e, o, f).
-        activation: "relu", "gelu" (tanh approximation), "silu" or "swiglu".
+        activation: "relu", "gelu" (tanh approximation), "gelu_erf", "silu", "relu2" (the square of relu), or gated
+            "swiglu" or "geglu" (exact): the activated first half of `up x`, times its second half.
+        up_bias, down_bias: (e, f) or (e, 2f), and (e, o), added to the products.
     Returns:
         (t, o) in x's dtype; zero for a token whose every choice was dropped.
     """
@@ -67,22 +80,35 @@ def expert_feedforward(
     tokens, d = sizes("x", x, "t, d")
     n_experts, rows, _ = sizes("up", up, "e, f, d")
     expect("up", up, (n_experts, rows, d))
-    expect("down", down, (n_experts, down.shape[1], rows // 2 if activation == "swiglu" else rows))
+    expect("down", down, (n_experts, down.shape[1], rows // 2 if activation in GATED else rows))
     expect("indices", indices, (tokens, indices.shape[-1]))
     expect("gates", gates, tuple(indices.shape))
+    expect("up_bias", up_bias, (n_experts, rows))
+    expect("down_bias", down_bias, down.shape[:2])
     x = autocast(x)
-    return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation)
+    biases = () if up_bias is None and down_bias is None else (up_bias, down_bias)
+    return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation, *biases)
 
 
 def prepare_experts(
-    x: Tensor, indices: Tensor, gates: Tensor, up: Tensor, down: Tensor, y: Tensor, *, activation: str
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    y: Tensor,
+    *,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Callable[[int], None] | None:
     """`expert_feedforward` over and over for the first rows of the same buffers, with all looked up beforehand.
 
     Args:
         x, y: (rows, d), (rows, o).
         indices, gates: (rows, k), filled before each call.
-        up, down, activation: as there; the matrices may be changed in place but have to stay where they are.
+        up, down, activation, up_bias, down_bias: as there; tensors may be changed in place but have to stay where they
+            are.
     Returns:
         a function of how many rows: to their y it adds what their experts return; None where there is none.
     """
@@ -90,15 +116,15 @@ def prepare_experts(
         return None
     from .cpu_exact import ACTIVATIONS, prepare
 
-    return prepare(x, indices, gates, up, down, ACTIVATIONS[activation], y)
+    return prepare(x, indices, gates, up, down, ACTIVATIONS[activation], y, up_bias, down_bias)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """What stands between the two matrices of a feed-forward network.
 
     Args:
-        x: (..., f), or (..., 2f) for "swiglu": the gate first.
-        activation: "relu", "gelu" (tanh approximation), "silu" or "swiglu".
+        x: (..., f), or (..., 2f) for gated ones: the gate first.
+        activation: see `expert_feedforward`.
     Returns:
         (..., f).
     """
@@ -116,6 +142,12 @@ def places_in_queues(queues: Tensor, n_queues: int) -> Tensor:
         (t,) int64.
     """
     return compute("places_in_queues", queues, n_queues)  # type: ignore[no-any-return]
+
+
+def _known_to_triton(*arguments: Any) -> str | None:
+    if len(arguments) > 5 and arguments[5] not in ("relu", "gelu", "silu", "swiglu"):
+        return f"its kernels know no {arguments[5]}"
+    return "its experts have no biases" if any(bias is not None for bias in arguments[6:]) else None
 
 
 def _feedforward_cpu() -> Callable[..., Any]:
@@ -170,7 +202,7 @@ declare(
     "expert_feedforward",
     reference.expert_feedforward,
     cpu=Door(_feedforward_cpu),
-    triton=Door(_feedforward_triton),
+    triton=Door(_feedforward_triton, supports=_known_to_triton),
 )
 declare("expert_linear", reference.expert_linear, cpu=Door(_linear_cpu), triton=Door(_linear_triton))
 declare("grouped_linear", reference.grouped_linear, cpu=Door(_grouped_cpu), triton=Door(_grouped_triton))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..kit.op import gradient, op, traced
 from .cpu_exact import ACTIVATIONS as KINDS
 from .cpu_exact import LINEAR, activated, experts
-from .reference import ACTIVATIONS, dispatch
+from .reference import ACTIVATIONS, dispatch, shifted
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -32,16 +32,26 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
 
 
 def expert_feedforward(
-    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """See `moemamba.ops.expert_feedforward`."""
-    y = None if traced(x, gates, up, down) else experts(x, indices, gates, up, down, KINDS[activation])
+    y, biases = None, (up_bias, down_bias)
+    if not traced(x, gates, up, down, *biases):
+        y = experts(x, indices, gates, up, down, KINDS[activation], *biases)
     if y is not None:
         return y
     act = ACTIVATIONS[activation]
 
     def through(rows: Tensor, counts: Tensor) -> Tensor:
-        return _grouped(act(_grouped(rows, up, counts)), down, counts)
+        hidden = act(shifted(_grouped(rows, up, counts), up_bias, counts))
+        return shifted(_grouped(hidden, down, counts), down_bias, counts)
 
     return dispatch(x, indices, gates, up.shape[0], through)
 

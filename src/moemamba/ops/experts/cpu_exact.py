@@ -11,27 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import exact, exact_kernel, floats, fma, integers, located, new, run, sigmoid, silu
+from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, fma, integers, located, new, run, sigmoid, silu
 from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, product
 from ..kit.cpu.run import WORTH_THREADS
 
-LINEAR, _RELU, _GELU, _SILU, _SWIGLU = range(5)
-ACTIVATIONS = {"relu": _RELU, "gelu": _GELU, "silu": _SILU, "swiglu": _SWIGLU}
-_ZERO, _ONE = np.float32(0), np.float32(1)
+LINEAR, _RELU, _GELU, _SILU, _RELU2, _GELU_ERF, _SWIGLU, _GEGLU = range(8)
+ACTIVATIONS = {"relu": _RELU, "gelu": _GELU, "silu": _SILU, "relu2": _RELU2, "gelu_erf": _GELU_ERF}
+ACTIVATIONS |= {"swiglu": _SWIGLU, "geglu": _GEGLU}
+_GATED = _SWIGLU  # those from here on
+_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _TWICE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi), and that of the tanh form
+# erf x = 1 - (e1 t + ... + e5 t^5) exp(-x^2) with t = 1 / (1 + p x), to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+_SQRT_HALF, _P = np.float32(0.7071067811865476), np.float32(0.3275911)
+_E1, _E2, _E3, _E4, _E5 = map(np.float32, (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
 
 Sizes = tuple[int, int, int, int, int, int]
 """tokens, top_k, n_experts, d, width between the two matrices, width of the output"""
 
 
 def experts(
-    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor | None, down: Tensor, activation: int
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor | None,
+    up: Tensor | None,
+    down: Tensor,
+    activation: int,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor | None:
     """`expert_feedforward` or, without `up`, `expert_linear`; None where the kernel cannot read what it is given."""
     n_experts, out, hidden = down.shape
-    sizes, x = (*indices.shape, n_experts, x.shape[1], hidden, out), x.contiguous()
+    sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
+    x = x.contiguous()  # bound here, lest it be freed before it is read
     work, y = new(space(sizes, activation)), new(x.shape[0], out)
-    places = located(x, gates, up, down, work, y)
+    places = located(x, gates, up, down, up_bias, down_bias, work, y)
     if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
         return None
     launch(sizes, activation, False, indices.data_ptr(), *places)
@@ -41,7 +54,7 @@ def experts(
 def activated(x: Tensor, activation: int) -> Tensor | None:
     """An activation of x (..., f); None where the kernel cannot read it."""
     wide = x.shape[-1]
-    width = wide // 2 if activation == _SWIGLU else wide
+    width = wide // 2 if activation >= _GATED else wide
     y = new(*x.shape[:-1], width)
     places = located(x, y)
     if places is None or wide == 0:
@@ -74,12 +87,20 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
 
 
 def prepare(
-    x: Tensor, indices: Tensor, gates: Tensor, up: Tensor, down: Tensor, activation: int, y: Tensor
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: int,
+    y: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
 ) -> Callable[[int], None] | None:
     """See `moemamba.ops.prepare_experts`."""
     (rows, top_k), (n_experts, out, hidden), d = indices.shape, down.shape, x.shape[1]
     work = new(space((rows, top_k, n_experts, d, hidden, out), activation))
-    tensors = (x, gates, up, down, work, y)
+    tensors = (x, gates, up, down, up_bias, down_bias, work, y)
     places, chosen = located(*tensors), indices.data_ptr()
     if places is None:
         return None
@@ -95,7 +116,16 @@ def prepare(
 
 def _rows(hidden: int, activation: int) -> int:
     """Of the first matrix of an expert."""
-    return 0 if activation == LINEAR else 2 * hidden if activation == _SWIGLU else hidden
+    return 0 if activation == LINEAR else 2 * hidden if activation >= _GATED else hidden
+
+
+@exact
+def _gelu(x: Any) -> Any:
+    """x (1 + erf(x / sqrt 2)) / 2."""
+    z = abs(x) * _SQRT_HALF
+    t = _ONE / fma(_P, z, _ONE)
+    beyond = t * fma(fma(fma(fma(_E5, t, _E4), t, _E3), t, _E2), t, _E1) * exp2(-LOG2E * z * z)
+    return x * _HALF * (_ONE + (_ONE - beyond if x > _ZERO else beyond - _ONE))
 
 
 # Loops begin at zero: numba takes other numbers for possibly negative, and counts those from the end, one by one.
@@ -103,7 +133,7 @@ def _rows(hidden: int, activation: int) -> int:
 
 @exact
 def activate(row: int, width: int, activation: int, first: int, last: int) -> None:
-    """Entries first .. last - 1 of a row, in place; for "swiglu" of its first `width`, times those behind them."""
+    """Entries first .. last - 1 of a row, in place; gated ones are of its first `width`, times those behind them."""
     size = last - first
     x = floats(row + 4 * first, size)
     if activation == _RELU:
@@ -115,6 +145,16 @@ def activate(row: int, width: int, activation: int, first: int, last: int) -> No
     elif activation == _SILU:
         for c in range(size):
             x[c] = silu(x[c])
+    elif activation == _RELU2:
+        for c in range(size):
+            x[c] = _ZERO if x[c] < _ZERO else x[c] * x[c]
+    elif activation == _GELU_ERF:
+        for c in range(size):
+            x[c] = _gelu(x[c])
+    elif activation == _GEGLU:
+        other = floats(row + 4 * (width + first), size)
+        for c in range(size):
+            x[c] = _gelu(x[c]) * other[c]
     else:
         other = floats(row + 4 * (width + first), size)
         for c in range(size):
@@ -167,6 +207,14 @@ def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: int, ste
                 y[c] = fma(share, row[c], y[c])
 
 
+@exact
+def _add(row: int, shift: int, first: int, last: int) -> None:
+    """To entries first .. last - 1 of a row those of a shift."""
+    x, other = floats(row + 4 * first, last - first), floats(shift + 4 * first, last - first)
+    for c in range(last - first):
+        x[c] += other[c]
+
+
 @exact_kernel
 def _experts(
     first: int,
@@ -185,6 +233,8 @@ def _experts(
     gates: int,
     up: int,
     down: int,
+    up_bias: int,
+    down_bias: int,
     work: int,
     y: int,
 ) -> None:
@@ -193,7 +243,7 @@ def _experts(
     Without `up` there is one matrix, and `hidden` is d.
     """
     choices = tokens * top_k
-    rows = 2 * hidden if activation == _SWIGLU else hidden if up else 0
+    rows = 2 * hidden if activation >= _GATED else hidden if up else 0
     starts = integers(work, (n_experts + 1,))
     order = integers(work + 8 * (n_experts + 1), (choices,))
     place = integers(work + 8 * (n_experts + 1 + choices), (choices,))
@@ -213,10 +263,16 @@ def _experts(
             if count:
                 a, w, b = sorted_ + 4 * begin * d, up + 4 * e * rows * d, between + 4 * begin * rows
                 product(start, end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
-                if activation == _SWIGLU:
+                if activation >= _GATED:
                     product(hidden + start, hidden + end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
                 for j in range(count):
-                    activate(b + 4 * j * rows, hidden, activation, start, end)
+                    row = b + 4 * j * rows
+                    if up_bias:
+                        shift = up_bias + 4 * e * rows
+                        _add(row, shift, start, end)
+                        if activation >= _GATED:
+                            _add(row, shift, hidden + start, hidden + end)
+                    activate(row, hidden, activation, start, end)
     elif phase == 2:
         start, end = first * COLUMNS, min(last * COLUMNS, out)
         source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
@@ -225,6 +281,8 @@ def _experts(
             if count:
                 a, w, b = source_rows + step * begin, down + 4 * e * out * hidden, returned + 4 * begin * out
                 product(start, end, count, hidden, a, step, w, 4 * hidden, b, 4 * out)
+                for j in range(count if down_bias else 0):
+                    _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
         total = np.empty(end - start, np.float32)
         for token in range(tokens):
             mine = place[token * top_k : (token + 1) * top_k]
@@ -256,6 +314,8 @@ def _alone(
     gates: int,
     up: int,
     down: int,
+    up_bias: int,
+    down_bias: int,
     work: int,
     y: int,
 ) -> None:
@@ -263,5 +323,5 @@ def _alone(
     for phase in range(3):
         _experts(
             0, hidden + out, phase, tokens, top_k, n_experts, d, hidden, out, activation, adds, indices, x, gates, up,
-            down, work, y,
+            down, up_bias, down_bias, work, y,
         )  # fmt: skip

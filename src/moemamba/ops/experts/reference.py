@@ -13,6 +13,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "swiglu": lambda x: F.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu_erf": F.gelu,
+    "geglu": lambda x: F.gelu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],
 }
 
 
@@ -46,14 +49,30 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
 
 
 def expert_feedforward(
-    x: Tensor, indices: Tensor, gates: Tensor | None, up: Tensor, down: Tensor, activation: str
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> Tensor:
     """See `moemamba.ops.expert_feedforward`."""
 
     def experts(rows: Tensor, counts: Tensor) -> Tensor:
-        return grouped_linear(ACTIVATIONS[activation](grouped_linear(rows, up, counts)), down, counts)
+        hidden = ACTIVATIONS[activation](shifted(grouped_linear(rows, up, counts), up_bias, counts))
+        return shifted(grouped_linear(hidden, down, counts), down_bias, counts)
 
     return dispatch(x, indices, gates, up.shape[0], experts)
+
+
+def shifted(y: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """Rows sorted by expert, plus their expert's bias (e, f); those of none plus nothing."""
+    if bias is None:
+        return y
+    expert = torch.searchsorted(counts.cumsum(0), torch.arange(y.shape[0], device=y.device), right=True)
+    return y + F.pad(bias, (0, 0, 0, 1)).to(y.dtype)[expert]
 
 
 def dispatch(

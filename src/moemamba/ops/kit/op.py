@@ -17,8 +17,10 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils.flop_counter import register_flop_formula
 
 from ..arguments import gradients_like
+from ..flops import formula
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
@@ -44,9 +46,14 @@ def traced(*arguments: Any) -> bool:
     What traces without saying so (AOTAutograd, in backward passes too) hands in subclasses of Tensor, the first
     argument among them.
     """
-    if type(arguments[0]) is not Tensor or is_compiling():
+    if type(arguments[0]) is not Tensor or is_compiling() or watched():
         return True
     return torch.is_grad_enabled() and wants_grad(*arguments)
+
+
+def watched() -> bool:
+    """Whether somebody watches what is dispatched, such as torch's FlopCounterMode."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -59,6 +66,8 @@ def op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Op[P, 
     def declare(function: Callable[P, R]) -> Op[P, R]:
         custom = torch.library.custom_op(f"moemamba::{name}", function, mutates_args=())
         custom.register_fake(fake)
+        if count := formula(name, list(_parameters(function))):
+            register_flop_formula(getattr(torch.ops.moemamba, name))(count)
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..arguments import expect
 from ..choice import Door, choose, compute, declare
 from . import reference
+from .reference import Inner as Inner  # what layers hand over
 
 
 def mamba_step(
@@ -23,6 +24,7 @@ def mamba_step(
     A_log: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    inner: reference.Inner | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     *,
@@ -43,6 +45,7 @@ def mamba_step(
         dt_proj, dt_bias: (i, r), (i,).
         A_log, D: (i, n), (i,).
         out_proj: (d, i).
+        inner: the norms of dt, B and C.
         norm_weight: (d,) makes this the residual sub-layer `x + layer(norm(x))`, with the root-mean-square norm;
         norm_bias: (d,) with it the norm is layer normalisation.
         eps: of the norm.
@@ -68,20 +71,23 @@ def mamba_step(
     dense = conv_state.is_contiguous() and ssm_state.is_contiguous()
     if in_place and not dense and choose("mamba_step", x) != "cpu":  # whose states lie by channel
         raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
-    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
+    for name, width in (("dt", r), ("B", n), ("C", n)) if inner else ():
+        expect(f"inner.{name}", getattr(inner, name), (width,))
+    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner)
     norm = (norm_weight, norm_bias, eps, in_place)
     return compute("mamba_step", x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
 
 
 def prepare_mamba_step(
-    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Tensor, ...], y: Tensor
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Any, ...], y: Tensor
 ) -> Callable[[int], None] | None:
     """`mamba_step` over and over for the first rows of the same buffers, with all looked up beforehand.
 
     Args:
         x, y: (rows, d).
         conv_state, ssm_state: (rows, i, k-1), (rows, i, n), overwritten by each step.
-        weights: those of `mamba_step`, in its order, which may be changed in place but have to stay where they are.
+        weights: those of `mamba_step` up to `inner`, in its order, which may be changed in place but have to stay where
+            they are.
     Returns:
         a function of how many rows: to their y it adds what the layer makes of their x; None where there is none.
     """
@@ -105,22 +111,26 @@ def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
     return compute("linear_argmax", x, weight)  # type: ignore[no-any-return]
 
 
-def fuses_mamba_step(x: Tensor, *weights: Tensor) -> bool:
+def fuses_mamba_step(x: Tensor, *weights: Any) -> bool:
     """Whether `mamba_step` has kernels of its own for such an x (b, 1, d) and weights, in `mamba_step`'s order."""
     fits = _FITS.get(choose("mamba_step", x))
     return fits is not None and fits(x, weights)
 
 
-def _fits_cpu(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+def _without_norms_inside(*arguments: Any) -> str | None:
+    return "it has no norms of dt, B and C" if any(isinstance(a, reference.Inner) for a in arguments[12:13]) else None
+
+
+def _fits_cpu(x: Tensor, weights: tuple[Any, ...]) -> bool:
     from .cpu import fits
 
     return fits(x)
 
 
-def _fits_triton(x: Tensor, weights: tuple[Tensor, ...]) -> bool:
+def _fits_triton(x: Tensor, weights: tuple[Any, ...]) -> bool:
     from .triton import fits
 
-    return fits(x, weights)
+    return not any(isinstance(weight, reference.Inner) for weight in weights) and fits(x, weights[:9])
 
 
 _FITS = {"cpu": _fits_cpu, "triton": _fits_triton}
@@ -148,6 +158,6 @@ declare(
     "mamba_step",
     reference.mamba_step,
     cpu=Door(_cpu, holds="no gradient"),
-    triton=Door(_triton, holds="no gradient"),
+    triton=Door(_triton, holds="no gradient", supports=_without_norms_inside),
 )
 declare("linear_argmax", reference.linear_argmax, triton=Door(_argmax_triton, holds="no gradient"))

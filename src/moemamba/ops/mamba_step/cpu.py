@@ -5,6 +5,7 @@ convolution's taps. What takes several threads is cut by channels, in four phase
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..kit.cpu.product import MULTIPLICATIONS
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from . import reference
-from .cpu_kernels import SHARE, all_phases, step
+from .cpu_kernels import NORMS, SHARE, all_phases, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -38,15 +39,16 @@ def mamba_step(
     A_log: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    inner: reference.Inner | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `moemamba.ops.mamba_step`; with a norm, and in place where states do not lie by channel, the reference's."""
-    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
+    weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner)
     done = None
-    if norm_weight is None and not traced(x, *weights) and not torch.is_autocast_enabled("cpu"):
+    if norm_weight is None and not traced(x, *weights, *(inner or ())) and not torch.is_autocast_enabled("cpu"):
         done = _fused(x, conv_state, ssm_state, in_place, *weights)
     if done is None:
         return reference.mamba_step(
@@ -69,6 +71,7 @@ def _fused(
     A_log: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    inner: reference.Inner | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """By the kernel; None where it cannot read what it is given."""
     (batch, _, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
@@ -78,13 +81,18 @@ def _fused(
         return None  # it is a copy that would be written to
     taps, decay = by_taps(conv_weight), decays(A_log)
     sizes, y = (batch, d, width, n, k, r), new(*x.shape)
-    weights = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj)
+    weights = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
     work = new(space(sizes))
     places = located(x, *weights, before[0], after[0], before[1], after[1], work, y)
     if places is None:
         return None
-    launch(sizes, False, *places)
+    launch(sizes, False, -1.0 if inner is None else inner.eps, *places)
     return y, after[0].transpose(1, 2), after[1].transpose(1, 2)
+
+
+def _norms(inner: reference.Inner | None) -> tuple[Tensor | None, ...]:
+    """Weights of the norms of dt, B and C."""
+    return (None, None, None) if inner is None else inner[:3]
 
 
 def by_taps(conv_weight: Tensor) -> Tensor:
@@ -103,24 +111,26 @@ def space(sizes: Sizes) -> int:
     return rows * (3 * width + r + 2 * n + d)
 
 
-def launch(sizes: Sizes, adds: bool, *places: int) -> None:
+def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
-        all_phases(0, 1, *sizes, adds, *places)
+        all_phases(0, 1, *sizes, adds, eps, *places)
         return
     costs = (2 * d, r + 2 * n, r + MULTIPLICATIONS * n, d)
     shares = (-(-width // TILE), -(-(r + 2 * n) // SHARE), -(-width // TILE), -(-d // SHARE))
     for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
-        run(step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, *places)
+        if phase == 2 and eps >= 0:
+            step(0, 1, NORMS, *sizes, adds, eps, *places)
+        run(step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, eps, *places)
 
 
 def prepare(
-    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Tensor, ...], y: Tensor
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: tuple[Any, ...], y: Tensor
 ) -> Callable[[int], None] | None:
     """See `moemamba.ops.prepare_mamba_step`."""
-    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj = weights
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner = weights
     before = by_channel(conv_state), by_channel(ssm_state)
     if (before[0].data_ptr(), before[1].data_ptr()) != (conv_state.data_ptr(), ssm_state.data_ptr()):
         return None
@@ -129,7 +139,8 @@ def prepare(
     taps, decay = by_taps(conv_weight), decays(A_log)
     (rows, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
     work = new(space((rows, d, width, n, k, r)))
-    read = (x, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj)
+    read = (x, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+    eps = -1.0 if inner is None else inner.eps
     tensors = (*read, before[0], before[0], before[1], before[1], work, y)
     places = located(*tensors)
     if places is None:
@@ -141,6 +152,6 @@ def prepare(
             made[:] = conv_weight._version, A_log._version
             tensors[2].copy_(by_taps(conv_weight))
             tensors[7].copy_(decays(A_log))
-        launch((live, d, width, n, k, r), True, *places)
+        launch((live, d, width, n, k, r), True, eps, *places)
 
     return take

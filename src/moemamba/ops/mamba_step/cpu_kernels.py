@@ -5,12 +5,31 @@ from typing import Any
 import numpy as np
 
 from ..kit.cpu import TILE, exact, exact_kernel, floats, fma, gated, next_state, silu, softplus
+from ..kit.cpu.lanes import tile
 from ..kit.cpu.product import product
 
 SHARE = 16  # rows of a projection that are a task
+NORMS = 4  # a phase that most layers have not
+
+_ONE = np.float32(1)
+_dot = tile(1, 1)
 
 # Loops are over vectors that each function makes of an address, and change them in place: of slices of matrices LLVM
 # would not know the strides, and what two arrays may share it does not vectorise.
+
+
+@exact
+def _normalise(x: int, size: int, weight: int, eps: Any, total: Any) -> None:
+    """As `ops.rms_norm` does, in place; without weights they are ones."""
+    _dot(size, x, 0, x, 0, total.ctypes.data, 0)
+    scale = _ONE / np.sqrt(total[0] / np.float32(size) + eps)
+    own = floats(x, size)
+    for c in range(size):
+        own[c] = own[c] * scale
+    if weight:
+        shares = floats(weight, size)
+        for c in range(size):
+            own[c] = own[c] * shares[c]
 
 
 @exact
@@ -80,6 +99,7 @@ def step(
     k: int,
     r: int,
     adds: bool,
+    eps: float,
     x: int,
     in_proj: int,
     conv_weight: int,
@@ -90,6 +110,9 @@ def step(
     decay: int,
     D: int,
     out_proj: int,
+    dt_norm: int,
+    B_norm: int,
+    C_norm: int,
     conv_before: int,
     conv_after: int,
     ssm_before: int,
@@ -98,6 +121,7 @@ def step(
     y: int,
 ) -> None:
     """A share of a phase: into the convolution; what dt, B and C are chosen from; the scan; out, added to y or not.
+    Where `eps` is not negative, all of the phase NORMS comes before the scan.
 
     States are (b, k - 1, i) and (b, n, i), those after may be those before; `conv_weight` is (k, i), `decay` (n, i).
     """
@@ -120,6 +144,12 @@ def step(
     elif phase == 1:
         first, last = first * SHARE, min(last * SHARE, r + 2 * n)
         product(first, last, rows, width, inner, wide, x_proj, 4 * width, chosen, across)
+    elif phase == NORMS:
+        for b in range(rows):
+            row, epsilon = chosen + b * across, np.float32(eps)
+            _normalise(row, r, dt_norm, epsilon, spare)
+            _normalise(row + 4 * r, n, B_norm, epsilon, spare)
+            _normalise(row + 4 * (r + n), n, C_norm, epsilon, spare)
     elif phase == 2:
         product(start, end, rows, r, chosen, across, dt_proj, 4 * r, step, 4 * width)
         size, here = end - start, 4 * start
@@ -156,6 +186,7 @@ def all_phases(
     k: int,
     r: int,
     adds: bool,
+    eps: float,
     x: int,
     in_proj: int,
     conv_weight: int,
@@ -166,6 +197,9 @@ def all_phases(
     decay: int,
     D: int,
     out_proj: int,
+    dt_norm: int,
+    B_norm: int,
+    C_norm: int,
     conv_before: int,
     conv_after: int,
     ssm_before: int,
@@ -174,8 +208,10 @@ def all_phases(
     y: int,
 ) -> None:
     """All phases one after the other: for one row calls would take as long as the arithmetic."""
-    for phase in range(4):
-        step(
-            0, width + d, phase, rows, d, width, n, k, r, adds, x, in_proj, conv_weight, conv_bias, x_proj, dt_proj,
-            dt_bias, decay, D, out_proj, conv_before, conv_after, ssm_before, ssm_after, work, y,
-        )  # fmt: skip
+    for phase in (0, 1, NORMS, 2, 3):
+        if phase != NORMS or eps >= 0:
+            step(
+                0, width + d, phase, rows, d, width, n, k, r, adds, eps, x, in_proj, conv_weight, conv_bias, x_proj,
+                dt_proj, dt_bias, decay, D, out_proj, dt_norm, B_norm, C_norm, conv_before, conv_after, ssm_before,
+                ssm_after, work, y,
+            )  # fmt: skip

@@ -27,6 +27,7 @@ def mamba_step(
     A_log: Tensor,
     D: Tensor,
     out_proj: Tensor,
+    inner: None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,

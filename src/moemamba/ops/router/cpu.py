@@ -12,34 +12,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, integers, located, new
+from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, integers, located, new, sigmoid
 from ..kit.cpu.product import launch, linear
 from ..kit.op import traced
 from . import reference
 
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO, _ONE, _TINY = np.float32(0), np.float32(1), np.float32(1e-20)
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, logit_bias: Tensor | None = None, scores: str = "softmax"
+) -> tuple[Tensor, Tensor]:
     """See `moemamba.ops.router_choices`."""
-    if traced(x, weight) or x.dtype == torch.float64:
-        return reference.route(x, weight, bias, top_k)
-    return route_with_totals(x, weight, bias, top_k, None, 1)[:2]  # type: ignore[return-value]
+    if traced(x, weight, logit_bias) or x.dtype == torch.float64:
+        return reference.route(x, weight, bias, top_k, logit_bias, scores)
+    return route_with_totals(x, weight, bias, top_k, None, 1, logit_bias, scores)[:2]  # type: ignore[return-value]
 
 
-def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """See `moemamba.ops.linear_float32`."""
-    if traced(x, weight) or x.dtype == torch.float64:
-        return reference.linear_float32(x, weight)
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `moemamba.ops.router.linear_float32`; plus a bias (e,)."""
+    if traced(x, weight, bias) or x.dtype == torch.float64:
+        return reference.logits(x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        return linear(x.float(), weight.float(), None)
+        return linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
-def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `moemamba.ops.route_with_stats`."""
-    found = None if traced(logits, bias) else _route_logits(logits, bias, top_k, None, 1)
+def route_with_stats(
+    logits: Tensor, bias: Tensor, top_k: int, scores: str = "softmax"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `moemamba.ops.router.route_with_stats`."""
+    found = None if traced(logits, bias) else _route_logits(logits, bias, top_k, None, 1, scores)
     if found is None:
-        return reference.route_with_stats(logits, bias, top_k)
+        return reference.route_with_stats(logits, bias, top_k, scores)
     indices, gates, load, probabilities, z, entropy = found
     tokens, n_experts = logits.shape
     each = max(1, tokens)
@@ -48,17 +52,26 @@ def route_with_stats(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
 
 
 def route_with_totals(
-    x: Tensor, weight: Tensor, bias: Tensor, top_k: int, valid: Tensor | None, groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    top_k: int,
+    valid: Tensor | None,
+    groups: int,
+    logit_bias: Tensor | None = None,
+    scores: str = "softmax",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `moemamba.ops.router`."""
     found = None
-    if not traced(x, weight, bias) and x.dtype != torch.float64:
-        found = _route_logits(linear_float32(x, weight), bias, top_k, valid, groups)
-    return reference.route_with_totals(x, weight, bias, top_k, valid, groups) if found is None else found
+    if not traced(x, weight, bias, logit_bias) and x.dtype != torch.float64:
+        found = _route_logits(linear_float32(x, weight, logit_bias), bias, top_k, valid, groups, scores)
+    if found is None:
+        return reference.route_with_totals(x, weight, bias, top_k, valid, groups, logit_bias, scores)
+    return found
 
 
 def _route_logits(
-    logits: Tensor, bias: Tensor, top_k: int, valid: Tensor | None, groups: int
+    logits: Tensor, bias: Tensor, top_k: int, valid: Tensor | None, groups: int, scores: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Indices, gates, and the sums by group; None where the kernel cannot read what it is given."""
     tokens, n_experts = logits.shape
@@ -67,27 +80,35 @@ def _route_logits(
     places = located(logits, bias, valid, gates, load, probabilities, sums)
     if places is None:
         return None
-    _route(0, 1, tokens, n_experts, top_k, groups, indices.data_ptr(), *places)
+    _route(0, 1, tokens, n_experts, top_k, groups, scores == "sigmoid", indices.data_ptr(), *places)
     z, entropy = sums.unbind(1)
     return indices, gates, load, probabilities, z, entropy
 
 
-def prepare(x: Tensor, weight: Tensor, bias: Tensor, indices: Tensor, gates: Tensor) -> Callable[[int], None] | None:
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    logit_bias: Tensor | None,
+    scores: str,
+) -> Callable[[int], None] | None:
     """See `moemamba.ops.prepare_router`."""
     (rows, d), n_experts, top_k = x.shape, weight.shape[0], indices.shape[1]
-    tensors = (x, weight, bias, gates, new(rows, n_experts))
+    tensors, sigmoids = (x, weight, bias, logit_bias, gates, new(rows, n_experts)), scores == "sigmoid"
     places = located(*tensors)
     if places is None:
         return None
-    at_x, at_weight, at_bias, at_gates, logits = places
+    at_x, at_weight, at_bias, at_logits, at_gates, logits = places
     chosen = indices.data_ptr()
 
     kept = (*tensors, indices)
 
     def step(live: int) -> None:
         assert kept  # and so are not freed
-        launch(live, d, n_experts, at_x, 4 * d, at_weight, 0, logits)
-        _route(0, 1, live, n_experts, top_k, 1, chosen, logits, at_bias, 0, at_gates, 0, 0, 0)
+        launch(live, d, n_experts, at_x, 4 * d, at_weight, at_logits, logits)
+        _route(0, 1, live, n_experts, top_k, 1, sigmoids, chosen, logits, at_bias, 0, at_gates, 0, 0, 0)
 
     return step
 
@@ -109,6 +130,28 @@ def _softmax(x: Any, p: Any) -> Any:
 
 
 @exact
+def _sigmoids(x: Any, p: Any) -> Any:
+    """p = sigmoid(x), and its sum."""
+    total = _ZERO
+    for e in range(x.shape[0]):
+        p[e] = sigmoid(x[e])
+        total += p[e]
+    return total
+
+
+@exact
+def _shares(p: Any, total: Any, sums: Any) -> Any:
+    """Adds p / total to `sums`; their entropy."""
+    entropy = _ZERO
+    for e in range(p.shape[0]):
+        share = p[e] / max(total, _TINY)
+        sums[e] += share
+        if share > _ZERO:
+            entropy -= share * np.log(share)
+    return entropy
+
+
+@exact
 def _largest(p: Any, shift: Any, taken: Any) -> int:
     """Which of those not taken has the largest p + shift, the first of equal ones."""
     best = -1
@@ -126,6 +169,7 @@ def _route(
     n_experts: int,
     top_k: int,
     groups: int,
+    sigmoids: bool,
     indices: int,
     logits: int,
     bias: int,
@@ -153,6 +197,7 @@ def _route(
             continue
         x = floats(logits + 4 * n_experts * token, (n_experts,))
         log_z = _softmax(x, p)
+        total = _sigmoids(x, p) if sigmoids else _ONE
         for e in range(n_experts):
             taken[e] = False
         for j in range(top_k):
@@ -162,9 +207,12 @@ def _route(
             if load:
                 loads[token // size, best] += _ONE
         if load:
+            others[token // size, 0] += log_z * log_z
+        if load and sigmoids:
+            others[token // size, 1] += _shares(p, total, totals[token // size])
+        elif load:
             along = _ZERO
             for e in range(n_experts):
                 along += p[e] * x[e]
                 totals[token // size, e] += p[e]
-            others[token // size, 0] += log_z * log_z
             others[token // size, 1] += log_z - along

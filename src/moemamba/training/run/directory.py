@@ -4,16 +4,18 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint import TOKENIZER_LIMIT, CheckpointError, checkpoints
+from ...config import description
 from ...host.files import WriteError, check_regular, expanded, replace, write_json
 from ...host.lock import Lock
 from ...marks import Change, changeable
-from ...reading import read_config, to_dict
-from ...text import Tokenizer, load_tokenizer
-from ..config import TrainConfig
+from ...reading import to_dict
+from ...text import Tokenizer, load_tokenizer, tokenizer_config
+from ..config import TrainConfig, read_run
 from .log import Log
 
 LEFTOVER = r"\.\d{8}(\.\d+)?"
@@ -48,7 +50,7 @@ class RunDirectory:
         """
         if self.exists and not resume:
             raise FileExistsError(
-                f"{self.path} already holds a run; resume it (--resume), or choose another run directory"
+                f"{self.path} already holds a run; resume it (resume=True), or choose another run directory"
             )
         if not self.exists and checkpoints(self.path):  # newer ones than a new run's first, which would be removed
             raise FileExistsError(
@@ -56,17 +58,19 @@ class RunDirectory:
                 "run directory"
             )
         if resume and not self.exists:
-            raise FileNotFoundError(f"{self.path} holds no run to resume; start one without --resume")
+            raise FileNotFoundError(f"{self.path} holds no run to resume; start one without resume=True")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             owner = self.lock.take()
         except OSError as error:
             why = error.reason if isinstance(error, WriteError) else error.strerror
-            raise OSError(f"cannot write to the run directory {self.path}: {why}; choose another (--run)") from error
+            raise OSError(
+                f"cannot write to the run directory {self.path}: {why}; choose another run directory"
+            ) from error
         if owner is not None:
             raise OSError(
                 f"another process trains in {self.path}{owner and f' ({owner})'}; wait until it ends, or choose "
-                "another run directory (--run)"
+                "another run directory"
             )
         self._remove_leftovers()
 
@@ -86,7 +90,8 @@ class RunDirectory:
     def begin(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         """Write what describes the run; train.json comes last, so that with it the rest is there."""
         replace(self.path / "tokenizer.json", tokenizer.to_json())
-        write_json(self.path / "config.json", to_dict(config.model))
+        write_json(self.path / "tokenizer_config.json", tokenizer_config(tokenizer))
+        write_json(self.path / "config.json", description(config.model, tokenizer.end_of_text))
         self.describe(config)
 
     def describe(self, config: TrainConfig) -> None:
@@ -95,7 +100,7 @@ class RunDirectory:
 
     def config(self) -> TrainConfig:
         """How the run was begun."""
-        return read_config(TrainConfig, self.path / "train.json")
+        return read_run(self.path / "train.json")
 
     def tokenizer(self) -> Tokenizer:
         """The run's own; raises CheckpointError."""
@@ -108,13 +113,13 @@ class RunDirectory:
 
     def check_unchanged(self, config: TrainConfig, where: Change = "on resume") -> None:
         """Raises ValueError if an option differs that must not there: it would change the course of the run."""
-        then, now = dict(_flat(to_dict(self.config()))), dict(_flat(to_dict(config)))
+        then, now = dict(_flat(asdict(self.config()))), dict(_flat(asdict(config)))
         then["routing_groups"] = then["routing_groups"] or then["accumulate"]  # None in runs of older versions
         free = changeable(TrainConfig, where)
-        for name, value in now.items():
-            if name.split(".")[0] not in free and then.get(name) != value:
+        for name in now | then:  # entries of a table, such as `rates`, may be gone
+            if name.split(".")[0] not in free and then.get(name) != now.get(name):
                 raise ValueError(
-                    f"{name} is {value!r}, but the run in {self.path} began with {then.get(name)!r}; "
+                    f"{name} is {now.get(name)!r}, but the run in {self.path} began with {then.get(name)!r}; "
                     "resume with that value, or begin a new run"
                 )
 

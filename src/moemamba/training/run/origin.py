@@ -3,22 +3,24 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import CheckpointError, checkpoints
+from ...checkpoint import AVERAGED, CheckpointError, checkpoints, newest_of
 from ...config import ModelConfig
 from ...data.corpora import find_tokenizer
 from ...host import files
 from ...host.files import expanded, new_directory
 from ...letters import LETTERS
-from ...reading import read_config, to_dict
+from ...model import MoEMamba
+from ...reading import read_config
 from ...text import Tokenizer, load_tokenizer
 from ..config import TrainConfig
 from ..spread import check, check_used, routing_groups
 from ..update import becomes, fall, learning_rate, warmup_steps
 from .directory import RunDirectory
+from .given import check_resumed, note_given
 from .position import Position, read_position
 
 # What neither weights nor the function that a model computes depend on: fine-tuning may change it.
@@ -26,7 +28,7 @@ FREE = {"init", "vocab_size", "capacity_factor", "balance_weight", "z_weight", "
 
 
 def admit(
-    run: RunDirectory, config: TrainConfig, resume: bool, size: int
+    run: RunDirectory, config: TrainConfig, resume: bool, size: int, given: MoEMamba | None = None
 ) -> tuple[TrainConfig, TrainConfig, Tokenizer]:
     """Check what can be checked before any work.
 
@@ -34,7 +36,11 @@ def admit(
         the configuration that the run (of a new branch the run that it leaves) had before, this one if none; the
         configuration with what the run settles; its tokenizer.
     """
+    if given is not None and (config.start or config.branch):
+        raise ValueError("a model that is handed in has its weights already; leave start and branch out")
     run.occupy(resume)
+    if resume:
+        check_resumed(run, given)
     config = settle(config, run.config() if resume else None)
     origin = run if resume else left_by(config.branch) if config.branch else None
     begun = origin.config() if origin else config
@@ -44,7 +50,13 @@ def admit(
     if not resume:
         check_used(config, size)
     tokenizer = origin.tokenizer() if origin else find_tokenizer(config.reads())
-    model = config.model.replace(vocab_size=tokenizer.vocab_size)
+    if given is None:
+        model = config.model.replace(vocab_size=_vocabulary(config, begun if origin else None, tokenizer))
+    elif (model := config.model).vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"the model knows {model.vocab_size:,} tokens, but the tokenizer has {tokenizer.vocab_size:,}; give the "
+            "tokenizer that belongs to the model"
+        )
     config = replace(config, model=model, routing_groups=routing_groups(config, size))
     if resume:
         run.check_unchanged(config)
@@ -55,10 +67,23 @@ def admit(
     return begun, config, tokenizer
 
 
-def begin(run: RunDirectory, config: TrainConfig, tokenizer: Tokenizer, content: str) -> None:
+def _vocabulary(config: TrainConfig, begun: TrainConfig | None, tokenizer: Tokenizer) -> int:
+    """Tokens that the model knows: those of the tokenizer, or more where the weights that it goes on with have more."""
+    if begun:
+        return max(begun.model.vocab_size, tokenizer.vocab_size)
+    if config.start:
+        own = read_config(ModelConfig, Path(config.start) / "config.json")
+        return max(own.vocab_size, tokenizer.vocab_size)
+    return tokenizer.vocab_size
+
+
+def begin(
+    run: RunDirectory, config: TrainConfig, tokenizer: Tokenizer, content: str, given: MoEMamba | None = None
+) -> None:
     """Write what describes a new run; `content` is the hash of its training tokens, which a branch must share."""
     if config.branch:
         check_data(Path(config.branch), content)
+    note_given(run, given)
     run.begin(config, tokenizer)
 
 
@@ -68,10 +93,8 @@ def find_checkpoint(place: str, option: str) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    folder = expanded(place).resolve()
-    if not (folder / "model.safetensors").exists() and (found := checkpoints(folder)):
-        return found[-1]
-    if not (folder / "model.safetensors").exists():
+    folder = newest_of(expanded(place).resolve())
+    if folder is None:
         raise CheckpointError(
             f"{option} is {place}, where there is no model; name a run that has saved, a checkpoint (runs/mine/"
             "checkpoints/00001000) or a folder that save has written"
@@ -103,8 +126,12 @@ def settle(config: TrainConfig, begun: TrainConfig | None) -> TrainConfig:
 
 def _means(given: str, checkpoint: Path) -> bool:
     """Whether a name is that of a checkpoint, or of the run that has, or had, it."""
-    folder = expanded(given).resolve()
-    return folder == checkpoint or (checkpoint.parent.name == "checkpoints" and folder == checkpoint.parent.parent)
+    folder, own = expanded(given).resolve(), checkpoint
+    if AVERAGED in (folder.name, checkpoint.name):
+        if folder.name != checkpoint.name:
+            return False
+        folder, own = folder.parent, checkpoint.parent
+    return folder == own or (own.parent.name == "checkpoints" and folder == own.parent.parent)
 
 
 def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
@@ -134,7 +161,7 @@ def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
 def _function(config: ModelConfig) -> dict[str, Any]:
     """The fields that a model's function depends on, by name, widths that follow from others filled in."""
     unused = {part for letter in LETTERS.values() for part in letter.parts} - set(config.parts)
-    fields = dict(_flat(to_dict(config)))
+    fields = dict(_flat(asdict(config)))
     for letter in config.letters:
         fields |= letter.widths(config)
     return {
@@ -175,7 +202,7 @@ def left_by(branch: str) -> RunDirectory:
     if not (folder / "training.json").exists() or not origin.exists:
         raise CheckpointError(
             f"branch is {folder}, which is not in the directory of a run, whose optimiser and train.json are needed; "
-            "name a run or one of its checkpoints, or take the weights alone with --start"
+            "name a run or one of its checkpoints, or take the weights alone with start"
         )
     return origin
 
@@ -227,8 +254,7 @@ def plant(run: RunDirectory, folder: Path) -> None:
     if metrics.is_file():  # restoring drops the lines that came after the checkpoint
         files.replace(run.log.file, metrics.read_bytes())
     with new_directory(run.path / "checkpoints" / folder.name) as beside:
-        for file in folder.iterdir():
-            shutil.copyfile(file, beside / file.name)
+        shutil.copytree(folder, beside, dirs_exist_ok=True, copy_function=shutil.copyfile)
 
 
 def go_on_longer(run: RunDirectory, config: TrainConfig, position: Position, begun: TrainConfig) -> str | None:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ...checkpoint import Damaged, check_tensors, checkpoints, damaged, model_tensors, open_weights, verify
+from ...checkpoint import AVERAGED, Damaged, check_tensors, checkpoints, damaged, model_tensors, open_weights, verify
 from ...distributed import Processes, fill
 from ...model import MoEMamba
+from ...state import State
 from ...tensors import Stored, TensorFile
-from ..update import load_optimizer_tensors
+from ..update import Average, load_optimizer_tensors
 from .directory import RunDirectory
 from .position import Position, read_position
-from .saving import RANDOM_CPU, RANDOM_CUDA, TRAINING
+from .saving import CARRIED, RANDOM_CPU, RANDOM_CUDA, TRAINING
 
 
 def restore(
@@ -30,13 +31,14 @@ def restore(
     notify: Callable[[str], None],
     processes: Processes,
     steps: int | None = None,
+    average: Average | None = None,
 ) -> Position:
     """Load the newest checkpoint that is intact, and forget all that came after it. All processes call this.
 
     Only the first process says what is damaged: a file that another cannot read is no worse for it.
 
     Args:
-        model, optimizer: sharded in any way; each process reads its own part of the files.
+        model, optimizer, average: sharded in any way; each process reads its own part of the files.
         content: hash of the training tokens, which must be that of the run.
         notify: told about checkpoints that are damaged, which are moved aside.
         steps: of the run; no checkpoint is from after them.
@@ -47,7 +49,7 @@ def restore(
         ValueError: the training data has changed.
         OSError: this machine cannot read a checkpoint, which may be intact.
     """
-    folder, position = processes.once(lambda: _newest(run.path, model, optimizer, notify))
+    folder, position = processes.once(lambda: _newest(run.path, model, optimizer, notify, average))
     if folder is None:
         position.content = content
     if position.content != content:
@@ -57,20 +59,24 @@ def restore(
             f"{run.path} is at step {position.step:,}, but the run is to have {steps:,}; resume with its own steps"
         )
     if folder is not None:
-        _read(folder, model, optimizer, processes)
+        _read(folder, model, optimizer, processes, average)
     processes.once(lambda: run.log.forget_after(position.step))
     return position
 
 
 def _newest(
-    run: Path, model: MoEMamba, optimizer: torch.optim.Optimizer, notify: Callable[[str], None]
+    run: Path,
+    model: MoEMamba,
+    optimizer: torch.optim.Optimizer,
+    notify: Callable[[str], None],
+    average: Average | None,
 ) -> tuple[Path | None, Position]:
     """The newest checkpoint that is intact, and its position; newer ones are moved aside."""
     found = checkpoints(run)
     for folder in reversed(found):
         try:
             position = read_position(folder)
-            examine(folder, model, optimizer)
+            examine(folder, model, optimizer, average)
             return folder, position
         except Damaged as error:
             if folder == found[0]:
@@ -79,11 +85,17 @@ def _newest(
     return None, Position()
 
 
-def _read(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+def _read(
+    folder: Path,
+    model: MoEMamba,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+    average: Average | None,
+) -> None:
     """Every process's part; where one cannot, all stop, and nothing is moved aside."""
     failed: Exception | None = None
     try:
-        read_parts(folder, model, optimizer)
+        read_parts(folder, model, optimizer, average)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         failed = error
     if processes.any(failed is not None):
@@ -100,7 +112,7 @@ def _put_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def examine(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> None:
+def examine(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer, average: Average | None = None) -> None:
     """Read a checkpoint's tensors once and say whether `read_parts` can use them, while nothing has been changed.
 
     Raises:
@@ -114,7 +126,10 @@ def examine(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> 
     if RANDOM_CUDA in training:  # of a GPU, whose driver says how long it is
         expected[RANDOM_CUDA] = torch.empty(training[RANDOM_CUDA].shape, dtype=torch.uint8, device="meta")
     check_tensors(training, expected, "model or optimiser")
-    for stored in (weights, training):
+    averaged = [open_weights(folder / AVERAGED)] if average else []
+    for stored in averaged:
+        check_tensors(stored, model_tensors(model))
+    for stored in (weights, training, *averaged):
         verify(stored)
     try:
         torch.Generator().set_state(training[RANDOM_CPU][...])
@@ -122,7 +137,7 @@ def examine(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> 
         raise damaged(training.file, error) from error
 
 
-def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) -> None:
+def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer, average: Average | None = None) -> None:
     """Load a checkpoint's tensors, of sharded ones this process's part, and the state of the random generators.
 
     Raises:
@@ -135,6 +150,10 @@ def read_parts(folder: Path, model: MoEMamba, optimizer: torch.optim.Optimizer) 
     tensors = {name: _part(stored, parameters.get(name.partition(".")[2])) for name, stored in training.items()}
     _forget_random_state(tensors)
     load_optimizer_tensors(model, optimizer, tensors)
+    if average is not None:
+        stored = open_weights(folder / AVERAGED)
+        for name, tensor in average.tensors.items():
+            fill(tensor, stored[name])
 
 
 def read_model(folder: Path, model: MoEMamba) -> None:
@@ -143,6 +162,22 @@ def read_model(folder: Path, model: MoEMamba) -> None:
     check_tensors(weights, model_tensors(model))
     verify(weights)
     _fill(model, weights)
+
+
+def read_carried(run: RunDirectory, position: Position, rows: int) -> State:
+    """The state that each row of the next batch begins with, of a run that carries state.
+
+    Raises:
+        Damaged: the checkpoint lacks it, or it is not of so many rows.
+    """
+    file = run.path / "checkpoints" / f"{position.step:08d}" / CARRIED
+    try:
+        state = State.load(file)
+    except (FileNotFoundError, ValueError) as error:
+        raise damaged(file, error) from error
+    if state.batch_size != rows:
+        raise damaged(file, ValueError(f"it has {state.batch_size} rows in place of {rows}"))
+    return state
 
 
 def _fill(model: MoEMamba, weights: TensorFile) -> None:

@@ -9,7 +9,7 @@ than its own part.
 import math
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint import checkpoints, model_tensors, write_model
+from ...checkpoint import AVERAGED, checkpoints, foreign_parts, model_tensors, write_model
 from ...config import ModelConfig
-from ...distributed import Processes, gathered
+from ...distributed import Processes, gathered, sharded
 from ...host.files import new_directory, write_json
 from ...model import MoEMamba
+from ...state import State
 from ...tensors import write_tensors
 from ...text import Tokenizer
-from ..update import optimizer_tensors
+from ..update import Average, optimizer_tensors
 from .position import evaluated_loss
 
 TRAINING = "training.safetensors"
+CARRIED = "carried.safetensors"
+"""of a run that carries state: that of every row, which its next batch begins with"""
 RANDOM_CPU, RANDOM_CUDA = "random.cpu", "random.cuda"  # in it
 
 
@@ -40,10 +43,18 @@ class Snapshot:
     training: dict[str, Tensor]
     """the optimiser's state and that of the random generators"""
     position: dict[str, Any]
+    averaged: dict[str, Tensor] | None = None
+    """the model's tensors with averaged weights"""
+    parts: dict[str, str] | None = None
+    """what of the model moemamba does not build"""
 
 
 def take(
-    model: MoEMamba, optimizer: torch.optim.Optimizer, position: dict[str, Any], processes: Processes
+    model: MoEMamba,
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, Any],
+    processes: Processes,
+    average: Average | None = None,
 ) -> Snapshot | None:
     """A snapshot in the first process, None in the others; all call this."""
 
@@ -56,7 +67,11 @@ def take(
         return kept
 
     weights, training = copies(model_tensors(model)), copies(optimizer_tensors(model, optimizer))
-    return Snapshot(model.config, weights, training | _random_state(), position) if processes.first else None
+    averaged = copies(average.model_tensors()) if average else None
+    if not processes.first:
+        return None
+    parts = None if sharded(model) else foreign_parts(model)  # what shares out puts classes of its own around it
+    return Snapshot(model.config, weights, training | _random_state(), position, averaged, parts)
 
 
 class Saver:
@@ -95,17 +110,30 @@ def _random_state() -> dict[str, Tensor]:
     return states
 
 
-def write(run: Path, snapshot: Snapshot, tokenizer: Tokenizer, keep: int) -> None:
-    """Write a checkpoint of a run, then remove those neither among the newest `keep` nor the best evaluated."""
+def write(
+    run: Path,
+    snapshot: Snapshot,
+    tokenizer: Tokenizer,
+    keep: int,
+    spared: Sequence[int] = (),
+    carried: State | None = None,
+) -> None:
+    """Write a checkpoint of a run, then remove those neither among the newest `keep`, nor the best evaluated, nor of
+    a step that is spared."""
     folder = run / "checkpoints" / f"{snapshot.position['step']:08d}"
     with new_directory(folder) as beside:
-        write_model(beside, snapshot.config, snapshot.model, tokenizer)
+        write_model(beside, snapshot.config, snapshot.model, tokenizer, snapshot.parts)
         write_tensors(beside / TRAINING, snapshot.training)
+        if carried is not None:
+            carried.save(beside / CARRIED)
+        if snapshot.averaged is not None:
+            (beside / AVERAGED).mkdir()
+            write_model(beside / AVERAGED, snapshot.config, snapshot.averaged, tokenizer, snapshot.parts)
         write_json(beside / "training.json", snapshot.position)
-    _prune(run, keep)
+    _prune(run, keep, spared)
 
 
-def _prune(run: Path, keep: int) -> None:
+def _prune(run: Path, keep: int, spared: Sequence[int]) -> None:
     """Remove old checkpoints; nothing where `checkpoints` is a link, since others may keep theirs there."""
     found = checkpoints(run)
     if (run / "checkpoints").is_symlink():
@@ -113,7 +141,8 @@ def _prune(run: Path, keep: int) -> None:
     losses = {folder: evaluated_loss(folder) for folder in found}
     best = min(found, key=losses.__getitem__)
     for old in found[:-keep]:
-        if (old != best or losses[old] == math.inf) and not old.is_symlink():
+        wanted = (old == best and losses[old] < math.inf) or int(old.name) in spared
+        if not wanted and not old.is_symlink():
             gone = old.with_name(f".{old.name}")
             old.rename(gone)  # at once, so that nobody sees half of it
             shutil.rmtree(gone)

@@ -1,11 +1,13 @@
 """One step of the optimiser: loss, schedule, update, and the guard that withholds it."""
 
+from .average import Average
 from .guard import Diverged, Failed, Fatal, Guard, Skips
-from .optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .optim import load_optimizer_tensors, make_optimizer, optimizer_of, optimizer_tensors
 from .schedule import becomes, fall, learning_rate, warmup_steps
 from .step import Step, captures
 
 __all__ = [
+    "Average",
     "Diverged",
     "Failed",
     "Fatal",
@@ -18,6 +20,7 @@ __all__ = [
     "learning_rate",
     "load_optimizer_tensors",
     "make_optimizer",
+    "optimizer_of",
     "optimizer_tensors",
     "warmup_steps",
 ]

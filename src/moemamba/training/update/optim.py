@@ -1,5 +1,10 @@
 """The optimiser with its groups, and its state by parameter name."""
 
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -10,29 +15,84 @@ from ..config import TrainConfig
 from .muon import Muon
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, or Muon for the matrices and AdamW for all else, in groups by what decays.
+def make_optimizer(
+    model: nn.Module,
+    *,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.1,
+    decay: Literal["matrices", "all"] = "matrices",
+    betas: tuple[float, float] = (0.9, 0.95),
+    rates: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:
+    """AdamW, or Muon for the matrices and AdamW for all else, in groups by what decays and by its rate.
+
+    For a `MoEMamba`, and for any module that has our layers or others in it.
 
     With `decay="matrices"` weights of two or more dimensions decay (projections, convolutions, experts, routers,
     embedding and head), but not `A_log`, `D`, biases and norms, as the authors of Mamba mark them. With "all", the
     recipe of MoE-Mamba, everything decays. What is what, `layers.roles` says.
+
+    Args:
+        rates: factors of the learning rate by the names of modules and parameters, with the wildcards of a shell:
+            {"embedding": 0.1, "*.router": 3, "layers.0.*.A_log": 0}; the last that fits counts, 0 leaves weights as
+            they are. A schedule of your own sets `group["lr"]` to the rate times `group["factor"]`.
+    Raises:
+        ValueError: a name of `rates` fits no parameter, or a factor is no number from 0 up.
     """
-    muon, role = config.optimizer == "muon", roles(model)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    muon, role = optimizer == "muon", roles(model)
+    factors = factors_of([name for name, _ in model.named_parameters()], rates or {})
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        matrix, decays = muon and role[name].muon, config.decay == "all" or role[name].decays
-        groups.setdefault((matrix, decays), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        matrix, decays = muon and role[name].muon, decay == "all" or role[name].decays
+        groups.setdefault((matrix, decays, factors[name]), []).append(parameter)
     # Fused, an update can be withheld by a flag on the device; see `guard.apply`.
     return (Muon if muon else torch.optim.AdamW)(
         [
-            {"params": same_mesh, "weight_decay": config.weight_decay if decays else 0.0, "muon": matrix}
-            for (matrix, decays), parameters in groups.items()
+            {
+                "params": same_mesh,
+                "lr": learning_rate * factor,
+                "weight_decay": weight_decay if decays else 0.0,
+                "muon": matrix,
+                "factor": factor,
+            }
+            for (matrix, decays, factor), parameters in groups.items()
             for same_mesh in _by_mesh(parameters)
         ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
+        lr=learning_rate,
+        betas=betas,
         fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """The optimiser of a run."""
+    return make_optimizer(
+        model,
+        optimizer=config.optimizer,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        decay=config.decay,
+        betas=(config.beta1, config.beta2),
+        rates=config.rates,
+    )
+
+
+def factors_of(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
+    """The factor of each parameter's learning rate, 1 where no name of `rates` fits; raises ValueError if one never
+    does."""
+    factors = dict.fromkeys(names, 1.0)
+    for pattern, factor in rates.items():
+        found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+        if not found:
+            some = ", ".join(names[:: max(1, len(names) // 3)][:3])
+            raise ValueError(f"rates names {pattern!r}, which fits no parameter; these are {some} and so on")
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"rates has {factor} for {pattern!r}; a factor of the learning rate is 0 or more")
+        factors |= dict.fromkeys(found, float(factor))
+    return factors
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

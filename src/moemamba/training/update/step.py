@@ -9,18 +9,26 @@ from torch import Tensor
 
 from ...data.batches import Batch
 from ...distributed import Agreement, Processes, divide_gradients, gradient_norm, last_part, sharded, summing
-from ...model import MoEMamba
+from ...model import MoEMamba, Output
+from ...state import State
 from ..config import TrainConfig
 from ..evaluate import autocast
 from ..watch import Measures, add, measures, router_stats
+from .average import Average
+from .carry import Carried
 from .guard import Guard, apply
-from .loss import losses
 
 WARM_UP = 3  # steps before the capture: kernels are compiled and tuned, the optimiser's state comes to be
 AHEAD = 2  # steps that the host may submit before the first of them is done
 
 Taken = tuple[Measures, Tensor, Tensor]
 """of a step: the measures of all processes' batches, the gradient's norm before clipping, whether it failed"""
+
+
+def losses(output: Output) -> tuple[Tensor, Tensor]:
+    """What is minimised, in its parts: the model's loss, and the routers' weighed ones."""
+    assert output.loss is not None and output.auxiliary is not None, "the model was called without targets"
+    return output.loss, output.auxiliary
 
 
 def captures(config: TrainConfig, processes: Processes) -> bool:
@@ -49,6 +57,7 @@ class Step:
         dtype: of the activations.
         notify: told why, if the step cannot be captured; the run then goes on kernel by kernel.
         agreement: what several processes tell each other with the sum of a step.
+        average: of the weights, which takes in each step.
     """
 
     def __init__(
@@ -61,19 +70,21 @@ class Step:
         processes: Processes,
         notify: Callable[[str], None] = print,
         agreement: Agreement | None = None,
+        average: Average | None = None,
     ):
         self.model, self.optimizer, self.config, self.dtype = model, optimizer, config, dtype
         self.guard, self.processes, self.notify = guard, processes, notify
-        self.agreement = agreement
+        self.agreement, self.average = agreement, average
+        self.carried = Carried() if config.carry_state else None
         self.forward = summing(model, processes)
         self.captures = captures(config, processes)
         device = processes.device
-        self._rate: Tensor | None = None
+        self._rates: dict[float, Tensor] = {}
         if device.type == "cuda" and not processes.distributed:
             # On the device also where nothing is captured: float32 rounds it, and so both compute the same.
-            self._rate = torch.zeros((), device=device)
+            self._rates = {group["factor"]: torch.zeros((), device=device) for group in optimizer.param_groups}
             for group in optimizer.param_groups:
-                group["lr"] = self._rate
+                group["lr"] = self._rates[group["factor"]]
         # Gradients are summed on the stream that first made them, which must be the one that is captured.
         self._stream = torch.cuda.Stream(device) if self.captures else None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -88,11 +99,7 @@ class Step:
         Raises:
             RuntimeError: the step cannot be captured, and `cuda_graph` asks for it.
         """
-        if self._rate is not None:
-            self._rate.fill_(rate)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        self._set(rate)
         if self.captures and self._taken == WARM_UP:
             self._capture(batch)
         self._taken += 1
@@ -104,12 +111,22 @@ class Step:
             taken = self._compute([part.to(self.processes.device) for part in batch])
         total, norm, failed = taken
         self.guard.note(number, total[0] + total[1], norm, failed)
+        if self.average is not None:
+            self.average.update(number)  # behind the graph, since how much it takes in depends on the step
         return taken
+
+    def _set(self, rate: float) -> None:
+        for factor, place in self._rates.items():
+            place.fill_(rate * factor)
+        if not self._rates:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
 
     def _compute(self, batch: list[Batch]) -> Taken:
         """The step itself; on GPUs without the host waiting for anything."""
         model, config, processes = self.model, self.config, self.processes
         total: Measures = []
+        states: list[State] = []
         parts = len(batch) * processes.size
         counted = torch.stack([(part.targets != -100).sum() for part in batch]).to(torch.float32)
         (everywhere,) = processes.sum([counted.sum()])
@@ -117,9 +134,14 @@ class Step:
         for number, part in enumerate(batch):
             with last_part(self.forward, number == len(batch) - 1):
                 with autocast(processes.device, self.dtype):
-                    output = self.forward(part.tokens, seq_idx=part.seq_idx, targets=part.targets)
-                language, auxiliary = losses(output, model.config.routers)
+                    state = None
+                    if self.carried is not None and part.goes_on is not None:
+                        state = self.carried.before(number, part.goes_on)
+                    output = self.forward(part.tokens, state=state, seq_idx=part.seq_idx, targets=part.targets)
+                language, auxiliary = losses(output)
                 (language * shares[number] + auxiliary / parts).backward()
+            if self.carried is not None:
+                states.append(output.state.detach())
             total = add(total, measures(language * shares[number] * parts, auxiliary, output.router))
         told = self.agreement.flags() if self.agreement else []
         total = processes.sum([*torch._foreach_div(total, parts), *told])
@@ -127,6 +149,8 @@ class Step:
             self.agreement.hear(total.pop())
         norm = gradient_norm(model.parameters(), processes)
         failed = self.guard.check(total[0] + total[1], norm)
+        if self.carried is not None:
+            self.carried.keep(states, failed)
         excess = (norm / config.clip).clamp(min=1.0)  # which the update divides the gradient by
         if not sharded(model):
             apply(self.optimizer, failed, excess)

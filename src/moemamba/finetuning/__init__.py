@@ -1,0 +1,1 @@
+"""Models taken further: fine-tuned on conversations, dense ones made into mixtures, experts changed (`surgery`)."""

@@ -1,0 +1,62 @@
+"""How a model is fine-tuned. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..reading import validate
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A model, what it is to answer, and how its weights move.
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    data: str = "chat.jsonl"
+    """JSON lines: {"messages": [{"role", "content"}, ...]}, {"prompt", "completion"}, or {"text"}"""
+    method: Literal["lora", "all"] = "lora"
+    """lora: small matrices beside the projections and the experts (arXiv 2106.09685), added to them in the end; all:
+    every weight"""
+    rank: int = 16
+    """inner width of LoRA's small matrices"""
+    epochs: float = 3.0
+    """times that the data is read"""
+    learning_rate: float | None = None
+    """highest learning rate; 0.002 for lora and 0.0002 for all if None"""
+    batch_size: int = 8
+    """rows of a step, each of which holds as many examples as fit"""
+    context: int = 1024
+    """tokens in a row; longer examples are cut"""
+    answers_only: bool = True
+    """learn what the assistant says, or the completion, alone; otherwise all of it"""
+    held_out: float = 0.05
+    """share of the examples that is kept to measure with, chosen by a hash of their content"""
+    template: str | None = None
+    """a Jinja file that writes messages as text; that of the model, or a plain one, if None"""
+    warmup: float = 0.05
+    """share of the steps in which the learning rate rises"""
+    weight_decay: float = 0.0
+    """weight decay, of matrices alone"""
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    seed: int = 0
+    """a number that fixes the order of the data, and how the small matrices begin"""
+    device: str = "auto"
+    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
+
+    def __post_init__(self) -> None:
+        validate(
+            self,
+            positive=("rank", "epochs", "learning_rate", "batch_size", "context", "clip"),
+            not_negative=("held_out", "warmup", "weight_decay", "seed"),
+        )
+        if self.held_out >= 1 or self.warmup > 1:
+            raise ValueError("held_out must be less than 1, and warmup 1 at most")
+        if self.context < 2:
+            raise ValueError("context is 1; a row needs a token and the one after it: choose 2 or more")
+
+    @property
+    def rate(self) -> float:
+        return self.learning_rate or (2e-3 if self.method == "lora" else 2e-4)

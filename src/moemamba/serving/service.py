@@ -1,0 +1,210 @@
+"""A model that answers: what all requests share, on the side of the event loop."""
+
+import asyncio
+import hashlib
+import json
+import random
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Self
+
+from .. import __version__
+from ..inference import Engine, Event, Reading, Request, Snapshot, StateCache
+from ..model import MoEMamba
+from ..reading import to_dict
+from ..text import Tokenizer
+from .config import Limits
+from .metrics import Metrics
+from .openai.answers import Spelling
+from .openai.schema import Grammars
+from .openai.templates import Template
+from .refusal import busy, failed, invalid, late, unavailable
+from .states import States
+from .worker import Batch, Full, Ticket, Worker
+
+
+class Following:
+    """Requests that came together, as an event loop follows them. Who leaves early gives them up.
+
+    What comes while nobody looks is given out at once: a slow reader gets fewer and larger pieces.
+
+    Attributes:
+        left: requests that have not ended.
+    """
+
+    def __init__(self, service: "Service", ticket: Ticket, count: int):
+        self.left = count
+        self._service, self._ticket = service, ticket
+        self._events: deque[tuple[int, Event]] = deque()
+        self._news = asyncio.Event()
+        self._deadline = time.monotonic() + service.limits.max_seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._service.leave(self._ticket, self.left > 0)
+
+    def tell(self, place: int, event: Event) -> None:
+        """An event of one of them."""
+        self._events.append((place, event))
+        self._news.set()
+
+    async def some(self, patience: float = 1e9) -> list[tuple[int, Event]]:
+        """What has come since the last time; nothing after so many seconds without news.
+
+        Raises:
+            Refusal: the requests take longer than they may.
+        """
+        if not self._events:
+            left = self._deadline - time.monotonic()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), min(max(left, 0), patience))
+        if time.monotonic() > self._deadline:
+            raise late(self._service.limits.max_seconds)
+        self._news.clear()
+        found = list(self._events)
+        self._events.clear()
+        self.left -= sum(event.kept is not None for _, event in found)
+        return found
+
+
+class Service:
+    """A model, its tokenizer and its engine.
+
+    Args:
+        name: what clients call the model.
+        checksums: of its weights, by tensor.
+        template: of conversations, if the model has one.
+    """
+
+    def __init__(
+        self,
+        model: MoEMamba,
+        tokenizer: Tokenizer,
+        name: str,
+        limits: Limits,
+        checksums: Mapping[str, int],
+        template: Template | None = None,
+    ):
+        self.model, self.tokenizer, self.name, self.limits, self.template = model, tokenizer, name, limits, template
+        self.created = int(time.time())
+        self.fingerprint = _fingerprint(model, checksums)
+        self.draining = False
+        self._random = random.Random(secrets.randbits(256))  # asks the system once, not for each request
+        self.metrics = Metrics()
+        self.spelling = Spelling(tokenizer)
+        self.grammars = Grammars(tokenizer)
+        self.cache = StateCache(limits.cache_bytes)
+        engine = Engine(model, limits.slots, limits.chunk, alone=limits.chunk_alone, cache=self.cache)
+        self._followed: dict[Ticket, Following] = {}
+        self._loop = asyncio.get_running_loop()
+        self.worker = Worker(engine, self._deliver, limits.slots + limits.max_waiting)
+        self.states = States(limits.state_bytes, limits.state_seconds, spell=tokenizer.decode)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has."""
+        return self.model.config.vocab_size
+
+    def check_model(self, name: str | None) -> None:
+        """Raises Refusal if a request is for another model."""
+        if name not in (None, self.name):
+            raise invalid(f"there is no model {name!r:.80} here; this server has {self.name!r}", "model").of(
+                404, "model_not_found"
+            )
+
+    def check_prompt(self, ids: Sequence[int], new: int, start: Snapshot | None) -> None:
+        """Raises Refusal for tokens that the model does not have, or too many."""
+        most = self.limits.max_prompt
+        if len(ids) > most:
+            message = f"the prompt has {len(ids):,} tokens, and {most:,} are the most here; shorten it"
+            raise invalid(message, "prompt", "context_length_exceeded")
+        if new > self.limits.max_tokens:
+            message = f"max_tokens is {new:,}, and {self.limits.max_tokens:,} are the most here; ask for fewer"
+            raise invalid(message, "max_tokens")
+        strange = next((each for each in ids if not 0 <= each < self.vocabulary), None)
+        if strange is not None:
+            message = f"the prompt has the token {strange}; this model's tokens are 0 to {self.vocabulary - 1}"
+            raise invalid(message, "prompt")
+        if not ids and start is None:
+            raise invalid("the prompt has no tokens; begin with at least one", "prompt")
+
+    def follow(self, requests: Sequence[Request], beyond: bool = False) -> Following:
+        """Run requests to their ends.
+
+        Args:
+            beyond: they go on from some that have just ended, so that there is room for them.
+        Raises:
+            Refusal: the queue is full, or the server is about to stop.
+        """
+        if self.draining and not beyond:
+            raise unavailable("the server is about to stop; try again later", "draining")
+        try:
+            ticket = self.worker.submit(requests, beyond)
+        except Full as error:
+            self.metrics.refused.add()
+            raise busy(str(error)) from error
+        following = self._followed[ticket] = Following(self, ticket, len(requests))
+        return following
+
+    def leave(self, ticket: Ticket, early: bool) -> None:
+        """Nobody follows these requests any more."""
+        del self._followed[ticket]
+        if early:
+            self.worker.abort(ticket)
+
+    async def read(self, requests: Sequence[Request], beyond: bool = False) -> list[Reading]:
+        """What each of some requests that only read has found.
+
+        Raises:
+            Refusal: as `follow`, or one has failed.
+        """
+        found: dict[int, Reading] = {}
+        with self.follow(requests, beyond) as following:
+            while following.left:
+                for place, event in await following.some():
+                    if event.reading is None:
+                        raise failed(event.failure or "the prompt was not read")
+                    found[place] = event.reading
+        return [found[place] for place in range(len(requests))]
+
+    async def drain(self, seconds: float) -> bool:
+        """Answer what is under way and nothing more; False if it took too long."""
+        self.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._followed:
+                    await asyncio.sleep(0.02)
+        return not self._followed
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.worker.close(10)
+
+    def seed(self, asked: int | None, sample: int) -> tuple[int, int]:
+        """Of a sample: what was asked for, or something that nobody knows before."""
+        return (self._random.getrandbits(64) if asked is None else asked % (1 << 64)), sample
+
+    def name_of(self, prefix: str) -> str:
+        """A name for an answer, which no other has."""
+        return f"{prefix}{self._random.getrandbits(96):024x}"
+
+    def _deliver(self, batch: Batch) -> None:
+        """From the worker's thread."""
+        with suppress(RuntimeError):  # the loop has ended, and nobody waits
+            self._loop.call_soon_threadsafe(self._tell, batch)
+
+    def _tell(self, batch: Batch) -> None:
+        for ticket, place, event in batch:
+            if (following := self._followed.get(ticket)) is not None:
+                following.tell(place, event)
+
+
+def _fingerprint(model: MoEMamba, checksums: Mapping[str, int]) -> str:
+    """Of weights, configuration and version: states and seeds mean the same where it is the same."""
+    said = json.dumps([to_dict(model.config), dict(sorted(checksums.items())), __version__], sort_keys=True)
+    return "moemamba-" + hashlib.sha256(said.encode()).hexdigest()[:16]
