@@ -18,6 +18,7 @@ from moemamba.ops.experts import triton_products as triton_experts_products
 from moemamba.ops.head import triton as triton_cross_entropy
 from moemamba.ops.mamba_step import triton as step
 from moemamba.ops.mamba_step import triton_many
+from moemamba.ops.moe_step import triton as moe_step
 
 
 class Absent:
@@ -132,4 +133,18 @@ for activation in ("relu", "gelu", "silu", "swiglu"):
     for choices in (1, 2):
         with torch.no_grad():
             triton.expert_feedforward(draw(3, 32), torch.randint(0, 4, (3, choices)), None, up, down, activation)
+moe_step.overlap = step.overlap
+with torch.no_grad():
+    for dtype in (torch.bfloat16, torch.float32):
+        for activation, n_experts, top_k, f in (("relu", 42, 1, 1536), ("swiglu", 128, 4, 256), ("geglu", 8, 2, 341)):
+            up, down = (draw(n_experts, (1 + (activation != "relu")) * f, 512, dtype=dtype), draw(n_experts, 512, f))
+            bias, scale = draw(n_experts), draw(512, dtype=dtype)
+            for batch in (1, 3, 64, 1024):
+                normed = (None, "softmax", None, None, scale, scale)
+                arguments = (draw(n_experts, 512, dtype=dtype), bias, up, down.to(dtype), top_k, activation, *normed)
+                triton.moe_step(draw(batch, 1, 512, dtype=dtype), *arguments)
+    biased = (draw(42), "sigmoid", draw(42, 64), draw(42, 512), scale.bfloat16())
+    for batch in (2, 64):
+        up, down = draw(42, 64, 512), draw(42, 512, 64)
+        triton.moe_step(draw(batch, 1, 512), draw(42, 512), draw(42), up, down, 1, "relu2", *biased)
 print(json.dumps(shared))

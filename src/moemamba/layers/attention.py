@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..ops.arguments import sizes
 from ..ops.packing import boundaries, positions, without_padding
 from .layer import Layer, Result
-from .linear import Linear
+from .linear import Linear, fusible_norm, weights_of
+from .plain import plain
 from .roles import MATRIX, Role, composed
 
 if TYPE_CHECKING:
@@ -225,6 +226,32 @@ class Attention(Layer):
             keys, values = (t.masked_fill((kept < 0)[:, None, :, None], 0) for t in (keys, values))
         y = y.masked_fill(~valid[:, None, :, None], 0)
         return self._merge(y), AttentionState(keys, values, kept)
+
+    def step(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> Tensor:
+        """In place where there is a kernel for it."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not plain(self, Attention):
+            return super().step(x, buffers, live, place)
+        own = self._in_place(x, buffers, live, place)
+        if own is None or _not_finite(x, None) is not None:
+            return super().step(x, buffers, live, place)
+        y: Tensor = self.out_proj(ops.attention_step(self.qkv_proj(x)[:, 0], *own))
+        return y[:, None]
+
+    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int, place: Tensor) -> Tensor | None:
+        enter, leave = weights_of(self.qkv_proj), weights_of(self.out_proj)
+        if not plain(self, Attention) or enter is None or leave is None:
+            return None
+        normed, own = fusible_norm(norm, x, enter[0], leave[0]), self._in_place(x, buffers, live, place)
+        if normed is None or own is None:
+            return None
+        weight, bias, eps = normed
+        qkv = ops.norm_linear(x[:, 0], *enter, weight, bias, eps=eps)
+        return ops.linear_add(ops.attention_step(qkv, *own), *leave, x[:, 0])[:, None]
+
+    def _in_place(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> tuple[Any, ...] | None:
+        """What `ops.attention_step` takes besides the new queries, keys and values; None if there are no kernels."""
+        own = (*(buffer[:live] for buffer in buffers), place, self.rope_base if self.rotary else None)
+        return None if ops.choose("attention_step", x, *own) == "reference" else own
 
     def _merge(self, y: Tensor) -> Tensor:
         merged: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))

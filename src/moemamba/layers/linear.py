@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .plain import weights_alone
+from .norm import norm_alone
+from .plain import plain, weights_alone
 
 
 class Linear(nn.Linear):
@@ -48,3 +49,20 @@ def before_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     weights = weights_alone(layer, Linear, 2)
     return (ops.linear(x, weights[0]), weights[1]) if weights else (layer(x), None)
+
+
+def weights_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that still is what it was built as; None for any other."""
+    return (layer.weight, layer.bias) if plain(layer, Linear) else None  # type: ignore[return-value]
+
+
+def fusible_norm(norm: nn.Module, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
+    """Weight, bias and epsilon of a norm that a kernel may compute with the linear layers around it.
+
+    None where there are no kernels for a step of x (b, 1, d) through these weights, or calling the norm may do more.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return None
+    if any(ops.choose("norm_linear", x, weight) == "reference" for weight in weights):
+        return None
+    return norm_alone(norm, x)

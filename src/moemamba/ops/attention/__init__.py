@@ -49,10 +49,59 @@ def rotary(x: Tensor, place: Tensor, base: float) -> Tensor:
     return compute("rotary", x, place, base)  # type: ignore[no-any-return]
 
 
+def attention_step(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, place: Tensor, base: float | None
+) -> Tensor:
+    """One position of causal self-attention over buffers of keys and values, which are extended in place. No gradients.
+
+    Args:
+        qkv: (b, (h + 2g) w) queries, keys and values of the new position, not yet turned.
+        keys, values: (b, g, s, w), with room for the new ones; entries behind those may be anything that is finite.
+        positions: (b, s) int64 of each entry in the row's sequence; negative for entries that are not of it.
+        place: (b,) int64 where the new entry goes, behind all others.
+        base: of rotary positions; None where there are none.
+    Returns:
+        (b, h w); keys, values and positions have the new entry.
+    """
+    batch, features = sizes("qkv", qkv, "b, h w")
+    groups, room, width = sizes("keys", keys, "b, g, s, w")[1:]
+    expect("keys", keys, (batch, groups, room, width))
+    expect("values", values, (batch, groups, room, width))
+    expect("positions", positions, (batch, room))
+    expect("place", place, (batch,))
+    heads = features // width - 2 * groups
+    if features % width or heads < 1 or heads % groups:
+        raise ValueError(f"qkv has {features} features; with {groups} heads of keys of width {width} that is no layer")
+    return compute("attention_step", qkv, keys, values, positions, place, base)  # type: ignore[no-any-return]
+
+
+def _step_supports(qkv: Tensor, *others: Any) -> str | None:
+    if not others:
+        return None
+    keys, values, positions = others[:3]
+    if not keys.dtype == values.dtype == qkv.dtype:
+        return f"its keys are of {keys.dtype}, and what is new of {qkv.dtype}"
+    if keys.stride(-1) != 1 or values.stride(-1) != 1 or positions.stride(-1) != 1:
+        return "its keys, values or positions do not lie side by side"
+    return "it has kernels for heads of a width up to 256" if keys.shape[-1] > 256 else None
+
+
 def _attention_cpu() -> Callable[..., Any]:
     from .cpu import attention
 
     return attention
+
+
+def _step_cpu() -> Callable[..., Any]:
+    from .cpu import attention_step
+
+    return attention_step
+
+
+def _step_triton() -> Callable[..., Any]:
+    from .triton_step import attention_step
+
+    return attention_step
 
 
 def _rotary_cpu() -> Callable[..., Any]:
@@ -63,3 +112,9 @@ def _rotary_cpu() -> Callable[..., Any]:
 
 declare("attention", reference.attention, cpu=Door(_attention_cpu, holds="no gradient"))
 declare("rotary", reference.rotary, cpu=Door(_rotary_cpu, holds="no gradient"))
+declare(
+    "attention_step",
+    reference.attention_step,
+    cpu=Door(_step_cpu, holds="no gradient"),
+    triton=Door(_step_triton, holds="no gradient", supports=_step_supports, asked=True),
+)

@@ -70,6 +70,13 @@ def rotary(x: Tensor, place: Tensor, base: float) -> Tensor:
     return y
 
 
+def attention_step(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, place: Tensor, base: float | None
+) -> Tensor:
+    """See `moemamba.ops.attention_step`."""
+    return reference.step_by(attention, rotary, qkv, keys, values, positions, place, base)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor | None:
     """By the kernel; None where it cannot read what it is given."""
     (batch, heads, length, width), keys = q.shape, k.shape[2]

@@ -1,6 +1,7 @@
 """Attention and rotary positions in plain PyTorch: what they mean."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,3 +28,33 @@ def frequencies(width: int, base: float, device: torch.device) -> Tensor:
     half = width // 2
     frequency: Tensor = base ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
     return frequency
+
+
+def attention_step(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, place: Tensor, base: float | None
+) -> Tensor:
+    """See `moemamba.ops.attention_step`."""
+    return step_by(attention, rotary, qkv, keys, values, positions, place, base)
+
+
+def step_by(
+    attend: Callable[..., Tensor],
+    rotate: Callable[..., Tensor],
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    place: Tensor,
+    base: float | None,
+) -> Tensor:
+    """`attention_step` by such an `attention` and `rotary`."""
+    groups, width = keys.shape[1], keys.shape[3]
+    heads, rows = qkv.shape[1] // width - 2 * groups, torch.arange(qkv.shape[0], device=qkv.device)
+    q, k, v = qkv.unflatten(1, (-1, width))[:, :, None].split((heads, groups, groups), 1)
+    position = positions.amax(1) + 1
+    if base is not None:
+        q, k = (rotate(x, position[:, None], base) for x in (q, k))
+    keys[rows, :, place], values[rows, :, place] = k[:, :, 0].to(keys.dtype), v[:, :, 0].to(values.dtype)
+    positions[rows, place] = position
+    y = attend(q, keys.to(q.dtype), values.to(q.dtype), (positions >= 0)[:, None])
+    return y.flatten(1)
