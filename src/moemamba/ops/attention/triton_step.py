@@ -20,7 +20,7 @@ from . import reference
 
 SHARE = 512  # keys of a row up to which one program takes them all
 PROGRAMS = 4  # on a multiprocessor, about
-BLOCK = 128  # keys at once
+BLOCK = 64  # keys at once
 
 
 def attention_step(
@@ -44,7 +44,7 @@ def attention_step(
     share_kernel[(shares, groups, batch)](
         qkv, keys, values, positions, place, frequency, y, parts, tops, groups, width, width**-0.5 * LOG2E.value,
         *keys.stride()[:3], *values.stride()[:3], positions.stride(0),
-        SHARED=shared, H=H, W=W, BLOCK=BLOCK if qkv.element_size() == 2 else BLOCK // 2, **launch(4, pdl),
+        SHARED=shared, H=H, W=W, BLOCK=BLOCK, **launch(4, pdl),
     )  # fmt: skip
     if shares > 1:
         sum_kernel[(heads, batch)](

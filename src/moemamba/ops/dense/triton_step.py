@@ -15,8 +15,8 @@ from ..kit.triton_step import Cut, activated, depth, moments, normalised, produc
 from . import reference
 
 FEW = 16
-ENTER = {1: Cut(1, 8, 1024, 4), 16: Cut(16, 16, 512, 4)}  # by the most rows
-LEAVE = {1: Cut(1, 4, 2048, 4), 16: Cut(16, 16, 512, 4)}
+ENTER = {1: Cut(1, 8, 1024, 4), 16: Cut(16, 16, 256, 4)}  # by the most rows
+LEAVE = {1: Cut(1, 4, 2048, 4), 16: Cut(16, 16, 256, 4)}
 
 
 def norm_linear(
@@ -35,6 +35,7 @@ def norm_linear(
     f = weight.shape[0] // groups
     x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(batch, f)
     how = ENTER[1 if batch == 1 else 16]
+    how = how._replace(depth=how.depth // groups)
     enter_kernel[(triton.cdiv(f, how.columns), triton.cdiv(batch, how.rows))](
         x, norm_weight, norm_bias, eps, weight, bias, y, batch, d, f,
         NORM=0 if norm_weight is None else 1 if norm_bias is None else 2, ACTIVATION=activation, GROUPS=groups,

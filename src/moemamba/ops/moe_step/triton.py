@@ -24,10 +24,11 @@ from . import triton_kernels as kernels
 FEW = 16  # choices up to which each reads its expert's weights for itself
 ALONE = 264  # programs of the first kernel up to which each routes for itself
 SEARCHED = 256  # choices up to which a program looks for its own among all of them
-ROUTER = 16384  # weights of the router that a program of eight warps holds at once
+ROUTER = 8192  # weights of the router that a program of eight warps holds at once
+STAGES = 4  # tiles of weights on their way at once, less one
 # By the average number of choices of an expert: rows of a tile, outputs, terms of a sum at once, warps.
-UP = {16: Cut(16, 16, 512, 4), 32: Cut(32, 32, 256, 4), None: Cut(64, 32, 256, 4)}
-DOWN = {16: Cut(16, 16, 512, 4), 32: Cut(32, 32, 256, 4), None: Cut(64, 32, 256, 4)}
+UP = {16: Cut(16, 32, 128, 4), 32: Cut(32, 32, 128, 4), None: Cut(64, 64, 64, 4)}
+DOWN = {16: Cut(16, 16, 128, 4), 32: Cut(32, 32, 128, 4), None: Cut(64, 64, 64, 4)}
 UP_FEW, DOWN_FEW = Cut(1, 16, 1024, 8), Cut(1, 4, 2048, 4)
 
 
@@ -71,11 +72,11 @@ def moe_step(
     hidden, y = x.new_empty(pairs, f), x.new_empty(batch, d)
     wide = min(max(16, ROUTER // how["E"]), triton.next_power_of_2(d))
     tiles = triton.cdiv(f, few.columns)
-    lines = triton.cdiv(d * f * down.element_size(), 128 * tiles)
     kernels.up_few_kernel[(tiles, pairs)](
         rows, *normed, indices, gates, up, up_bias, down, hidden, n_experts, d, f,
         ROUTE=programs <= ALONE, ACTIVATION=activation, GROUPS=groups, WIDE=wide, WIDES=triton.cdiv(d, wide),
-        C=few.columns, LINES=triton.next_power_of_2(lines), **how, **_sum(few, d), **launch(few.warps, pdl),
+        C=few.columns, LINES=_lines(triton.cdiv(d * f, tiles), down), ROUTER=_lines(n_experts * d, router),
+        **how, **_sum(few, d), **launch(few.warps, pdl),
     )  # fmt: skip
     few = DOWN_FEW
     kernels.down_few_kernel[(triton.cdiv(d, few.columns), batch)](
@@ -88,6 +89,11 @@ def moe_step(
 def _sum(how: Cut, length: int) -> dict[str, Any]:
     """`depth` for kernels that know no tensor cores."""
     return {name: value for name, value in depth(how, length).items() if name != "DOT"}
+
+
+def _lines(size: int, weight: Tensor) -> int:
+    """Blocks of 128 bytes that hold so many entries, as a power of two."""
+    return triton.next_power_of_2(triton.cdiv(size * weight.element_size(), 128))  # type: ignore[no-any-return]
 
 
 def _route(x: Tensor, normed: Any, h: Tensor, indices: Tensor, gates: Tensor, how: dict[str, Any], pdl: bool) -> None:
@@ -122,20 +128,19 @@ def _many(
         lists, counts = indices.new_empty(n_experts, pairs), indices.new_empty(n_experts)
         kernels.list_kernel[(n_experts,)](indices, lists, counts, pairs, P=P, **launch(4, pdl))
         P = 16
-    eager = pairs >= 2 * n_experts  # nearly every expert is chosen then
+    eager = pdl and pairs >= 2 * n_experts  # nearly every expert is chosen then
     hidden = x.new_empty(pairs, f)
     how = _cut(UP, pairs, n_experts, x)
     kernels.up_many_kernel[(triton.cdiv(f, how.columns), n_experts)](
         x, indices, lists, counts, up, biases["up"], hidden, pairs, d, f,
-        ACTIVATION=activation, GROUPS=groups, K=top_k, P=P, EAGER=eager, ROWS=how.rows, C=how.columns,
-        **depth(how._replace(depth=how.depth // groups), d), **launch(how.warps, pdl), num_stages=1,
+        ACTIVATION=activation, GROUPS=groups, K=top_k, P=P, **_tiles(how, d, eager, up), **launch(how.warps, pdl),
     )  # fmt: skip
     how = _cut(DOWN, pairs, n_experts, x)
     alone = top_k == 1  # each row is written once then
     out = x.new_empty(pairs, d, dtype=x.dtype if alone else torch.float32)
     kernels.down_many_kernel[(triton.cdiv(d, how.columns), n_experts)](
         hidden, indices, lists, counts, gates, down, biases["down"], residual if alone else None, out, pairs, d, f,
-        P=P, EAGER=eager, ROWS=how.rows, C=how.columns, **depth(how, f), **launch(how.warps, pdl), num_stages=1,
+        P=P, **_tiles(how, f, eager, down), **launch(how.warps, pdl),
     )  # fmt: skip
     if alone:
         return out
@@ -144,6 +149,12 @@ def _many(
         out, residual, y, d, K=top_k, C=columns, **launch(4, pdl)
     )  # fmt: skip
     return y
+
+
+def _tiles(how: Cut, length: int, eager: bool, weight: Tensor) -> dict[str, int]:
+    """How kernels of many choices are cut, whose sums are over `length`."""
+    tiles = {"ROWS": how.rows, "C": how.columns, "DEPTH": min(how.depth, max(16, triton.next_power_of_2(length)))}
+    return tiles | {"STAGES": STAGES, "LINES": _lines(how.columns * length, weight) if eager else 0}
 
 
 def _cut(cuts: dict[int | None, Cut], pairs: int, n_experts: int, x: Tensor) -> Cut:

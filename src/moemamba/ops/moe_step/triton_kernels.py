@@ -95,12 +95,14 @@ def up_few_kernel(
     n_experts, d, f,
     ROUTE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, ACTIVATION: tl.constexpr, GROUPS: tl.constexpr,
     K: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, WIDES: tl.constexpr,
-    C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, LINES: tl.constexpr, ROUTER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """C hidden features of one choice. With ROUTE every program finds out by itself which expert that is.
 
-    That costs no more than to wait for a kernel that does: the router's weights (WIDE times WIDES columns) are asked
-    for while the kernel before still runs. Then this program's share of the expert's second matrix is brought nearer.
+    That costs no more than to wait for a kernel that does: the router's weights (WIDE times WIDES columns, ROUTER times
+    128 bytes) are asked for while the kernel before still runs. Once the expert is known, this program's share of its
+    second matrix (LINES times 128 bytes) is brought nearer too, for the kernel that comes next.
     """
     tile, pair = tl.program_id(0), tl.program_id(1)
     feature, column, experts = tile * C + tl.arange(0, C), tl.arange(0, DEPTH), tl.arange(0, E)
@@ -108,6 +110,8 @@ def up_few_kernel(
     batch = tl.num_programs(1) // K
     if ROUTE:
         w = matrix(router, experts, n_experts, tl.arange(0, WIDE), d)
+        if PDL:
+            ask_for(router, 0, n_experts * d, ROUTER)
     ready(PDL)
     mean = tl.zeros((1,), tl.float32)
     inverse = mean + 1.0
@@ -223,49 +227,38 @@ def _taken(lists, expert, pairs, mine, rank, slot, count, P: tl.constexpr):
 @triton.jit
 def up_many_kernel(
     x, indices, lists, counts, up, up_bias, hidden, pairs, d, f,
-    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr, EAGER: tl.constexpr,
-    ROWS: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr, DOT: tl.constexpr,
-    PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, P: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """C hidden features of all pairs that chose one expert, ROWS at a time.
 
-    EAGER: the weights are asked for before it is known whether anybody chose this expert.
+    With LINES the weights begin their way before it is known whether anybody chose this expert.
     """
     expert = tl.program_id(1).to(tl.int64)
     feature, column = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, DEPTH)
-    first = up + expert * (GROUPS * f) * d
-    second = first + (tl.full((), 0, tl.int64) + f) * d
-    if EAGER:
-        wa = matrix(first, feature, f, column, d)
+    size = (tl.full((), 0, tl.int64) + f) * d
+    first = up + expert * GROUPS * size
+    if LINES:
+        ask_for(first, tl.program_id(0).to(tl.int64) * C * d, size, LINES)
         if GROUPS == 2:
-            wb = matrix(second, feature, f, column, d)
+            ask_for(first + size, tl.program_id(0).to(tl.int64) * C * d, size, LINES)
     ready(PDL)
     count, mine, rank = _found(indices, lists, counts, expert, pairs, P)
-    if not EAGER:
-        wanted = tl.where(count > 0, f, 0)
-        wa = matrix(first, feature, wanted, column, d)
-        if GROUPS == 2:
-            wb = matrix(second, feature, wanted, column, d)
     for start in range(0, count, ROWS):
         slot = start + tl.arange(0, ROWS)
         pair = _taken(lists, expert, pairs, mine, rank, slot, count, P)
         real = slot < count
-        rows = tl.where(real, pair // K, -1)
+        row = x + (pair // K).to(tl.int64)[:, None] * d
         a = tl.zeros((ROWS, C), tl.float32)
         b = tl.zeros((ROWS, C), tl.float32)
-        for c in tl.static_range(CHUNKS):
-            at = c * DEPTH + column
-            where = x + rows[:, None].to(tl.int64) * d + at[None, :]
-            v = tl.load(where, mask=real[:, None] & (at < d)[None, :], other=0.0).to(tl.float32)
-            a += product(v, wa, DOT)
+        for k in tl.range(0, d, DEPTH, num_stages=STAGES):
+            at = k + column
+            wa = matrix(first, feature, f, at, d)
+            v = tl.load(row + at[None, :], mask=real[:, None] & (at < d)[None, :], other=0.0).to(wa.dtype)
+            a = tl.dot(v, tl.trans(wa), a, input_precision="tf32x3")
             if GROUPS == 2:
-                b += product(v, wb, DOT)
-            if CHUNKS > 1:  # the next, or the first again, for further rows
-                then = (c + 1) % CHUNKS * DEPTH + column
-                wanted = tl.where((c + 1 < CHUNKS) | (start + ROWS < count), f, 0)
-                wa = matrix(first, feature, wanted, then, d)
-                if GROUPS == 2:
-                    wb = matrix(second, feature, wanted, then, d)
+                wb = matrix(first + size, feature, f, at, d)
+                b = tl.dot(v, tl.trans(wb), b, input_precision="tf32x3")
         if up_bias is not None:
             a += vector(up_bias + expert * (GROUPS * f), feature, f)[None, :]
             if GROUPS == 2:
@@ -277,32 +270,29 @@ def up_many_kernel(
 @triton.jit
 def down_many_kernel(
     hidden, indices, lists, counts, gates, down, down_bias, residual, y, pairs, d, f,
-    P: tl.constexpr, EAGER: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr,
-    CHUNKS: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    P: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """C output features of all pairs that chose one expert, times their gates; of top-1, what there was before too."""
     expert = tl.program_id(1).to(tl.int64)
     feature, column = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, DEPTH)
-    weight = down + expert * d * f
-    if EAGER:
-        w = matrix(weight, feature, d, column, f)
+    size = (tl.full((), 0, tl.int64) + f) * d
+    weight = down + expert * size
+    if LINES:
+        ask_for(weight, tl.program_id(0).to(tl.int64) * C * f, size, LINES)
     ready(PDL)
     count, mine, rank = _found(indices, lists, counts, expert, pairs, P)
-    if not EAGER:
-        w = matrix(weight, feature, tl.where(count > 0, d, 0), column, f)
     for start in range(0, count, ROWS):
         slot = start + tl.arange(0, ROWS)
         pair = _taken(lists, expert, pairs, mine, rank, slot, count, P)
         real = slot < count
+        row = hidden + pair.to(tl.int64)[:, None] * f
         total = tl.zeros((ROWS, C), tl.float32)
-        for c in tl.static_range(CHUNKS):
-            at = c * DEPTH + column
-            where = hidden + pair[:, None].to(tl.int64) * f + at[None, :]
-            v = tl.load(where, mask=real[:, None] & (at < f)[None, :], other=0.0).to(tl.float32)
-            total += product(v, w, DOT)
-            if CHUNKS > 1:
-                wanted = tl.where((c + 1 < CHUNKS) | (start + ROWS < count), d, 0)
-                w = matrix(weight, feature, wanted, (c + 1) % CHUNKS * DEPTH + column, f)
+        for k in tl.range(0, f, DEPTH, num_stages=STAGES):
+            at = k + column
+            w = matrix(weight, feature, d, at, f)
+            v = tl.load(row + at[None, :], mask=real[:, None] & (at < f)[None, :], other=0.0).to(w.dtype)
+            total = tl.dot(v, tl.trans(w), total, input_precision="tf32x3")
         if down_bias is not None:
             total += vector(down_bias + expert * d, feature, d)[None, :]
         total *= tl.load(gates + pair, mask=real, other=0.0)[:, None]
