@@ -4,9 +4,10 @@ Steps as CUDA graphs over the engine's slots, both sides in turns in one process
 bytes of Python's standard library, whatever the model would say. First what the head sees and the states that are left
 are compared over eight steps, in float32 and bfloat16, for every number of rows; then are printed, side by side, tokens
 a second, experts hit, launches a step, and what an expert layer takes, which is (step of ME x 8 - step of M x 8) / 8,
-beside what its weights take at 4.2 TB/s. Then `transformer-25m` after 64 and 32,768 tokens. `--tune` tries other cuts of
-the kernels of an expert layer instead. On a CPU everything runs once, eagerly, in Triton's interpreter, with tiny
-models: a rehearsal, whose times mean nothing.
+beside what its weights take at 4.2 TB/s. Then `transformer-25m` after 64 and 32,768 tokens. `--tune` tries other cuts
+of the kernels of an expert layer instead. On a CPU everything runs once, eagerly, with tiny models, in Triton's
+interpreter (`TRITON_INTERPRET=1`; with numpy 2.4 `tests/conftest.py` has to be imported first): a rehearsal, whose
+times mean nothing.
 """
 
 import argparse
@@ -70,8 +71,9 @@ class Side:
         most = max(1, (1 << 19) // context)  # rows that are read at once
         with torch.inference_mode():
             for part in tokens[:, :context].split(most):
-                state = model.backbone(part).state
-                self.slots.put(state, tokens[self.slots.live : self.slots.live + len(part), context])
+                state = model.backbone(part)[1]
+                with ops.backend(backend):  # whose buffers it makes
+                    self.slots.put(state, tokens[self.slots.live : self.slots.live + len(part), context])
             self.slots.places.fill_(context)
         self.stepper = Stepper(self.slots, False, padded=True)
         self.graph: Any = None
@@ -248,16 +250,17 @@ def tune(options: argparse.Namespace) -> dict[str, Any]:
     scale, results = draw(d).abs() + 1, {}
     many = [Cut(r, c, n, w) for r in (16, 32, 64) for c in (16, 32, 64) for n in (64, 128, 256) for w in (4, 8)]
     few = [Cut(1, c, n, w) for c in (2, 4, 8, 16, 32) for n in (512, 1024, 2048) for w in (4, 8)]
-    plans: list[tuple[int, str, list[Cut]]] = [(1, "UP_FEW", few), (1, "DOWN_FEW", few), (16, "FEW", [])]
+    plans: list[tuple[int, str, list[Any]]] = [(1, "UP_FEW", few), (1, "DOWN_FEW", few), (1, "ALONE", [0, 264])]
+    plans += [(1, "ROUTER", [2048, 4096, 8192, 16384]), (16, "FEW", [0, 16]), (64, "STAGES", [2, 3, 4, 5, 6])]
     plans += [(rows, name, many) for rows in (64, 256, 1024) for name in ("UP", "DOWN")]
     for rows, name, cuts in plans if ON_GPU else [(2, "UP_FEW", few[:2]), (20, "UP", many[:1])]:
         x, before, found = draw(rows, 1, d), getattr(kernels, name), []
-        for how in cuts or (0, 16):
+        for how in cuts:
             if name in ("UP", "DOWN") and how.rows not in (16, 16 << (rows > 512), 16 << 2 * (rows > 512)):
                 continue
             setattr(kernels, name, {None: how} if name in ("UP", "DOWN") else how)
 
-            def go() -> None:
+            def go(x: Tensor = x) -> None:
                 y = x
                 with ops.backend("triton"):
                     for each in weights:

@@ -19,7 +19,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered")  # numpy's, of nonsense
 
 
-def make(lengths=(5, 70, 130), padding=(0, 3, 129), heads=4, groups=2, width=16, room=140, base=1e4, dtype=torch.float32):
+def make(
+    lengths=(5, 70, 130), padding=(0, 3, 129), heads=4, groups=2, width=16, room=140, base=1e4, dtype=torch.float32
+):
     """Arguments of `attention_step`: of each row its entries, of which the first are padding."""
     generator = torch.Generator().manual_seed(sum(lengths))
     rows, time = len(lengths), torch.arange(room)

@@ -138,7 +138,9 @@ def step(layer, norm, x):
         return layer.step_with_norm(x, norm, None, len(x), place)
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "geglu", "scores": "sigmoid", "router_bias": True, "bias": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"activation": "geglu", "scores": "sigmoid", "router_bias": True, "bias": True}]
+)
 def test_a_layer_takes_it(options):
     torch.manual_seed(0)
     layer, norm, x = MoE(16, 4, 24, top_k=2, **options), make_norm("rmsnorm", 16), torch.randn(3, 1, 16)
@@ -162,6 +164,7 @@ def test_it_says_what_it_cannot_do():
     assert ops.choose("moe_step", x) == "reference"  # until it has been measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["ME", "AF"])
 def test_a_model_decodes_the_same_tokens(pattern):
     """A step of the whole engine, with the kernels and without."""

@@ -147,12 +147,21 @@ class MoE(Layer):
             return None
         assert isinstance(router, Router)
         weights = (router.weight, router.balance_bias, experts.up_proj, experts.down_proj, router.top_k)
-        options = {"activation": experts.activation, "logit_bias": router.bias, "scores": router.scores}
-        options |= {"up_bias": experts.up_bias, "down_bias": experts.down_bias}
-        if not ops.fuses_moe_step(x, *weights, *options.values()):
+        if not ops.fuses_moe_step(x, *weights):
             return None
         weight, bias, eps = normed
-        return ops.moe_step(x, *weights, **options, norm_weight=weight, norm_bias=bias, eps=eps)
+        return ops.moe_step(
+            x,
+            *weights,
+            activation=experts.activation,
+            logit_bias=router.bias,
+            scores=router.scores,
+            up_bias=experts.up_bias,
+            down_bias=experts.down_bias,
+            norm_weight=weight,
+            norm_bias=bias,
+            eps=eps,
+        )
 
     def why_not_fused(self) -> str | None:
         """Which option the kernels of a whole step know nothing of; None if they know all of this layer's."""

@@ -36,9 +36,7 @@ def attention_step(
     y = qkv.new_empty(batch, heads * width)
     parts = tops = None
     if shares > 1:
-        parts, tops = (
-            qkv.new_empty(batch, heads, shares, size, dtype=torch.float32) for size in (width, 2)
-        )
+        parts, tops = (qkv.new_empty(batch, heads, shares, size, dtype=torch.float32) for size in (width, 2))
     H, W = triton.next_power_of_2(shared), max(16, triton.next_power_of_2(width))
     H = max(16, H) if H > 1 else 1
     share_kernel[(shares, groups, batch)](

@@ -114,7 +114,9 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor)
 
 
 def _supports_step(x: Tensor, *others: Any) -> str | None:
-    return f"its weights are of {others[0].dtype}, and x of {x.dtype}" if others and others[0].dtype != x.dtype else None
+    return (
+        f"its weights are of {others[0].dtype}, and x of {x.dtype}" if others and others[0].dtype != x.dtype else None
+    )
 
 
 def _norm_linear_triton() -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 All choices depend on shapes alone, so that nothing is searched for at the first token.
 """
 
-from ..kit.triton_step import Cut, depth as depth
+from ..kit.triton_step import Cut
 
 WIDEST = 8192  # d_inner that these kernels are cut for; wider layers fill the GPU with ordinary products
 MANY = 16  # rows from which a layer's projections are products of the library (`triton_many.py`)

@@ -70,7 +70,7 @@ def moe_step(
         y = _many(rows, indices, gates, up, down, biases, residual, top_k, activation, pdl)
         return y.view(batch, 1, d)
     hidden, y = x.new_empty(pairs, f), x.new_empty(batch, d)
-    wide = min(max(16, ROUTER // how["E"]), triton.next_power_of_2(d))
+    wide = min(ROUTER // how["E"] if how["E"] <= 32 else 32, triton.next_power_of_2(d))  # wider it needs all registers
     tiles = triton.cdiv(f, few.columns)
     kernels.up_few_kernel[(tiles, pairs)](
         rows, *normed, indices, gates, up, up_bias, down, hidden, n_experts, d, f,
