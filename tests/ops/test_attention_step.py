@@ -163,3 +163,28 @@ if "triton" in BACKENDS:
                 results[backend] = h, ops.linear_add(h, back, scale, x)
         for found, expected in zip(results["triton"], results["reference"], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("groups", [8, 2])
+    @pytest.mark.parametrize("lengths", [(5,), (300, 64), (32_000,), (32_000, 0, 777) * 5])
+    def test_real_sizes(lengths, groups):
+        padding = [length // 3 for length in lengths]
+        arguments = make(lengths, padding, 8, groups, 64, 32_768, dtype=torch.bfloat16)
+        assert_equal("triton", arguments)
+
+    @pytest.mark.gpu
+    def test_a_graph_holds_a_step():
+        """Lengths are the device's affair: replayed it reads one entry more each time."""
+        own, other = copied(make(dtype=torch.bfloat16)), copied(make(dtype=torch.bfloat16))
+        with torch.no_grad(), ops.backend("triton"):
+            ops.attention_step(*copied(own))
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = ops.attention_step(*own)
+                own[4] += 1
+            for _ in range(5):
+                graph.replay()
+                assert torch.equal(y, ops.attention_step(*other))
+                other[4] += 1
+            assert all(torch.equal(a, b) for a, b in zip(own[1:5], other[1:5], strict=True))

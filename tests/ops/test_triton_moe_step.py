@@ -175,3 +175,36 @@ def test_a_model_decodes_the_same_tokens(pattern):
     expected = generate(model, prompt, 4, temperature=0)
     with ops.backend("triton"):
         assert generate(model, prompt, 4, temperature=0) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64, 256, 257, 1024])
+@pytest.mark.parametrize(("top_k", "e", "f", "activation"), [(1, 42, 1536, "relu"), (4, 128, 256, "swiglu")])
+def test_real_sizes(rows, top_k, e, f, activation):
+    given = make(rows, 512, e, f, top_k, activation, dtype=torch.bfloat16)
+    given["router"] *= 0.1
+    found = assert_equal(given)
+    with ops.backend("triton"):
+        assert torch.equal(ops.moe_step(**given), found)  # from run to run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 9, 80, 600])
+def test_a_graph_holds_a_step(rows):
+    """Choices are the device's affair: replayed with other rows it is what a call would be."""
+    given = make(rows, 512, 32, 1536, dtype=torch.bfloat16)
+    with ops.backend("triton"):
+        ops.moe_step(**given)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x = given["x"]
+            for _ in range(3):
+                y = ops.moe_step(**(given | {"x": y}))
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            expected = x
+            for _ in range(3):
+                expected = ops.moe_step(**(given | {"x": expected}))
+            assert torch.equal(y, expected)
