@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moemamba import ops
-from moemamba.layers import Attention
+from moemamba.layers import Attention, FeedForward
 from moemamba.layers.norm import make_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +163,17 @@ if "triton" in BACKENDS:
                 results[backend] = h, ops.linear_add(h, back, scale, x)
         for found, expected in zip(results["triton"], results["reference"], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("activation", ["relu", "swiglu"])
+    def test_a_dense_layer_takes_them(activation):
+        torch.manual_seed(0)
+        layer, norm = FeedForward(16, 40, activation, bias=True).to(DEVICE), make_norm("layernorm", 16).to(DEVICE)
+        x, place = torch.randn(3, 1, 16, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+        with torch.no_grad():
+            assert layer.step_with_norm(x, norm, None, 3, place) is None  # unasked
+            with ops.backend("triton"):
+                found = layer.step_with_norm(x, norm, None, 3, place)
+            torch.testing.assert_close(found, x + layer(norm(x)), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("groups", [8, 2])

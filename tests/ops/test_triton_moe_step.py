@@ -159,6 +159,7 @@ def test_it_says_what_it_cannot_do():
     arguments = list(make(3).values())[:6]
     assert ops.why_not_moe_step(*arguments) is None
     assert "torch.float16" in ops.why_not_moe_step(arguments[0].half(), *arguments[1:])
+    assert "its router" in ops.why_not_moe_step(arguments[0], arguments[1].half(), *arguments[2:])
     assert "1 to 1024 rows" in ops.why_not_moe_step(torch.zeros(1025, 1, 24), *arguments[1:])
     assert "16 choices" in ops.why_not_moe_step(*arguments[:5], 17)
     assert ops.choose("moe_step", x) == "reference"  # until it has been measured
@@ -183,9 +184,16 @@ def test_a_model_decodes_the_same_tokens(pattern):
 def test_real_sizes(rows, top_k, e, f, activation):
     given = make(rows, 512, e, f, top_k, activation, dtype=torch.bfloat16)
     given["router"] *= 0.1
-    found = assert_equal(given)
+    given["down"] *= 16  # so that experts have the greater share
+    with ops.backend("reference"):
+        expected = ops.moe_step(**given)[:, 0].float()
     with ops.backend("triton"):
+        found = ops.moe_step(**given)
         assert torch.equal(ops.moe_step(**given), found)  # from run to run
+    distances = (found[:, 0].float() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert (
+        distances.quantile(0.97) < TOLERANCE[torch.bfloat16]
+    )  # of choices that are nearly equal one may fall otherwise
 
 
 @pytest.mark.gpu

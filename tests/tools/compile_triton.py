@@ -140,7 +140,8 @@ attention_step.multiprocessors = lambda _: 132
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):
         scale = draw(512, dtype=dtype)
-        for activation, n_experts, top_k, f in (("relu", 42, 1, 1536), ("swiglu", 128, 4, 256)):
+        sizes = (("relu", 42, 1, 1536), ("swiglu", 128, 4, 256), ("geglu", 8, 2, 341))
+        for activation, n_experts, top_k, f in sizes:
             up, down = draw(n_experts, (1 + (top_k > 1)) * f, 512, dtype=dtype), draw(n_experts, 512, f, dtype=dtype)
             for batch in (1, 3, 64, 1024):
                 x, router, bias = draw(batch, 1, 512, dtype=dtype), draw(n_experts, 512, dtype=dtype), draw(n_experts)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..arguments import expect, sizes
@@ -88,6 +89,8 @@ def _supports(x: Tensor, *arguments: Any) -> str | None:
     router, balance_bias, up, down, top_k = arguments[:5]
     if up.dtype != x.dtype or down.dtype != x.dtype:
         return f"its experts are of {up.dtype} and {down.dtype}, and the rows of {x.dtype}"
+    if router.dtype not in (x.dtype, torch.float32):
+        return f"its router is of {router.dtype}, and the rows of {x.dtype}"
     if not all(weight.is_contiguous() for weight in (router, balance_bias, up, down)):
         return "its weights are not contiguous"
     if not 0 < x.shape[0] <= FASTEST:
