@@ -128,6 +128,27 @@ def test_a_layer_steps_in_place(backend):
         handle.remove()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_piece_that_sees_all_before_it_needs_no_mask(dtype, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Attention(32, 4, n_kv_heads=2).to(dtype).eval(), torch.randn(2, 9, 32, dtype=dtype)
+    plain, masks = ops.attention, []
+    monkeypatch.setattr("moemamba.layers.attention.ops.attention", lambda *args: masks.append(args[3:]) or plain(*args))
+    with torch.no_grad():
+        expected, whole = layer(x)
+        first, state = layer(x[:, :4])
+        second, state = layer(x[:, 4:], state)
+        assert masks == [()] * 3
+        torch.testing.assert_close(torch.cat([first, second], 1), expected)
+        for a, b in zip(state, whole, strict=True):
+            torch.testing.assert_close(a, b)
+        state.positions[1, 0] = -1
+        layer(x[:, 4:], state)
+    assert masks[-1] != ()
+    with pytest.raises(ValueError, match="without `visible`"):
+        plain(torch.zeros(1, 1, 3, 4), *torch.zeros(2, 1, 1, 2, 4))
+
+
 if "triton" in BACKENDS:
     from moemamba.ops.attention import triton_step
     from moemamba.ops.dense import triton_step as dense_step

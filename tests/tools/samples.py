@@ -134,6 +134,7 @@ def attention():
     yield {"q": q, "k": k, "v": v, "visible": None}
     yield {"q": torch.randn(2, 6, 9, 20), "k": k, "v": v, "visible": None}
     k, v = torch.randn(2, 2, 3, 150, 20)
+    yield {"q": q, "k": k, "v": v, "visible": None}
     yield {"q": q, "k": k, "v": v, "visible": (torch.rand(2, 9, 150) < 0.7) | (torch.arange(150) == 3)}
     yield {"q": q, "k": k, "v": v, "visible": (torch.arange(150) < 141 + torch.arange(9)[:, None]).expand(2, -1, -1)}
 

@@ -193,9 +193,11 @@ class Attention(Layer):
         if self.rotary:
             q, k = (ops.rotary(x, place, self.rope_base) for x in (q, k))
 
-        if state is None and seq_idx is None and lost is None:
-            y = ops.attention(q, k, v)
-            return self._merge(y), AttentionState(k, v, place)
+        if lost is None and seq_idx is None and (state is None or _all_seen(state, x)):
+            if state is not None:
+                place = torch.cat([state.positions, place], dim=1)
+                k, v = (torch.cat([a.to(b.dtype), b], dim=2) for a, b in ((state.keys, k), (state.values, v)))
+            return self._merge(ops.attention(q, k, v)), AttentionState(k, v, place)
 
         valid, starts = boundaries(torch.zeros_like(place) if seq_idx is None else seq_idx)
         segment = starts.long().cumsum(1)  # 0 for the row's first sequence, which the state belongs to
@@ -260,6 +262,12 @@ class Attention(Layer):
 
 # A product with a weight of zero does not make vanish what is not a number. So a position that holds such counts as
 # zero in the products, and only the queries that see it get NaN.
+
+
+def _all_seen(state: AttentionState, x: Tensor) -> bool:
+    """Whether what follows a state sees all of it, so that no mask is needed: looked for where looking is cheap."""
+    looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.transformed(x)
+    return looks and not torch.is_grad_enabled() and bool((state.positions >= 0).all())
 
 
 def _not_finite(x: Tensor, seq_idx: Tensor | None) -> Tensor | None:

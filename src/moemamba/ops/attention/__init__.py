@@ -18,18 +18,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     Args:
         q: (b, h, l, w).
         k, v: (b, g, s, w), each of the g heads for h / g neighbouring ones of q (arXiv 2305.13245).
-        visible: (b, l, s) bool, the keys that each query sees, one at least; None: those up to its own place (l = s).
+        visible: (b, l, s) bool, the keys that each query sees, one at least; None: those up to its own place, which
+            for the last query is that of the last key.
     Returns:
         (b, h, l, w).
     """
-    batch, heads, _, width = sizes("q", q, "b, h, l, w")
+    batch, heads, length, width = sizes("q", q, "b, h, l, w")
     groups, keys = sizes("k", k, "b, g, s, w")[1:3]
     expect("k", k, (batch, groups, keys, width))
     expect("v", v, (batch, groups, keys, width))
     if heads % groups:
         raise ValueError(f"k has {groups} heads, and q {heads}; each must be shared by equally many")
+    if visible is None and length > keys:
+        raise ValueError(f"k has {keys} positions and q {length}; without `visible` a query sees the key of its place")
     if forced() == "reference" or transformed(q, k, v) or choose("attention", q, k, v) == "cpu":
         return compute("attention", q, k, v, visible)  # type: ignore[no-any-return]
+    visible = reference.causal(q, k) if visible is None else visible
     mask = None if visible is None else visible[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=groups < heads)
 

@@ -9,10 +9,18 @@ from torch import Tensor
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """See `moemamba.ops.attention`. It has every derivative; it adds its mask."""
-    shared = q.shape[1] // k.shape[1]
+    shared, visible = q.shape[1] // k.shape[1], causal(q, k) if visible is None else visible
     k, v = (t if shared == 1 else t.repeat_interleave(shared, 1) for t in (k, v))
     added = None if visible is None else q.new_zeros(()).masked_fill(~visible[:, None], -math.inf)
     return torch._scaled_dot_product_attention_math(q, k, v, added, 0.0, visible is None)[0]
+
+
+def causal(q: Tensor, k: Tensor) -> Tensor | None:
+    """(1, l, s): the keys up to each query's own place, where there are earlier ones than those of the queries."""
+    length, keys = q.shape[2], k.shape[2]
+    if length == keys:
+        return None
+    return torch.ones(1, length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
 
 
 def rotary(x: Tensor, place: Tensor, base: float) -> Tensor:
