@@ -122,7 +122,7 @@ class Backbone(nn.Module):
             before = None if state is None else state.mixers[len(mixers) :]
             if parts is not None:
                 kinds = [LAYERS[letter] for letter in layer.letters if LAYERS[letter].state_type is not None]  # type: ignore[union-attr]
-                before = parts.before(number, before, kinds, x)
+                before = parts.before(number, layer, before, kinds, x)
             if hidden is not None:
                 x, y = x if y is None else x + y, None
                 hidden.append(x)

@@ -39,7 +39,7 @@ WAYS = {
     "copies-of-experts": (4, {"expert_parallel": 2, "accumulate": 2}),
     "parts-of-4": (
         4,
-        {"sequence_parallel": 2, "expert_parallel": 2, "accumulate": 2, "model": FULL, "reset_state": True},
+        {"sequence_parallel": 2, "accumulate": 2, "model": FULL, "reset_state": True},
     ),
     "tied": (4, {"shard": "parameters", "model": MODEL.replace(tie_embeddings=True, init="paper")}),
 }
@@ -274,8 +274,9 @@ def test_groups_are_batches_of_their_own():
         ({"expert_parallel": 2, "model": ModelConfig("M", 1, 16)}, 2, "the model has no experts"),
         ({"expert_parallel": 2, "compile": True, "recompute": True}, 2, "compile and recompute do not go together"),
         ({"sequence_parallel": 3}, 4, "sequence_parallel is 3, which does not divide the 4 processes"),
+        ({"sequence_parallel": 2, "expert_parallel": 2}, 2, "have all parameters, but expert_parallel is 2"),
         ({"sequence_parallel": 2, "context": 9}, 2, "context is 9, which sequence_parallel = 2 does not divide"),
-        ({"sequence_parallel": 2, "shard": "parameters"}, 2, "each process must have all parameters"),
+        ({"sequence_parallel": 2, "shard": "parameters"}, 2, "have all parameters, but shard is"),
         (
             {"sequence_parallel": 2, "routing_groups": 1},
             4,

@@ -10,15 +10,16 @@ Routers add up: who is dropped for want of capacity depends on how many choices 
 likewise), and the balance loss on the load of all parts, which is summed once, behind the last sub-layer.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.packing import boundaries
-from .moe.routing import Open, RouterStats, completed
+from .moe.routing import BaseRouter, Open, RouterStats, completed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 AXES = 4  # of a tensor of a state, at most
@@ -50,7 +51,7 @@ class Parts:
         self._continues: Tensor | None = None
         self._tokens: Tensor | None = None
         self._earlier: dict[int, Tensor] = {}
-        self._counts: list[Tensor] = []
+        self._arrived: deque[Tensor] = deque()
         self._key: tuple[Any, ...] = ()
 
     def begin(self, x: Tensor, seq_idx: Tensor | None, state: Any) -> None:
@@ -65,6 +66,7 @@ class Parts:
         """
         self.settle()
         self._earlier.clear()
+        self._arrived.clear()
         self._continues = self._tokens = None
         rows, length = x.shape[:2]
         lengths = None if state is None else [mixer[0].shape for mixer in state.mixers]
@@ -97,25 +99,34 @@ class Parts:
         return own * self.size if self._tokens is None else self._tokens.view(groups, -1).sum(1).to(own.dtype)
 
     def earlier(self, router: Any, counts: Tensor) -> Tensor:
-        """(g, e) int64 choices of earlier parts, of this part's own counts; a layer that is computed again is not asked
-        again."""
+        """(g, e) int64 choices of earlier parts, of this part's own counts; a layer that is computed again gets the
+        same."""
         known = self._earlier.get(id(router))
         if known is None:
-            known = torch.zeros_like(counts) if self.rank == 0 else self._receive(self.rank - 1, counts)
-            self._counts.append(known + counts)
+            known = self._arrived.popleft() if self.rank else torch.zeros_like(counts)
+            if self.rank + 1 < self.size:
+                self._send(self.rank + 1, known + counts)
             self._earlier[id(router)] = known
         return known
 
-    def before(self, layer: int, states: Sequence[Any] | None, kinds: Sequence[type[Any]], x: Tensor) -> Any:
+    def before(
+        self, layer: int, module: nn.Module, states: Sequence[Any] | None, kinds: Sequence[type[Any]], x: Tensor
+    ) -> Any:
         """The states that the mixers of a sub-layer begin with: those given in the first part, else those of the
         process before, empty in rows whose first sequence begins here.
 
         Args:
-            layer: its number.
+            layer, module: its number, and the sub-layer, whose routers want to know of earlier choices.
             states: given to the model, beginning with those of these mixers.
             kinds: the layers whose states they are.
         """
-        if not kinds or self.rank == 0:
+        if self.rank == 0:
+            return states
+        for router in module.modules():  # in the order of their calls, before the states that the layer leaves
+            if isinstance(router, BaseRouter) and router.rules.parts is self and router.capacity_factor is not None:
+                shape = router.groups, router.n_experts
+                self._arrived.append(self._receive(self.rank - 1, x.new_empty(shape, dtype=torch.int64)))
+        if not kinds:
             return states
         key, source = ("from", layer, *self._key), self.rank - 1
         if key not in self._forms:
@@ -133,16 +144,8 @@ class Parts:
     def after(self, layer: int, y: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Give the states that a sub-layer has left to the process behind; y is its output, through which the gradient
         of this process comes."""
-        counts, self._counts = self._counts, []
-        if self.rank + 1 == self.size:
+        if not states or self.rank + 1 == self.size:
             return y, list(states)
-        if states:
-            y, states = self._pass_on(layer, y, states)
-        for each in counts:  # which are asked for behind the states
-            self._send(self.rank + 1, each)
-        return y, list(states)
-
-    def _pass_on(self, layer: int, y: Tensor, states: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         key, target = ("to", layer, *self._key), self.rank + 1
         tensors = [tensor for state in states for tensor in state]
         if key not in self._forms:

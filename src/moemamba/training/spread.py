@@ -36,10 +36,11 @@ def check(config: TrainConfig, size: int) -> None:
         raise ValueError(
             f"context is {config.context}, which sequence_parallel = {parts} does not divide; choose a multiple"
         )
-    if parts > 1 and config.shard == "parameters":
+    if parts > 1 and (parallel > 1 or config.shard == "parameters"):
+        what = f"expert_parallel is {parallel}" if parallel > 1 else 'shard is "parameters"'
         raise ValueError(
-            f"sequence_parallel is {parts}, for which each process must have all parameters; "
-            'leave shard at "none", or set sequence_parallel to 1'
+            f"sequence_parallel is {parts}, for which each process must have all parameters, but {what}; "
+            "leave one of the two out"
         )
     if size % parallel:
         raise ValueError(
