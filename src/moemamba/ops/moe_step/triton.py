@@ -131,6 +131,7 @@ def _many(
     eager = pdl and pairs >= 2 * n_experts  # nearly every expert is chosen then
     hidden = x.new_empty(pairs, f)
     how = _cut(UP, pairs, n_experts, x)
+    how = how._replace(columns=max(16, how.columns // groups))
     kernels.up_many_kernel[(triton.cdiv(f, how.columns), n_experts)](
         x, indices, lists, counts, up, biases["up"], hidden, pairs, d, f,
         ACTIVATION=activation, GROUPS=groups, K=top_k, P=P, **_tiles(how, d, eager, up), **launch(how.warps, pdl),
