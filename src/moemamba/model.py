@@ -208,7 +208,7 @@ class MoEMamba(Backbone):
         self.config = config
         self._forgotten = _Forgotten()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
+        self.layers = nn.ModuleList(Residual(own, letters) for letters, own in config.sublayers())
         self.norm = final_norm(config)
         self.head = Head(config.d_model, config.vocab_size, bias=config.head_bias)
         initialise(self)
@@ -236,7 +236,7 @@ class MoEMamba(Backbone):
         """
         hidden, state, router = self.backbone(tokens, state, seq_idx, record)
         wanted = targets is not None or (bool(router) and torch.is_grad_enabled())
-        auxiliary = weighed(router, self.config.routers, hidden) if wanted else None
+        auxiliary = weighed(router, self.config.losses, hidden) if wanted else None
         if targets is None:
             return Output(self.head(hidden), state, router, auxiliary=auxiliary)
         if targets.shape != tokens.shape[:2]:
@@ -264,7 +264,9 @@ class MoEMamba(Backbone):
         """
         settings = torch._dynamo.config
         settings.optimize_ddp = False  # a layer is one graph, not cut where DistributedDataParallel's buckets end
-        settings.recompile_limit = max(settings.recompile_limit, 8 * len(set(self.config.layers)))  # of one function
+        settings.recompile_limit = max(
+            settings.recompile_limit, 8 * len(set(self.config.sublayers()))
+        )  # of one function
         for layer in self.layers:
             layer.compile(**options)
 
@@ -275,7 +277,7 @@ class MoEMamba(Backbone):
 
     def update_balance_bias(self, router: tuple[RouterStats, ...]) -> None:
         """Loss-free balancing: after a step, move each router's selection bias against its load."""
-        for (name, module), stats, experts in zip(routers(self).items(), router, self.config.routers, strict=True):
+        for (name, module), stats, experts in zip(routers(self).items(), router, self.config.losses, strict=True):
             if not experts.bias_rate:
                 continue
             if not hasattr(module, "update_balance_bias"):
@@ -297,7 +299,7 @@ class _Forgotten:
     def watches(self, hidden: Tensor, config: ModelConfig) -> bool:
         if self.silent or not hidden.requires_grad or torch.compiler.is_compiling() or ops.transformed(hidden):
             return False
-        if not any(experts.balance_weight for experts in config.routers):
+        if not any(experts.balance_weight for experts in config.losses):
             self.silent = True
             return False
         if self.alone < self.PATIENCE:

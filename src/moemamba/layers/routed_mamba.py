@@ -88,7 +88,7 @@ class RoutedMamba(SelectiveSSM):
         routed, experts = config.routed, config.routed.experts
         return cls(
             config.d_model,
-            experts.n_experts,
+            experts.count,
             routed.projections,
             routed.routing == "shared",
             **options(config),

@@ -75,7 +75,7 @@ class MoE(Layer):
         experts = config.experts
         return cls(
             config.d_model,
-            experts.n_experts,
+            experts.count,
             config.d_expert,
             top_k=experts.top_k,
             activation=experts.activation,
