@@ -83,15 +83,16 @@ class Backbone(nn.Module):
         state: State | None = None,
         seq_idx: Tensor | None = None,
         record: list[Choice] | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
         """Arguments as in `MoEMamba.forward` -> what the head sees (b, l, d), state, router statistics."""
         self._check_input(tokens)
         if seq_idx is not None and seq_idx.shape != tokens.shape[:2]:
             raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
         if tokens.is_floating_point():
-            return self.through(tokens, state, seq_idx, record)
+            return self.through(tokens, state, seq_idx, record, hidden)
         narrow = tokens.dtype not in (torch.int64, torch.int32)  # uint8, as of bytes or bases
-        return self.through(self.embedding(tokens.long() if narrow else tokens), state, seq_idx, record)
+        return self.through(self.embedding(tokens.long() if narrow else tokens), state, seq_idx, record, hidden)
 
     def through(
         self,
@@ -101,11 +102,7 @@ class Backbone(nn.Module):
         record: list[Choice] | None = None,
         hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
-        """As `backbone`, of what the embedding gives, x (b, l, d).
-
-        Args:
-            hidden: a list to which the residual stream before each sub-layer is appended, (b, l, d).
-        """
+        """As `backbone`, of what the embedding gives, x (b, l, d)."""
         if state is not None:
             self._expect_own(state, x.shape[0])
         x = without_padding(x, seq_idx)  # and so it stays through all layers
@@ -133,7 +130,10 @@ class Backbone(nn.Module):
                 x, y, after, stats = layer(x, y, before, seq_idx, record)
             mixers += after
             router += stats
-        return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
+        x = x if y is None else x + y
+        if hidden is not None:
+            hidden.append(x)
+        return self.norm(x), State(tuple(mixers)), tuple(router)
 
     def _check_input(self, tokens: Tensor) -> None:
         shape, d = tuple(tokens.shape), self.embedding.embedding_dim
@@ -178,6 +178,7 @@ class MoEMamba(Backbone):
             seq_idx: Tensor | None = None,
             targets: None = None,
             record: list[Choice] | None = None,
+            hidden: list[Tensor] | None = None,
         ) -> Predicted: ...
 
         @overload
@@ -189,6 +190,7 @@ class MoEMamba(Backbone):
             *,
             targets: Tensor,
             record: list[Choice] | None = None,
+            hidden: list[Tensor] | None = None,
         ) -> Scored: ...
 
         @overload
@@ -199,6 +201,7 @@ class MoEMamba(Backbone):
             seq_idx: Tensor | None,
             targets: Tensor,
             record: list[Choice] | None = None,
+            hidden: list[Tensor] | None = None,
         ) -> Scored: ...
 
         def __call__(self, *arguments: Any, **named: Any) -> Output: ...
@@ -222,6 +225,7 @@ class MoEMamba(Backbone):
         seq_idx: Tensor | None = None,
         targets: Tensor | None = None,
         record: list[Choice] | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> Output:
         """Logits for every position, or the loss against targets.
 
@@ -231,18 +235,19 @@ class MoEMamba(Backbone):
             seq_idx: (b, l) sequence that each position belongs to; -1 is padding, which changes nothing.
             targets: (b, l) int64; -100 does not count.
             record: a list to which each router appends the experts and gates of every token, (b, l, k), as in `router`.
+            hidden: a list to which the residual stream is appended before each sub-layer and after the last, (b, l, d).
         Raises:
             ValueError: a shape that does not fit.
         """
-        hidden, state, router = self.backbone(tokens, state, seq_idx, record)
+        last, state, router = self.backbone(tokens, state, seq_idx, record, hidden)
         wanted = targets is not None or (bool(router) and torch.is_grad_enabled())
-        auxiliary = weighed(router, self.config.losses, hidden) if wanted else None
+        auxiliary = weighed(router, self.config.losses, last) if wanted else None
         if targets is None:
-            return Output(self.head(hidden), state, router, auxiliary=auxiliary)
+            return Output(self.head(last), state, router, auxiliary=auxiliary)
         if targets.shape != tokens.shape[:2]:
             raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
-        loss = self.head(hidden, targets)
-        if self._forgotten.watches(hidden, self.config):
+        loss = self.head(last, targets)
+        if self._forgotten.watches(last, self.config):
             self._forgotten.listen(loss, auxiliary)
         return Output(None, state, router, loss, auxiliary)
 

@@ -1,6 +1,7 @@
 """What a model does inside, for one call: hidden states, experts of every token, and what each Mamba layer selects.
 
-Nothing of it is in the way of a model that nobody looks at: it is heard with hooks, and what routers chose is recorded.
+Nothing of it is in the way of a model that nobody looks at. What routers chose and the hidden states the model records
+itself, as it does for the server and for transformers; what Mamba layers select is heard with hooks.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers import Choice
 from ..layers.mamba import SelectiveSSM
-from ..layers.residual import Residual
 from ..model import MoEMamba, Output
 from ..state import State
 
@@ -68,9 +68,6 @@ def look(
     hidden: list[Tensor] = []
     found: dict[str, Selection] = {}
     with ExitStack() as heard:
-        for layer in model.layers:
-            assert isinstance(layer, Residual)
-            heard.enter_context(_hearing(layer, hidden))
         if selection or states:
             mixers = iter(state.mixers if state is not None else ())
             for name, module in model.named_modules():
@@ -78,7 +75,7 @@ def look(
                 before = next(mixers, None) if kind is not None else None
                 if isinstance(module, SelectiveSSM):
                     heard.enter_context(_selecting(module, before, seq_idx, states, name, found))
-        output = model(tokens, state, seq_idx, record=record)
+        output = model(tokens, state, seq_idx, record=record, hidden=hidden)
     experts, gates = (
         dict(zip(model.router_names, (choice[part] for choice in record), strict=True)) for part in (0, 1)
     )
@@ -92,17 +89,6 @@ def _hooked(*handles: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hearing(layer: Residual, hidden: list[Tensor]) -> Any:
-    def before(_: nn.Module, given: tuple[Any, ...]) -> None:
-        if not hidden:  # what the first sub-layer gets
-            hidden.append(given[0] if given[1] is None else given[0] + given[1])
-
-    def after(_: nn.Module, __: Any, made: tuple[Any, ...]) -> None:
-        hidden.append(made[0] + made[1])  # the sum is left to whoever comes next
-
-    return _hooked(layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
 
 
 def _selecting(

@@ -13,6 +13,7 @@ from ..ops.packing import without_padding
 from .layer import Layer, Prepared, Result
 from .linear import Linear, before_bias, beside, in_halves
 from .norm import RMSNorm, norm_alone
+from .placing import placed
 from .plain import plain, weights_alone
 from .roles import MATRIX, VECTOR, Role, composed
 
@@ -214,6 +215,8 @@ class Mamba(SelectiveSSM):
         inner_norm_eps: of these norms; 1e-5 if None.
         conv_bias: whether the convolution has a bias.
         proj_bias: whether the projections in and out have biases.
+        device, dtype: of the parameters, as for torch's modules; what is read in float32 whatever the precision (dt, A,
+            D, the convolution) stays float32 at least.
 
     Unlike mamba_ssm's it returns its state beside its output. Padding has the sequence number -1: `layers.padded` makes
     it from lengths, `layers.packed` puts sequences one behind the other.
@@ -225,6 +228,7 @@ class Mamba(SelectiveSSM):
 
     __call__: Callable[..., tuple[Tensor, MambaState]]
 
+    @placed
     def __init__(
         self,
         d_model: int,
@@ -236,6 +240,9 @@ class Mamba(SelectiveSSM):
         inner_norm_eps: float | None = None,
         conv_bias: bool = True,
         proj_bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank, inner_norm, inner_norm_eps, conv_bias)
         self.proj_bias = proj_bias

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import Linear
+from .placing import placed
 
 Pooling = Literal["last", "mean", "max"]
 
@@ -50,11 +51,21 @@ class PooledHead(nn.Module):
         d_model: width of the hidden vectors, d.
         outputs: classes, or numbers to predict, o.
         pooling: see `pooled`.
+        device, dtype: of the parameters.
     """
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, d_model: int, outputs: int, pooling: Pooling = "last"):
+    @placed
+    def __init__(
+        self,
+        d_model: int,
+        outputs: int,
+        pooling: Pooling = "last",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.pooling: Pooling = pooling
         self.proj = Linear(d_model, outputs)

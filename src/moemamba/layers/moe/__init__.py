@@ -11,6 +11,7 @@ from ...ops.experts import GATED
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
 from ..layer import Layer, Prepared, Result
+from ..placing import placed
 from ..plain import plain
 from ..roles import Role, composed
 from .experts import Experts
@@ -37,6 +38,7 @@ class MoE(Layer):
         bias: whether experts have biases, shared ones too.
         router: one of your own in place of ours, such as a `layers.BaseRouter`, which chooses among n_experts; then
             top_k, capacity_factor, scores and router_bias are its own affair.
+        device, dtype: of the parameters; the router stays float32 at least.
 
     A training loop adds `stats.loss()` of what is returned, without which most tokens soon visit few experts; a model
     has done so in `Output.auxiliary`.
@@ -44,6 +46,7 @@ class MoE(Layer):
 
     __call__: Callable[..., tuple[Tensor, RouterStats]]
 
+    @placed
     def __init__(
         self,
         d_model: int,
@@ -59,6 +62,8 @@ class MoE(Layer):
         router_bias: bool = False,
         bias: bool = False,
         router: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         d_expert = d_expert or (2 if activation in GATED else 3) * d_model
