@@ -87,8 +87,6 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
         """Arguments as in `MoEMamba.forward` -> what the head sees (b, l, d), state, router statistics."""
         self._check_input(tokens)
-        if seq_idx is not None and seq_idx.shape != tokens.shape[:2]:
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
         if tokens.is_floating_point():
             return self.through(tokens, state, seq_idx, record, hidden)
         narrow = tokens.dtype not in (torch.int64, torch.int32)  # uint8, as of bytes or bases
@@ -136,6 +134,10 @@ class Backbone(nn.Module):
         return self.norm(x), State(tuple(mixers)), tuple(router)
 
     def _check_input(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"tokens is a {type(tokens).__name__}; expected a tensor (batch, length): torch.tensor([ids])"
+            )
         shape, d = tuple(tokens.shape), self.embedding.embedding_dim
         if tokens.is_floating_point() and (tokens.ndim != 3 or shape[2] != d):
             raise ValueError(

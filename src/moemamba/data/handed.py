@@ -75,6 +75,20 @@ def _of_texts(tokenizer: Tokenizer | str | None, vocab_size: int | None) -> Toke
     return found
 
 
+class _Indexed:
+    """The documents of a torch Dataset, which has a length and numbers; Python alone would count on without end."""
+
+    def __init__(self, documents: Any):
+        if not (hasattr(documents, "__len__") and hasattr(documents, "__getitem__")):
+            raise ValueError(
+                f"documents is a {type(documents).__name__}; expected an iterable of texts or arrays of ids"
+            )
+        self._documents = documents
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self._documents[number] for number in range(len(self._documents)))
+
+
 class Handed:
     """What `write_tokens` reads in place of `Documents`.
 
@@ -89,6 +103,8 @@ class Handed:
     def __init__(self, documents: Iterable[Document]):
         self.skipped, self.vocab_size = {}, 0
         self._read: list[Document] = []
+        if not isinstance(documents, Iterable):
+            documents = _Indexed(documents)
         self._rest = iter(documents)
         self._once = self._rest is documents
         self._whole = documents

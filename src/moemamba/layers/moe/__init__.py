@@ -116,11 +116,15 @@ class MoE(Layer):
             seq_idx: (b, l); negative entries are padding.
             record: a list to which the choices are appended, (b, l, k).
             routing: choices made elsewhere, in place of the router's: a `Choice` (b, l, k), such as one of a record, to
-                replay it; or a `Routing`, as `layers.route` makes it.
+                replay it, or (t, k) as x; or a `Routing`, as `layers.route` makes it.
+        Raises:
+            ValueError: a shape that does not fit, or an expert that there is not.
         Returns:
             y (b, l, d_out), zero where dropped or padding, and what the router did.
         """
         if x.ndim == 2:
+            if isinstance(routing, Choice) and routing.indices.ndim == 2:
+                routing = Choice(*(part[None] for part in routing))
             y, stats = self(x[None], None if seq_idx is None else seq_idx[None], record, routing)
             return y[0], stats
         if not self.padding_is_zero:
@@ -128,6 +132,9 @@ class MoE(Layer):
         if routing is None:
             routing = self.router(x, seq_idx)
         elif isinstance(routing, Choice):
+            if routing.indices.shape[:2] != x.shape[:2]:
+                shape, of = tuple(routing.indices.shape), tuple(x.shape[:2])
+                raise ValueError(f"routing has choices of shape {shape}; expected (b, l, k) with (b, l) = {of} as x")
             routing = route(*routing, self.experts.n_experts, seq_idx)
         assert isinstance(routing, Routing)
         note(record, routing, x)
