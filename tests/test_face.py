@@ -111,16 +111,19 @@ def test_auxiliary_is_the_weighed_mean(model):
 
 
 def test_a_forgotten_auxiliary_is_said_once(model):
-    def steps(model, count, loss):
+    def steps(model, count, loss, rate=1e-3):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(count):
                 loss(model(tokens(), targets=tokens())).backward()
+                if rate:
+                    torch.optim.SGD(model.parameters(), rate).step()
         return [str(each.message) for each in caught if each.category is UserWarning]
 
     said = steps(deepcopy(model), 25, lambda out: out.loss)
     assert len(said) == 1 and "minimise out.loss + out.auxiliary" in said[0]
     assert not steps(deepcopy(model), 15, lambda out: out.loss + out.auxiliary)
+    assert not steps(deepcopy(model), 25, lambda out: out.loss, rate=0)  # gradients that train nothing
     free = mm.MoEMamba(TINY.replace(balance_weight=0.0, z_weight=0.0))
     assert not steps(free, 15, lambda out: out.loss)
     for layer in model.modules():

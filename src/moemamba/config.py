@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .letters import (
     LETTERS,
@@ -95,6 +95,21 @@ class ModelConfig:
     """normalisation before the head; as before each layer if None"""
     head_bias: bool = later(False)
     """a bias of the projection to the vocabulary"""
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *arguments: Any, **fields: Any) -> Self:
+            """Says where a field is that is not here, as Python would not."""
+            own = dataclasses.fields(cls)
+            for name in fields.keys() - {field.name for field in own}:
+                given = f"{name}={fields[name]!r}"
+                for part, kind in ((field.name, field.default_factory) for field in own):
+                    if isinstance(kind, type) and issubclass(kind, Options) and name in kind().names():
+                        raise TypeError(
+                            f"{name} is a field of ModelConfig.{part}: ModelConfig({part}={kind.__name__}({given})), "
+                            f"or ModelConfig().replace({given})"
+                        )
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         validate(self, positive=("n_blocks", "d_model", "vocab_size", "norm_eps"))
@@ -266,6 +281,16 @@ class ModelConfig:
         hints = [hint for letter in self.letters if (hint := letter.why_unused(name))]
         hint = hints[0] if hints else "choose a pattern that does"
         return f"would change nothing: no letter of the pattern {self.pattern!r} uses it; {hint}"
+
+
+def expect_config(config: Any) -> None:
+    """Raise a TypeError for what is no configuration, with what would be."""
+    if isinstance(config, ModelConfig):
+        return
+    hint = f"preset({config!r}) is one" if isinstance(config, str) else "a model has it as model.config"
+    if isinstance(getattr(config, "model", None), ModelConfig):
+        hint = "a TrainConfig has it as config.model"
+    raise TypeError(f"config is a {type(config).__name__}; expected a ModelConfig, and {hint}")
 
 
 def _parts(pattern: str) -> set[str]:

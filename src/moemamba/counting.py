@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from .config import ModelConfig, parse_pattern
+from .config import ModelConfig, expect_config, parse_pattern
 from .letters import LETTERS, Letter
 
 
@@ -46,6 +46,7 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Total, active and embedding parameters of a model that need not fit anywhere."""
+    expect_config(config)
     final_norm = _norm(config, config.final_norm_kind or config.norm) if config.final_norm else 0
     layers = list(sublayers(config))
     tables = 1 if config.tie_embeddings else 2

@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import ops
-from .config import ExpertsConfig, ModelConfig
+from .config import ExpertsConfig, ModelConfig, expect_config
 from .initialisation import initialise
 from .layers import LAYERS, Choice, RouterStats, final_norm, routers
 from .layers.head import Head
@@ -210,6 +210,7 @@ class MoEMamba(Backbone):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        expect_config(config)
         self.config = config
         self._forgotten = _Forgotten()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -249,7 +250,7 @@ class MoEMamba(Backbone):
         if targets.shape != tokens.shape[:2]:
             raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
         loss = self.head(last, targets)
-        if self._forgotten.watches(last, self.config):
+        if self._forgotten.watches(last, self):
             self._forgotten.listen(loss, auxiliary)
         return Output(None, state, router, loss, auxiliary)
 
@@ -295,20 +296,26 @@ class MoEMamba(Backbone):
 class _Forgotten:
     """Says once that a training loop leaves out `Output.auxiliary`: without it experts soon get no tokens.
 
-    It listens to backward passes until one has reached the auxiliary loss, or `PATIENCE` have not.
+    It listens to backward passes until one has reached the auxiliary loss, or those of `PATIENCE` steps have not. What
+    asks for gradients and changes no router, such as a map of saliency, is no step.
     """
 
     PATIENCE = 10
 
     def __init__(self) -> None:
         self.alone, self.silent = 0, False
+        self.version: int | None = None
+        self.heard = False
 
-    def watches(self, hidden: Tensor, config: ModelConfig) -> bool:
+    def watches(self, hidden: Tensor, model: MoEMamba) -> bool:
         if self.silent or not hidden.requires_grad or torch.compiler.is_compiling() or ops.transformed(hidden):
             return False
-        if not any(experts.balance_weight for experts in config.losses):
+        if not any(experts.balance_weight for experts in model.config.losses):
             self.silent = True
             return False
+        version = next((each._version for name, each in model.named_parameters() if ".router." in name), None)
+        if version != self.version:
+            self.version, self.heard = version, False
         if self.alone < self.PATIENCE:
             return True
         self.silent = True
@@ -326,7 +333,8 @@ class _Forgotten:
         auxiliary.register_hook(self._hear_auxiliary)
 
     def _hear_loss(self, _: Tensor) -> None:
-        self.alone += 1
+        self.alone += not self.heard
+        self.heard = True
 
     def _hear_auxiliary(self, _: Tensor) -> None:
         self.silent = True

@@ -103,11 +103,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Every field has its declared type, and numbers the right sign, each where there are several; a list becomes the
-    tuple that is declared. Raises ValueError otherwise."""
+    tuple that is declared, and a dictionary the dataclass. Raises ValueError otherwise."""
     for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         converted = _convert(hint, value, name)
-        if isinstance(value, list) and isinstance(converted, tuple):
+        if type(value) is not type(converted) and isinstance(value, list | dict):
             object.__setattr__(config, name, converted)
     for name in positive + not_negative:
         given = getattr(config, name)

@@ -4,8 +4,9 @@ Nothing of it is in the way of a model that nobody looks at. What routers chose 
 itself, as it does for the server and for transformers; what Mamba layers select is heard with hooks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def look(
     record: list[Choice] = []
     hidden: list[Tensor] = []
     found: dict[str, Selection] = {}
-    with ExitStack() as heard:
+    with ExitStack() as heard, _listening(found):
         if selection or states:
             mixers = iter(state.mixers if state is not None else ())
             for name, module in model.named_modules():
@@ -80,6 +81,19 @@ def look(
         dict(zip(model.router_names, (choice[part] for choice in record), strict=True)) for part in (0, 1)
     )
     return Look(tuple(hidden), experts, gates, found, output)
+
+
+_heard: ContextVar[dict[str, Selection] | None] = ContextVar("look", default=None)
+
+
+@contextmanager
+def _listening(found: dict[str, Selection]) -> Iterator[None]:
+    """Calls from here are those that are looked at; other threads may call the same model meanwhile."""
+    token = _heard.set(found)
+    try:
+        yield
+    finally:
+        _heard.reset(token)
 
 
 @contextmanager
@@ -101,6 +115,9 @@ def _selecting(
 ) -> Any:
     kept: list[Tensor] = []  # u, B, C
 
+    def mine(hook: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given: hook(*given) if _heard.get() is found else None
+
     def of_x_proj(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
         kept[:] = [given[0], *made.split([layer.dt_rank, layer.d_state, layer.d_state], dim=-1)[1:]]
 
@@ -119,9 +136,9 @@ def _selecting(
     children = dict(layer.named_children())
     norms = [(children[norm], place) for norm, place in (("B_norm", 1), ("C_norm", 2)) if norm in children]
     return _hooked(
-        layer.x_proj.register_forward_hook(of_x_proj),
-        *(norm.register_forward_hook(of_norm(place)) for norm, place in norms),
-        layer.dt_proj.register_forward_hook(of_dt_proj),
+        layer.x_proj.register_forward_hook(mine(of_x_proj)),
+        *(norm.register_forward_hook(mine(of_norm(place))) for norm, place in norms),
+        layer.dt_proj.register_forward_hook(mine(of_dt_proj)),
     )
 
 

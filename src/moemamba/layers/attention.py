@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..ops.arguments import sizes
+from ..ops.arguments import readable, sizes
 from ..ops.packing import boundaries, positions, without_padding
 from .layer import Layer, Result
 from .linear import Linear
@@ -248,7 +248,7 @@ def _not_finite(x: Tensor, seq_idx: Tensor | None) -> Tensor | None:
     looking costs next to nothing, on the CPU.
     """
     x = x.detach()
-    looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.transformed(x)
+    looks = readable(x)
     if x.numel() == 0 or (seq_idx is None and not looks):
         return None
     if looks:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.arguments import autocasts
 from .plain import weights_alone
 
 
@@ -55,4 +56,4 @@ def _as_read(x: Tensor, weight: Tensor) -> Tensor:
     """x as wide as a weight that is kept in float32 (`placing.placed`); autocast has a width of its own."""
     if x.dtype == weight.dtype or weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
         return x
-    return x if torch.is_autocast_enabled(x.device.type) else x.float()
+    return x if autocasts(x.device.type) else x.float()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.arguments import autocasts
 from ..ops.mamba_step import Inner
 from ..ops.packing import without_padding
 from .layer import Layer, Prepared, Result
@@ -307,7 +308,7 @@ class Mamba(SelectiveSSM):
 
         That is where they are what they were built as, no gradient is wanted, and there are kernels for it.
         """
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not plain(self, Mamba):
+        if torch.is_grad_enabled() or autocasts(x.device.type) or not plain(self, Mamba):
             return None
         if self.why_not_fused():
             return None

@@ -1,7 +1,7 @@
 """E: a mixture of experts."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..marks import documented, later
 from ..reading import validate
@@ -22,7 +22,7 @@ GATED = ("swiglu", "geglu")
 class ExpertsConfig(Options):
     """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""
 
-    by_layer: ClassVar[tuple[str, ...]] = ("n_experts",)
+    by_layer = ("n_experts",)
 
     n_experts: int | tuple[int, ...] = 8
     """experts of each layer, of which a token visits top_k; several numbers are those of each layer with experts,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.arguments import autocasts, exactly
 from ...ops.experts import GATED
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
@@ -146,7 +147,7 @@ class MoE(Layer):
 
     def step(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> Tensor:
         """Without what the router did, where the layer is what it was built as."""
-        if plain(self, MoE) and plain(self.router, Router) and not torch.is_autocast_enabled(x.device.type):
+        if plain(self, MoE) and plain(self.router, Router) and not autocasts(x.device.type):
             return self.serve(x)
         return super().step(x, buffers, live, place)
 
@@ -183,7 +184,7 @@ class MoE(Layer):
 
     def serve(self, x: Tensor) -> Tensor:
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x.device.type):
             router, tokens = self.router, x.flatten(0, 1)
             assert isinstance(router, Router)
             weights = (router.weight, router.balance_bias, router.top_k)

@@ -11,8 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.arguments import sizes
-from ...ops.derivatives import transformed
+from ...ops.arguments import exactly, readable, sizes
 from ...ops.experts import places_in_queues
 from ...ops.packing import expect_numbers
 from ...ops.router import Routed
@@ -170,7 +169,7 @@ def route(
         raise ValueError(f"a batch of {batch} rows cannot be cut into {groups} routing groups; give a multiple")
     dtype = torch.promote_types(gates.dtype, torch.float32)
     valid = None if seq_idx is None else (seq_idx.flatten() >= 0).to(dtype)
-    with torch.autocast(gates.device.type, enabled=False):
+    with exactly(gates.device.type):
         chosen = _summed(
             indices.flatten(0, 1).long(), gates.flatten(0, 1).to(dtype), n_experts, valid, groups, logits, probabilities
         )
@@ -182,8 +181,7 @@ def _expect_experts(indices: Tensor, n_experts: int) -> None:
     """Raise a ValueError for what are no experts; a GPU is not waited for."""
     if indices.dtype == torch.bool or indices.is_floating_point():
         raise ValueError(f"indices is {indices.dtype}; expected integers, experts 0 to {n_experts - 1}")
-    looks = indices.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed(indices)
-    if not looks or not indices.numel():
+    if not readable(indices) or not indices.numel():
         return
     low, high = (int(each) for each in indices.aminmax())
     if low < 0 or high > n_experts:
