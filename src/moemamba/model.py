@@ -354,6 +354,9 @@ def _save_choices(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 _keep_choices: Callable[[], Any] = partial(create_selective_checkpoint_contexts, _save_choices)
 
+# What a loop of one's own keeps beside its weights, torch.load reads without being told that it is safe.
+torch.serialization.add_safe_globals([State, Choice, Output, RouterStats, *STATES.values()])
+
 # torch.export.save writes what a program takes and returns by these names; of its own accord it knows no NamedTuple's.
 for _kind in (Output, RouterStats, *STATES.values()):
     _pytree._register_namedtuple(_kind, serialized_type_name=f"moemamba.{_kind.__name__}")

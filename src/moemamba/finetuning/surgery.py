@@ -6,11 +6,13 @@ Each returns a new model on the same device, in the mode and dtype of the one th
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import foreign_parts
 from ..config import ExpertsConfig, ModelConfig, RoutedMambaConfig
 from ..layers import routers
 from ..layers.moe.experts import Experts, LinearExperts
@@ -119,10 +121,13 @@ def average(models: Sequence[MoEMamba], weights: Sequence[float] | None = None) 
     shares = [1.0] * len(models) if weights is None else list(weights)
     if len(shares) != len(models) or sum(shares) == 0:
         raise ValueError(f"weights is {shares}; give one for each of the {len(models)} models, whose sum is not 0")
-    made = _empty(models[0], models[0].config)
+    states = [model.state_dict() for model in models]
+    if len({frozenset(state) for state in states}) > 1:
+        raise ValueError("the models have different parts; only weights that belong together have a mean")
+    made = deepcopy(models[0])  # with parts of somebody's own, too
     with torch.no_grad():
         for name, target in made.state_dict().items():
-            parts = [model.state_dict()[name].to(target.device) for model in models]
+            parts = [state[name].to(target.device) for state in states]
             total = sum(share * part.double() for share, part in zip(shares, parts, strict=True))
             target.copy_(total / sum(shares))
     return made
@@ -185,6 +190,9 @@ def _made(
 ) -> MoEMamba:
     """The model with other experts, so many for each router: `change` makes the new stack of an old one, whose first
     dimension is experts."""
+    if parts := foreign_parts(model):
+        name, kind = next(iter(parts.items()))
+        raise ValueError(f"{name} is {kind}, of which nobody but you knows what is an expert's; change it by yourself")
     config = _with_counts(model.config, counts)
     made = _empty(model, config.replace(**changes) if changes else config)
     stacks = _stacks(model)

@@ -4,6 +4,7 @@ A router scores the experts and chooses some for each token. What follows is the
 capacity and makes the statistics, of one process or several. `route` does it for choices that come from anywhere.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -241,6 +242,8 @@ class BaseRouter(nn.Module):
             group lies within a process. Each returns its share of the group's losses times their number, so that the
             mean over processes is the loss.
     """
+
+    __call__: Callable[..., Routing]
 
     def __init__(self, n_experts: int, top_k: int = 1, capacity_factor: float | None = None):
         super().__init__()
