@@ -130,6 +130,7 @@ def test_a_forgotten_auxiliary_is_said_once(model):
     said = steps(deepcopy(model), 25, lambda out: out.loss)
     assert len(said) == 1 and "minimise out.loss + out.auxiliary" in said[0]
     assert not steps(deepcopy(model), 15, lambda out: out.loss + out.auxiliary)
+    assert not steps(deepcopy(model), 15, lambda out: out.loss + sum(stats.loss() for stats in out.router))
     assert not steps(deepcopy(model), 25, lambda out: out.loss, rate=0)  # gradients that train nothing
     free = mm.MoEMamba(TINY.replace(balance_weight=0.0, z_weight=0.0))
     assert not steps(free, 15, lambda out: out.loss)

@@ -251,7 +251,7 @@ class MoEMamba(Backbone):
             raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
         loss = self.head(last, targets)
         if self._forgotten.watches(last, self):
-            self._forgotten.listen(loss, auxiliary)
+            self._forgotten.listen(loss, router)
         return Output(None, state, router, loss, auxiliary)
 
     def roles(self) -> dict[str, Role]:
@@ -296,7 +296,7 @@ class MoEMamba(Backbone):
 class _Forgotten:
     """Says once that a training loop leaves out `Output.auxiliary`: without it experts soon get no tokens.
 
-    It listens to backward passes until one has reached the auxiliary loss, or those of `PATIENCE` steps have not. What
+    It listens to backward passes until one has reached a router's balance loss, or those of `PATIENCE` steps have not. What
     asks for gradients and changes no router, such as a map of saliency, is no step.
     """
 
@@ -326,17 +326,19 @@ class _Forgotten:
         )
         return False
 
-    def listen(self, loss: Tensor, auxiliary: Tensor | None) -> None:
-        if auxiliary is None or not auxiliary.requires_grad or not loss.requires_grad:
+    def listen(self, loss: Tensor, router: tuple[RouterStats, ...]) -> None:
+        balancing = [stats.balance_loss for stats in router if stats.balance_loss.requires_grad]
+        if not balancing or not loss.requires_grad:
             return
         loss.register_hook(self._hear_loss)
-        auxiliary.register_hook(self._hear_auxiliary)
+        for each in balancing:  # whoever weighs them himself needs no `Output.auxiliary`
+            each.register_hook(self._hear_balance)
 
     def _hear_loss(self, _: Tensor) -> None:
         self.alone += not self.heard
         self.heard = True
 
-    def _hear_auxiliary(self, _: Tensor) -> None:
+    def _hear_balance(self, _: Tensor) -> None:
         self.silent = True
 
 
