@@ -296,8 +296,8 @@ class MoEMamba(Backbone):
 class _Forgotten:
     """Says once that a training loop leaves out `Output.auxiliary`: without it experts soon get no tokens.
 
-    It listens to backward passes until one has reached a router's balance loss, or those of `PATIENCE` steps have not. What
-    asks for gradients and changes no router, such as a map of saliency, is no step.
+    It listens to backward passes until one has reached a router's balance loss, or those of `PATIENCE` steps have not.
+    What asks for gradients and changes no router, such as a map of saliency, is no step.
     """
 
     PATIENCE = 10
