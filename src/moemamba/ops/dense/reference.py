@@ -1,5 +1,6 @@
 """Linear layers and the norm in plain PyTorch: what they mean."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,6 +9,8 @@ from ..experts.reference import ACTIVATIONS
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """See `moemamba.ops.rms_norm`."""
+    if weight is not None and weight.dtype != x.dtype:  # which torch would compute step by step, and warn of
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
