@@ -278,8 +278,7 @@ class Attention(Layer):
 
 def _all_seen(state: AttentionState, x: Tensor) -> bool:
     """Whether what follows a state sees all of it, so that no mask is needed: looked for where looking is cheap."""
-    looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.transformed(x)
-    return looks and not torch.is_grad_enabled() and bool((state.positions >= 0).all())
+    return readable(x) and not torch.is_grad_enabled() and bool((state.positions >= 0).all())
 
 
 def _not_finite(x: Tensor, seq_idx: Tensor | None) -> Tensor | None:
