@@ -86,6 +86,22 @@ def test_sizes(server):
     assert status == 400
 
 
+def test_what_is_not_known_is_named(server):
+    for path, body in [
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1}), ("/v1/states", {"prompt": "x"}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1, "stream": True}), ("/tokenize", {"prompt": "x"}),
+        ("/v1/routing", {"prompt": "x"}), ("/detokenize", {"tokens": [65]}),
+    ]:  # fmt: skip
+        strange = {"zeta": 1, "é\r\nset-cookie: a=b": None, "from_": 1}
+        status, headers, answer = server.raw("POST", path, json.dumps({**body, **strange}))
+        assert status == 200 and headers["x-moemamba-ignored"] == "from_, zeta, ???set-cookie:?a=b", answer
+        assert "set-cookie" not in headers
+        assert "x-moemamba-ignored" not in server.raw("POST", path, json.dumps(body))[1]
+    long = {"prompt": "x", **dict.fromkeys(("x" * 900 + str(k) for k in range(9)), 1)}
+    status, headers, _ = server.raw("POST", "/tokenize", json.dumps(long))
+    assert status == 200 and len(headers["x-moemamba-ignored"]) == 1000
+
+
 def test_methods_and_paths(server):
     for method, path, expected in [
         ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405), ("POST", "/", 405), ("GET", "/v1", 404),
@@ -129,17 +145,25 @@ def check(server, status, answer):
         assert error["message"] and "\n" not in error["message"] and len(error["message"]) < 500, error
 
 
-BODIES = st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5).map(
+BODIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), JSON, max_size=5).map(
     lambda body: {"max_tokens": 2, "prompt": "x", **body}
 )
+STREAMING = {"/v1/completions", "/v1/chat/completions"}
+"""elsewhere `stream` is a field that nobody knows"""
 
 
 def objects(server, path, body):
-    status, _, answer = server.raw("POST", path, json.dumps(body))
-    if body.get("stream") is True and status == 200:
+    status, headers, answer = server.raw("POST", path, json.dumps(body))
+    streams = headers["content-type"].startswith("text/event-stream")
+    if status == 200:
+        assert streams == (path in STREAMING and body.get("stream") is True)
+        ignored = headers.get("x-moemamba-ignored", "").split(", ")
+        assert ("stream" in ignored) == (path not in STREAMING and "stream" in body)
+    if streams:
         assert answer.endswith(b"data: [DONE]\n\n") or b'"error"' in answer
-        return
-    check(server, status, answer)
+    else:
+        json.loads(answer)
+        check(server, status, answer)
 
 
 def noise(server, path, body, headers):

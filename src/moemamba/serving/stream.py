@@ -1,7 +1,7 @@
 """Server-sent events, to readers that may be slow or leave."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -26,8 +26,8 @@ class EventStream(Response):
         pieces: closed when the reader leaves.
     """
 
-    def __init__(self, pieces: AsyncIterator[bytes], headers: Mapping[str, str] | None = None):
-        super().__init__(b"", headers={**HEADERS, **(headers or {})})
+    def __init__(self, pieces: AsyncIterator[bytes]):
+        super().__init__(b"", headers=HEADERS)
         del self.headers["content-length"]
         self._pieces = pieces
 
@@ -52,10 +52,10 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def begun(pieces: AsyncIterator[bytes], headers: Mapping[str, str]) -> EventStream:
+async def begun(pieces: AsyncIterator[bytes]) -> EventStream:
     """A stream whose first piece is there; raises what making it raises."""
     first = await anext(pieces)
-    return EventStream(_after(first, pieces), headers)
+    return EventStream(_after(first, pieces))
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
