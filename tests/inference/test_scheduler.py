@@ -157,6 +157,28 @@ def test_who_has_least_left_is_read_first():
     assert [scheduler.plan()[0].request for _ in range(8)] == [1, 1, 1, 0, 1, 1, 1, 0]
 
 
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.floats(1e-4, 0.02), st.floats(1e-6, 5e-4), st.sampled_from((8, 64, 500)), st.lists(st.floats(0.2, 5)))
+def test_a_step_takes_as_long_as_it_may(fixed, each, chunk, noise):
+    """Of a machine on which a step takes a fixed time and some for each position, whatever happened before."""
+    gap = 0.03
+    scheduler = Scheduler(4, chunk, 2048, gap=gap)
+    scheduler.add(0, 1)
+    scheduler.plan()  # decodes from now on
+    scheduler.took(100.0)
+    scheduler.add(1, 1 << 30)
+    for times in noise + [1.0] * 60:
+        (part,) = scheduler.plan()
+        count = part.last - part.first
+        assert count <= max(chunk, 2048)
+        scheduler.took(times * (took := fixed + each * count))
+    assert took <= gap or count == 32
+    assert took >= 0.6 * gap or count == 2048
+    others = [scheduler.add(number, 1 << 30) for number in (2, 3)]
+    positions = sum(part.last - part.first for part in scheduler.plan())
+    assert len(others) == 2 and positions >= chunk, "no fewer while others wait"
+
+
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1, 0)])
 def test_sizes_that_cannot_be(sizes):
     with pytest.raises(ValueError, match="it must be 1 or more"):

@@ -1,6 +1,7 @@
 """One engine for all decoding: requests come and go, and each step makes a token of every one that is live."""
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import NamedTuple
@@ -63,10 +64,13 @@ class Engine:
         slots: requests that are decoded at once; others wait.
         chunk: prompt positions in a step, which bounds the time between two tokens of the others; no bound if None.
         alone: the same while nobody else decodes; as `chunk` if None.
+        gap: seconds that a step may take, by which the chunk becomes larger or smaller; see `Scheduler`. On a CPU
+            results do not depend on it.
         cache: keeps what prompts and answers leave, for others that begin alike.
 
     Attributes:
         generated: new tokens so far, of all requests.
+        clock: what `gap` is measured with.
     """
 
     def __init__(
@@ -76,14 +80,16 @@ class Engine:
         chunk: int | None = None,
         *,
         alone: int | None = None,
+        gap: float | None = None,
         cache: StateCache | None = None,
     ):
-        self._scheduler = Scheduler(slots, chunk or slots * PIECE, PIECE, alone)
+        self._scheduler = Scheduler(slots, chunk or slots * PIECE, PIECE, alone, gap)
         self._numbers = count()
         self._runs: dict[int, Run] = {}
         self._model: MoEMamba | None = None
         self._made: tuple[object, ...] | None = None
         self.cache, self.generated = cache, 0
+        self.clock = time.perf_counter
         self.renew(model)
 
     @property
@@ -202,6 +208,7 @@ class Engine:
             raise
 
     def _step(self) -> list[Event]:
+        began = self.clock()
         earlier, self._flights = self._flights, []
         events = []
         if earlier and any(run.constraint for run in self._live):  # what may come next depends on what came
@@ -215,6 +222,7 @@ class Engine:
         if not self._ahead:
             earlier, self._flights = self._flights, []
         events += self._landed(earlier)
+        self._scheduler.took(self.clock() - began)
         if self._events:
             events, self._events = events + self._events, []
         return events

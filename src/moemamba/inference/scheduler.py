@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TURN = 4  # steps of which one belongs to the prompt that came first
+LEAST, MOST = 32, 2048  # positions in a step whose time says how many: below, most of it goes into reading the weights
+AIM = 0.85  # of the time that a step may take, since they vary
 
 
 class Part(NamedTuple):
@@ -46,14 +48,17 @@ class Scheduler:
         chunk: prompt positions in a step, which bounds the time between two tokens of the others.
         piece: positions of one prompt in a step, which bounds the memory of a long one.
         alone: the chunk while nothing decodes; as `chunk` if None.
+        gap: seconds that a step may take, for which the chunk becomes larger or smaller as steps turn out. It stays as
+            large as `chunk` while several prompts wait to be read: small ones cost more in all.
     """
 
-    def __init__(self, slots: int, chunk: int, piece: int, alone: int | None = None):
+    def __init__(self, slots: int, chunk: int, piece: int, alone: int | None = None, gap: float | None = None):
         alone = chunk if alone is None else alone
         for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece), ("alone", alone)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        self.slots, self.chunk, self.piece, self.alone = slots, chunk, piece, alone
+        self.slots, self.chunk, self.piece, self.alone, self.gap = slots, chunk, piece, alone, gap
+        self._fitting, self._paced = chunk, 0  # positions that fit into the gap; those of the last step, if it counts
         self._waiting: deque[_Reading] = deque()
         self._reading: deque[_Reading] = deque()
         self._held: dict[int, _Reading] = {}  # with a slot, until somebody else has read the same prompt
@@ -131,8 +136,8 @@ class Scheduler:
         """What is read of which prompts in the step that comes; the step decodes what is live before this call."""
         self.admit()
         self._plans += 1
-        left = self.chunk if self._live else self.alone
-        parts = []
+        most = left = self._chunk if self._live else self.alone
+        paced, parts = bool(self._live), []
         for one in self._ordered():
             share = min(one.left(self.piece), left)
             if not share and one.done < one.length:
@@ -144,7 +149,25 @@ class Scheduler:
             if part.ends:
                 self._live[part.request] = None
         self._reading = deque(one for one in self._reading if one.done < one.length)
+        self._paced = most - left if paced else 0
         return parts
+
+    def took(self, seconds: float) -> None:
+        """The step that was planned last took so long, which says how much is read in the next ones."""
+        if self.gap is None or not self._paced:
+            return
+        ratio = AIM * self.gap / max(seconds, 1e-9)
+        if ratio < 1:
+            self._fitting = max(LEAST, int(min(self._fitting, self._paced) * max(ratio, 0.5)))
+        elif self._paced >= self._fitting:
+            self._fitting = min(MOST, int(self._fitting * min(ratio, 1.25)) + 1)
+
+    @property
+    def _chunk(self) -> int:
+        """Positions that are read beside rows that decode."""
+        if self.gap is None or (self._fitting < self.chunk and len(self._reading) + len(self._waiting) > 1):
+            return self.chunk
+        return self._fitting
 
     def _ordered(self) -> list[_Reading]:
         """Who is read first."""

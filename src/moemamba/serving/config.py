@@ -34,7 +34,9 @@ class Limits:
     state_seconds: float = 3600.0
     """seconds that such a state is kept after its last use"""
     chunk: int = 64
-    """positions of prompts that are read between two tokens of the answers that are under way"""
+    """positions of prompts that are read between two tokens of the answers that are under way, to begin with"""
+    gap: float = 0.03
+    """seconds between two of their tokens, for which more or fewer positions are read, as the machine is fast"""
     chunk_alone: int = 512
     """the same while no answer is under way"""
 

@@ -1,6 +1,7 @@
 """Server-sent events, to readers that may be slow or leave."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -8,6 +9,8 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from .alarm import Alarm
 
 Result = TypeVar("Result")
 SLOW = 30.0
@@ -32,23 +35,26 @@ class EventStream(Response):
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.create_task(self._send(send))
+        slow = Alarm(lambda: task.cancel())
+        task = asyncio.create_task(self._send(send, slow))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            slow.stop()
             for each in (task, gone):
                 each.cancel()
-                with suppress(asyncio.CancelledError, TimeoutError, OSError):
+                with suppress(asyncio.CancelledError, OSError):
                     await each
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, slow: Alarm) -> None:
         async with aclosing(self._pieces) as pieces:  # type: ignore[type-var]
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for piece in pieces:
                 if piece:
-                    async with asyncio.timeout(SLOW):
-                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    slow.set(SLOW)
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    slow.set(math.inf)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

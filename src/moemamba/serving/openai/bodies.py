@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
 from ...inference import Sampling
@@ -201,7 +202,7 @@ def read_body(kind: type[Body], data: bytes) -> tuple[Body, list[str]]:
         Refusal: it is no JSON object, or a field has a value that cannot be.
     """
     values = _object(data)
-    names = {each.name.rstrip("_"): each.name for each in fields(kind)}  # type: ignore[arg-type]
+    names = _names(kind)
     ignored = sorted(name for name in values if name not in names)
     known = {names[name]: value for name, value in values.items() if name in names and value is not None}
     try:
@@ -211,6 +212,12 @@ def read_body(kind: type[Body], data: bytes) -> tuple[Body, list[str]]:
         param = re.match(r"[a-z_]+\b", message)
         found = param[0].rstrip("_") if param and param[0] in names.values() else None
         raise invalid(message, found) from error
+
+
+@cache
+def _names(kind: Any) -> dict[str, str]:
+    """Fields, by what clients call them."""
+    return {each.name.rstrip("_"): each.name for each in fields(kind)}
 
 
 def _object(data: bytes) -> dict[str, Any]:
