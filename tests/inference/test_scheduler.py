@@ -174,9 +174,8 @@ def test_a_step_takes_as_long_as_it_may(fixed, each, chunk, noise):
         scheduler.took(times * (took := fixed + each * count))
     assert took <= gap or count == 32
     assert took >= 0.6 * gap or count == 2048
-    others = [scheduler.add(number, 1 << 30) for number in (2, 3)]
-    positions = sum(part.last - part.first for part in scheduler.plan())
-    assert len(others) == 2 and positions >= chunk, "no fewer while others wait"
+    scheduler.add(2, 1 << 30)
+    assert sum(part.last - part.first for part in scheduler.plan()) >= chunk, "no fewer while others wait"
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1, 0)])
