@@ -1,7 +1,9 @@
 """Who may ask, and what is said to whom may not; hostile requests get a status and a sentence, and the server lives."""
 
 import json
+import logging
 import socket
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -84,6 +86,35 @@ def test_sizes(server):
     assert status == 400 and "50 are the most" in error["message"]
     status, error = server.refused("/v1/completions", prompt=["x"] * 65)
     assert status == 400
+
+
+def test_heads(server):
+    for path in ("/", "/health", "/v1/models", "/metrics", "/v1/states"):
+        status, headers, body = server.raw("HEAD", path)
+        assert status == 200 and body == b"" and int(headers["content-length"]) > 0, path
+    assert server.raw("HEAD", "/v1/completions")[0] == 405
+
+
+def test_who_leaves_before_the_body_is_there(server, caplog):
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)  # it tells nobody else
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{"pr')
+        time.sleep(0.1)
+    assert server.ask("GET", "/v1/stats")[1]["slots_in_use"] == 0
+    time.sleep(0.1)
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert not caplog.records, "a log is for faults of this program"
+
+
+def test_what_can_never_run(server):
+    with running(MODEL, slots=2, max_waiting=3) as narrow:
+        status, error = narrow.refused("/v1/completions", prompt="x", n=6)
+        assert status == 400 and error["message"] == (
+            "the request asks for 6 answers, and 5 are the most here at once; ask for fewer"
+        )
+        assert len(narrow.post("/v1/completions", prompt="x", n=5, max_tokens=1)["choices"]) == 5
+    status, error = server.refused("/v1/completions", prompt="x", seed=10**200)
+    assert status == 400 and "a number has 201 digits" in error["message"]
 
 
 def test_what_is_not_known_is_named(server):

@@ -13,7 +13,7 @@ from ..layers import LAYERS
 from ..model import MoEMamba
 from .cache import Snapshot, StateCache
 from .choosing import Chooser, Tilt
-from .evaluation import NOT_FINITE, in_evaluation
+from .evaluation import NOT_FINITE, in_evaluation, why_varies
 from .graph import Stepper, capturable, fingerprint
 from .prefill import Reader, score, scores
 from .request import Event, Request, Run, Score
@@ -66,6 +66,7 @@ class Engine:
         alone: the same while nobody else decodes; as `chunk` if None.
         gap: seconds that a step may take, by which the chunk becomes larger or smaller; see `Scheduler`. On a CPU
             results do not depend on it.
+        batch_invariant: refuse a model whose answers may depend on what else is computed (ValueError, with the reason).
         cache: keeps what prompts and answers leave, for others that begin alike.
 
     Attributes:
@@ -81,6 +82,7 @@ class Engine:
         *,
         alone: int | None = None,
         gap: float | None = None,
+        batch_invariant: bool = False,
         cache: StateCache | None = None,
     ):
         self._scheduler = Scheduler(slots, chunk or slots * PIECE, PIECE, alone, gap)
@@ -88,7 +90,7 @@ class Engine:
         self._runs: dict[int, Run] = {}
         self._model: MoEMamba | None = None
         self._made: tuple[object, ...] | None = None
-        self.cache, self.generated = cache, 0
+        self.cache, self.generated, self._invariant = cache, 0, batch_invariant
         self.clock = time.perf_counter
         self.renew(model)
 
@@ -135,6 +137,8 @@ class Engine:
         """
         if self._runs:
             raise RuntimeError("the engine has requests under way; let them finish, or abort them, before renewing it")
+        if self._invariant and (reason := why_varies(model)):
+            raise ValueError(f"batch_invariant does not hold here: {reason}")
         self._model = view = in_evaluation(model)
         self._device = view.embedding.weight.device
         captures = capturable(view)

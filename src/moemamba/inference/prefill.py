@@ -121,7 +121,9 @@ class Reader:
         like = next((run.state for run in own if run.state is not None), None)
         before = None
         if like is not None:  # who begins goes on from nothing, so that weights are read once for all
-            nothing = State(tuple(kind.allocate(1, 0, each) for kind, each in zip(self.kinds, like.mixers, strict=True)))
+            nothing = State(
+                tuple(kind.allocate(1, 0, each) for kind, each in zip(self.kinds, like.mixers, strict=True))
+            )
             before = joined(self.kinds, [run.state or nothing for run in own])
         record: list[Choice] | None = [] if any(run.request.routing for run in own) else None
         found = read(self.model, rows, before, record)

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -26,6 +26,8 @@ from .stream import begun, while_connected
 PAGE = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 IGNORED = "x-moemamba-ignored"
+LEFT = 499
+"""the status of an answer that nobody waits for, as in nginx"""
 
 
 class Server:
@@ -57,7 +59,8 @@ def make_app(
         by_method = dict(methods)
 
         async def handle(request: Request) -> Response:
-            response = await by_method[request.method](server, request)
+            method = "GET" if request.method == "HEAD" else request.method  # the same without its body
+            response = await by_method[method](server, request)
             if ignored := getattr(request.state, "ignored", None):
                 names = ", ".join(re.sub("[^!-~]", "?", each) for each in ignored)  # a header has no other characters
                 response.headers[IGNORED] = names[:1000]
@@ -85,9 +88,10 @@ def make_app(
         path("/", ("GET", page)),
         path("/page/{name}", ("GET", page)),
     ]
+    handlers: Any = {HTTPException: not_there, Refusal: refused, ClientDisconnect: left, Exception: broken}
     inner = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: not_there, Refusal: refused, Exception: broken},  # type: ignore[dict-item]
+        exception_handlers=handlers,
     )
     return Guard(inner, hosts, key, origins, most)
 
@@ -95,6 +99,11 @@ def make_app(
 async def refused(_: Request, error: Refusal) -> Response:
     """One sentence in OpenAI's form."""
     return JSONResponse(error.body, error.status, error.headers)
+
+
+async def left(_: Request, error: ClientDisconnect) -> Response:
+    """The client went before it had sent its body; nobody reads this."""
+    return Response(status_code=LEFT)
 
 
 async def not_there(request: Request, error: HTTPException) -> Response:
@@ -134,7 +143,7 @@ async def _answered(request: Request, job: Job) -> Response:
     if job.body.stream:
         return await begun(pieces(job, await job.requests()))
     found = await while_connected(request, answer(job))
-    return Response(status_code=499) if found is None else _json(found)
+    return Response(status_code=LEFT) if found is None else _json(found)
 
 
 # States and routing
@@ -167,7 +176,7 @@ async def new_state(server: Server, request: Request) -> Response:
         kept = service.states.add(reading.snapshot, None if parent is None else parent.id)
         return _json({**service.states.shown(kept, service.name, service.fingerprint), "cached_tokens": reading.cached})
 
-    return await while_connected(request, work()) or Response(status_code=499)
+    return await while_connected(request, work()) or Response(status_code=LEFT)
 
 
 async def one_state(server: Server, request: Request) -> Response:
@@ -237,7 +246,7 @@ async def routing(server: Server, request: Request) -> Response:
             }
         )
 
-    return await while_connected(request, work()) or Response(status_code=499)
+    return await while_connected(request, work()) or Response(status_code=LEFT)
 
 
 def _single(prompt: Any) -> Sequence[str | list[int]]:

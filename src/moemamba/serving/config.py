@@ -39,7 +39,9 @@ class Limits:
     """seconds between two of their tokens, for which more or fewer positions are read, as the machine is fast"""
     chunk_alone: int = 512
     """the same while no answer is under way"""
+    batch_invariant: bool = False
+    """do not start where an answer may depend on what else is computed, to the last bit, as it does on a GPU"""
 
     def __post_init__(self) -> None:
-        names = set(self.__dataclass_fields__) - {"cache_bytes"}
+        names = set(self.__dataclass_fields__) - {"cache_bytes", "batch_invariant"}
         validate(self, positive=tuple(sorted(names)), not_negative=("cache_bytes",))

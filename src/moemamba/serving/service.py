@@ -114,7 +114,8 @@ class Service:
         self.grammars = Grammars(tokenizer)
         self.cache = StateCache(limits.cache_bytes)
         chunk, alone, gap = limits.chunk, limits.chunk_alone, limits.gap
-        engine = Engine(model, limits.slots, chunk, alone=alone, gap=gap, cache=self.cache)
+        same = limits.batch_invariant
+        engine = Engine(model, limits.slots, chunk, alone=alone, gap=gap, batch_invariant=same, cache=self.cache)
         self._followed: dict[Ticket, Following] = {}
         self._loop = asyncio.get_running_loop()
         self.worker = Worker(engine, self._deliver, limits.slots + limits.max_waiting)
@@ -158,6 +159,9 @@ class Service:
         """
         if self.draining and not beyond:
             raise unavailable("the server is about to stop; try again later", "draining")
+        if len(requests) > self.worker.most:
+            message = f"the request asks for {len(requests)} answers, and {self.worker.most} are the most here at once"
+            raise invalid(f"{message}; ask for fewer")
         try:
             ticket = self.worker.submit(requests, beyond)
         except Full as error:

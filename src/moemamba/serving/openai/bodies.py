@@ -14,6 +14,8 @@ from ..refusal import invalid
 Body = TypeVar("Body")
 STOPS = 16
 """texts that may end an answer"""
+DIGITS = 100
+"""of a whole number: none that means anything has more"""
 TOP = 20
 """most likely tokens that may be asked for beside each"""
 
@@ -222,7 +224,7 @@ def _names(kind: Any) -> dict[str, str]:
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_int=_number)
     except UnicodeDecodeError as error:
         raise invalid("the body is not UTF-8 text") from error
     except RecursionError as error:
@@ -232,6 +234,12 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise invalid(f"the body is {type(values).__name__}; send a JSON object")
     return values
+
+
+def _number(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _no_constant(name: str) -> None:
