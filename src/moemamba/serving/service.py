@@ -26,7 +26,6 @@ from .refusal import busy, failed, invalid, late, unavailable
 from .states import States
 from .worker import Batch, Full, Ticket, Worker
 
-
 News = list[tuple[int, Event, float]]
 """which of the requests, what a step made of it, and when, by the monotonic clock"""
 
