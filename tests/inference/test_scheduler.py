@@ -170,12 +170,10 @@ def test_a_step_takes_as_long_as_it_may(fixed, each, chunk, noise):
     for times in noise + [1.0] * 60:
         (part,) = scheduler.plan()
         count = part.last - part.first
-        assert count <= max(chunk, 2048)
+        assert chunk <= count <= 2048
         scheduler.took(times * (took := fixed + each * count))
-    assert took <= gap or count == 32
+    assert took <= gap or count == chunk, "never fewer"
     assert took >= 0.6 * gap or count == 2048
-    scheduler.add(2, 1 << 30)
-    assert sum(part.last - part.first for part in scheduler.plan()) >= chunk, "no fewer while others wait"
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1, 0)])

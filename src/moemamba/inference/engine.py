@@ -64,8 +64,8 @@ class Engine:
         slots: requests that are decoded at once; others wait.
         chunk: prompt positions in a step, which bounds the time between two tokens of the others; no bound if None.
         alone: the same while nobody else decodes; as `chunk` if None.
-        gap: seconds that a step may take, by which the chunk becomes larger or smaller; see `Scheduler`. On a CPU
-            results do not depend on it.
+        gap: seconds below which a step may have more positions than `chunk`, as many as it has time for. On a CPU
+            results do not depend on that.
         batch_invariant: refuse a model whose answers may depend on what else is computed (ValueError, with the reason).
         cache: keeps what prompts and answers leave, for others that begin alike.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TURN = 4  # steps of which one belongs to the prompt that came first
-LEAST, MOST = 32, 2048  # positions in a step whose time says how many: below, most of it goes into reading the weights
+MOST = 2048  # positions in a step that has time for them
 AIM = 0.85  # of the time that a step may take, since they vary
 
 
@@ -48,8 +48,8 @@ class Scheduler:
         chunk: prompt positions in a step, which bounds the time between two tokens of the others.
         piece: positions of one prompt in a step, which bounds the memory of a long one.
         alone: the chunk while nothing decodes; as `chunk` if None.
-        gap: seconds that a step may take, for which the chunk becomes larger or smaller as steps turn out. It stays as
-            large as `chunk` while several prompts wait to be read: small ones cost more in all.
+        gap: seconds below which a step may have more positions than `chunk`, as many as it turns out to have time for.
+            It never has fewer: small ones cost more in all, since most of their time goes into reading the weights.
     """
 
     def __init__(self, slots: int, chunk: int, piece: int, alone: int | None = None, gap: float | None = None):
@@ -136,7 +136,7 @@ class Scheduler:
         """What is read of which prompts in the step that comes; the step decodes what is live before this call."""
         self.admit()
         self._plans += 1
-        most = left = self._chunk if self._live else self.alone
+        most = left = self._fitting if self._live else self.alone
         paced, parts = bool(self._live), []
         for one in self._ordered():
             share = min(one.left(self.piece), left)
@@ -158,16 +158,9 @@ class Scheduler:
             return
         ratio = AIM * self.gap / max(seconds, 1e-9)
         if ratio < 1:
-            self._fitting = max(LEAST, int(min(self._fitting, self._paced) * max(ratio, 0.5)))
+            self._fitting = max(self.chunk, int(min(self._fitting, self._paced) * max(ratio, 0.5)))
         elif self._paced >= self._fitting:
-            self._fitting = min(MOST, int(self._fitting * min(ratio, 1.25)) + 1)
-
-    @property
-    def _chunk(self) -> int:
-        """Positions that are read beside rows that decode."""
-        if self.gap is None or (self._fitting < self.chunk and len(self._reading) + len(self._waiting) > 1):
-            return self.chunk
-        return self._fitting
+            self._fitting = max(self.chunk, min(MOST, int(self._fitting * min(ratio, 1.25)) + 1))
 
     def _ordered(self) -> list[_Reading]:
         """Who is read first."""

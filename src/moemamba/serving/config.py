@@ -34,9 +34,9 @@ class Limits:
     state_seconds: float = 3600.0
     """seconds that such a state is kept after its last use"""
     chunk: int = 64
-    """positions of prompts that are read between two tokens of the answers that are under way, to begin with"""
+    """positions of prompts that are read between two tokens of the answers that are under way, at least"""
     gap: float = 0.03
-    """seconds between two of their tokens, for which more or fewer positions are read, as the machine is fast"""
+    """seconds between two of their tokens: a machine that is fast enough reads more positions in them"""
     chunk_alone: int = 512
     """the same while no answer is under way"""
     batch_invariant: bool = False
