@@ -33,7 +33,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where} has the unknown key {shown(unknown[0])}; known keys are {', '.join(hints)}")
-    loose = _loose(kind)
+    loose = _loose(kind)  # type: ignore[arg-type]
     fields = {
         name: value if name in loose and isinstance(value, float) else _convert(hints[name], value, f"{where}.{name}")
         for name, value in values.items()

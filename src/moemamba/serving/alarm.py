@@ -11,7 +11,7 @@ class Alarm:
     Times are those of the loop's clock, in seconds.
     """
 
-    def __init__(self, call: Callable[[], None]):
+    def __init__(self, call: Callable[[], object]):
         self._call, self._due = call, math.inf
         self._loop = asyncio.get_running_loop()
         self._handle: asyncio.TimerHandle | None = None

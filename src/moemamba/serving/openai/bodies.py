@@ -204,7 +204,7 @@ def read_body(kind: type[Body], data: bytes) -> tuple[Body, list[str]]:
         Refusal: it is no JSON object, or a field has a value that cannot be.
     """
     values = _object(data)
-    names = _names(kind)
+    names = _names(kind)  # type: ignore[arg-type]
     ignored = sorted(name for name in values if name not in names)
     known = {names[name]: value for name, value in values.items() if name in names and value is not None}
     try:
