@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import expect
 from ..kit.cpu import LOG2E, TILE, by_channel, located, new, run
 from ..kit.cpu.product import MULTIPLICATIONS
 from ..kit.cpu.run import WORTH_THREADS
@@ -153,5 +155,46 @@ def prepare(
             tensors[2].copy_(by_taps(conv_weight))
             tensors[7].copy_(decays(A_log))
         launch((live, d, width, n, k, r), True, eps, *places)
+
+    return take
+
+
+def step_of(weights: tuple[Any, ...], window: int) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
+    """See `moemamba.ops.mamba_step_of`."""
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner = weights
+    (width, n), d, r, eps = A_log.shape, in_proj.shape[1], dt_proj.shape[1], -1.0 if inner is None else inner.eps
+
+    def derived() -> tuple[Tensor, ...]:
+        """Copies of two weights, to see when they change, and what is made of them."""
+        read = conv_weight.detach().clone(), A_log.detach().clone()
+        return *read, by_taps(F.pad(read[0], (window + 1 - conv_weight.shape[1], 0))), decays(read[1])
+
+    def located_weights(taps: Tensor, decay: Tensor) -> list[int] | None:
+        return located(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+
+    made = derived()
+    places = located_weights(*made[2:])
+    if places is None:
+        return None
+    held = [(made, places)]
+
+    def take(x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor | None:
+        batch = len(x)
+        expect("x", x, (batch, 1, d))
+        expect("conv_state", conv_state, (batch, width, window))
+        expect("ssm_state", ssm_state, (batch, width, n))
+        made, places = held[0]
+        # Not by their versions: what is written through `.data` has none.
+        if not (torch.equal(conv_weight, made[0]) and torch.equal(A_log, made[1])):
+            made = derived()
+            places = located_weights(*made[2:])  # type: ignore[assignment]
+            held[0] = made, places
+        sizes = (batch, d, width, n, window + 1, r)
+        conv, ssm, y, work = conv_state.transpose(1, 2), ssm_state.transpose(1, 2), torch.empty_like(x), new(space(sizes))
+        found = located(x, conv, ssm, work, y)
+        if found is None:
+            return None
+        launch(sizes, False, eps, found[0], *places, found[1], found[1], found[2], found[2], *found[3:])
+        return y
 
     return take
