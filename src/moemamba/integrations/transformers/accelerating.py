@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...layers.plain import plain, weights_alone
-from ...ops.mamba_step import Inner
+from ...layers.plain import unhooked
+from .stepping import Step, inner_norm, their_kind
 
 MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 NORMS = ("MambaRMSNorm", "FalconMambaRMSNorm", "JambaRMSNorm")
+BLOCKS = ("MambaBlock", "FalconMambaBlock")
 
 
 class Accelerated:
@@ -63,8 +64,10 @@ def accelerate(model: nn.Module) -> Accelerated:
     found: dict[str, tuple[nn.Module, Callable[..., Any]]] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        kind = _kind(module)
-        if kind in MIXERS:
+        kind = their_kind(module)
+        if kind in BLOCKS:
+            found[name] = (module, _Block())
+        elif kind in MIXERS:
             _check(name, module)
             found[name] = (module, _Mixer())
             inside.update(module.children())  # whose norms the mixer sees to
@@ -73,11 +76,6 @@ def accelerate(model: nn.Module) -> Accelerated:
     if not inside:
         raise ValueError(f"{type(model).__name__} has no layer to accelerate; those of transformers that are: {MIXERS}")
     return Accelerated(found)
-
-
-def _kind(module: nn.Module) -> str:
-    kind = type(module)
-    return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
 
 
 def _check(name: str, mixer: nn.Module) -> None:
@@ -94,14 +92,10 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 class _Mixer:
-    """The forward of a Mamba layer, and what its steps have in common."""
+    """The forward of a Mamba layer."""
 
     def __init__(self) -> None:
-        self.places: Any = None
-        self.take: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None
-
-    def __reduce__(self) -> tuple[type["_Mixer"], tuple[()]]:
-        return _Mixer, ()  # a copy of the model has weights of its own
+        self.step = Step()
 
     def __call__(
         self, mixer: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
@@ -109,35 +103,35 @@ class _Mixer:
         """See the forward that it takes the place of, whose cache is called `cache` from 5.24 on."""
         cache = kwargs.pop("cache", cache_params)
         if cache is not None:
-            cached = cache.layers[mixer.layer_idx]
-            if cached.record_past:  # for a speculation, whose end it takes back
+            if cache.layers[mixer.layer_idx].record_past:  # for a speculation, whose end it takes back
                 return type(mixer).forward(mixer, hidden_states, cache, attention_mask, **kwargs)  # type: ignore[no-any-return]
-            if hidden_states.shape[1] == 1 and cached.has_previous_state[0] and attention_mask is None:
-                y = self.step(mixer, hidden_states, cached)
-                if y is not None:
-                    return y
+            y = self.step(mixer, None, hidden_states, cache) if attention_mask is None else None
+            if y is not None:
+                return y
         return _whole(mixer, hidden_states, cache, attention_mask, kwargs.get("seq_idx"))
 
-    def step(self, mixer: Any, x: Tensor, cached: Any) -> Tensor | None:
-        """One token x (b, 1, d) by one kernel, which overwrites the states of a layer's cache; None where there is no
-        kernel. What is made of the weights is made again when they lie elsewhere; the kernel's own function sees
-        whether they have changed in place."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return None
-        weights = _weights(mixer)
-        if weights is None:
-            return None
-        if ops.choose("mamba_step", x) != "cpu":
-            return _copying_step(x, cached, _squeezed(weights))
-        tensors = (*weights[:9], *(weights[9][:3] if weights[9] else ()))
-        places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
-        if places != self.places:
-            weights = _squeezed(weights)
-            fused = ops.fuses_mamba_step(x, *weights)
-            self.take = ops.mamba_step_of(weights, mixer.conv_kernel_size) if fused else None
-            self.places = places
-        take = self.take
-        return None if take is None else take(x, _by_channel(cached.conv_states), _by_channel(cached.recurrent_states))
+
+class _Block:
+    """The forward of a Mamba layer with its norm and what it is added to; but for a token it is theirs."""
+
+    def __init__(self) -> None:
+        self.step = Step()
+
+    def __call__(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cache = kwargs.get("cache", kwargs.get("cache_params"))
+        if cache is not None and kwargs.get("attention_mask") is None and not args:
+            norm, mixer = block._modules["norm"], block._modules["mixer"]
+            if _is_ours(norm, _norm) and _is_ours(mixer, _Mixer):
+                y = self.step(mixer, norm, hidden_states, cache)
+                if y is not None:
+                    return y
+        return type(block).forward(block, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _is_ours(module: nn.Module, forward: Any) -> bool:
+    """Whether calling a module is calling this forward, or one of this class."""
+    own = getattr(module.__dict__.get("forward"), "__func__", None)
+    return (own is forward or type(own) is forward) and unhooked(module)
 
 
 def _whole(self: Any, x: Tensor, cache: Any, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
@@ -182,56 +176,5 @@ def _chosen(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _inner(norm: Any, x: Tensor) -> Tensor:
     """Jamba's norms of dt, B and C have weights, Falcon-Mamba's none."""
-    own = _inner_norm(norm)
+    own = inner_norm(norm)
     return norm(x) if own is None else ops.rms_norm(x, *own).to(x.dtype)  # type: ignore[no-any-return]
-
-
-def _inner_norm(norm: nn.Module) -> tuple[Tensor | None, float] | None:
-    """Weight and epsilon; None where calling it may do more than a norm does."""
-    kind = _kind(norm)
-    if not plain(norm, type(norm)):
-        return None
-    if kind == "FalconMambaWeightlessRMSNorm":
-        return None, norm.eps  # type: ignore[return-value]
-    return (norm.weight, norm.variance_epsilon) if kind == "JambaRMSNorm" else None  # type: ignore[return-value]
-
-
-def _by_channel(states: dict[int, Tensor]) -> Tensor:
-    """The state of a layer's cache, after it has been put into the order in memory that kernels of the CPU read."""
-    state = states[0].transpose(1, 2)
-    if not state.is_contiguous():
-        state = state.contiguous()
-        states[0] = state.transpose(1, 2)
-    return states[0]
-
-
-def _copying_step(x: Tensor, cached: Any, weights: tuple[Any, ...]) -> Tensor | None:
-    """One token where states are copied between their order in memory and ours."""
-    conv, ssm = cached.conv_states[0], cached.recurrent_states[0]
-    if ssm.dtype != torch.float32 or not ops.fuses_mamba_step(x, *weights):
-        return None
-    y, after, ssm_after = ops.mamba_step(x, conv[..., 1:].contiguous(), ssm, *weights)
-    conv.copy_(torch.cat([conv[..., 1:2], after], -1))
-    ssm.copy_(ssm_after)
-    return y
-
-
-def _weights(mixer: Any) -> tuple[Any, ...] | None:
-    """What `ops.mamba_step` reads up to `inner`, but the convolution's weight (i, 1, k); None where calling the mixer's
-    children may do more than it does."""
-    children, own = mixer._modules, mixer._parameters  # a look-up by attribute costs as much as the question
-    in_proj, out_proj = weights_alone(children["in_proj"], nn.Linear, 1), weights_alone(children["out_proj"], nn.Linear, 1)
-    x_proj, dt_proj = weights_alone(children["x_proj"], nn.Linear, 1), weights_alone(children["dt_proj"], nn.Linear, 2)
-    conv1d, inner = weights_alone(children["conv1d"], nn.Conv1d, 2), None
-    if not (in_proj and out_proj and x_proj and dt_proj and conv1d):
-        return None
-    if "dt_layernorm" in children:
-        norms = [_inner_norm(children[f"{name}_layernorm"]) for name in ("dt", "b", "c")]
-        if None in norms or len({eps for _, eps in norms}) > 1:  # type: ignore[misc]
-            return None
-        inner = Inner(*(weight for weight, _ in norms), norms[0][1])  # type: ignore
-    return (*in_proj, *conv1d, *x_proj, *dt_proj, own["A_log"], own["D"], *out_proj, inner)
-
-
-def _squeezed(weights: tuple[Any, ...]) -> tuple[Any, ...]:
-    return weights[0], weights[1].squeeze(1), *weights[2:]
