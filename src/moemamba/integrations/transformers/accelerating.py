@@ -1,7 +1,8 @@
 """transformers' own Mamba, Falcon-Mamba and Jamba on our kernels, with their weights and their caches."""
 
 from collections.abc import Callable
-from types import MethodType, TracebackType
+from functools import partial
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -29,7 +30,7 @@ class Accelerated:
         self._before: list[tuple[nn.Module, Any]] = []
         for module, forward in modules.values():
             self._before.append((module, module.__dict__.get("forward")))
-            module.forward = MethodType(forward, module)
+            module.forward = partial(forward, module)
 
     def undo(self) -> None:
         """The model as it was; a second call does nothing."""
@@ -79,8 +80,7 @@ def accelerate(model: nn.Module) -> Accelerated:
 
 
 def _check(name: str, mixer: nn.Module) -> None:
-    own = mixer.__dict__.get("forward")
-    if isinstance(getattr(own, "__func__", None), _Mixer):
+    if isinstance(getattr(mixer.__dict__.get("forward"), "func", None), _Mixer):
         raise ValueError(f"{name} is accelerated already; undo that first")
     if getattr(mixer, "activation", "silu") != "silu":
         raise ValueError(f"{name} has the activation {mixer.activation!r}; the kernels know silu alone")
@@ -130,7 +130,7 @@ class _Block:
 
 def _is_ours(module: nn.Module, forward: Any) -> bool:
     """Whether calling a module is calling this forward, or one of this class."""
-    own = getattr(module.__dict__.get("forward"), "__func__", None)
+    own = getattr(module.__dict__.get("forward"), "func", None)
     return (own is forward or type(own) is forward) and unhooked(module)
 
 
