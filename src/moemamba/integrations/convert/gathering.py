@@ -21,7 +21,8 @@ def gather(kind: Format, config: ModelConfig, stored: Mapping[str, Stored | Tens
         ValueError: a name is missing or is not of the model, or a shape is another one; the first few are named.
     """
     layers = len(config.pattern) * config.n_blocks
-    experts = config.pattern.count("E") * config.n_blocks * config.experts.n_experts
+    each = config.experts.n_experts
+    experts = config.pattern.count("E") * config.n_blocks * each if isinstance(each, int) else sum(each)
     for count, what in ((layers, "layers"), (experts, "experts")):  # before a table of them is made
         if count > len(stored):
             raise ValueError(f"the model has {count:,} {what}, and the weights only {len(stored):,} tensors")
