@@ -5,7 +5,9 @@ its docstring. A small model is trained on the library first. Then: LoRA beside 
 and of held-out text of the library, before and after); and, from a dense model, its mixture trained on beside the
 dense model trained on, for as many steps, over seeds.
 
-    python benchmarks/finetuning.py --steps 600
+    python benchmarks/finetuning.py --steps 600 --width 64
+
+`--base` is a run that was trained on the library already, to tune that one.
 """
 
 import argparse
@@ -53,22 +55,23 @@ def text_loss(config: TrainConfig, folder: str | Path) -> float:
     ).loss
 
 
-def trained(name: str, steps: int, folder: Path, **more: object) -> TrainConfig:
-    size = {
-        "steps": steps,
-        "batch_size": 8,
-        "context": 256,
-        "eval_every": 10**6,
-        "save_every": steps,
-        "eval_tokens": 32768,
-    }
-    config = TrainConfig(**{"model": preset(name), "run": str(folder / f"{name}-{len(more)}"), **size, **more})
+def trained(name: str, steps: int, width: int, folder: Path) -> TrainConfig:
+    config = TrainConfig(
+        model=preset(name, d_model=width),
+        run=str(folder / name),
+        steps=steps,
+        batch_size=8,
+        context=256,
+        eval_every=10**6,
+        save_every=steps,
+        eval_tokens=32768,
+    )
     train(config, report=SILENT)
     return config
 
 
-def tuning(folder: Path, steps: int) -> dict[str, object]:
-    base = trained("moe-mamba-tiny", steps, folder)
+def tuning(folder: Path, steps: int, width: int, run: str | None) -> dict[str, object]:
+    base = replace(TrainConfig(), run=run) if run else trained("moe-mamba-tiny", steps, width, folder)
     count, before = questions(folder / "chat.jsonl"), text_loss(base, base.run)
     found: dict[str, object] = {"questions": count, "text_before": round(before, 4)}
     for method in ("lora", "all"):
@@ -81,15 +84,22 @@ def tuning(folder: Path, steps: int) -> dict[str, object]:
     return found
 
 
-def sparse(folder: Path, steps: int, seeds: int) -> dict[str, object]:
-    base = trained("mamba-tiny", steps, folder)
+def sparse(folder: Path, steps: int, more: int, width: int, seeds: int) -> dict[str, object]:
+    base = trained("mamba-tiny", steps, width, folder)
     done = upcycle(base.run, folder / "sparse", 8)
     differences = []
     for seed in range(seeds):
         losses = []
-        for start, model in ((base.run, preset("mamba-tiny")), (str(folder / "sparse"), done.config)):
+        for start, model in ((base.run, base.model), (str(folder / "sparse"), done.config)):
             on = replace(
-                base, model=model, start=start, run=f"{start}-on-{seed}", data_seed=seed + 1, learning_rate=1e-3
+                base,
+                model=model,
+                start=start,
+                run=f"{start}-on-{seed}",
+                steps=more,
+                save_every=more,
+                data_seed=seed + 1,
+                learning_rate=1e-3,
             )
             train(on, report=SILENT)
             losses.append(text_loss(base, on.run))
@@ -101,15 +111,18 @@ def sparse(folder: Path, steps: int, seeds: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--more", type=int, help="steps of the dense model and of its mixture; as many if not given")
+    parser.add_argument("--width", type=int, default=128, help="d_model")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--base")
     parser.add_argument("--only", choices=("tuning", "sparse"))
     asked = parser.parse_args()
-    found: dict[str, object] = {"benchmark": "finetuning", "steps": asked.steps}
+    found: dict[str, object] = {"benchmark": "finetuning", "steps": asked.steps, "width": asked.width}
     with tempfile.TemporaryDirectory() as place:
         if asked.only != "sparse":
-            found |= tuning(Path(place), asked.steps)
+            found |= tuning(Path(place), asked.steps, asked.width, asked.base)
         if asked.only != "tuning":
-            found |= sparse(Path(place), asked.steps, asked.seeds)
+            found |= sparse(Path(place), asked.steps, asked.more or asked.steps, asked.width, asked.seeds)
     print(json.dumps(found))
 
 

@@ -270,9 +270,9 @@ def test_more_than_one_cached_token_goes_on_where_transformers_restarts(tmp_path
     with torch.no_grad():
         first = ours(TOKENS[:, :20])
         torch.testing.assert_close(ours(TOKENS[:, 20:], first.state).logits, expected[:, 20:], rtol=1e-5, atol=1e-5)
-        cache = transformers.DynamicCache(config=theirs.config)
-        theirs(TOKENS[:, :20], cache_params=cache, use_cache=True)
-        restarted = theirs(TOKENS[:, 20:], cache_params=cache, use_cache=True).logits
+        out = theirs(TOKENS[:, :20], use_cache=True)
+        name = next(name for name in ("cache", "cache_params") if name in out)  # the first from 5.24 on
+        restarted = theirs(TOKENS[:, 20:], **{name: out[name]}, use_cache=True).logits
     if (restarted - expected[:, 20:]).abs().max() < 1e-3:
         pytest.skip("this version of transformers goes on as it should")
 
@@ -292,6 +292,8 @@ def change(folder, **keys):
         ({"hidden_size": True}, "hidden_size is True; expected int"),
         ({"hidden_size": 0}, "d_model is 0; it must be greater than 0"),
         ({"num_hidden_layers": 10**9}, "1,000,000,000 layers, and the weights only 32 tensors"),
+        ({"state_size": 1 << 62}, "has tensors larger than there can be"),
+        ({"conv_kernel": 1 << 62}, "has tensors larger than there can be"),
         ({"num_hidden_layers": 2}, "'backbone.layers.2.mixer.A_log' is not of it"),
         ({"num_hidden_layers": 3, "state_size": 15}, "expected numbers for layers.0.branches.0.x_proj.weight"),
         ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
@@ -332,6 +334,35 @@ def test_damaged_weights(content, tmp_path):
     (tmp_path / "theirs" / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         convert(str(tmp_path / "theirs"), tmp_path / "ours", tokenizer="bytes")
+
+
+ODD = {
+    "sparse": lambda x: x.to_sparse(),
+    "nested": lambda x: torch.nested.nested_tensor([x]),
+    "without numbers": lambda x: x.to("meta"),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "larger than the file": lambda x: torch.ones(1).expand(1 << 40),
+    "tensors alone": lambda x: torch.nn.Linear(2, 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("said", ODD)
+def test_odd_tensors(said, tmp_path, recwarn):
+    config = ModelConfig("M", 2, 32, vocab_size=264, tie_embeddings=True)
+    change = {"backbone.norm_f.weight": ODD[said](torch.ones(32))}
+    of_mamba_ssm(tmp_path / "theirs", config, lambda tensors: tensors | change)
+    recwarn.clear()
+    with pytest.raises(ValueError, match=said):
+        convert(str(tmp_path / "theirs"), tmp_path / "ours", tokenizer="bytes")
+    assert not recwarn and not (tmp_path / "ours").exists()
+
+
+def test_more_experts_than_tensors(tmp_path):
+    published(tmp_path / "theirs", *MODELS["Jamba"][:1], **MODELS["Jamba"][1])
+    change(tmp_path / "theirs", num_experts=10**9)
+    with pytest.raises(ValueError, match=r"the model has 2,000,000,000 experts, and the weights only 83 tensors"):
+        convert(str(tmp_path / "theirs"), tmp_path / "ours")
 
 
 def test_weights_that_contradict_each_other(tmp_path):

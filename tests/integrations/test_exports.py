@@ -16,6 +16,7 @@ from moemamba.integrations.export.padding import with_idle_norms
 from moemamba.integrations.export.step import Step, program
 from moemamba.integrations.portability import FORMATS, obstacles
 from moemamba.integrations.portability.jamba import Period, pattern, period
+from moemamba.tensors import TensorFile
 from moemamba.text import ByteTokenizer
 
 EXPERTS = ExpertsConfig(4, top_k=2, d_expert=40)
@@ -45,6 +46,9 @@ FOLDERS = {
     "mamba": ("mamba", "M", "none", {}),
     "mamba, tied": ("mamba", "M", "none", {"tie_embeddings": True, "norm_eps": 1e-3}),
     "falcon": ("falcon_mamba", "M", "weightless", {}),
+    "vllm, tied": ("vllm", "ME", "rmsnorm", {"tie_embeddings": True}),
+    "vllm, plain": ("vllm", "ME", "none", {"tie_embeddings": True}),
+    "vllm, pattern M": ("vllm", "M", "none", {"tie_embeddings": True}),
     "jamba, inner norms": ("jamba", "ME", "rmsnorm", {}),
     "jamba, weightless": ("jamba", "ME", "weightless", {}),
     "jamba, plain": ("jamba", "ME", "none", {"tie_embeddings": True}),
@@ -73,6 +77,10 @@ def test_transformers_computes_the_same(name, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("né", add_special_tokens=False)["input_ids"] == [*"né".encode()]
     assert tokenizer.eos_token_id == 256
+    if to == "vllm":  # whose Mamba ties its head, whose Jamba never does
+        kind, has_head = type(theirs).__name__, "lm_head.weight" in TensorFile(tmp_path / "out" / "model.safetensors")
+        assert (kind, has_head) == (("MambaForCausalLM", False) if pattern == "M" else ("JambaForCausalLM", True))
+        assert theirs.config.tie_word_embeddings is not has_head
     convert(str(tmp_path / "out"), tmp_path / "back")  # and in again
     torch.testing.assert_close(logits(load(tmp_path / "back")[0]), logits(model), rtol=0, atol=2e-6)
 

@@ -1,5 +1,7 @@
 """transformers' own models on our kernels: the same outputs, gradients and tokens, and back again."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import (
@@ -26,6 +28,7 @@ MODELS = {
     "mamba": lambda: MambaForCausalLM(MambaConfig(**COMMON, **OWN)),
     "mamba, no conv bias": lambda: MambaForCausalLM(MambaConfig(**COMMON, **OWN, use_conv_bias=False, use_bias=True)),
     "falcon-mamba": lambda: FalconMambaForCausalLM(FalconMambaConfig(**COMMON, **OWN, use_bias=True)),
+    "falcon-mamba, no bias": lambda: FalconMambaForCausalLM(FalconMambaConfig(**COMMON, **OWN)),
     "jamba": lambda: JambaForCausalLM(JambaConfig(**COMMON, **JAMBA)),
 }
 
@@ -117,6 +120,121 @@ def test_caches_change_hands(name):
     for first in (False, True):
         for second in (False, True):
             torch.testing.assert_close(continued(first, second), expected, rtol=1e-3, atol=1e-4)
+
+
+def begun(model):
+    """Tokens, and the cache after most of them, by the name that the model has for it."""
+    x = tokens()
+    out = model(x[:, :9], use_cache=True)
+    return x, {name: out[name] for name in ("cache", "past_key_values", "cache_params") if name in out}
+
+
+FUSED = {"mamba": 2, "falcon-mamba, no bias": 2, "jamba": 3, "mamba, no conv bias": 0}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_token_is_one_kernel_a_layer(name, monkeypatch):
+    """Made ready once, as long as weights stay where they are."""
+    model, made, taken = build(name), [], []
+    plain = ops.mamba_step_of
+
+    def counted(*args):
+        made.append(1)
+        step = plain(*args)
+        return lambda *given: taken.append(1) or step(*given)
+
+    monkeypatch.setattr(ops, "mamba_step_of", counted)
+    with torch.no_grad():
+        x, cache = begun(model)
+        expected, mine = [], deepcopy(cache)
+        for t in range(9, 13):
+            expected.append(model(x[:, t : t + 1], use_cache=True, **cache).logits)
+        with accelerate(model):
+            found = [model(x[:, t : t + 1], use_cache=True, **mine).logits for t in range(9, 13)]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert (len(made), len(taken)) == (FUSED[name], 4 * FUSED[name])
+
+
+def renewed(model):
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, torch.nn.Parameter(parameter * 1.1))
+
+
+def written(model):
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)  # the version of the parameter stays
+
+
+def moved(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+
+
+def loaded(model):
+    model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
+
+
+def hooked(kind):
+    def change(model):
+        for module in model.modules():
+            if type(module).__name__.endswith(kind):
+                module.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+
+    return change
+
+
+def forwarded(model):
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x: 0.9 * x
+
+
+CHANGES = {
+    "renewed": renewed,
+    "written": written,
+    "moved": moved,
+    "loaded": loaded,
+    "double": lambda model: model.double(),
+    "forward of a norm": forwarded,
+} | {f"hook on {kind}": hooked(kind) for kind in ("Mixer", "RMSNorm", "Linear", "Conv1d", "Block")}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["mamba", "falcon-mamba, no bias", "jamba"])
+def test_a_change_between_two_tokens_is_seen(name, change):
+    if (name, change) == ("jamba", "double"):
+        pytest.skip("experts of transformers know no float64")
+    model = build(name)
+    with torch.no_grad():
+        x, cache = begun(model)
+        accelerated = accelerate(model)
+        model(x[:, 9:10], use_cache=True, **cache)
+        CHANGES[change](model)
+        theirs = deepcopy(cache)
+        found = model(x[:, 10:11], use_cache=True, **cache).logits
+        accelerated.undo()
+        if change == "forward of a norm":
+            forwarded(model)  # undoing took it away
+        expected = model(x[:, 10:11], use_cache=True, **theirs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_copy_has_weights_of_its_own(tmp_path):
+    model = build("mamba")
+    with torch.no_grad(), accelerate(model):
+        x, cache = begun(model)
+        expected = model(x[:, 9:10], use_cache=True, **deepcopy(cache)).logits
+        torch.save(model, tmp_path / "model.pt")
+        copies = [deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)]
+        written(model)
+        for copy in copies:
+            assert copy(x[:, 9:10], use_cache=True, **deepcopy(cache)).logits.equal(expected)
+            written(copy)
+            wanted = model(x[:, 9:10], use_cache=True, **deepcopy(cache)).logits
+            assert copy(x[:, 9:10], use_cache=True, **deepcopy(cache)).logits.equal(wanted)
+        assert (wanted - expected).abs().max() > 1e-3
 
 
 def test_what_theirs_gets_wrong():

@@ -18,7 +18,7 @@ from moemamba import ModelConfig, MoEMamba, generate, save
 from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, MambaConfig
 from moemamba.integrations.export import export
 from moemamba.integrations.export.gguf_vocabulary import vocabulary
-from moemamba.integrations.export.llama_cpp import Runner, compare
+from moemamba.integrations.export.llama_cpp import compare, complete, tokenize
 from moemamba.text import ByteTokenizer, TrainedTokenizer, load_tokenizer, train_bpe
 
 pytest.importorskip("gguf")
@@ -67,10 +67,9 @@ def test_the_same_tokens_and_probabilities(name, tmp_path):
     model, tokenizer = build(pattern, inner, **more), ascii_tokenizer()
     save(tmp_path / "run", model, tokenizer)
     export(tmp_path / "run", "gguf", tmp_path / "out")
-    runner, worst = Runner(tmp_path / "out" / "model.gguf"), 0.0
-    for seed in range(2):
-        prompt = random.Random(seed).choices(range(96), k=12 + 9 * seed)
-        found, sequence = runner.complete(prompt, 24), list(prompt)
+    prompts, worst = [random.Random(seed).choices(range(96), k=12 + 9 * seed) for seed in range(2)], 0.0
+    for prompt, found in zip(prompts, complete(tmp_path / "out" / "model.gguf", prompts, 24), strict=True):
+        sequence = list(prompt)
         for step in found:
             with torch.no_grad():
                 expected = model(torch.tensor([sequence])).logits[0, -1].log_softmax(-1)
@@ -144,14 +143,13 @@ def test_text_becomes_the_same_tokens(name, tmp_path):
     torch.manual_seed(0)
     save(tmp_path / "run", MoEMamba(ModelConfig("M", 1, 8, vocab_size=tokenizer.vocab_size + 3)), tokenizer)
     export(tmp_path / "run", "gguf", tmp_path / "out")
-    runner = Runner(tmp_path / "out" / "model.gguf")
     assert compare(tmp_path / "out" / "model.gguf", tokenizer)
     for kind, text in samples().items():
         if name == "gpt-neox-20b":  # it composes characters first, which llama.cpp does not: text as it is written
             text = unicodedata.normalize("NFC", text)
-        for part in (text[begin : begin + 100_000] for begin in range(0, len(text), 100_000)):
-            same = runner.tokenize(part) == tokenizer.encode(part)  # not by assert, which would show a megabyte
-            assert same, kind
+        parts = [text[begin : begin + 100_000] for begin in range(0, len(text), 100_000)]
+        same = tokenize(tmp_path / "out" / "model.gguf", parts) == [tokenizer.encode(part) for part in parts]
+        assert same, kind  # no comparison by assert, which would show a megabyte
 
 
 # What llama.cpp would split otherwise

@@ -119,6 +119,44 @@ def test_probabilities_are_those_of_each_row_by_itself(pattern):
         module.CHUNK = chunk
 
 
+@pytest.mark.slow
+def test_over_http_the_same(questions, tmp_path):
+    """lm-eval's own client of completions asks `serve`, and gets what our class computes, question by question."""
+    pytest.importorskip("tenacity", reason="lm-eval's client needs it")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+    from servers import running
+
+    from moemamba.integrations.lm_eval import MoEMambaLM
+    from moemamba.integrations.lm_eval.tasks import from_files
+
+    def answers(model):
+        return lm_eval.simple_evaluate(
+            model=model,
+            tasks=[config for task in TASKS for config in from_files(task, questions)],
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=0,
+            log_samples=True,
+        )["samples"]
+
+    model, run = build("MEA"), str(tmp_path / "run")
+    save(run, model, ByteTokenizer())
+    expected, compared = answers(MoEMambaLM(run)), 0
+    with running(model) as server:
+        address = {"base_url": f"{server.url}/v1/completions", "model": "small", "batch_size": 2}
+        found = answers(LocalCompletionsAPI(**address, tokenizer=run, tokenizer_backend="huggingface"))
+    assert found.keys() == expected.keys() and len(found) == 8
+    for task, samples in expected.items():
+        for ours, theirs in zip(samples, found[task], strict=True):
+            for (chance, greedy), (other, likewise) in zip(
+                ours["filtered_resps"], theirs["filtered_resps"], strict=True
+            ):
+                assert math.isclose(float(chance), float(other), rel_tol=1e-5), (task, ours["doc"])
+                assert str(greedy) == str(likewise)
+                compared += 1
+    assert compared == 46
+
+
 def test_texts_end_where_they_are_asked_to():
     from lm_eval.api.instance import Instance
 

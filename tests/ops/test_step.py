@@ -181,6 +181,37 @@ def test_in_place_and_prepared_are_the_same(threads, monkeypatch):
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("inner", ["none", "rmsnorm", "weightless"])
+@pytest.mark.parametrize(("rows", "spare"), [(1, 0), (3, 1), (2, 3)])
+def test_weights_prepared_alone(rows, spare, inner, normed):
+    """Other inputs and states each time, a longer window, the norm and the sum with it, and weights that change."""
+    torch.manual_seed(0)
+    layer = Mamba(40, 5, inner_norm=inner).requires_grad_(False)
+    scale, x = torch.randn(40), torch.randn(rows, 9, 40)
+    with torch.no_grad():
+        weights = layer._step_weights()
+        step = ops.mamba_step_of(weights, 3 + spare, (scale, 1e-3) if normed else None)
+        _, state = layer(x[:, :4])
+        window = torch.randn(rows, 3 + spare, 80).transpose(1, 2)
+        window[..., spare:] = state.conv
+        own, ssm = window[..., spare:], state.ssm.transpose(1, 2).contiguous().transpose(1, 2)
+        conv, expected_ssm = own.clone(), ssm.clone()
+        for position in range(4, 9):
+            layer.A_log.data += 0.2  # which leaves no trace in the tensor's version
+            layer.conv1d.weight[:, 0, position % 4] *= 2
+            now = x[:, position : position + 1].contiguous()
+            with ops.backend("reference"):
+                norm = (scale, None) if normed else (None, None)
+                y, conv, expected_ssm = ops.mamba_step(now, conv, expected_ssm, *weights, *norm, eps=1e-3)
+            found = step(now, window, ssm)
+            for value, wanted in ((found, y), (own, conv), (ssm, expected_ssm)):
+                torch.testing.assert_close(value, wanted, atol=2e-5, rtol=2e-5)
+        assert step(now.transpose(0, 2).contiguous().transpose(0, 2).double(), window, ssm) is None
+        with pytest.raises(ValueError, match="conv_state has shape"):
+            step(now, window[..., 1:], ssm)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
 def test_linear(rows, bias, monkeypatch):

@@ -16,9 +16,10 @@ class Export:
 
     run: Positional[Place]
     """a run directory or a checkpoint"""
-    to: Literal["hf", "mamba", "falcon_mamba", "jamba", "gguf", "onnx", "torch"] = "gguf"
+    to: Literal["hf", "mamba", "falcon_mamba", "jamba", "vllm", "gguf", "onnx", "torch"] = "gguf"
     """gguf: llama.cpp; hf: transformers with this package beside it; mamba, falcon_mamba, jamba: architectures of
-    transformers; onnx: a step for ONNX Runtime; torch: a step for torch.export.load"""
+    transformers; vllm: the one of these that fits; onnx: a step for ONNX Runtime; torch: a step for
+    torch.export.load"""
     out: Place | None = None
     """the new folder; beside the run, with the format behind its name, if None"""
 

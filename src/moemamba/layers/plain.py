@@ -49,10 +49,13 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module still is no more than what its class does."""
-    if type(module) is not kind:
-        return False
+    return type(module) is kind and "forward" not in module.__dict__ and unhooked(module)
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether calling a module is no more than calling its forward, on plain parameters."""
     state = module.__dict__
-    hooked = (  # `why_not_plain` in one breath, since this is asked of every layer for every token
+    if (  # `why_not_plain` in one breath, since this is asked of every layer for every token
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
@@ -61,8 +64,7 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or _modules._global_forward_pre_hooks
         or _modules._global_backward_hooks
         or _modules._global_backward_pre_hooks
-    )
-    if hooked or "forward" in state:
+    ):
         return False
     for parameter in state["_parameters"].values():
         if parameter is not None and type(parameter) not in _TENSORS:

@@ -26,7 +26,7 @@ from .dense import linear, linear_add, linear_beside, norm_linear, prepare_rms_n
 from .derivatives import transformed
 from .experts import activate, expert_feedforward, expert_linear, prepare_experts
 from .head import linear_cross_entropy
-from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step, prepare_mamba_step
+from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step, mamba_step_of, prepare_mamba_step
 from .moe_step import fuses_moe_step, moe_step, why_not_moe_step
 from .router import prepare_router, router, router_choices, router_means
 from .scan import selective_scan
@@ -52,6 +52,7 @@ __all__ = [
     "linear_cross_entropy",
     "load_kernels",
     "mamba_step",
+    "mamba_step_of",
     "moe_step",
     "norm_linear",
     "prepare_experts",

@@ -21,12 +21,18 @@ def gather(kind: Format, config: ModelConfig, stored: Mapping[str, Stored | Tens
         ValueError: a name is missing or is not of the model, or a shape is another one; the first few are named.
     """
     layers = len(config.pattern) * config.n_blocks
-    if layers > len(stored):
-        raise ValueError(f"the model has {layers:,} layers, and the weights only {len(stored):,} tensors")
+    each = config.experts.n_experts
+    experts = config.pattern.count("E") * config.n_blocks * each if isinstance(each, int) else sum(each)
+    for count, what in ((layers, "layers"), (experts, "experts")):  # before a table of them is made
+        if count > len(stored):
+            raise ValueError(f"the model has {count:,} {what}, and the weights only {len(stored):,} tensors")
     table, copies = kind.table(config), kind.copies(config)
     _check_names({name for entry in table for name in entry.theirs}, stored, copies)
-    with torch.device("meta"):
-        expected = model_tensors(MoEMamba(config))
+    try:
+        with torch.device("meta"):
+            expected = model_tensors(MoEMamba(config))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError("the model that config.json describes has tensors larger than there can be") from error
     tensors = {}
     for entry in table:
         tensors[entry.ours] = _joined(entry, stored, expected.pop(entry.ours))

@@ -1,5 +1,6 @@
 """A model on disk as another program wrote it: its config.json, its tensors and its tokenizer, each looked at first."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _parts(index: Path) -> list[Path]:
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise FileError(f"{index} does not say which file each tensor is in; restore it")
     names = sorted(set(places.values()))
-    if strange := [name for name in names if Path(name).name != name]:
+    if strange := [name for name in names if Path(name).name != name or len(name) > 255 or "\0" in name]:
         raise FileError(f"{index} names {strange[0][:80]!r}, which is no file beside it")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise ValueError(f"{index.parent / missing[0]} is missing, one of the {len(names)} parts of the model")
@@ -115,11 +116,12 @@ def _read(file: Path) -> Mapping[str, "Stored | Tensor"]:
         return stored
     check_regular(file)
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=_mappable(file))
+        with warnings.catch_warnings(action="ignore"):  # of other formats than the newest
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=_mappable(file))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # what a damaged pickle raises is anything
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:160]
         raise ValueError(f"{file} is no file of tensors alone, as torch.save writes them ({said})") from error
     for inner in ("model", "state_dict"):  # as BlackMamba and Lightning wrap them
         if isinstance(found, dict) and isinstance(found.get(inner), dict):
@@ -128,6 +130,12 @@ def _read(file: Path) -> Mapping[str, "Stored | Tensor"]:
         raise ValueError(f"{file} holds {type(found).__name__}, not tensors by name")
     if strange := [name for name, value in found.items() if not (isinstance(name, str) and torch.is_tensor(value))]:
         raise ValueError(f"{file}: {str(strange[0])[:80]!r} is no tensor; save the model's state_dict alone")
+    size = file.stat().st_size
+    for name, tensor in found.items():
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise ValueError(f"{file}: {name[:80]!r} is sparse, nested, quantised or without numbers; save it dense")
+        if tensor.numel() * tensor.element_size() > size:
+            raise ValueError(f"{file}: {name[:80]!r} is larger than the file; save it with all of its numbers")
     return found
 
 

@@ -9,7 +9,7 @@ from ...checkpoint import load, model_tensors
 from ...config import ModelConfig
 from ...host.files import expanded, new_directory
 from ...model import MoEMamba
-from ..portability import FORMATS, expect_portable, remark
+from ..portability import FORMATS, expect_portable, remark, served
 
 __all__ = ["Exported", "export"]
 
@@ -71,6 +71,10 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
                 from .folder import write_folder
 
                 write_folder(folder, to, model.config, model_tensors(model), tokenizer)
+            case "vllm":
+                from .folder import for_vllm, write_folder
+
+                write_folder(folder, served(model.config), *for_vllm(model.config, model_tensors(model)), tokenizer)
     return Exported(model.config, expanded(out), remark(to, model.config))
 
 

@@ -12,7 +12,7 @@ from ...host.files import write_json
 from ...tensors import write_tensors
 from ...text import Tokenizer
 from ..convert import FORMATS, scatter
-from ..portability import plain
+from ..portability import plain, served
 from .padding import with_idle_norms
 
 
@@ -30,6 +30,13 @@ def prepared(name: str, config: ModelConfig, tensors: dict[str, Tensor]) -> tupl
         }
         return config, tensors | ones
     return config, tensors
+
+
+def for_vllm(config: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A tied head as a tensor of its own: vLLM's Jamba (0.33) has no tied ones."""
+    if served(config) != "jamba" or not config.tie_embeddings:
+        return config, tensors
+    return config.replace(tie_embeddings=False), tensors | {"head.weight": tensors["embedding.weight"]}
 
 
 def write_folder(folder: Path, name: str, config: ModelConfig, tensors: dict[str, Tensor], own: Tokenizer) -> None:

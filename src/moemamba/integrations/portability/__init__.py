@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ...config import ModelConfig
 from .jamba import jamba, plain
 
-__all__ = ["FORMATS", "architecture", "expect_portable", "obstacles", "plain", "remark"]
+__all__ = ["FORMATS", "architecture", "expect_portable", "obstacles", "plain", "remark", "served"]
 
 Reasons = list[str]
 
@@ -54,11 +54,24 @@ def step(config: ModelConfig) -> Reasons:
     )
 
 
+def vllm(config: ModelConfig) -> Reasons:
+    """vLLM, which serves three architectures that ours can be."""
+    return {"mamba": mamba, "falcon_mamba": falcon_mamba, "jamba": jamba}[served(config)](config)
+
+
+def served(config: ModelConfig) -> str:
+    """The architecture as which vLLM computes it: the one with nothing to pad, if there is one."""
+    return next(
+        (name for name, fits in (("mamba", mamba), ("falcon_mamba", falcon_mamba)) if not fits(config)), "jamba"
+    )
+
+
 FORMATS: dict[str, tuple[str, Callable[[ModelConfig], Reasons]]] = {
     "hf": ("transformers, with this package installed beside it", lambda config: []),
     "mamba": ("transformers' MambaForCausalLM, and all that reads it", mamba),
     "falcon_mamba": ("transformers' FalconMambaForCausalLM", falcon_mamba),
-    "jamba": ("transformers' JambaForCausalLM, which vLLM reads too", jamba),
+    "jamba": ("transformers' JambaForCausalLM", jamba),
+    "vllm": ("vLLM, by its own Mamba, Falcon-Mamba or Jamba", vllm),
     "gguf": ("llama.cpp and what is built on it", gguf),
     "onnx": ("a step of generation for ONNX Runtime", step),
     "torch": ("a step of generation for torch.export.load", step),
@@ -80,7 +93,8 @@ def expect_portable(name: str, config: ModelConfig) -> None:
 
 def remark(name: str, config: ModelConfig) -> str:
     """What to know of an export that is possible; empty for an exact one."""
-    padded = name == "jamba" or (name == "gguf" and architecture(config) == "jamba")
+    as_jamba = {"jamba": True, "gguf": architecture(config) == "jamba", "vllm": served(config) == "jamba"}
+    padded = as_jamba.get(name, False)
     if padded and plain(config):
         return "in float32, by padding that switches its inner norms off; exact with mamba.inner_norm = rmsnorm"
     return ""

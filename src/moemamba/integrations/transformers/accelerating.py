@@ -1,7 +1,8 @@
 """transformers' own Mamba, Falcon-Mamba and Jamba on our kernels, with their weights and their caches."""
 
 from collections.abc import Callable
-from types import MethodType, TracebackType
+from functools import partial
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...layers.plain import weights_alone
+from ...layers.plain import unhooked
+from .stepping import Step, inner_norm, their_kind
 
 MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 NORMS = ("MambaRMSNorm", "FalconMambaRMSNorm", "JambaRMSNorm")
+BLOCKS = ("MambaBlock", "FalconMambaBlock")
 
 
 class Accelerated:
@@ -27,7 +30,7 @@ class Accelerated:
         self._before: list[tuple[nn.Module, Any]] = []
         for module, forward in modules.values():
             self._before.append((module, module.__dict__.get("forward")))
-            module.forward = MethodType(forward, module)
+            module.forward = partial(forward, module)
 
     def undo(self) -> None:
         """The model as it was; a second call does nothing."""
@@ -60,26 +63,24 @@ def accelerate(model: nn.Module) -> Accelerated:
         ValueError: the model has none of these layers, or one that is not as they come; it is left as it is.
     """
     found: dict[str, tuple[nn.Module, Callable[..., Any]]] = {}
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        kind = _kind(module)
-        if kind in MIXERS:
+        kind = their_kind(module)
+        if kind in BLOCKS:
+            found[name] = (module, _Block())
+        elif kind in MIXERS:
             _check(name, module)
-            found[name] = (module, _mixer)
-        elif kind in NORMS:
+            found[name] = (module, _Mixer())
+            inside.update(module.children())  # whose norms the mixer sees to
+        elif kind in NORMS and module not in inside:
             found[name] = (module, _norm)
-    if not any(forward is _mixer for _, forward in found.values()):
+    if not inside:
         raise ValueError(f"{type(model).__name__} has no layer to accelerate; those of transformers that are: {MIXERS}")
     return Accelerated(found)
 
 
-def _kind(module: nn.Module) -> str:
-    kind = type(module)
-    return kind.__name__ if kind.__module__.startswith("transformers.models.") else ""
-
-
 def _check(name: str, mixer: nn.Module) -> None:
-    own = mixer.__dict__.get("forward")
-    if getattr(own, "__func__", None) is _mixer:
+    if isinstance(getattr(mixer.__dict__.get("forward"), "func", None), _Mixer):
         raise ValueError(f"{name} is accelerated already; undo that first")
     if getattr(mixer, "activation", "silu") != "silu":
         raise ValueError(f"{name} has the activation {mixer.activation!r}; the kernels know silu alone")
@@ -90,30 +91,62 @@ def _norm(self: Any, hidden_states: Tensor) -> Tensor:
     return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon).to(hidden_states.dtype)
 
 
-def _mixer(
-    self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Tensor:
-    """A Mamba layer; see the forward that it takes the place of, whose cache is called `cache` from 5.24 on."""
-    cache_params = kwargs.pop("cache", cache_params)
+class _Mixer:
+    """The forward of a Mamba layer."""
+
+    def __init__(self) -> None:
+        self.step = Step()
+
+    def __call__(
+        self, mixer: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """See the forward that it takes the place of, whose cache is called `cache` from 5.24 on."""
+        cache = kwargs.pop("cache", cache_params)
+        if cache is not None:
+            if cache.layers[mixer.layer_idx].record_past:  # for a speculation, whose end it takes back
+                return type(mixer).forward(mixer, hidden_states, cache, attention_mask, **kwargs)  # type: ignore[no-any-return]
+            y = self.step(mixer, None, hidden_states, cache) if attention_mask is None else None
+            if y is not None:
+                return y
+        return _whole(mixer, hidden_states, cache, attention_mask, kwargs.get("seq_idx"))
+
+
+class _Block:
+    """The forward of a Mamba layer with its norm and what it is added to; but for a token it is theirs."""
+
+    def __init__(self) -> None:
+        self.step = Step()
+
+    def __call__(self, block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cache = kwargs.get("cache", kwargs.get("cache_params"))
+        if cache is not None and kwargs.get("attention_mask") is None and not args:
+            norm, mixer = block._modules["norm"], block._modules["mixer"]
+            if _is_ours(norm, _norm) and _is_ours(mixer, _Mixer):
+                y = self.step(mixer, norm, hidden_states, cache)
+                if y is not None:
+                    return y
+        return type(block).forward(block, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _is_ours(module: nn.Module, forward: Any) -> bool:
+    """Whether calling a module is calling this forward, or one of this class."""
+    own = getattr(module.__dict__.get("forward"), "func", None)
+    return (own is forward or type(own) is forward) and unhooked(module)
+
+
+def _whole(self: Any, x: Tensor, cache: Any, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    """Any number of positions x (b, l, d) of a Mamba layer, after those in a cache."""
     conv = ssm = None
-    if cache_params is not None:
-        own = cache_params.layers[self.layer_idx]
-        if own.record_past:  # for a speculation, whose end it takes back
-            return type(self).forward(self, hidden_states, cache_params, attention_mask, **kwargs)  # type: ignore[no-any-return]
-        if own.has_previous_state[0]:
-            conv, ssm = own.conv_states[0], own.recurrent_states[0]
-    x = _unpadded(hidden_states, attention_mask)
-    if conv is not None and ssm is not None and x.shape[1] == 1:
-        y = _step(self, x, conv, ssm)
-        if y is not None:
-            return y
-    seq_idx = kwargs.get("seq_idx")
+    if cache is not None:
+        cached = cache.layers[self.layer_idx]
+        if cached.has_previous_state[0]:
+            conv, ssm = cached.conv_states[0], cached.recurrent_states[0]
+    x = _unpadded(x, attention_mask)
     u, z = self.in_proj(x).chunk(2, dim=-1)
-    if cache_params is not None:
+    before = None
+    if cache is not None:
         before = None if conv is None else conv[..., 1:].clone()  # theirs holds a position more
-        cache_params.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-    else:
-        before = None
+        cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size)
     taps, shift = self.conv1d.weight.squeeze(1), self.conv1d.bias
     u, _ = ops.causal_conv1d(u, taps, shift, initial_state=before, seq_idx=seq_idx)
     u = _unpadded(u, attention_mask)
@@ -123,8 +156,8 @@ def _mixer(
     dt = F.linear(dt, self.dt_proj.weight)
     initial = None if ssm is None else ssm.float()
     y, after = ops.selective_scan(u, dt, A, B, C, D, z, bias, initial_state=initial, seq_idx=seq_idx)
-    if cache_params is not None:
-        cache_params.update_recurrent_state(after, self.layer_idx)
+    if cache is not None:
+        cache.update_recurrent_state(after, self.layer_idx)
     return self.out_proj(y)  # type: ignore[no-any-return]
 
 
@@ -142,26 +175,6 @@ def _chosen(self: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inner(norm: Any, x: Tensor) -> Tensor:
-    """Jamba's norms have weights, and are accelerated by themselves; Falcon-Mamba's do nothing with theirs."""
-    if _kind(norm) == "FalconMambaWeightlessRMSNorm":
-        return ops.rms_norm(x, None, norm.eps).to(x.dtype)
-    return norm(x)  # type: ignore[no-any-return]
-
-
-def _step(self: Any, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor | None:
-    """One token by one kernel, where there is one for these weights; the states are overwritten."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or hasattr(self, "dt_layernorm"):
-        return None
-    in_proj, out_proj = weights_alone(self.in_proj, nn.Linear, 1), weights_alone(self.out_proj, nn.Linear, 1)
-    x_proj, dt_proj = weights_alone(self.x_proj, nn.Linear, 1), weights_alone(self.dt_proj, nn.Linear, 2)
-    conv1d = weights_alone(self.conv1d, nn.Conv1d, 2)
-    if not (in_proj and out_proj and x_proj and dt_proj and conv1d) or ssm.dtype != torch.float32:
-        return None
-    inside = (conv1d[0].squeeze(1), conv1d[1], *x_proj, *dt_proj, self.A_log, self.D)
-    weights = (*in_proj, *inside, *out_proj)
-    if not ops.fuses_mamba_step(x, *weights):
-        return None
-    y, after, ssm_after = ops.mamba_step(x, conv[..., 1:].contiguous(), ssm, *weights)
-    conv.copy_(torch.cat([conv[..., 1:2], after], -1))
-    ssm.copy_(ssm_after)
-    return y
+    """Jamba's norms of dt, B and C have weights, Falcon-Mamba's none."""
+    own = inner_norm(norm)
+    return norm(x) if own is None else ops.rms_norm(x, *own).to(x.dtype)  # type: ignore[no-any-return]

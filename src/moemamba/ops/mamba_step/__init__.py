@@ -98,6 +98,28 @@ def prepare_mamba_step(
     return prepare(x, conv_state, ssm_state, weights, y)
 
 
+def mamba_step_of(
+    weights: tuple[Any, ...], window: int, norm: tuple[Tensor, float] | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
+    """`mamba_step` over and over with the same weights, and other inputs and states each time.
+
+    Args:
+        weights: those of `mamba_step` up to `inner`, in its order, which may be changed in place, in any way, but have
+            to stay where they are.
+        window: how many last inputs of the convolution a state holds, k - 1 or more.
+        norm: weight (d,) and eps; with it the function is the residual sub-layer `x + layer(norm(x))`.
+    Returns:
+        a function of x (b, 1, d), conv_state (b, i, window) and ssm_state (b, i, n), which lie by channel in memory and
+        are overwritten: it returns y (b, 1, d), or None where it cannot read these and has done nothing. None where
+        there is no such function.
+    """
+    if choose("mamba_step", weights[0]) != "cpu":
+        return None
+    from .cpu import step_of
+
+    return step_of(weights, window, norm)
+
+
 def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
     """The largest entry of `x @ weight.T` in each row, as x's dtype rounds it: the most likely token. No gradients.
 

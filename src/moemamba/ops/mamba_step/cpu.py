@@ -8,14 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import expect
 from ..kit.cpu import LOG2E, TILE, by_channel, located, new, run
 from ..kit.cpu.product import MULTIPLICATIONS
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from . import reference
-from .cpu_kernels import NORMS, SHARE, all_phases, step
+from .cpu_kernels import NORMS, SHARE, all_phases, normalise, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -153,5 +155,57 @@ def prepare(
             tensors[2].copy_(by_taps(conv_weight))
             tensors[7].copy_(decays(A_log))
         launch((live, d, width, n, k, r), True, eps, *places)
+
+    return take
+
+
+def step_of(
+    weights: tuple[Any, ...], window: int, norm: tuple[Tensor, float] | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
+    """See `moemamba.ops.mamba_step_of`."""
+    in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner = weights
+    (width, n), d, r, eps = A_log.shape, in_proj.shape[1], dt_proj.shape[1], -1.0 if inner is None else inner.eps
+
+    def derived() -> tuple[Tensor, ...]:
+        """Copies of two weights, to see when they change, and what is made of them."""
+        taps, rates = conv_weight.detach().clone(), A_log.detach().clone()
+        return taps, rates, by_taps(F.pad(taps, (window + 1 - taps.shape[1], 0))), decays(rates)
+
+    def places_of(taps: Tensor, decay: Tensor) -> list[int] | None:
+        read = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+        return located(*read, norm and norm[0])
+
+    made = derived()
+    places = places_of(*made[2:])
+    if places is None or A_log.dtype != torch.float32:
+        return None
+    held = [(made, places)]  # changed as one, since several threads may be here
+
+    def take(x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor | None:
+        batch = len(x)
+        expect("x", x, (batch, 1, d))
+        expect("conv_state", conv_state, (batch, width, window))
+        expect("ssm_state", ssm_state, (batch, width, n))
+        made, places = held[0]
+        if not (
+            torch.equal(conv_weight, made[0]) and torch.equal(A_log, made[1])
+        ):  # `.data` leaves versions as they are
+            made = derived()
+            places = places_of(*made[2:])  # type: ignore[assignment]
+            held[0] = made, places
+        sizes = (batch, d, width, n, window + 1, r)
+        y = torch.empty_like(x) if norm is None else x.clone()
+        work = new(space(sizes) + batch * d)
+        found = located(x, conv_state.transpose(1, 2), ssm_state.transpose(1, 2), work, y)
+        if found is None:
+            return None
+        source, conv, ssm, spare, target = found
+        *read, weight = places
+        if norm is not None:
+            normed = spare + 4 * space(sizes)
+            normalise(batch, d, norm[1], source, weight, normed)
+            source = normed
+        launch(sizes, norm is not None, eps, source, *read, conv, conv, ssm, ssm, spare, target)
+        return y
 
     return take

@@ -32,6 +32,17 @@ def _normalise(x: int, size: int, weight: int, eps: Any, total: Any) -> None:
             own[c] = own[c] * shares[c]
 
 
+@exact_kernel
+def normalise(rows: int, d: int, eps: float, x: int, weight: int, y: int) -> None:
+    """y (rows, d), the norm of x with its weight (d,), as `ops.rms_norm` has it."""
+    total = np.empty(1, np.float32)
+    for b in range(rows):
+        source, target = floats(x + 4 * b * d, d), floats(y + 4 * b * d, d)
+        for c in range(d):
+            target[c] = source[c]
+        _normalise(y + 4 * b * d, d, weight, np.float32(eps), total)
+
+
 @exact
 def _convolve(u: Any, total: Any, width: int, k: int, taps: int, bias: int, window: int) -> None:
     """The convolution at one position with its activation, u in and out; the window moves on.
