@@ -257,6 +257,16 @@ def test_doctor(call):
     assert all(word in output for word in ("torch", "python", "selective_scan"))
 
 
+def test_doctor_says_what_slows_a_model_down(call, tmp_path):
+    (tmp_path / "config.json").write_text('{"pattern": "ME", "n_blocks": 2, "mamba": {"proj_bias": true}}')
+    output = call("doctor", str(tmp_path))[1]
+    assert output.count("proj_bias = True: the kernel of a step adds no biases") == 2
+    found = json.loads(call("doctor", str(tmp_path), "--json")[1])["layers"]
+    assert list(found) == ["layers.0.branches.0", "layers.2.branches.0"]
+    assert "know every option of the layers of mamba-tiny" in call("doctor", "mamba-tiny")[1]
+    assert json.loads(call("doctor", "mamba-tiny", "--json")[1])["layers"] == {}
+
+
 def test_interrupted_training_says_how_to_go_on(text, tmp_path):
     where = tmp_path / "run"
     options = ["--steps", "100000", "--save-every", "2", "--data", text, "--run", str(where)]

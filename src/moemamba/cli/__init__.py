@@ -33,7 +33,7 @@ COMMANDS = {
     "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
     "plan": "                     which model to train, by a scaling law; and the law, from comparisons",
-    "doctor": "                     versions, devices, and which backend each op uses and why",
+    "doctor": "[PRESET|RUN|FILE]    versions, devices, and which backend each op uses and why",
 }
 PRINTS = {
     "generate",

@@ -13,7 +13,7 @@ from importlib import import_module
 from ..presets import presets
 from .terminal import NAMES
 
-WITH_PRESETS = ("train", "info", "compare")  # commands whose first word may be a preset
+WITH_PRESETS = ("train", "info", "compare", "doctor")  # commands whose first word may be a preset
 
 BASH = """\
 _moemamba() {{
