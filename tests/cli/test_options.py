@@ -24,29 +24,10 @@ from moemamba.device import find_device
 from moemamba.marks import changeable, marks
 from moemamba.training.spread import check_used
 
-KINDS = {
-    "train": "Train",
-    "prepare": "Prepare",
-    "convert": "Convert",
-    "finetune": "Finetune",
-    "upcycle": "Upcycle",
-    "export": "Export",
-    "compare": "Compare",
-    "paper": "Paper",
-    "report": "Asked",
-    "generate": "Generate",
-    "chat": "Chat",
-    "serve": "Serve",
-    "eval": "Eval",
-    "look": "Look",
-    "info": "Info",
-    "doctor": "Doctor",
-    "plan": "Planning",
-}
-
 
 def kind(command: str) -> type:
-    return getattr(import_module(f"moemamba.cli.{command}"), KINDS[command])
+    """The dataclass of a command has its name."""
+    return getattr(import_module(f"moemamba.cli.{command}"), command.capitalize())
 
 
 def everything() -> list[Option]:
