@@ -1,13 +1,7 @@
-"""The Triton kernels against the reference: in Triton's interpreter on a CPU, for real where there is a GPU.
-
-The interpreter has to be asked for before Triton is first imported, so on a CPU this file runs itself in a
-process apart.
-"""
+"""The Triton kernels against the reference: in Triton's interpreter on a CPU, for real where there is a GPU."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,42 +11,15 @@ from moemamba import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="runs in a process apart")
+kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="Triton is not installed")
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(autouse=True, scope="module")
 def full_precision() -> None:
     """The reference's own matrix products must not round to tf32."""
     torch.set_float32_matmul_precision("highest")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def scalar_indices() -> Iterator[None]:
-    """Triton 3.6's interpreter turns a tensor of one element into an index in a way that NumPy 2.4 refuses."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: object) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # type: ignore[attr-defined]
-
-    interpreter._patch_lang_tensor = patched
-    yield
-    interpreter._patch_lang_tensor = original
 
 
 @pytest.fixture
