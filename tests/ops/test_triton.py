@@ -13,6 +13,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="Triton is not installed")
 
+SLOW = pytest.mark.slow
+LONG = [(63, False), (100, True)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -102,7 +104,10 @@ def _conv(**fixed: object) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @kernels
-@pytest.mark.parametrize(("length", "packed"), [(1, False), (1, True), (2, True), (63, False), (100, True)])
+@pytest.mark.parametrize(
+    ("length", "packed"),
+    [(1, False), (1, True), (2, True), (29, True), *(pytest.param(*each, marks=SLOW) for each in LONG)],
+)
 def test_scan_equals_reference(length: int, packed: bool, poisoned: None) -> None:
     torch.manual_seed(length)
     inputs = _scan_inputs(1, length, 20, 5, torch.float32)
@@ -110,13 +115,21 @@ def test_scan_equals_reference(length: int, packed: bool, poisoned: None) -> Non
 
 
 @kernels
-@pytest.mark.parametrize("length", [257] if INTERPRETED else [100, 257, 1000])
-def test_scan_in_chunks_equals_reference(length: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("length", "chunk"),
+    [(70, 32), *(pytest.param(length, 256, marks=SLOW) for length in ([257] if INTERPRETED else [257, 1000]))],
+)
+def test_scan_in_chunks_equals_reference(
+    length: int, chunk: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three chunks and more, of which the last is shorter."""
     from moemamba.ops.scan import triton as triton_scan
 
     monkeypatch.setattr(triton_scan, "PROGRAMS", 10**6)
+    monkeypatch.setattr(triton_scan, "CHUNK", chunk)
     torch.manual_seed(length)
-    assert triton_scan.plan(1, length, 20, 5).chunked
+    how = triton_scan.plan(1, length, 20, 5)
+    assert how.chunked and length > 2 * how.chunk
     _assert_equal_to_reference(_scan(seq_idx=_packed(1, length)), _scan_inputs(1, length, 20, 5, torch.float32))
 
 
