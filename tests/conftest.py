@@ -1,6 +1,7 @@
 """Variables that have to be set before torch and triton are imported.
 
-Workers of pytest-xdist share the cores out among them. Without a GPU, Triton kernels run in Triton's interpreter.
+Workers of pytest-xdist share the cores out among them, and threads that wait for each other sleep: tensors here are so
+small that spinning takes seven times the work. Without a GPU, Triton kernels run in Triton's interpreter.
 """
 
 import importlib.util
@@ -8,6 +9,8 @@ import os
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
