@@ -1,7 +1,7 @@
 """Variables that have to be set before torch and triton are imported.
 
-Workers of pytest-xdist share the cores out among them, and threads that wait for each other sleep: tensors here are so
-small that spinning takes seven times the work. Without a GPU, Triton kernels run in Triton's interpreter.
+Workers of pytest-xdist share the cores out among them, and threads that wait for each other sleep: spinning, they would
+keep a core from another worker. Without a GPU, Triton kernels run in Triton's interpreter.
 """
 
 import importlib.util
