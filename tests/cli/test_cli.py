@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from moemamba import TrainConfig, cli, ops
+from moemamba.cli.terminal import line
 from moemamba.cli.train import Train, read
 
 TINY = ["--model.pattern", "ME", "--model.n-blocks", "1", "--model.d-model", "16", "--model.experts.n-experts", "4"]
@@ -249,6 +251,18 @@ def test_info_of_preset_run_and_file(call, run):
     assert all(word in output for word in ("542,228,480", "26,329,088", "42 × 1536 relu, top-1"))
     assert call("info", run)[1] == call("info", f"{run}/config.json")[1]
     assert "R" in call("info", "inner-moe-mamba-25m")[1]
+
+
+def test_help_of_a_command_in_two_ways(call):
+    assert call("help", "look") == call("look", "--help")
+    assert call("help") == call("--help-all") == call()
+
+
+def test_empty_lines_are_printed_and_not_shown(capsys):
+    line("written\nto x", apart=True)
+    assert capsys.readouterr().out == "\nwritten\\nto x\n"
+    commands = Path(cli.__file__).parent.glob("*.py")
+    assert not [path.name for path in commands if re.search(r'line\(f?"\\n', path.read_text())]
 
 
 def test_doctor(call):
