@@ -176,7 +176,7 @@ def test_softplus_at_both_ends() -> None:
 @kernels
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
+@pytest.mark.parametrize("length", [1, 2, 63, 100, pytest.param(257, marks=SLOW)])
 def test_conv_equals_reference(length: int, packed: bool, count: int, poisoned: None) -> None:
     if INTERPRETED and (length, count) not in {(1, 4), (2, 2), (63, 1), (100, 4), (257, 4)}:
         pytest.skip("slow in the interpreter")
