@@ -186,12 +186,19 @@ def test_conv_equals_reference(length: int, packed: bool, count: int, poisoned: 
 
 
 @kernels
+@pytest.mark.parametrize("width", [20, pytest.param(130, marks=SLOW)])
 @pytest.mark.parametrize("absent", ["bias", "initial_state"])
 @pytest.mark.parametrize("activation", ["silu", None])
-def test_conv_without(absent: str, activation: str | None, poisoned: None) -> None:
+def test_conv_without(absent: str, activation: str | None, width: int, poisoned: None) -> None:
     torch.manual_seed(0)
-    inputs = _conv_inputs(2, 7, 130, 4, torch.float32)
+    inputs = _conv_inputs(2, 7, width, 4, torch.float32)
     _assert_equal_to_reference(_conv(activation=activation), {**inputs, absent: None})
+
+
+@kernels
+def test_conv_of_several_tiles(poisoned: None) -> None:
+    torch.manual_seed(0)
+    _assert_equal_to_reference(_conv(), _conv_inputs(1, 3, 130, 4, torch.float32))
 
 
 def test_compiles_whole() -> None:
