@@ -15,6 +15,7 @@ from .config import ExpertsConfig, ModelConfig
 from .initialisation import initialise
 from .layers import LAYERS, Choice, RouterStats, final_norm, routers
 from .layers.head import Head
+from .layers.parts import Parts
 from .layers.residual import Residual
 from .layers.roles import Role, composed
 from .letters import LETTERS
@@ -70,12 +71,14 @@ class Backbone(nn.Module):
     Attributes:
         recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
             are kept, so that they cannot change.
+        parts: set where each process has a part of every sequence; see `distributed.split_sequences`.
     """
 
     embedding: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
     recompute = False
+    parts: Parts | None = None
 
     def backbone(
         self,
@@ -112,8 +115,14 @@ class Backbone(nn.Module):
         y: Tensor | None = None
         mixers: list[Any] = []
         router: list[RouterStats] = []
-        for layer in self.layers:
+        parts = self.parts
+        if parts is not None:
+            parts.begin(x, seq_idx, state)
+        for number, layer in enumerate(self.layers):
             before = None if state is None else state.mixers[len(mixers) :]
+            if parts is not None:
+                kinds = [LAYERS[letter] for letter in layer.letters if LAYERS[letter].state_type is not None]  # type: ignore[union-attr]
+                before = parts.before(number, layer, before, kinds, x)
             if hidden is not None:
                 x, y = x if y is None else x + y, None
                 hidden.append(x)
@@ -131,8 +140,12 @@ class Backbone(nn.Module):
                 )
             else:
                 x, y, after, stats = layer(x, y, before, seq_idx, record)
+            if parts is not None:
+                y, after = parts.after(number, y, after)
             mixers += after
             router += stats
+        if parts is not None:
+            router = parts.together(router)
         return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
 
     def _check_input(self, tokens: Tensor) -> None:

@@ -53,6 +53,11 @@ class State:
         """The state cut off from the graph, for truncated back-propagation."""
         return self._map(Tensor.detach)
 
+    def keep(self, rows: Tensor) -> "State":
+        """The state in rows, (b,) or () bool; in the others the one before any token."""
+        layers = {layer.state_type: layer for layer in KINDS.values()}
+        return State(tuple(layers[type(mixer)].keep(mixer, rows) for mixer in self.mixers))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, with checksums, beside and renamed, so that a reader never sees half of it.
 

@@ -144,6 +144,12 @@ class Attention(Layer):
         return AttentionState(keys[:, :, :length].clone(), values[:, :, :length].clone(), positions[:, :length].clone())
 
     @classmethod
+    def keep(cls, state: Any, rows: Tensor) -> AttentionState:
+        """Entries of other rows are of no sequence."""
+        keys, values, places = super().keep(state, rows)
+        return AttentionState(keys, values, places.masked_fill(~(rows[:, None] if rows.ndim else rows), -1))
+
+    @classmethod
     def length(cls, state: Any) -> int:
         entries: int = state.keys.shape[2]
         return entries

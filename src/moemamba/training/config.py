@@ -146,6 +146,9 @@ class TrainConfig:
     shares them out"""
     expert_parallel: int = option(1, MACHINE, place=2, changes="on resume")
     """with several processes (torchrun): how many of them share the experts of a layer; tokens travel to them"""
+    sequence_parallel: int = option(1, MACHINE, place=2, changes="on resume", later=True)
+    """with several processes (torchrun): how many of them share each sequence, a part each, for contexts that one
+    does not hold"""
     accumulate: int = option(1, MACHINE, changes="on resume")
     """parts that a batch is computed in, one after another, to save memory; must divide batch_size"""
     routing_groups: int | None = option(None, MACHINE, place=2)
@@ -166,7 +169,15 @@ class TrainConfig:
         for name in ("data", "validation", "test", "tokenizer", "run", "start", "branch"):
             object.__setattr__(self, name, at_home(getattr(self, name)))
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
-        more = ("test_tokens", "save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
+        more = (
+            "test_tokens",
+            "save_every",
+            "keep",
+            "max_skips",
+            "routing_groups",
+            "expert_parallel",
+            "sequence_parallel",
+        )
         validate(
             self,
             positive=(*counts, *more, "learning_rate", "clip", "timeout"),

@@ -15,7 +15,7 @@ import torch
 from ..data.batches import Batches
 from ..data.config import NO_TEST
 from ..data.corpora import find_tokenizer, open_corpora
-from ..distributed import Agreement, Processes, join, sources
+from ..distributed import Agreement, Processes, join, sharing, sources
 from ..host.progress import Report
 from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
@@ -44,7 +44,7 @@ from .run import (
     take,
     write,
 )
-from .spread import build, require_fit
+from .spread import build, require_fit, rows_of, sequence_parallel
 from .update import Average, Guard, Step, captures, learning_rate, optimizer_of
 from .watch import Alarms, Meter, Watch, Watcher, open_board, peak_flops, require_board
 
@@ -132,7 +132,10 @@ def _train(
     parts = config.accumulate
     rows = corpora.rows(text)
     every_rank = Batches(rows, config.batch_size)
-    batches = Batches(rows, config.batch_size // (parts * processes.size), processes.rank, processes.size)
+    sequence = sharing(processes, sequence_parallel(config, processes.size))
+    share = (sequence.rank, sequence.size) if sequence else (0, 1)
+    reader, readers = (number // share[1] for number in (processes.rank, processes.size))
+    batches = Batches(rows, rows_of(config, processes.size), reader, readers, *share)
     dtype = _dtype(config, processes.device)
     if given is not None and processes.size > 1:
         processes.alike(fingerprint(given), "weights of the models that are handed in")
@@ -169,7 +172,7 @@ def _train(
     guard = Guard(config, processes.device, position.skips)
     signals = Stop()
     agreement = Agreement(signals, processes)
-    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average)
+    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average, sequence)
     if update.carried and position.step:
         update.carried.go_on(read_carried(run, position, config.batch_size), parts, processes.device)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)

@@ -75,7 +75,7 @@ class Router(BaseRouter):
                 logit_bias=self.bias,
                 scores=self.scores,
             )
-            return settled(chosen, batch, valid, rules)
+            return settled(chosen, batch, valid, rules, self)
 
     def _route_all(self, x: Tensor) -> Routing:
         """As `forward` where nothing is dropped, padded or differentiated, by one kernel: for a token of generation the
