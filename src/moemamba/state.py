@@ -29,7 +29,7 @@ class State:
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """Rows; 0 of a model that remembers nothing."""
         return self.mixers[0][0].shape[0] if self.mixers else 0
 
     @property

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 SILENT = Report(silent=True)
 EXPERTS = ExpertsConfig(4, bias_rate=0.01)
 MODEL = ModelConfig("MER", 1, 16, experts=EXPERTS, routed=RoutedMambaConfig(experts=ExpertsConfig(4)))
+DIFFERENT = MODEL.replace(n_blocks=2, n_experts=(2, 6))  # of each layer another number of experts
 FULL = MODEL.replace(experts=dataclasses.replace(EXPERTS, capacity_factor=0.7))
 # Ways of sharing out the work, each against one process: processes, then what differs.
 WAYS = {
@@ -33,7 +34,7 @@ WAYS = {
     "averaged": (2, {"shard": "parameters", "average": 0.9}),
     "experts": (2, {"expert_parallel": 2}),
     "groups-over-processes": (2, {"routing_groups": 1, "model": FULL}),
-    "muon": (2, {"shard": "parameters", "expert_parallel": 2, "optimizer": "muon", "model": MODEL.replace(n_blocks=2)}),
+    "muon": (2, {"shard": "parameters", "expert_parallel": 2, "optimizer": "muon", "model": DIFFERENT}),
     "parts-of-sequences": (2, {"sequence_parallel": 2, "model": FULL, "recompute": True}),
     "both-of-4": (4, {"shard": "parameters", "expert_parallel": 2, "model": FULL}),
     "copies-of-experts": (4, {"expert_parallel": 2, "accumulate": 2}),

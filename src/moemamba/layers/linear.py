@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.arguments import autocasts
 from .plain import weights_alone
 
 
@@ -11,11 +12,12 @@ class Linear(nn.Linear):
     """PyTorch's module over `ops.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., d) -> (..., f); a bias that is kept in float32 where the weight is not is rounded."""
+        """(..., d) -> (..., f); a bias that is kept in float32 where the weight is not is rounded. A weight that is
+        makes what it meets float32."""
         bias: Tensor | None = self.bias
         if bias is not None and bias.dtype != self.weight.dtype:
             bias = bias.to(self.weight.dtype)
-        return ops.linear(input, self.weight, bias)
+        return ops.linear(_as_read(input, self.weight), self.weight, bias)
 
 
 def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,4 +49,11 @@ def before_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     With it, and None, where the layer is no longer what it was built as.
     """
     weights = weights_alone(layer, Linear, 2)
-    return (ops.linear(x, weights[0]), weights[1]) if weights else (layer(x), None)
+    return (ops.linear(_as_read(x, weights[0]), weights[0]), weights[1]) if weights else (layer(x), None)
+
+
+def _as_read(x: Tensor, weight: Tensor) -> Tensor:
+    """x as wide as a weight that is kept in float32 (`placing.placed`); autocast has a width of its own."""
+    if x.dtype == weight.dtype or weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
+        return x
+    return x if autocasts(x.device.type) else x.float()

@@ -1,8 +1,8 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from ..config import ModelConfig
 from ..data.config import NO_TEST, DataConfig, Sampling, absolute_source, at_home
@@ -223,6 +223,16 @@ class TrainConfig:
                 )
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; those of the model by `model=config.model.replace(...)`.
+
+        Raises:
+            ValueError: there is no such field, or the values cannot work.
+        """
+        for name in changes.keys() - {field.name for field in fields(self)}:
+            raise ValueError(f"{name} is no field of TrainConfig; a field of the model is changed by model.replace")
+        return replace(self, **changes)
 
     def reads(self) -> DataConfig:
         """What of it concerns the data.

@@ -4,8 +4,8 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -54,7 +54,7 @@ class TrainResult:
     """What a run came to."""
 
     run: Path
-    model: MoEMamba
+    model: MoEMamba = field(repr=False)
     """in evaluation mode; of several processes, this one's part"""
     step: int
     loss: float | None
@@ -95,14 +95,34 @@ def train(
             at once.
         OSError: the run directory holds a run already, another process trains in it, or it cannot be written.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a TrainConfig(model=..., data=..., run=...)")
     if model is not None:
         check_given(model)
         config = replace(config, model=model.config)
     config = absolute(config)
     if not config.run:
         raise ValueError('run names no directory; say where the run shall lie: run="runs/mine"')
-    with join(config.device, config.timeout) as processes, closing(RunDirectory(config.run)) as run:
+    with (
+        _undisturbed(),
+        join(config.device, config.timeout) as processes,
+        closing(RunDirectory(config.run)) as run,
+    ):
         return _train(run, config, resume, stop, report or Report(), processes, model, watch)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Nothing that the caller has set for calculations of its own enters a run: gradients flow, and autocast is only
+    where the run has it."""
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"torch's default dtype is {torch.get_default_dtype()}, and weights are trained in float32; "
+            "torch.set_default_dtype(torch.float32) before training"
+        )
+    on_gpu = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), on_gpu:
+        yield
 
 
 def _train(

@@ -53,9 +53,9 @@ def check(config: TrainConfig, size: int) -> None:
             f"expert_parallel is {parallel}, with which compile and recompute do not go together; leave one of them out"
         )
     for experts in config.model.routers:
-        if experts.n_experts % parallel:
+        if experts.count % parallel:
             raise ValueError(
-                f"n_experts is {experts.n_experts}, which expert_parallel = {parallel} does not divide; "
+                f"n_experts is {experts.count}, which expert_parallel = {parallel} does not divide; "
                 "choose a multiple, or a divisor of n_experts"
             )
     groups = routing_groups(config, size) // config.accumulate

@@ -4,6 +4,7 @@ A router scores the experts and chooses some for each token. What follows is the
 capacity and makes the statistics, of one process or several. `route` does it for choices that come from anywhere.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.arguments import sizes
+from ...ops.arguments import exactly, readable, sizes
 from ...ops.experts import places_in_queues
+from ...ops.packing import expect_numbers
 from ...ops.router import Routed
 
 if TYPE_CHECKING:
@@ -99,7 +101,7 @@ def settled(chosen: Routed, batch: int, valid: Tensor | None, rules: Rules, rout
     indices, gates, own, *totals = chosen
     n_experts, top_k, factor, groups, across, parts = rules
     rows, size = batch // groups, indices.shape[0] // groups
-    length = indices.shape[0] // batch
+    length = indices.shape[0] // max(1, batch)
     load = own
     tokens = own.new_full((groups,), size) if valid is None else valid.view(groups, size).sum(1)  # (g,)
     earlier, share = None, 1
@@ -173,7 +175,7 @@ def route(
     """Any choices as a routing: within the capacity, without padding, with the statistics of `RouterStats`.
 
     Args:
-        indices: (b, l, k) int64 experts of each token; n_experts where it has fewer than k.
+        indices: (b, l, k) integers, experts of each token; n_experts where it has fewer than k.
         gates: (b, l, k) their weights.
         n_experts: e.
         seq_idx: (b, l); negative entries are padding, which is not routed.
@@ -192,20 +194,34 @@ def route(
         ("gates", gates, (batch, length, count)),
         ("logits", logits, (batch, length, n_experts)),
         ("probabilities", probabilities, (batch, length, n_experts)),
-        ("seq_idx", seq_idx, (batch, length)),
     ):
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {shape}")
+    if seq_idx is not None:
+        expect_numbers(seq_idx, (batch, length))
+    _expect_experts(indices, n_experts)
     if batch % groups:
         raise ValueError(f"a batch of {batch} rows cannot be cut into {groups} routing groups; give a multiple")
     dtype = torch.promote_types(gates.dtype, torch.float32)
     valid = None if seq_idx is None else (seq_idx.flatten() >= 0).to(dtype)
-    with torch.autocast(gates.device.type, enabled=False):
+    with exactly(gates.device.type):
         chosen = _summed(
-            indices.flatten(0, 1), gates.flatten(0, 1).to(dtype), n_experts, valid, groups, logits, probabilities
+            indices.flatten(0, 1).long(), gates.flatten(0, 1).to(dtype), n_experts, valid, groups, logits, probabilities
         )
         rules = Rules(n_experts, count if top_k is None else top_k, capacity_factor, groups, across, parts)
         return settled(chosen, batch, valid, rules, router)
+
+
+def _expect_experts(indices: Tensor, n_experts: int) -> None:
+    """Raise a ValueError for what are no experts; a GPU is not waited for."""
+    if indices.dtype == torch.bool or indices.is_floating_point():
+        raise ValueError(f"indices is {indices.dtype}; expected integers, experts 0 to {n_experts - 1}")
+    if not readable(indices) or not indices.numel():
+        return
+    low, high = (int(each) for each in indices.aminmax())
+    if low < 0 or high > n_experts:
+        odd = low if low < 0 else high
+        raise ValueError(f"indices has {odd}; experts are 0 to {n_experts - 1}, and {n_experts} stands for none")
 
 
 def _summed(
@@ -262,6 +278,8 @@ class BaseRouter(nn.Module):
         parts: processes that have other parts of the same sequences; None where sequences are whole.
     """
 
+    __call__: Callable[..., Routing]
+
     def __init__(self, n_experts: int, top_k: int = 1, capacity_factor: float | None = None):
         super().__init__()
         self.n_experts, self.top_k, self.capacity_factor = n_experts, top_k, capacity_factor
@@ -294,7 +312,7 @@ class BaseRouter(nn.Module):
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """The routers of a model, whatever they are: what its layers hold under that name, by the layer's name."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # one router may serve several layers
         place, _, last = name.rpartition(".")
         if last == "router":
             found[place] = module
