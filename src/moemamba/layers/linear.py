@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.arguments import autocasts
-from .plain import weights_alone
+from .norm import norm_alone
+from .plain import plain, weights_alone
 
 
 class Linear(nn.Linear):
@@ -57,3 +58,20 @@ def _as_read(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == weight.dtype or weight.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
         return x
     return x if autocasts(x.device.type) else x.float()
+
+
+def weights_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that still is what it was built as; None for any other."""
+    return (layer.weight, layer.bias) if plain(layer, Linear) else None  # type: ignore[return-value]
+
+
+def fusible_norm(norm: nn.Module, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
+    """Weight, bias and epsilon of a norm that a kernel may compute with the linear layers around it.
+
+    None where there are no kernels for a step of x (b, 1, d) through these weights, or calling the norm may do more.
+    """
+    if torch.is_grad_enabled() or autocasts(x.device.type):
+        return None
+    if any(ops.choose("norm_linear", x, weight) == "reference" for weight in weights):
+        return None
+    return norm_alone(norm, x)
