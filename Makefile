@@ -8,6 +8,7 @@ CODE := src tests examples $(wildcard benchmarks)
 STEPS ?= 1200
 SEEDS ?= 2
 OUT ?= runs/demo
+JOBS ?= 2
 MAMBA := mamba=mamba-tiny,d_model=32
 MOE_MAMBA := moe-mamba=moe-mamba-tiny,d_model=32,expand=3.0,n_experts=32,top_k=2,d_expert=16
 BUDGET := --batch-size 8 --context 256 --learning-rate 0.02 --eval-every 200 --eval-tokens 131072
@@ -19,8 +20,8 @@ demo: .venv/installed  ## train Mamba and MoE-Mamba of equal active size on Pyth
 	@echo
 	$(BIN)/moemamba generate $(OUT)/moe-mamba/seed-0 --prompt 'def ' --max-new-tokens 400 --temperature 0.8 --seed 0
 
-test: .venv/developing  ## the tests that need no GPU, without the slow ones
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+test: .venv/developing  ## the tests that need no GPU, without the slow ones, in two processes; make test JOBS=8
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow"
 
 test-all: test  ## and the slow ones
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -1,7 +1,16 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter: the variable has to be set before triton is imported."""
+"""Variables that have to be set before torch and triton are imported.
+
+Workers of pytest-xdist share the cores out among them, and threads that wait for each other sleep: spinning, they would
+keep a core from another worker. Without a GPU, Triton kernels run in Triton's interpreter.
+"""
 
 import importlib.util
 import os
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 

@@ -17,7 +17,7 @@ SCRIPT = re.compile(r"python -m moemamba (.*?)'", re.S)
 
 def commands():
     """Of every document: (processes, arguments) of each command in its blocks of code."""
-    for document in ("README.md", "docs/training.md", "docs/serving.md", "docs/ecosystem.md"):
+    for document in ("README.md", *(f"docs/{name}.md" for name in ("commands", "training", "serving", "ecosystem"))):
         text = (ROOT / document).read_text()
         for block in re.findall(r"^```\w*\n(.*?)^```", text.replace("\\\n", " "), re.S | re.M):
             if block.startswith("#!"):
@@ -70,6 +70,6 @@ def test_the_command_is_taken(size, words, monkeypatch, tmp_path):
 
 
 def test_all_are_found():
-    """Those for several machines among them."""
-    assert len(FOUND) > 20
+    """Every command, and those for several machines among them."""
+    assert {words[0] for _, words in FOUND} == set(COMMANDS)
     assert sum(size == 32 for size, _ in FOUND) == 2 and any(size == 8 for size, _ in FOUND)

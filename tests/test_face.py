@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moemamba as mm
 from moemamba import layers
+from moemamba.letters import LETTERS
 
 TINY = mm.ModelConfig("MEAR", 1, 16, 31, experts=mm.ExpertsConfig(4), attention=mm.AttentionConfig(2))
 
@@ -34,7 +35,7 @@ def test_tab_and_help_show_what_there_is():
     assert all(inspect.getdoc(getattr(mm, name)) for name in mm.__all__)
     for kind in (mm.TrainConfig, mm.ModelConfig, mm.MambaConfig, mm.ExpertsConfig):
         text = inspect.getdoc(kind)
-        parts = {"mamba", "experts", "routed", "attention", "feedforward"} if kind is mm.ModelConfig else set()
+        parts = {part for letter in LETTERS.values() for part in letter.parts} if kind is mm.ModelConfig else set()
         assert all(f"{name}: " in text for name in kind.__dataclass_fields__.keys() - parts)
     assert "median norm" in inspect.getdoc(mm.TrainConfig)
     with pytest.raises(TypeError, match=r"generate\(\) has no option temprature; .* temperature, top_k"):

@@ -43,8 +43,8 @@ ROOMS = {
     "finetuning": "checkpoint data device distributed layers model ops training",
     "integrations": "checkpoint inference layers model ops state tensors training",
     "cli": (
-        "checkpoint data device distributed experiments finetuning inference inspection integrations longcontext model "
-        "ops serving training"
+        "checkpoint data device distributed experiments finetuning inference inspection integrations layers "
+        "longcontext model ops serving training"
     ),
     "__main__": "cli",
 }

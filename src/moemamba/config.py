@@ -19,7 +19,7 @@ from .letters import (
     Projection,
     RoutedMambaConfig,
 )
-from .marks import documented, later
+from .marks import documented, free, later
 from .reading import shown, to_dict, validate
 
 __all__ = [
@@ -73,7 +73,7 @@ class ModelConfig:
     """how often the pattern is repeated"""
     d_model: int = 256
     """width of the model: channels between layers"""
-    vocab_size: int = 257
+    vocab_size: int = free(257)
     """tokens that the model knows; 257 is every byte and an end-of-document mark"""
     mamba: MambaConfig = field(default_factory=MambaConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
@@ -86,7 +86,7 @@ class ModelConfig:
     """a norm before the head"""
     tie_embeddings: bool = False
     """one matrix for embedding and head"""
-    init: Literal["default", "paper"] = "default"
+    init: Literal["default", "paper"] = free("default")
     """initial weights: default draws from a normal distribution and scales residual outputs down with depth; paper is
     MoE-Mamba's truncated normal"""
     norm_eps: float = later(1e-5)

@@ -62,6 +62,11 @@ def later(default: Any) -> Any:
     return field(default=default, metadata={"later": True})
 
 
+def free(default: Any) -> Any:
+    """A model's field that neither its weights nor the function it computes depend on: fine-tuning may change it."""
+    return field(default=default, metadata={"free": True})
+
+
 def marks(kind: type) -> dict[str, Marks]:
     """The marks of a dataclass's options by name, in the order of the fields."""
     return {each.name: found for each in dataclasses.fields(kind) if (found := each.metadata.get("marks"))}

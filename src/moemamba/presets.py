@@ -89,6 +89,6 @@ def preset(name: str, **changes: Any) -> ModelConfig:
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
+        hint = f"did you mean {near[0]}?" if near else "moemamba --help lists them, and so does moemamba.presets()"
         raise ValueError(f"there is no preset {name!r}; {hint}")
     return PRESETS[name].replace(**changes)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from moemamba import TrainConfig, cli, ops
+from moemamba.cli.terminal import line
 from moemamba.cli.train import Train, read
 
 TINY = ["--model.pattern", "ME", "--model.n-blocks", "1", "--model.d-model", "16", "--model.experts.n-experts", "4"]
@@ -251,10 +253,32 @@ def test_info_of_preset_run_and_file(call, run):
     assert "R" in call("info", "inner-moe-mamba-25m")[1]
 
 
+def test_help_of_a_command_in_two_ways(call):
+    assert call("help", "look") == call("look", "--help")
+    assert call("help") == call("--help-all") == call()
+
+
+def test_empty_lines_are_printed_and_not_shown(capsys):
+    line("written\nto x", apart=True)
+    assert capsys.readouterr().out == "\nwritten\\nto x\n"
+    commands = Path(cli.__file__).parent.glob("*.py")
+    assert not [path.name for path in commands if re.search(r'line\(f?"\\n', path.read_text())]
+
+
 def test_doctor(call):
     status, output, _ = call("doctor")
     assert status == 0
     assert all(word in output for word in ("torch", "python", "selective_scan"))
+
+
+def test_doctor_says_what_slows_a_model_down(call, tmp_path):
+    (tmp_path / "config.json").write_text('{"pattern": "ME", "n_blocks": 2, "mamba": {"proj_bias": true}}')
+    output = call("doctor", str(tmp_path))[1]
+    assert output.count("proj_bias = True: the kernel of a step adds no biases") == 2
+    found = json.loads(call("doctor", str(tmp_path), "--json")[1])["layers"]
+    assert list(found) == ["layers.0.branches.0", "layers.2.branches.0"]
+    assert "know every option of the layers of mamba-tiny" in call("doctor", "mamba-tiny")[1]
+    assert json.loads(call("doctor", "mamba-tiny", "--json")[1])["layers"] == {}
 
 
 def test_interrupted_training_says_how_to_go_on(text, tmp_path):

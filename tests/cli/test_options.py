@@ -24,29 +24,10 @@ from moemamba.device import find_device
 from moemamba.marks import changeable, marks
 from moemamba.training.spread import check_used
 
-KINDS = {
-    "train": "Train",
-    "prepare": "Prepare",
-    "convert": "Convert",
-    "finetune": "Finetune",
-    "upcycle": "Upcycle",
-    "export": "Export",
-    "compare": "Compare",
-    "paper": "Paper",
-    "report": "Asked",
-    "generate": "Generate",
-    "chat": "Chat",
-    "serve": "Serve",
-    "eval": "Eval",
-    "look": "Look",
-    "info": "Info",
-    "doctor": "Doctor",
-    "plan": "Planning",
-}
-
 
 def kind(command: str) -> type:
-    return getattr(import_module(f"moemamba.cli.{command}"), KINDS[command])
+    """The dataclass of a command has its name."""
+    return getattr(import_module(f"moemamba.cli.{command}"), command.capitalize())
 
 
 def everything() -> list[Option]:
@@ -162,7 +143,13 @@ def test_no_words_end_in_anything_but_a_sentence(words):
         (["prepare", "text.txt", "--out", " "], "--out is ' ', which names nothing; name a path"),
         (["report", ""], "RUNS is '', which names nothing"),
         (["generate", ""], "RUN is '', which names nothing; name a path, or . for the current folder"),
-        (["generate"], "RUN is missing; moemamba generate --help says what it is"),
+        (["generate"], "RUN is missing: a run directory or a checkpoint; see moemamba generate --help"),
+        (
+            ["info", "runs/none"],
+            "there is no model at runs/none; name a run directory, a checkpoint, a config.json or a",
+        ),
+        (["info", "nothing"], "there is no preset 'nothing'; moemamba --help lists them"),
+        (["report", "runs/none"], "there is no comparison at runs/none; name the folder of one, or its results.json"),
         (["generate", "run", "more"], "'more' belongs to no option; moemamba generate --help lists them"),
         (["info", "mamba-tiny", "--context", "x\x1b[31m"], "--context is 'x\\x1b[31m'; expected a whole number"),
         (["info", "\x1b[31mx\n"], "there is no preset '\\x1b[31mx\\n'"),

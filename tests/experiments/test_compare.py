@@ -425,6 +425,7 @@ def test_a_comparison_goes_on_where_it_stopped(base, compared, tmp_path):
         assert resumed.curve == run.curve
 
 
+@pytest.mark.slow  # `jobs = 2` of the next one is quick
 def test_runs_at_once_come_to_the_same(base, compared, tmp_path):
     """In processes of their own, on the backend that they choose."""
     again = compare(CONTENDERS[:3], base, 1, tmp_path / "runs", jobs=2, silent=True)

@@ -38,8 +38,6 @@ def test_the_formula_is_the_papers():
         + TRUE.c
     )
     assert TRUE.loss(n, d, e) == pytest.approx(expected)
-    assert TRUE.tokens_to(expected, n, e) == pytest.approx(d)
-    assert TRUE.tokens_to(TRUE.c, n, e) is None
     with pytest.raises(ValueError, match="tokens is 0"):
         TRUE.loss(n, 0)
 

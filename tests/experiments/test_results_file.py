@@ -120,7 +120,7 @@ def mangled(draw: random.Random, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(1200), pytest.param(range(1200, 6000), marks=pytest.mark.slow)], ids=["some", "many"]
+    "seeds", [range(400), pytest.param(range(400, 6000), marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_any_file_is_a_page_or_one_sentence(seeds: range, content: bytes, tmp_path: Path) -> None:
     values, path = json.loads(content), tmp_path / "results.json"
@@ -138,10 +138,11 @@ def test_any_file_is_a_page_or_one_sentence(seeds: range, content: bytes, tmp_pa
             assert said.isprintable(), (seed, said)
             assert len(said) < 500 + len(str(path)), (seed, said)
             outcomes["refused"] += 1
-    assert min(outcomes["page"], outcomes["refused"]) > 150, outcomes
+    assert min(outcomes["page"], outcomes["refused"]) > len(seeds) / 8, outcomes
 
 
-def test_a_text_in_any_field_is_refused_or_shown_as_text(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strings", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_text_in_any_field_is_refused_or_shown_as_text(strings: bool, content: bytes, tmp_path: Path) -> None:
     """Each field in turn, strings and others; and where it is shown, it is there."""
     values, path = json.loads(content), tmp_path / "results.json"
     shown = 0
@@ -150,6 +151,8 @@ def test_a_text_in_any_field_is_refused_or_shown_as_text(content: bytes, tmp_pat
         place = changed
         for key in way[:-1]:
             place = place[key]
+        if isinstance(place[way[-1]], str) != strings:
+            continue
         place[way[-1]] = MARK
         path.write_text(json.dumps(changed))
         try:
@@ -157,7 +160,7 @@ def test_a_text_in_any_field_is_refused_or_shown_as_text(content: bytes, tmp_pat
         except ValueError as error:
             assert str(path) in str(error)
             assert str(error).isprintable()
-    assert shown >= 6  # the title, data, tokenizer, command, what the machine is, a router's name
+    assert shown >= 6 or not strings  # the title, data, tokenizer, command, what the machine is, a router's name
 
 
 @pytest.mark.parametrize(

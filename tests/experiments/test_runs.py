@@ -80,6 +80,7 @@ def test_what_is_impossible_is_said_once(base: TrainConfig, tmp_path: Path) -> N
         carry_out(tasks, 2, silent=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_all_runs_save_when_a_signal_comes(base: TrainConfig, tmp_path: Path, number: signal.Signals) -> None:

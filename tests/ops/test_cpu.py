@@ -367,6 +367,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_first_use_is_announced_and_cached(tmp_path):
     """One line on stderr when kernels are compiled, silence when they come from the cache; forked children work."""
     for announced in (True, False):

@@ -1,13 +1,7 @@
-"""The Triton kernels against the reference: in Triton's interpreter on a CPU, for real where there is a GPU.
-
-The interpreter has to be asked for before Triton is first imported, so on a CPU this file runs itself in a
-process apart.
-"""
+"""The Triton kernels against the reference: in Triton's interpreter on a CPU, for real where there is a GPU."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,42 +11,17 @@ from moemamba import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="runs in a process apart")
+kernels = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="Triton is not installed")
 
+SLOW = pytest.mark.slow
+LONG = [(63, False), (100, True)]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_kernels_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-x", "-m", "not gpu", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(autouse=True, scope="module")
 def full_precision() -> None:
     """The reference's own matrix products must not round to tf32."""
     torch.set_float32_matmul_precision("highest")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def scalar_indices() -> Iterator[None]:
-    """Triton 3.6's interpreter turns a tensor of one element into an index in a way that NumPy 2.4 refuses."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor: type, scope: object) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))  # type: ignore[attr-defined]
-
-    interpreter._patch_lang_tensor = patched
-    yield
-    interpreter._patch_lang_tensor = original
 
 
 @pytest.fixture
@@ -135,7 +104,10 @@ def _conv(**fixed: object) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 @kernels
-@pytest.mark.parametrize(("length", "packed"), [(1, False), (1, True), (2, True), (63, False), (100, True)])
+@pytest.mark.parametrize(
+    ("length", "packed"),
+    [(1, False), (1, True), (2, True), (29, True), *(pytest.param(*each, marks=SLOW) for each in LONG)],
+)
 def test_scan_equals_reference(length: int, packed: bool, poisoned: None) -> None:
     torch.manual_seed(length)
     inputs = _scan_inputs(1, length, 20, 5, torch.float32)
@@ -143,13 +115,21 @@ def test_scan_equals_reference(length: int, packed: bool, poisoned: None) -> Non
 
 
 @kernels
-@pytest.mark.parametrize("length", [257] if INTERPRETED else [100, 257, 1000])
-def test_scan_in_chunks_equals_reference(length: int, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("length", "chunk"),
+    [(70, 32), *(pytest.param(length, 256, marks=SLOW) for length in ([257] if INTERPRETED else [257, 1000]))],
+)
+def test_scan_in_chunks_equals_reference(
+    length: int, chunk: int, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three chunks and more, of which the last is shorter."""
     from moemamba.ops.scan import triton as triton_scan
 
     monkeypatch.setattr(triton_scan, "PROGRAMS", 10**6)
+    monkeypatch.setattr(triton_scan, "CHUNK", chunk)
     torch.manual_seed(length)
-    assert triton_scan.plan(1, length, 20, 5).chunked
+    how = triton_scan.plan(1, length, 20, 5)
+    assert how.chunked and length > 2 * how.chunk
     _assert_equal_to_reference(_scan(seq_idx=_packed(1, length)), _scan_inputs(1, length, 20, 5, torch.float32))
 
 
@@ -196,7 +176,7 @@ def test_softplus_at_both_ends() -> None:
 @kernels
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 63, 100, 257])
+@pytest.mark.parametrize("length", [1, 2, 63, 100, pytest.param(257, marks=SLOW)])
 def test_conv_equals_reference(length: int, packed: bool, count: int, poisoned: None) -> None:
     if INTERPRETED and (length, count) not in {(1, 4), (2, 2), (63, 1), (100, 4), (257, 4)}:
         pytest.skip("slow in the interpreter")
@@ -206,12 +186,19 @@ def test_conv_equals_reference(length: int, packed: bool, count: int, poisoned: 
 
 
 @kernels
+@pytest.mark.parametrize("width", [20, pytest.param(130, marks=SLOW)])
 @pytest.mark.parametrize("absent", ["bias", "initial_state"])
 @pytest.mark.parametrize("activation", ["silu", None])
-def test_conv_without(absent: str, activation: str | None, poisoned: None) -> None:
+def test_conv_without(absent: str, activation: str | None, width: int, poisoned: None) -> None:
     torch.manual_seed(0)
-    inputs = _conv_inputs(2, 7, 130, 4, torch.float32)
+    inputs = _conv_inputs(2, 7, width, 4, torch.float32)
     _assert_equal_to_reference(_conv(activation=activation), {**inputs, absent: None})
+
+
+@kernels
+def test_conv_of_several_tiles(poisoned: None) -> None:
+    torch.manual_seed(0)
+    _assert_equal_to_reference(_conv(), _conv_inputs(1, 3, 130, 4, torch.float32))
 
 
 def test_compiles_whole() -> None:

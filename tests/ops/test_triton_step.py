@@ -73,7 +73,7 @@ def assert_equal(tensors, **options):
 
 
 @DTYPES
-@pytest.mark.parametrize("batch", [1, 3, 19, 70])
+@pytest.mark.parametrize("batch", [1, 3, 19, pytest.param(70, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("norm", ["none", "rmsnorm", "layernorm"])
 def test_mamba_step_equals_reference(norm, batch, dtype):
     assert_equal(make(batch, norm=norm, dtype=dtype))

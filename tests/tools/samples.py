@@ -13,7 +13,7 @@ def _packed(batch, length):
 
 
 def selective_scan():
-    b, l, i, n = 2, 37, 11, 5  # noqa: E741
+    b, l, i, n = 2, 19, 11, 5  # noqa: E741
     u, dt, z = torch.randn(3, b, l, i)
     B, C = torch.randn(2, b, l, n)
     x = {"u": u, "dt": dt, "A": -torch.rand(i, n) - 0.1, "B": B, "C": C, "D": torch.randn(i), "z": z}

@@ -278,7 +278,10 @@ def test_dead_experts_are_those_without_a_token_for_long():
 # Signals
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_a_signal_saves_and_says_how_to_go_on(config, tmp_path, number, status):
     whole = train(config, report=SILENT)
     run = tmp_path / "stopped"

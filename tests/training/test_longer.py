@@ -15,6 +15,7 @@ from moemamba import ModelConfig, MoEMamba, TrainConfig, load, save, train
 from moemamba.cli.train import read
 from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, MambaConfig, RoutedMambaConfig
 from moemamba.host.progress import Report
+from moemamba.letters import LETTERS
 from moemamba.text import ByteTokenizer, train_bpe
 from moemamba.training.run import origin
 from moemamba.training.update.schedule import becomes, fall, learning_rate, warmup_steps
@@ -159,9 +160,24 @@ def test_start_refused(change, said, trunk, config):
     assert not (Path(config.run) / "train.json").exists()
 
 
+OTHER = {"init": "paper", "capacity_factor": 0.5, "balance_weight": 0.1, "z_weight": 0.1, "bias_rate": 0.1}
+
+
 def test_start_with_another_capacity(trunk, config):
-    freer = TINY.replace(capacity_factor=1.5, balance_weight=0.1, init="paper")
+    freer = TINY.replace(**OTHER)
     train(dataclasses.replace(config, start=str(trunk), model=freer), stop=1, report=SILENT)
+
+
+def test_what_is_free_changes_no_function():
+    """Each field that is marked so: the same weights give the same logits with another value of it."""
+    kinds = (ModelConfig, *{type(getattr(TINY, part)) for letter in LETTERS.values() for part in letter.parts})
+    free = {each.name for kind in kinds for each in dataclasses.fields(kind) if each.metadata.get("free")}
+    assert free == {*OTHER, "vocab_size"}  # which is settled by the weights
+    model, tokens = MoEMamba(TINY).eval(), torch.arange(30)[None]
+    for name, value in OTHER.items():
+        other = MoEMamba(TINY.replace(**{name: value})).eval()
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(model(tokens).logits, other(tokens).logits), name
 
 
 def test_a_tokenizer_of_the_same_size_is_another(tmp_path):

@@ -33,7 +33,7 @@ COMMANDS = {
     "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
     "plan": "                     which model to train, by a scaling law; and the law, from comparisons",
-    "doctor": "                     versions, devices, and which backend each op uses and why",
+    "doctor": "[PRESET|RUN|FILE]    versions, devices, and which backend each op uses and why",
 }
 PRINTS = {
     "generate",
@@ -90,7 +90,9 @@ def run(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["--"]:  # keeps `torchrun -m moemamba -- train --run ...` from reading our options
         arguments = arguments[1:]
     name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help", "help"):
+    if name == "help" and rest[:1] and rest[0] in COMMANDS:
+        name, rest = rest[0], ["--help"]
+    if name in ("-h", "--help", "--help-all", "help"):
         print(_overview())
     elif name == "--version":
         print(__version__)

@@ -6,6 +6,7 @@ moemamba --completion fish > ~/.config/fish/completions/moemamba.fish
 """
 
 import io
+import re
 from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
@@ -13,7 +14,7 @@ from importlib import import_module
 from ..presets import presets
 from .terminal import NAMES
 
-WITH_PRESETS = ("train", "info", "compare")  # commands whose first word may be a preset
+USAGE = 21  # characters of a command's line in which its usage stands
 
 BASH = """\
 _moemamba() {{
@@ -36,7 +37,10 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
     words = {name: [*_options(name), "--help"] for name in commands}
     match shell:
         case "bash" | "zsh":
-            cases = "\n".join(f'            {name}) words="{" ".join(_words(name, words))}" ;;' for name in commands)
+            cases = "\n".join(
+                f'            {name}) words="{" ".join(words[name] + _presets(summary))}" ;;'
+                for name, summary in commands.items()
+            )
             text = BASH.format(commands=" ".join(commands), cases=cases)
             return f"autoload -U +X bashcompinit && bashcompinit\n{text}" if shell == "zsh" else text
         case "fish":
@@ -44,19 +48,20 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
     raise ValueError(f"there is no completion for {shell or 'no shell'!r}; choose one of bash, zsh, fish")
 
 
-def _words(name: str, words: dict[str, list[str]]) -> list[str]:
-    return words[name] + (presets() if name in WITH_PRESETS else [])
+def _presets(summary: str) -> list[str]:
+    """All of them where a command's first word may be one, as its usage says."""
+    return presets() if {"PRESET", "MODEL"} & set(re.split(r"\W", summary[:USAGE])) else []
 
 
 def _fish(words: dict[str, list[str]], commands: Mapping[str, str]) -> list[str]:
     lines = ["complete -c moemamba -n __fish_use_subcommand -f"]
     for name, summary in commands.items():
-        about = summary[21:].replace("'", "")
+        about = summary[USAGE:].replace("'", "")
         lines.append(f"complete -c moemamba -n __fish_use_subcommand -a {name} -d '{about}'")
         seen = f"-n '__fish_seen_subcommand_from {name}'"
         lines += [f"complete -c moemamba {seen} -l {word[2:]}" for word in words[name]]
-        if name in WITH_PRESETS:
-            lines.append(f"complete -c moemamba {seen} -a '{' '.join(presets())}'")
+        if found := _presets(summary):
+            lines.append(f"complete -c moemamba {seen} -a '{' '.join(found)}'")
     return lines
 
 

@@ -38,4 +38,4 @@ def main(arguments: Sequence[str]) -> None:
             ("tokenizer", found.tokenizer),
         ]
     )
-    line(f"\nwritten to {asked.out}. Go on with: moemamba generate {asked.out} --prompt ...")
+    line(f"written to {asked.out}. Go on with: moemamba generate {asked.out} --prompt ...", apart=True)

@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
-from .info import size
-from .terminal import parse, show, show_json
+from .info import find_config, size
+from .options import Place, Positional
+from .terminal import line, parse, show, show_json
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """Versions, devices, and which backend each op uses and why."""
+    """Versions, devices, and which backend each op uses and why; of a model also what slows it down."""
 
+    model: Positional[Place | None] = None
+    """a preset, a run directory or a config.json, to say which of its layers decode more slowly, and why"""
     json: bool = False
     """print one JSON object in place of tables"""
 
 
 def main(arguments: Sequence[str]) -> None:
-    if parse(Doctor, arguments, "doctor").json:
-        show_json({"versions": dict(versions()), "ops": ops(), "backends": backends()})
+    asked = parse(Doctor, arguments, "doctor")
+    slow = slower(asked.model) if asked.model else {}
+    if asked.json:
+        told = {"versions": dict(versions()), "ops": ops(), "backends": backends()}
+        show_json(told | {"layers": slow} if asked.model else told)
         return
     show(versions())
     print()
@@ -37,6 +43,28 @@ def main(arguments: Sequence[str]) -> None:
         ],
         ("op", "device", "backend", "computes, or why not"),
     )
+    if asked.model:
+        print()
+        if slow:
+            show(slow.items(), (f"layer of {asked.model}", "why its step is no single kernel"))
+        else:
+            line(f"The kernels of a step know every option of the layers of {asked.model}.")
+
+
+def slower(source: str) -> dict[str, str]:
+    """What keeps layers of a model from the fastest paths, by name; see `layers.plain.reasons`.
+
+    Raises:
+        ValueError: it is no preset, run directory or config.json.
+    """
+    import torch
+
+    from ..layers.plain import reasons
+    from ..model import MoEMamba
+
+    config = find_config(source)
+    with torch.device("meta"):
+        return reasons(MoEMamba(config))
 
 
 def versions() -> list[tuple[str, str]]:

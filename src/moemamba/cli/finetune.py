@@ -32,4 +32,4 @@ def main(arguments: Sequence[str]) -> None:
     if found.before is not None and found.after is not None:
         rows.append(("held out", f"{found.after:.4f}", f"nats a token of an answer; {found.before:.4f} before"))
     show(rows)
-    line(f"\nwritten to {found.out}")
+    line(f"written to {found.out}", apart=True)

@@ -56,6 +56,10 @@ def find_config(source: str) -> ModelConfig:
     file = path / "config.json" if path.is_dir() else path
     if source not in PRESETS and path.is_dir() and not file.is_file():
         raise ValueError(f"{source} has no config.json; name a run directory, a checkpoint, a config.json or a preset")
+    if source not in PRESETS and len(path.parts) > 1 and not path.exists():
+        raise ValueError(
+            f"there is no model at {source}; name a run directory, a checkpoint, a config.json or a preset"
+        )
     if source in PRESETS or not file.is_file():
         return preset(source)
     check_regular(file)

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     _tables(words, seen)
     if asked.out is not None:
-        line(f"\npage: {asked.out}")
+        line(f"page: {asked.out}", apart=True)
 
 
 def _routing(seen: "Seen") -> tuple[dict[str, list[list[int]]], dict[str, list[list[float]]]]:
@@ -91,7 +91,7 @@ def _tables(words: Sequence[str], seen: "Seen") -> None:
             often = ", ".join(f"{word!r} {number}" for word, number in Counter(w for w, _ in mine).most_common(OFTEN))
             mean = sum(gate for _, gate in mine) / len(mine)
             rows.append((f"{expert}", f"{count / sum(visits.values()):.1%}", f"{mean:.3f}", often))
-        line(f"\n{name}")
+        line(name, apart=True)
         show(rows, ("expert", "tokens", "gate", "most often"))
     if not experts:
         line("the model has no routers")

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from ..host.files import expanded
 from ..marks import marks as marked
+from ..marks import texts
 
 Type = TypeVar("Type")
 Arguments = TypeVar("Arguments")
@@ -248,7 +249,8 @@ def _place(free: list[str], known: Sequence[Option], changes: dict[tuple[str, ..
         if taken:
             changes[option.path] = option.value(taken)
         elif option.default is dataclasses.MISSING and not option.several:
-            raise ValueError(f"{option.name} is missing; moemamba {command.split()[0]} --help says what it is")
+            about = texts(option.owner).get(option.path[-1], "").partition(";")[0]
+            raise ValueError(f"{option.name} is missing: {about}; see moemamba {command.split()[0]} --help")
         elif option.default is dataclasses.MISSING:
             changes[option.path] = ()
     if free:

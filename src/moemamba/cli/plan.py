@@ -13,14 +13,15 @@ from .options import Place
 from .terminal import line, parse, show, show_json
 
 if TYPE_CHECKING:
-    from ..experiments.law import Law, Plan
+    from ..experiments.law import Law
+    from ..experiments.law import Plan as Planned
 
 REACHED = 0.35  # of the speed of a large product, by training: 0.3 to 0.4 on an H100 (docs/performance.md)
 OWN = "law.json"  # beside the code of laws, once there is one
 
 
 @dataclass(frozen=True)
-class Planning:
+class Plan:
     """Plan a model by a scaling law: for so many active parameters and tokens the expected loss with more and more
     experts, rate, batch, time and memory on this machine, and the command that trains it. Or fit a law (--fit) to
     comparisons of models of several sizes, tokens and numbers of experts."""
@@ -50,7 +51,7 @@ class Planning:
 
 
 def main(arguments: Sequence[str]) -> None:
-    asked = parse(Planning, arguments, "plan")
+    asked = parse(Plan, arguments, "plan")
     from ..experiments.law import plans, read_law
 
     if asked.fit is not None:
@@ -74,11 +75,11 @@ def main(arguments: Sequence[str]) -> None:
     _tell(law, found, chosen, speed, memory, where)
 
 
-def _loss(plan: "Plan") -> float:
+def _loss(plan: "Planned") -> float:
     return plan.loss
 
 
-def _file(asked: Planning) -> Path:
+def _file(asked: Plan) -> Path:
     """Where the law is; raises ValueError if there is none yet."""
     if asked.law is not None:
         return expanded(asked.law)
@@ -91,7 +92,7 @@ def _file(asked: Planning) -> Path:
     return own
 
 
-def _fit(asked: Planning) -> None:
+def _fit(asked: Plan) -> None:
     from ..experiments.law import fit, points, write_law
     from ..experiments.results import read_results
 
@@ -118,7 +119,7 @@ def _fit(asked: Planning) -> None:
     line(f"law: {asked.law}")
 
 
-def _machine(asked: Planning) -> tuple[float, int | None, str]:
+def _machine(asked: Plan) -> tuple[float, int | None, str]:
     """Operations a second that training reaches, bytes there are, and how that is known."""
     from ..checkpoint import device_memory
     from ..device import find_device, product_speed
@@ -132,7 +133,7 @@ def _machine(asked: Planning) -> tuple[float, int | None, str]:
 
 
 def _tell(
-    law: "Law", found: "Sequence[Plan]", chosen: "Plan | None", speed: float, memory: int | None, where: str
+    law: "Law", found: "Sequence[Planned]", chosen: "Planned | None", speed: float, memory: int | None, where: str
 ) -> None:
     rows = [
         (
@@ -164,7 +165,7 @@ def _tell(
         line(chosen.command)
 
 
-def _plain(plan: "Plan", speed: float) -> dict[str, object]:
+def _plain(plan: "Planned", speed: float) -> dict[str, object]:
     """For programs."""
     return {
         "experts": plan.experts,

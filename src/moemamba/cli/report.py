@@ -9,7 +9,7 @@ from .terminal import line, parse
 
 
 @dataclass(frozen=True)
-class Asked:
+class Report:
     """Put comparisons on one page: their tables, figures and settings, from their results.json alone."""
 
     runs: Positional[tuple[Place, ...]]
@@ -21,7 +21,7 @@ class Asked:
 
 
 def main(arguments: Sequence[str]) -> None:
-    asked = parse(Asked, arguments, "report")
+    asked = parse(Report, arguments, "report")
     if not asked.runs:
         raise ValueError("report needs the folder of a comparison, such as runs/paper-main-laptop")
     if not asked.out.endswith((".html", ".md")):

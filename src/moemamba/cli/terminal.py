@@ -73,8 +73,10 @@ def show_json(values: Any) -> None:
     _print(json.dumps(values, indent=2))
 
 
-def line(text: str) -> None:
-    """Print a line that may hold names: control characters in it are shown, not obeyed."""
+def line(text: str, apart: bool = False) -> None:
+    """Print a line that may hold names: control characters in it are shown, not obeyed. `apart`: below an empty one."""
+    if apart:
+        _print("")
     _print(visible(text, line=True))
 
 

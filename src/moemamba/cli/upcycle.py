@@ -52,5 +52,8 @@ def main(arguments: Sequence[str]) -> None:
         for name, config, count in zip(("before", "after"), (found.before, found.config), counts, strict=True)
     ]
     show(rows, ("", "pattern", "parameters", "active"))
-    line(f"\nits logits differ by {found.difference:.1e} at most, of a standard deviation of {found.spread:.2f}")
+    line(
+        f"its logits differ by {found.difference:.1e} at most, of a standard deviation of {found.spread:.2f}",
+        apart=True,
+    )
     line(f"written to {out}. Go on with: moemamba train --start {out} --run ...")

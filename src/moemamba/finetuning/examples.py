@@ -95,6 +95,8 @@ def _text(values: dict[str, Any], name: str) -> str:
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes, Any]]:
     """Where a line is, the line, and what it holds."""
+    if not file.exists():
+        raise FileNotFoundError(f"there are no examples at {file}; name a file of JSON lines with data (--data)")
     check_regular(file)
     with file.open("rb") as stream:
         number = 0

@@ -72,13 +72,17 @@ def unhooked(module: nn.Module) -> bool:
     return True
 
 
-def reasons(model: nn.Module) -> list[str]:
-    """Which modules of a model are no longer what its classes built, and why: "layers.0.norm has a forward hook"."""
-    found = []
+def reasons(model: nn.Module) -> dict[str, str]:
+    """What keeps modules of a model from their fastest path, by name: "layers.0.norm" -> "has a forward hook".
+
+    Besides what `why_not_plain` says these are options that the kernel of a layer's step knows nothing of.
+    """
+    found = {}
     for name, module in model.named_modules():
-        reason = why_not_plain(module, type(module))
+        fused = getattr(module, "why_not_fused", None)
+        reason = why_not_plain(module, type(module)) or (fused() if fused else None)
         if reason:
-            found.append(f"{name or 'the model'} {reason}")
+            found[name or "the model"] = reason
     return found
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..marks import documented, later
+from ..marks import documented, free, later
 from ..reading import validate
 from .letter import Letter
 from .options import Options
@@ -33,16 +33,16 @@ class ExpertsConfig(Options):
     """hidden width of an expert; if None, such that one expert has 6 d_model^2 weights, about one Mamba layer"""
     activation: Activation = "swiglu"
     """nonlinearity inside an expert"""
-    capacity_factor: float | None = None
+    capacity_factor: float | None = free(None)
     """while training, an expert takes floor(capacity_factor * tokens * top_k / n_experts) choices and drops later ones;
     None never drops"""
     n_shared_experts: int = 0
     """experts that every token visits, besides those that it is sent to"""
-    balance_weight: float = 0.01
+    balance_weight: float = free(0.01)
     """weight of the load-balance loss, which is 1 at perfect balance"""
-    z_weight: float = 0.001
+    z_weight: float = free(0.001)
     """weight of the router's z-loss (arXiv 2202.08906, eq. 5)"""
-    bias_rate: float = 0.0
+    bias_rate: float = free(0.0)
     """loss-free balancing (arXiv 2408.15664): how far a step moves each expert's selection bias against its load"""
     scores: Literal["softmax", "sigmoid"] = later("softmax")
     """what a token's gates are of the router's logits: softmax over all experts, or each expert's sigmoid alone

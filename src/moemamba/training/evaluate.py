@@ -149,7 +149,7 @@ def _texts(data: Tokens | Corpus | Sequence[HeldOut] | str | Path, tokenizer: To
     raise ValueError("data is none that can be evaluated; give tokens, a folder that prepare has written, or a text")
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Activations in `dtype` over float32 weights."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -180,7 +180,7 @@ def _sums_of_blocks(
         with one_group(model):
             for first, batch in batches:
                 batch = batch.to(processes.device)
-                with autocast(processes.device, dtype):
+                with mixed_precision(processes.device, dtype):
                     found = _sums(model, batch, capacity)
                 for block, rows in _cut(first, len(found), total, blocks):
                     sums[block] += found[rows].sum(0)

@@ -150,7 +150,7 @@ def build(config: TrainConfig, processes: Processes, dtype: torch.dtype, given: 
         model = given.to(processes.device)
     if processes.distributed and (config.shard == "parameters" or _expert_parallel(config, processes.size) > 1):
         shard(model, processes, dtype, config.shard == "none", _expert_parallel(config, processes.size))
-    require_memory(model, config, processes.device)
+    require_room(model, config, processes.device)
     if given is None:
         model.to_empty(device=processes.device)
         if config.model.tie_embeddings:
@@ -163,7 +163,7 @@ def build(config: TrainConfig, processes: Processes, dtype: torch.dtype, given: 
 
 
 def require_fit(config: TrainConfig, processes: Processes) -> None:
-    """Refuse a model that cannot be trained here whatever its tokenizer, by counting alone; see `require_memory`.
+    """Refuse a model that cannot be trained here whatever its tokenizer, by counting alone; see `require_room`.
 
     Raises:
         ValueError: weights, gradients and the optimiser's state are more than there is.
@@ -175,7 +175,7 @@ def require_fit(config: TrainConfig, processes: Processes) -> None:
     counting.require_memory(config.model, has, moments, share * _neighbours(processes.device), vocabulary=False)
 
 
-def require_memory(model: MoEMamba, config: TrainConfig, device: torch.device) -> None:
+def require_room(model: MoEMamba, config: TrainConfig, device: torch.device) -> None:
     """Refuse what cannot be trained, before its memory is asked for.
 
     Args:

@@ -1,15 +1,19 @@
 """A running mean of what was seen, with decays that are learned."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..letters.smoothing import width
 from ..ops.packing import boundaries
-from .layer import Layer
+from .layer import Layer, Result
 from .linear import Linear
-from .roles import VECTOR, composed
+from .roles import VECTOR, Role, composed
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+    from ..tensors import Stored
 
 
 class SmoothingState(NamedTuple):
@@ -24,24 +28,31 @@ class Smoothing(Layer):
 
     state_type, state_kind = SmoothingState, "smoothing"
 
-    def __init__(self, d_model, channels):
+    def __init__(self, d_model: int, channels: int):
         super().__init__()
         self.in_proj = Linear(d_model, channels, bias=False)
         self.decay = nn.Parameter(torch.zeros(channels, 1))
         self.out_proj = Linear(channels, d_model, bias=False)
 
     @classmethod
-    def build(cls, config):
+    def build(cls, config: "ModelConfig") -> Self:
         return cls(config.d_model, width(config))
 
-    def roles(self):
+    def roles(self) -> dict[str, Role]:
         return composed(self, "out_proj") | {"decay": VECTOR}
 
     @classmethod
-    def fit(cls, mean):
+    def fit(cls, *stored: "Stored") -> bool:
+        (mean,) = stored
         return len(mean.shape) == 2 and mean.dtype.is_floating_point
 
-    def forward(self, x, state=None, seq_idx=None, record=None):
+    def forward(
+        self,
+        x: Tensor,
+        state: SmoothingState | None = None,
+        seq_idx: Tensor | None = None,
+        record: Any = None,
+    ) -> Result:
         u, decay = self.in_proj(x), self.decay[:, 0].sigmoid()
         ids = torch.zeros(x.shape[:2], dtype=torch.int64) if seq_idx is None else seq_idx
         (valid, starts), means = boundaries(ids), []

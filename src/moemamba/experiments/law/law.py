@@ -103,15 +103,6 @@ class Law:
             raise ValueError(f"the law says nothing of {active:g} parameters and {tokens:g} tokens") from None
         return size + text + self.c
 
-    def tokens_to(self, loss: float, active: float, experts: float = 1.0) -> float | None:
-        """Tokens after which a model has a loss; None if it never has it."""
-        e = math.log(experts)
-        left = loss - self.c - self.a * math.exp(self.d * e + (self.alpha + self.g * e) * math.log(active))
-        slope = self.beta + self.z * e
-        if left <= 0 or self.b <= 0 or slope >= 0:
-            return None
-        return math.exp((math.log(left / self.b) - self.w * e) / slope)
-
     def beyond(self, active: float, tokens: float, experts: float) -> list[str]:
         """Where a question lies outside what the law was fitted to, in words."""
         found = []

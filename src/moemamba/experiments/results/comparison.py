@@ -111,6 +111,8 @@ def read_results(path: Path) -> Comparison:
     file = path / "results.json" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise FileNotFoundError(f"{path} holds no results.json; name the folder of a comparison, or its results.json")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no comparison at {path}; name the folder of one, or its results.json")
     values = read_json(file, SIZE)
     try:
         return Comparison.from_dict(values)

@@ -43,6 +43,7 @@ class Runner:
         parameters.cache_type_k = parameters.cache_type_v = single
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(parameters)
+        self.complete([0], 1)  # its loop runs then: a server that ends before would be waited for without end
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text; names of special tokens in it are text."""

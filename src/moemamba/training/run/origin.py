@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,6 @@ from ..update import becomes, fall, learning_rate, warmup_steps
 from .directory import RunDirectory
 from .given import check_resumed, note_given
 from .position import Position, read_position
-
-# What neither weights nor the function that a model computes depend on: fine-tuning may change it.
-FREE = {"init", "vocab_size", "capacity_factor", "balance_weight", "z_weight", "bias_rate"}
 
 
 def admit(
@@ -161,20 +158,19 @@ def check_start(config: TrainConfig, tokenizer: Tokenizer) -> None:
 def _function(config: ModelConfig) -> dict[str, Any]:
     """The fields that a model's function depends on, by name, widths that follow from others filled in."""
     unused = {part for letter in LETTERS.values() for part in letter.parts} - set(config.parts)
-    fields = dict(_flat(asdict(config)))
+    found = _flat(config)
     for letter in config.letters:
-        fields |= letter.widths(config)
-    return {
-        name: value
-        for name, value in fields.items()
-        if name.rsplit(".", 1)[-1] not in FREE and name.split(".")[0] not in unused
-    }
+        found |= letter.widths(config)
+    return {name: value for name, value in found.items() if name.split(".")[0] not in unused}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+def _flat(options: Any, prefix: str = "") -> dict[str, Any]:
+    """The fields that are not marked as free, those of parts as "experts.top_k"."""
+    found: dict[str, Any] = {}
+    for field in fields(options):
+        if not field.metadata.get("free"):
+            name, value = f"{prefix}{field.name}", getattr(options, field.name)
+            found |= _flat(value, f"{name}.") if is_dataclass(value) else {name: value}
     return found
 
 

@@ -24,7 +24,7 @@ from ...layers.parts import Parts
 from ...model import MoEMamba, Output
 from ...state import State
 from ..config import TrainConfig
-from ..evaluate import autocast
+from ..evaluate import mixed_precision
 from ..watch import Measures, add, measures, router_stats
 from .average import Average
 from .carry import Carried
@@ -148,7 +148,7 @@ class Step:
         shares = counted / everywhere  # of all positions that count
         for number, part in enumerate(batch):
             with last_part(self.forward, number == len(batch) - 1), self._split():
-                with autocast(processes.device, self.dtype):
+                with mixed_precision(processes.device, self.dtype):
                     state = None
                     if self.carried is not None and part.goes_on is not None:
                         state = self.carried.before(number, part.goes_on)
