@@ -10,11 +10,13 @@ reads. Then prompts of 2,048 tokens. Each turn is a process of its own. The last
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,13 @@ def build(name: str) -> Any:
 
 
 def decode(model: Any, rows: int, steps: int) -> float:
-    """CPU seconds of a step."""
-    from moemamba.inference import Engine, Request, Sampling
+    """CPU seconds of a step; of a version without an engine, of a token more of `generate`."""
+    try:
+        from moemamba.inference import Engine, Request, Sampling
+    except ImportError:
+        from moemamba import generate
+
+        return longer(lambda count: generate(model, prompts(rows, PROMPT), count, temperature=0), steps)
 
     engine = Engine(model, rows)
     for prompt in prompts(rows, PROMPT).tolist():
@@ -48,6 +55,16 @@ def decode(model: Any, rows: int, steps: int) -> float:
     for _ in range(steps):
         engine.step()
     return (time.process_time() - begun) / steps
+
+
+def longer(generate: Callable[[int], object], steps: int) -> float:
+    """CPU seconds of each of the last tokens of a longer answer."""
+    times = []
+    for count in (WARM, WARM + steps):
+        begun = time.process_time()
+        generate(count)
+        times.append(time.process_time() - begun)
+    return (times[1] - times[0]) / steps
 
 
 @torch.inference_mode()
@@ -70,12 +87,15 @@ def prefill(model: Any) -> float:
 
 
 def worker(models: list[str], batches: list[int], steps: int) -> dict[str, Any]:
+    from moemamba import MoEMamba
+
     found: dict[str, Any] = {}
+    recorded = "record" in inspect.signature(MoEMamba.forward).parameters
     for name in models:
         model = build(name)
         found[name] = {
             "step": {str(rows): min(decode(model, rows, max(4, steps // rows)) for _ in range(3)) for rows in batches},
-            "hit": {str(rows): hit(model, rows) for rows in batches},
+            "hit": {str(rows): hit(model, rows) for rows in batches if recorded},
             "prompt": min(prefill(model) for _ in range(2)),
         }
     return found
@@ -100,13 +120,12 @@ def transformers_worker(models: list[str], batches: list[int], steps: int) -> di
         model = transformers.MambaForCausalLM(own).eval()
         times = {}
         for rows in batches:
-            best = []
-            for count in (WARM, WARM + max(4, steps // rows)):
-                run = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-                begun = time.process_time()
-                model.generate(prompts(rows, PROMPT), **run)
-                best.append(time.process_time() - begun)
-            times[str(rows)] = (best[1] - best[0]) / (max(4, steps // rows))
+            read = prompts(rows, PROMPT)
+            run = {"do_sample": False, "pad_token_id": 0}
+            times[str(rows)] = longer(
+                lambda count: model.generate(read, max_new_tokens=count, min_new_tokens=count, **run),  # noqa: B023
+                max(4, steps // rows),
+            )
         found[next(name for name in models if preset(name) == config)] = {"step": times}
     return found
 
