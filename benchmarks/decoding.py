@@ -3,6 +3,7 @@
     python benchmarks/decoding.py                               # this version alone
     python benchmarks/decoding.py --against ../parent/src       # and another source tree, in turns
     python benchmarks/decoding.py --transformers                # and the Mamba of transformers, of the same sizes
+    python benchmarks/decoding.py --int8                        # and this version with weights of 8 bits
 
 Random weights, prompts of 16 tokens, the most likely token each; tokens a second of whole steps of the engine, the best
 of the turns. Experts hit are those that a layer's tokens visit in a step, on average: their weights are what a step
@@ -30,11 +31,16 @@ def prompts(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def build(name: str) -> Any:
+def build(name: str, int8: bool) -> Any:
     from moemamba import MoEMamba, preset
 
     torch.manual_seed(0)
-    return MoEMamba(preset(name)).eval().requires_grad_(False)
+    model = MoEMamba(preset(name)).eval().requires_grad_(False)
+    if int8:
+        from moemamba.layers.quantised import quantise
+
+        quantise(model)
+    return model
 
 
 def decode(model: Any, rows: int, steps: int) -> float:
@@ -59,6 +65,7 @@ def decode(model: Any, rows: int, steps: int) -> float:
 
 def longer(generate: Callable[[int], object], steps: int) -> float:
     """CPU seconds of each of the last tokens of a longer answer."""
+    generate(WARM)  # compiles kernels
     times = []
     for count in (WARM, WARM + steps):
         begun = time.process_time()
@@ -86,13 +93,13 @@ def prefill(model: Any) -> float:
     return time.process_time() - begun
 
 
-def worker(models: list[str], batches: list[int], steps: int) -> dict[str, Any]:
+def worker(models: list[str], batches: list[int], steps: int, int8: bool = False) -> dict[str, Any]:
     from moemamba import MoEMamba
 
     found: dict[str, Any] = {}
     recorded = "record" in inspect.signature(MoEMamba.forward).parameters
     for name in models:
-        model = build(name)
+        model = build(name, int8)
         found[name] = {
             "step": {str(rows): min(decode(model, rows, max(4, steps // rows)) for _ in range(3)) for rows in batches},
             "hit": {str(rows): hit(model, rows) for rows in batches if recorded},
@@ -169,8 +176,9 @@ def show(sides: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
                     line += f"; {side} {int(rows) / values[name]['step'][rows]:7.0f}, {ratio:4.2f} times that"
             print(line)
         line = f"{name:18} prompt of {LONG}: {ours[name]['prompt']:6.3f} s"
-        if "before" in sides:
-            line += f"; before {sides['before'][name]['prompt']:6.3f} s"
+        for side in ("int8", "before"):
+            if side in sides:
+                line += f"; {side} {sides[side][name]['prompt']:6.3f} s"
         print(line)
 
 
@@ -180,16 +188,23 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 3, 4, 5, 8, 16, 64])
     parser.add_argument("--against", type=Path, help="source folder of another version")
     parser.add_argument("--transformers", action="store_true", help="measure its Mamba too")
+    parser.add_argument("--int8", action="store_true", help="measure weights of 8 bits too")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=96, help="steps of one row; fewer of more rows")
-    parser.add_argument("--worker", choices=("ours", "before", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("ours", "int8", "before", "transformers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         torch.set_num_threads(1)
-        measure = transformers_worker if args.worker == "transformers" else worker
-        print(json.dumps(measure(args.models, args.batches, args.steps)))
+        asked = (args.models, args.batches, args.steps)
+        print(
+            json.dumps(
+                transformers_worker(*asked) if args.worker == "transformers" else worker(*asked, args.worker == "int8")
+            )
+        )
         return
     sources = {"ours": SOURCE}
+    if args.int8:
+        sources["int8"] = SOURCE
     if args.against:
         sources["before"] = args.against.resolve()
     if args.transformers:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layers import routers
 from ..layers.moe.experts import Experts, LinearExperts
+from ..layers.quantised import expect_full
 from ..model import MoEMamba
 
 Chosen = Sequence[int] | Tensor
@@ -114,6 +115,8 @@ def average(models: Sequence[MoEMamba], weights: Sequence[float] | None = None) 
     shares = [1.0] * len(models) if weights is None else list(weights)
     if len(shares) != len(models) or sum(shares) == 0:
         raise ValueError(f"weights is {shares}; give one for each of the {len(models)} models, whose sum is not 0")
+    for model in models:
+        expect_full(model)
     made = _empty(models[0], models[0].config)
     with torch.no_grad():
         for name, target in made.state_dict().items():
@@ -145,6 +148,7 @@ def _of_each(model: MoEMamba, given: Sequence[Chosen] | Chosen) -> list[list[int
 
 def _empty(model: MoEMamba, config: Any) -> MoEMamba:
     """A model to be filled, like another."""
+    expect_full(model)
     like = next(model.parameters())
     with torch.device("meta"):
         made = MoEMamba(config)

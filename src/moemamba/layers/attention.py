@@ -13,6 +13,7 @@ from ..ops.arguments import sizes
 from ..ops.packing import boundaries, positions, without_padding
 from .layer import Layer, Result
 from .linear import Linear
+from .quantised import weight_of
 from .roles import MATRIX, Role, composed
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Attention(Layer):
         self, rows: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> AttentionState:
         """The state before any token, without keys, of `rows` sequences; device and dtype as the weights' if None."""
-        weight = self.out_proj.weight
+        weight = weight_of(self.out_proj, "weight")
         device, width = device or weight.device, self.out_proj.in_features // self.n_heads
         keys = torch.zeros(rows, self.n_kv_heads, 0, width, device=device, dtype=dtype or weight.dtype)
         return AttentionState(keys, keys.clone(), torch.zeros(rows, 0, dtype=torch.int64, device=device))

@@ -5,17 +5,21 @@ from torch import Tensor, nn
 
 from .. import ops
 from .plain import weights_alone
+from .quantised import weight_of
 
 
 class Linear(nn.Linear):
     """PyTorch's module over `ops.linear`."""
 
+    of_8_bits = ("weight",)
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., d) -> (..., f); a bias that is kept in float32 where the weight is not is rounded."""
         bias: Tensor | None = self.bias
-        if bias is not None and bias.dtype != self.weight.dtype:
-            bias = bias.to(self.weight.dtype)
-        return ops.linear(input, self.weight, bias)
+        weight = weight_of(self, "weight")
+        if bias is not None and isinstance(weight, Tensor) and bias.dtype != weight.dtype:
+            bias = bias.to(weight.dtype)
+        return ops.linear(input, weight, bias)
 
 
 def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +29,7 @@ def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     of the halves come from different kernels and would have to be copied next to each other for one product.
     """
     weights = weights_alone(layer, Linear, 1) if x.is_cuda and torch.is_grad_enabled() else ()
-    if weights:
+    if weights and isinstance(weights[0], Tensor):
         first, second = weights[0].chunk(2)
         return ops.linear(x, first), ops.linear(x, second)
     first, second = layer(x).chunk(2, dim=-1)
@@ -38,7 +42,7 @@ def beside(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     Where a GPU is to differentiate both, and the layer is what it was built as, x's two gradients are added on the way.
     """
     weights = weights_alone(layer, Linear, 1) if x.is_cuda and torch.is_grad_enabled() else ()
-    return ops.linear_beside(x, *weights) if weights else (x, layer(x))
+    return ops.linear_beside(x, weights[0]) if weights and isinstance(weights[0], Tensor) else (x, layer(x))
 
 
 def before_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -47,4 +51,8 @@ def before_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     With it, and None, where the layer is no longer what it was built as.
     """
     weights = weights_alone(layer, Linear, 2)
-    return (ops.linear(x, weights[0]), weights[1]) if weights else (layer(x), None)
+    if not weights:
+        return layer(x), None
+    weight, bias = weights
+    assert isinstance(bias, Tensor)
+    return ops.linear(x, weight), bias

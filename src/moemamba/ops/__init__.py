@@ -26,12 +26,14 @@ from .dense import linear, linear_beside, prepare_rms_norm, rms_norm
 from .derivatives import transformed
 from .experts import activate, expert_feedforward, expert_linear, prepare_experts
 from .head import linear_cross_entropy
+from .kit.packed import Packed, pack, unpacked
 from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step, prepare_mamba_step
 from .router import prepare_router, router, router_choices, router_means
 from .scan import selective_scan
 
 __all__ = [
     "BACKENDS",
+    "Packed",
     "activate",
     "attention",
     "available",
@@ -48,6 +50,7 @@ __all__ = [
     "linear_cross_entropy",
     "load_kernels",
     "mamba_step",
+    "pack",
     "prepare_experts",
     "prepare_mamba_step",
     "prepare_rms_norm",
@@ -59,6 +62,7 @@ __all__ = [
     "router_means",
     "selective_scan",
     "transformed",
+    "unpacked",
     "why_not",
 ]
 

@@ -12,6 +12,7 @@ from ...ops.packing import without_padding
 from ..feedforward import FeedForward
 from ..layer import Layer, Prepared, Result
 from ..plain import plain
+from ..quantised import weight_of
 from ..roles import Role, composed
 from .experts import Experts
 from .router import Router
@@ -156,9 +157,8 @@ class MoE(Layer):
                 scores=router.scores,
             )
             biases = {"up_bias": experts.up_bias, "down_bias": experts.down_bias}
-            compute = ops.prepare_experts(
-                x, indices, gates, experts.up_proj, experts.down_proj, y, activation=experts.activation, **biases
-            )
+            up, down = weight_of(experts, "up_proj"), weight_of(experts, "down_proj")
+            compute = ops.prepare_experts(x, indices, gates, up, down, y, activation=experts.activation, **biases)
         if choose is None or compute is None:
             return super().prepare(buffers, x, y)
         first, second = choose, compute

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 LARGEST = 127
-NO_GRADIENT = "weights of 8 bits cannot be trained, nor what lies below them; load the model without weights='int8'"
+NO_GRADIENT = (
+    "weights of 8 bits are for generation: they cannot be trained, exported or made into another model; "
+    "load the model that they were made of, without weights='int8'"
+)
 
 
 class Packed(NamedTuple):
@@ -24,6 +27,16 @@ class Packed(NamedTuple):
     def shape(self) -> torch.Size:
         """That of the matrix, (..., f, d)."""
         return self.values.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers that it stands for."""
+        return self.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.scale.device
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(..., f, d) the weights that it stands for."""

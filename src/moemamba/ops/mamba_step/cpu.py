@@ -93,9 +93,7 @@ def _fused(
     return y, after[0].transpose(1, 2), after[1].transpose(1, 2)
 
 
-def _read(
-    in_proj: Weight, taps: Tensor, conv_bias: Tensor, x_proj: Weight, *inside: Any
-) -> tuple[Weight | None, ...]:
+def _read(in_proj: Weight, taps: Tensor, conv_bias: Tensor, x_proj: Weight, *inside: Any) -> tuple[Weight | None, ...]:
     """Weights in the order of the kernel, of which some may have 8 bits; the norms' are those of dt, B and C."""
     *inside, out_proj, inner = inside
     norms = (None, None, None) if inner is None else inner[:3]
