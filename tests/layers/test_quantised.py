@@ -36,7 +36,7 @@ def of_8_bits(name, **changes):
 @pytest.fixture
 def folders(tmp_path):
     """The same model in float32 and in 8 bits."""
-    save(tmp_path / "float", build("ME"), ByteTokenizer())
+    save(tmp_path / "float", build(), ByteTokenizer())
     save(tmp_path / "int8", load(tmp_path / "float", weights="int8")[0], ByteTokenizer())
     return tmp_path
 
@@ -56,7 +56,7 @@ def test_matrices_that_products_read_and_no_others(name):
 
 
 def test_a_head_that_is_the_embedding_stays_as_it_is():
-    model = of_8_bits("ME", tie_embeddings=True)
+    model = of_8_bits("(ME)", tie_embeddings=True)
     assert model.head.weight is model.embedding.weight and model.head.weight.dtype == torch.float32
 
 
@@ -87,7 +87,7 @@ def test_saved_and_loaded(folders):
         for model in ways:
             assert torch.equal(model(tokens).logits, expected)
     assert generate(ways[0], [1, 2, 3], 8, temperature=0) == generate(ways[1], [1, 2, 3], 8, temperature=0)
-    into = load(folders / "int8", into=build("ME"))[0]
+    into = load(folders / "int8", into=build())[0]
     assert quantised(into) and torch.equal(into(tokens).logits, ways[0](tokens).logits)
 
 
@@ -103,14 +103,14 @@ def test_damaged_files_are_told(folders):
 
 
 def test_what_needs_full_weights_is_refused(folders, tmp_path):
-    model, text = of_8_bits("ME"), folders / "text"
+    model, text = of_8_bits("(ME)"), folders / "text"
     text.write_text("some words of a text\n" * 50)
     with pytest.raises(ValueError, match="8 bits"):
         make_optimizer(model)
     with pytest.raises(ValueError, match="8 bits"):
         lora.attach(model, 2)
     with pytest.raises(ValueError, match="8 bits"):
-        surgery.average([build("ME"), model])
+        surgery.average([build(), model])
     with pytest.raises(ValueError, match="8 bits"):
         upcycle(folders / "int8", tmp_path / "up", 4)
     with pytest.raises(ValueError, match="8 bits"):

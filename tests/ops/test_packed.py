@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moemamba import ops
-from moemamba.ops.kit.cpu import exact_kernel, packed
+from moemamba.ops.kit.cpu import exact, packed
 from moemamba.ops.kit.packed import LARGEST, pack
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -99,7 +99,7 @@ def test_every_machine_has_the_same_bits(instruction, monkeypatch):
     product = packed.packed_products.__wrapped__(2, 2)
     round_rows = packed.round_rows
 
-    @exact_kernel
+    @exact
     def kernel(rows: int, k: int, columns: int, x: int, levels: int, w: int, scale: int, y: int) -> None:
         round_rows(0, rows, rows, k, x, 4 * k, levels)
         product(0, columns, 0, rows, rows, k, levels, w, scale, y, 4 * columns)

@@ -25,7 +25,7 @@ from .memory import (
     summed,
     write,
 )
-from .run import exact, exact_kernel, inner, kernel, run
+from .run import exact, exact_kernel, inner, kernel, named, run
 
 __all__ = [
     "LN2",
@@ -48,6 +48,7 @@ __all__ = [
     "load_columns",
     "load_tile",
     "located",
+    "named",
     "new",
     "next_state",
     "paired",

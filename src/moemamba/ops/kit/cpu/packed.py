@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from .arithmetic import bits, from_bits, nearest
 from .lanes import LANES, TILE_SHAPE, Tile, function, indices, masked_load, sum_lanes
 from .memory import floats, shorts
-from .run import exact
+from .run import exact, named
 
 TOGETHER = 2 * LANES  # numbers that are read at once: rounded rows are filled up with zeros to a multiple
 ROWS = 16  # of a task of rounding
@@ -146,6 +146,7 @@ def packed_products(tall: int, wide: int) -> Callable[..., None]:
         several, one = tiles[rows, wide], tiles[rows, 1]
 
         @exact
+        @named(rows, wide)
         def across(
             first: int, last: int, k: int, x: int, x_step: int, w: int, y: int, y_step: int, x_scale: int, w_scale: int
         ) -> None:
@@ -162,6 +163,7 @@ def packed_products(tall: int, wide: int) -> Callable[..., None]:
     highest, pair, single = strip(tall), strip(2), strip(1)
 
     @exact
+    @named(tall, wide)
     def product(
         first: int,
         last: int,

@@ -16,7 +16,7 @@ from ..packed import Packed, Weight, unpacked
 from .lanes import TILE_SHAPE, tile
 from .memory import floats, located, new, paired
 from .packed import ROWS, packed_product, room, round_rows
-from .run import exact, exact_kernel, run
+from .run import exact, exact_kernel, named, run
 
 COLUMNS = 16  # weight rows of a task
 MULTIPLICATIONS = 8  # that take as long as one inner iteration of `WORTH_THREADS`
@@ -61,6 +61,7 @@ def products(tall: int, wide: int) -> Callable[..., None]:
     highest, pair, single = (_strip(rows, wide) for rows in (tall, 2, 1))
 
     @exact
+    @named(tall, wide)
     def block(
         first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
     ) -> None:
@@ -75,6 +76,7 @@ def products(tall: int, wide: int) -> Callable[..., None]:
             single(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
 
     @exact
+    @named(tall, wide)
     def product(
         first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
     ) -> None:
@@ -93,6 +95,7 @@ def _strip(rows: int, wide: int) -> Callable[..., None]:
     several, one = tile(rows, wide), tile(rows, 1)
 
     @exact
+    @named(rows, wide)
     def strip(first: int, last: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int) -> None:
         column = first
         while column + wide <= last:
