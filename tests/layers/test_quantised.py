@@ -128,16 +128,20 @@ def test_transformers_refuses_it(folders):
         MoEMambaForCausalLM.from_pretrained(folders / "int8")
 
 
-def test_commands(folders, capsys):
+def test_commands(folders, capsys, monkeypatch):
+    def call(*words):
+        monkeypatch.setattr("sys.argv", ["moemamba", *words])
+        main()
+        return capsys.readouterr().out
+
     text = folders / "text.txt"
     text.write_text("some words of a text\n" * 50)
-    printed = []
-    for run, more in (("float", ["--weights", "int8"]), ("int8", [])):
-        main(["generate", str(folders / run), "--prompt", "a", "--max-new-tokens", "5", "--temperature", "0", *more])
-        printed.append(capsys.readouterr().out)
-        main(["eval", str(folders / run), "--data", str(text), "--context", "32", "--json", *more])
-        printed.append(capsys.readouterr().out)
-    assert printed[:2] == printed[2:]
-    main(["info", str(folders / "int8"), "--json"])
-    stored = json.loads(capsys.readouterr().out)["bytes"]["stored"]
+    more = {"float": ["--weights", "int8"], "int8": []}
+    written = ("--prompt", "a", "--max-new-tokens", "5", "--temperature", "0", "--device", "cpu")
+    found = [call("generate", str(folders / run), *written, *own) for run, own in more.items()]
+    measured = ("--data", str(text), "--context", "32", "--json", "--device", "cpu")
+    found += [call("eval", str(folders / run), *measured, *own) for run, own in more.items()]
+    assert found[0] == found[1] != "" and found[2] == found[3]
+    stored = json.loads(call("info", str(folders / "int8"), "--json"))["bytes"]["stored"]
     assert stored["int8"] > stored["float32"] > 0
+    assert "int8" in call("info", str(folders / "int8")) and "int8" not in call("info", str(folders / "float"))

@@ -157,6 +157,7 @@ def _step(self: Any, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor | None:
     conv1d = weights_alone(self.conv1d, nn.Conv1d, 2)
     if not (in_proj and out_proj and x_proj and dt_proj and conv1d) or ssm.dtype != torch.float32:
         return None
+    assert isinstance(conv1d[0], Tensor)
     inside = (conv1d[0].squeeze(1), conv1d[1], *x_proj, *dt_proj, self.A_log, self.D)
     weights = (*in_proj, *inside, *out_proj)
     if not ops.fuses_mamba_step(x, *weights):

@@ -60,7 +60,7 @@ def visit_experts(
 
 def held(weight: Held) -> Held:
     """The experts that this process holds of a stack of matrices."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    return weight.to_local() if isinstance(weight, DTensor) else weight  # type: ignore[return-value]
 
 
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:

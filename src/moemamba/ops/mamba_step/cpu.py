@@ -15,7 +15,7 @@ from ..kit.cpu.packed import room
 from ..kit.cpu.product import MULTIPLICATIONS
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
-from ..kit.packed import Packed, Weight, unpacked
+from ..kit.packed import Weight, unpacked
 from . import reference
 from .cpu_kernels import NORMS, ROUND_INNER, ROUND_X, SHARE, all_phases, needed, step
 
@@ -53,7 +53,8 @@ def mamba_step(
     if norm_weight is None and not traced(x, *weights, *(inner or ())) and not torch.is_autocast_enabled("cpu"):
         done = _fused(x, conv_state, ssm_state, in_place, *weights)
     if done is None:
-        dense = [unpacked(w, x.dtype) if isinstance(w, Packed) else w for w in weights]
+        first, middle, last = (unpacked(weight, x.dtype) for weight in (in_proj, x_proj, out_proj))
+        dense = (first, conv_weight, conv_bias, middle, dt_proj, dt_bias, A_log, D, last, inner)
         return reference.mamba_step(
             x, conv_state, ssm_state, *dense, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, in_place=in_place
         )
@@ -93,9 +94,9 @@ def _fused(
     return y, after[0].transpose(1, 2), after[1].transpose(1, 2)
 
 
-def _read(in_proj: Weight, taps: Tensor, conv_bias: Tensor, x_proj: Weight, *inside: Any) -> tuple[Weight | None, ...]:
+def _read(in_proj: Weight, taps: Tensor, conv_bias: Tensor, x_proj: Weight, *others: Any) -> tuple[Weight | None, ...]:
     """Weights in the order of the kernel, of which some may have 8 bits; the norms' are those of dt, B and C."""
-    *inside, out_proj, inner = inside
+    *inside, out_proj, inner = others
     norms = (None, None, None) if inner is None else inner[:3]
     return (*paired(in_proj), taps, conv_bias, *paired(x_proj), *inside, *paired(out_proj), *norms)
 
