@@ -15,9 +15,8 @@ from .counting import require_memory
 from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
-from .layers.quantised import misfit, quantise, quantised
+from .layers.quantised import NO_GRADIENT, misfit, quantise, quantised
 from .model import MoEMamba
-from .ops.kit.packed import NO_GRADIENT
 from .reading import from_dict
 from .tensors import CHECKSUMS, TensorFile, differences, not_finite, write_tensors
 from .text import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_config

@@ -6,7 +6,8 @@ by the same name, beside one more, `<name>_scale`: so they are saved, moved and 
 
 from torch import Tensor, nn
 
-from ..ops.kit.packed import LARGEST, NO_GRADIENT, Packed, Weight, pack
+from ..ops.kit.packed import LARGEST, Packed, Weight, pack
+from ..ops.kit.packed import NO_GRADIENT as NO_GRADIENT
 from .roles import roles
 
 SCALE = "_scale"
