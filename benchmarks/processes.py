@@ -7,6 +7,7 @@
 
 same: 20 steps of a small model for each way of sharing it out, with a capacity and without, in float32 and bfloat16.
 speed: tokens a second of `moe-mamba-25m` at 256 x 256 tokens a process, layers compiled.
+long: tokens a second of `moe-mamba-25m` on one sequence of 1,048,576 tokens, shared by all processes.
 large: a model whose weights, gradients and optimiser need 1.25 times the memory of one GPU, its experts spread.
 Each writes one JSON file into the folder OUT; `table` prints them all, last in one line of JSON.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "parameters": {"shard": "parameters"},
     "experts": {"expert_parallel": 2},
     "both": {"shard": "parameters", "expert_parallel": 2},
+    "sequences": {"sequence_parallel": 2},
 }
 
 
@@ -70,14 +73,25 @@ def same(processes: Processes, folder: str) -> dict[str, Any]:
 
 
 def speed(
-    processes: Processes, folder: str, shard: str = "none", profile: bool = False, cuda_graph: str = "auto"
+    processes: Processes,
+    folder: str,
+    shard: str = "none",
+    profile: bool = False,
+    cuda_graph: str = "auto",
+    long: int = 0,
 ) -> dict[str, Any]:
-    """Tokens a second over steps 20 to 60, and peak memory."""
+    """Tokens a second over the last steps, and peak memory; of one sequence of `long` tokens if that is given."""
+    rows, steps = 256 * processes.size, 60
     config = TrainConfig(
-        preset("moe-mamba-25m"), **tokens(folder, processes), run=f"{folder}/speed", steps=60,
-        batch_size=256 * processes.size, context=256, log_every=10, eval_every=1000, eval_tokens=65536,
+        preset("moe-mamba-25m"), **tokens(folder, processes), run=f"{folder}/speed", steps=steps,
+        batch_size=rows, context=256, log_every=10, eval_every=1000, eval_tokens=65536,
         learning_rate=1e-3, compile=True, shard=shard, cuda_graph=cuda_graph,
     )  # fmt: skip
+    if long:
+        config = replace(
+            config, steps=12, batch_size=1, context=long, log_every=2, eval_tokens=long, test="none",
+            sequence_parallel=processes.size, recompute=True, compile=False, cuda_graph="off",
+        )  # fmt: skip
     spread.draw = quick
     text: list[str] = []
     if profile:
@@ -169,9 +183,9 @@ def tokens(folder: str, processes: Processes) -> dict[str, str]:
     def write() -> None:
         words = {f"w{number}": number for number in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
         tokenizers.Tokenizer(tokenizers.models.WordLevel(words)).save(str(place / "tokenizer.json"))
-        draws = np.random.default_rng(0).integers(0, VOCABULARY, 1 << 20)
+        draws = np.random.default_rng(0).integers(0, VOCABULARY, 1 << 22)
         draws.astype("<u2").tofile(place / "train.bin")
-        draws[: 1 << 17].astype("<u2").tofile(place / "held.bin")
+        draws[: (1 << 20) + 1].astype("<u2").tofile(place / "held.bin")
 
     processes.once(write)
     files = {"data": "train.bin", "validation": "held.bin", "tokenizer": "tokenizer.json"}
@@ -194,7 +208,7 @@ def table(out: Path) -> None:
             )
             summary[name] = [max(losses), max(norms)]
     for name, values in found.items():
-        if name.startswith("speed"):
+        if name.startswith(("speed", "long")):
             each = values["tokens_per_second"]
             values["median"] = statistics.median(each[2:])
             print(f"{name:28} {values['median']:12,.0f} tokens/s  {values['peak_gib']} GiB  {each}")
@@ -204,8 +218,8 @@ def table(out: Path) -> None:
         else:
             continue
         summary[name] = values
-    for name in (name for name in found if name.startswith("speed-2")):
-        for base in (base for base in found if base.startswith("speed-1")):
+    for name in (name for name in found if name.startswith(("speed-2", "long-2"))):
+        for base in (base for base in found if base.startswith(f"{name.partition('-')[0]}-1")):
             summary[f"{name} over {base}"] = round(found[name]["median"] / found[base]["median"], 3)
             print(f"{name} over {base}: {summary[f'{name} over {base}']}")
     print(json.dumps(summary))
@@ -214,7 +228,7 @@ def table(out: Path) -> None:
 def every(gpus: int) -> None:
     """`same` and `speed` on one GPU and on all of this machine, side by side."""
     with tempfile.TemporaryDirectory() as out:
-        for case in ("same", "speed"):
+        for case in ("same", "speed", "long"):
             for count in (1, gpus):
                 launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), __file__]
                 subprocess.run([sys.executable, *launch, case, out], check=True)
@@ -223,11 +237,12 @@ def every(gpus: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("same", "speed", "large", "table"), nargs="?")
+    parser.add_argument("case", choices=("same", "speed", "long", "large", "table"), nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--shard", default="none", choices=("none", "parameters"))
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--cuda-graph", default="auto", choices=("auto", "off"), help="of `speed` with one process")
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="of the sequence of `long`")
     parser.add_argument("--label", default="", help="ends the name of the JSON file")
     options = parser.parse_args()
     if options.case is None and torch.cuda.device_count() < 2:
@@ -249,6 +264,8 @@ def main() -> None:
                 found = same(processes, folder)
             case "speed":
                 found = speed(processes, folder, options.shard, options.profile, options.cuda_graph)
+            case "long":
+                found = speed(processes, folder, profile=options.profile, long=options.tokens)
             case _:
                 found = large(processes, folder)
         if processes.first:

@@ -58,6 +58,9 @@ VARIANTS = {
     ),
     "biases": ModelConfig("E", 2, 32, experts=ExpertsConfig(3, n_shared_experts=2, bias=True, router_bias=True)),
     "geglu": ModelConfig("EF", 2, 32, experts=ExpertsConfig(activation="geglu"), final_norm_kind="layernorm"),
+    "uneven": ModelConfig(
+        "E(ER)", 2, 32, experts=ExpertsConfig((2, 3, 4, 7), 2), routed=RoutedMambaConfig(experts=ExpertsConfig((8, 1)))
+    ),
     "routed, shared": ModelConfig("R", 2, 32, routed=RoutedMambaConfig(("conv",))),
     "routed, independent": ModelConfig("R", 2, 32, routed=RoutedMambaConfig(("gate", "out"), "independent")),
 }
@@ -71,7 +74,7 @@ def test_counting_agrees_with_the_model(config):
     assert count.total + count.embedding == sum(p.numel() for p in model.parameters())
     assert len(config.routers) == len(model.router_names)
     unused = sum(
-        parameter.numel() * (experts.n_experts - experts.top_k) // experts.n_experts
+        parameter.numel() * (experts.count - experts.top_k) // experts.count
         for path, experts in zip(model.router_names, config.routers, strict=True)
         for name, parameter in model.get_submodule(path).named_parameters()
         if name.endswith((*EXPERTS, "conv_proj.weight", "gate_proj.weight", "out_proj.weight"))

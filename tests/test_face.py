@@ -6,10 +6,12 @@ import subprocess
 import sys
 import warnings
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moemamba as mm
 from moemamba import layers
@@ -54,6 +56,11 @@ reveal_type(layers.Attention(8, 2)(x))
 reveal_type(layers.FeedForward(8, 2)(x))
 reveal_type(layers.RoutedMamba(8, 2)(x))
 reveal_type(layers.Router(8, 2)(x))
+reveal_type(layers.BaseRouter(2)(x))
+reveal_type(layers.Mamba(8, device="meta", dtype=torch.bfloat16)(x))
+reveal_type(mm.look(model, x).selection["layers.0"].dt)
+reveal_type(mm.TrainConfig().replace(steps=3))
+reveal_type(mm.ModelConfig().replace(n_experts=(2, 4)).routers[0].count)
 reveal_type(mm.generate(model, [1, 2], temperature=0.5))
 reveal_type(mm.generate(model, [[1], [2]], top_k=5))
 reveal_type(mm.load("runs/mine"))
@@ -111,16 +118,20 @@ def test_auxiliary_is_the_weighed_mean(model):
 
 
 def test_a_forgotten_auxiliary_is_said_once(model):
-    def steps(model, count, loss):
+    def steps(model, count, loss, rate=1e-3):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(count):
                 loss(model(tokens(), targets=tokens())).backward()
+                if rate:
+                    torch.optim.SGD(model.parameters(), rate).step()
         return [str(each.message) for each in caught if each.category is UserWarning]
 
     said = steps(deepcopy(model), 25, lambda out: out.loss)
     assert len(said) == 1 and "minimise out.loss + out.auxiliary" in said[0]
     assert not steps(deepcopy(model), 15, lambda out: out.loss + out.auxiliary)
+    assert not steps(deepcopy(model), 15, lambda out: out.loss + sum(stats.loss() for stats in out.router))
+    assert not steps(deepcopy(model), 25, lambda out: out.loss, rate=0)  # gradients that train nothing
     free = mm.MoEMamba(TINY.replace(balance_weight=0.0, z_weight=0.0))
     assert not steps(free, 15, lambda out: out.loss)
     for layer in model.modules():
@@ -180,3 +191,70 @@ def test_packed_sequences_are_alone(model):
     assert vectors.shape == (1, 5, 5)
     with pytest.raises(ValueError, match="give one or more"):
         layers.packed([])
+
+
+@pytest.mark.parametrize("letter", mm.config.LETTERS)
+@pytest.mark.parametrize("stand_in", ["meta", "fake"])
+def test_shapes_without_numbers(letter, stand_in):
+    """Forward, continued and backward, where nothing is computed: what estimates memory or traces looks like this."""
+    config = TINY.replace(pattern=letter)
+    mode = torch.device("meta") if stand_in == "meta" else FakeTensorMode()
+    with mode:
+        model = mm.MoEMamba(config)
+        ids = torch.zeros(2, 9, dtype=torch.int64)
+        state = model(ids).state
+        out = model(ids, state, ids, targets=ids)
+        (out.loss + out.auxiliary).backward()
+        assert out.loss.shape == () and model(ids).logits.shape == (2, 9, 31)
+        assert model.embedding.weight.grad.shape == (31, 16)
+
+
+@pytest.mark.parametrize("letter", mm.config.LETTERS)
+def test_batches_of_nothing(letter):
+    model = mm.MoEMamba(TINY.replace(pattern=letter))
+    for shape in ((0, 5), (2, 0), (0, 0), (1, 1)):
+        ids = torch.zeros(shape, dtype=torch.int64)
+        out = model(ids, targets=ids, seq_idx=ids)
+        (out.loss + out.auxiliary).backward()
+        assert model(ids).logits.shape == (*shape, 31)
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("marks", [torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9), torch.zeros(2, 8).long()])
+def test_a_mask_is_no_seq_idx(model, marks):
+    takes = [lambda **how: model(tokens(), **how), lambda **how: layers.pooled(torch.zeros(2, 9, 16), **how)]
+    takes += [partial(layer, torch.zeros(2, 9, 16)) for layer in (layers.Mamba(16), layers.MoE(16, 2))]
+    takes += [partial(layer, torch.zeros(2, 9, 16)) for layer in (layers.Attention(16, 2), layers.RoutedMamba(16, 2))]
+    for take in takes:
+        with pytest.raises(ValueError, match=r"seq_idx (is torch.(bool|float32); .* mask.int\(\) - 1|has shape)"):
+            take(seq_idx=marks)
+    with pytest.raises(ValueError, match=r"expected integers \(b,\)"):
+        layers.padded(torch.ones(2, 9, dtype=torch.bool))
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    assert torch.equal(mask.int() - 1, layers.padded(mask.sum(1)))
+
+
+def test_what_is_no_configuration_says_where_one_is(model):
+    for wrong, said in (
+        (lambda: mm.ModelConfig(n_experts=4), r"ModelConfig\(experts=ExpertsConfig\(n_experts=4\)\), or .*replace"),
+        (lambda: mm.ModelConfig(d_state=4), r"is a field of ModelConfig.mamba"),
+        (lambda: mm.ModelConfig(nonsense=4), "unexpected keyword argument 'nonsense'"),
+        (lambda: mm.MoEMamba("moe-mamba-tiny"), r"preset\('moe-mamba-tiny'\) is one"),
+        (lambda: mm.MoEMamba(mm.TrainConfig()), "a TrainConfig has it as config.model"),
+        (lambda: mm.count_parameters(model), "a model has it as model.config"),
+        (lambda: mm.train("moe-mamba-tiny"), "expected a TrainConfig"),
+        (lambda: model([[1, 2]]), r"tokens is a list; expected a tensor"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            wrong()
+    assert mm.ModelConfig("E", experts={"n_experts": 2}) == mm.ModelConfig("E", experts=mm.ExpertsConfig(2))
+    config = pickle.loads(pickle.dumps(deepcopy(TINY)))
+    assert config == TINY and hash(config) == hash(TINY)
+    with pytest.raises(ValueError, match="lerning_rate is no field of TrainConfig"):
+        mm.TrainConfig().replace(lerning_rate=1)
+
+
+def test_states_lie_beside_weights(model, tmp_path):
+    out = model(tokens())
+    torch.save({"state": out.state.detach(), "stats": out.router[0]}, tmp_path / "mine.pt")
+    assert torch.equal(torch.load(tmp_path / "mine.pt")["state"].mixers[0].ssm, out.state.mixers[0].ssm)

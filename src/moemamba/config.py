@@ -1,9 +1,11 @@
 """What a model is: frozen dataclasses that check themselves, to JSON and back. No torch here."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from .letters import (
     LETTERS,
@@ -94,6 +96,21 @@ class ModelConfig:
     head_bias: bool = later(False)
     """a bias of the projection to the vocabulary"""
 
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *arguments: Any, **fields: Any) -> Self:
+            """Says where a field is that is not here, as Python would not."""
+            own = dataclasses.fields(cls)
+            for name in fields.keys() - {field.name for field in own}:
+                given = f"{name}={fields[name]!r}"
+                for part, kind in ((field.name, field.default_factory) for field in own):
+                    if isinstance(kind, type) and issubclass(kind, Options) and name in kind().names():
+                        raise TypeError(
+                            f"{name} is a field of ModelConfig.{part}: ModelConfig({part}={kind.__name__}({given})), "
+                            f"or ModelConfig().replace({given})"
+                        )
+            return super().__new__(cls)
+
     def __post_init__(self) -> None:
         validate(self, positive=("n_blocks", "d_model", "vocab_size", "norm_eps"))
         parse_pattern(self.pattern)
@@ -104,6 +121,8 @@ class ModelConfig:
             )
         for letter in self.letters:
             letter.check(self)
+        if self.uneven:
+            self._check_layers()
 
     @classmethod
     def without_foreign(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -125,9 +144,41 @@ class ModelConfig:
         return parse_pattern(self.pattern) * self.n_blocks
 
     @property
+    def uneven(self) -> bool:
+        """Whether something is given for each layer by itself, as `n_experts` may be."""
+        return any(getattr(self, part).counts() for part in self.parts)
+
+    def sublayers(self) -> Iterator[tuple[str, tuple[Self, ...]]]:
+        """Each residual sub-layer from bottom to top: its letters, and for each of them the configuration that it is
+        built from. That is this one, in which what is given for each layer (`n_experts`) is what this layer has."""
+        if not self.uneven:
+            yield from ((letters, (self,) * len(letters)) for letters in self.layers)
+            return
+        seen: Counter[str] = Counter()
+        for letters in self.layers:
+            own = []
+            for letter in letters:
+                parts = [part for part in LETTERS[letter].parts if getattr(self, part).counts()]
+                changes = {part: getattr(self, part).of_layer(seen[part]) for part in parts}
+                own.append(dataclasses.replace(self, **changes) if changes else self)
+                seen.update(parts)
+            yield letters, tuple(own)
+
+    @property
     def routers(self) -> tuple[ExpertsConfig, ...]:
-        """The experts that each router of the model serves, bottom to top: what weighs that router's losses."""
-        return tuple(e for layer in self.layers for letter in layer for e in LETTERS[letter].routers(self))
+        """The experts that each router of the model serves, bottom to top, with n_experts of that layer."""
+        return tuple(
+            experts
+            for letters, configs in self.sublayers()
+            for letter, own in zip(letters, configs, strict=True)
+            for experts in LETTERS[letter].routers(own)
+        )
+
+    @property
+    def losses(self) -> tuple[ExpertsConfig, ...]:
+        """`routers` for whoever asks what weighs their losses only, in every step: n_experts may be that of all
+        layers."""
+        return tuple(e for letters in self.layers for letter in letters for e in LETTERS[letter].routers(self))
 
     @property
     def letters(self) -> tuple[Letter, ...]:
@@ -176,20 +227,37 @@ class ModelConfig:
         Raises:
             ValueError: there is no such field, no letter of the pattern uses it, or the values cannot work.
         """
-        own = {f.name for f in dataclasses.fields(self)}
-        result = dataclasses.replace(self, **{name: value for name, value in changes.items() if name in own})
-        inner = {name: value for name, value in changes.items() if name not in own}
+        fields = {f.name for f in dataclasses.fields(self)}
+        own = {name: value for name, value in changes.items() if name in fields}
+        inner = {name: value for name, value in changes.items() if name not in fields}
         used: set[str] = set()
-        parts = {part: getattr(result, part).changed(inner, used) for part in result.parts}
+        parts: dict[str, Any] = {}
+        for name in _parts(str(own.get("pattern", self.pattern))):
+            part = own.get(name, getattr(self, name))
+            if isinstance(part, Options):
+                parts[name] = part.changed(inner, used)
+        result = dataclasses.replace(self, **own | parts)  # at once: how many numbers fit depends on pattern and blocks
         for name in inner.keys() - used:
             raise ValueError(f"{name} {result._why_unused(name)}")
-        return dataclasses.replace(result, **parts)
+        return result
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The fields that hold options of letters of the pattern."""
-        used = {part for letter in self.letters for part in letter.parts}
+        used = _parts(self.pattern)
         return tuple(field.name for field in dataclasses.fields(self) if field.name in used)
+
+    def _check_layers(self) -> None:
+        """Raises ValueError where there are other numbers of layers and of what is given for each."""
+        for part in self.parts:
+            letters = [name for name, letter in LETTERS.items() if part in letter.parts and name in self.pattern]
+            layers = self.n_blocks * sum(self.pattern.count(name) for name in letters)
+            for name, count in getattr(self, part).counts().items():
+                if count != layers:
+                    raise ValueError(
+                        f"{part}.{name} has {count} numbers, and the model {layers} layers {' and '.join(letters)} "
+                        f"(pattern {self.pattern!r}, n_blocks {self.n_blocks}); give one number for all, or {layers}"
+                    )
 
     def check_used(self, default: "ModelConfig") -> None:
         """Whether the letters of the pattern use all that differs from a default.
@@ -213,6 +281,21 @@ class ModelConfig:
         hints = [hint for letter in self.letters if (hint := letter.why_unused(name))]
         hint = hints[0] if hints else "choose a pattern that does"
         return f"would change nothing: no letter of the pattern {self.pattern!r} uses it; {hint}"
+
+
+def expect_config(config: Any) -> None:
+    """Raise a TypeError for what is no configuration, with what would be."""
+    if isinstance(config, ModelConfig):
+        return
+    hint = f"preset({config!r}) is one" if isinstance(config, str) else "a model has it as model.config"
+    if isinstance(getattr(config, "model", None), ModelConfig):
+        hint = "a TrainConfig has it as config.model"
+    raise TypeError(f"config is a {type(config).__name__}; expected a ModelConfig, and {hint}")
+
+
+def _parts(pattern: str) -> set[str]:
+    """The fields that hold options of its letters."""
+    return {part for name, letter in LETTERS.items() if name in pattern for part in letter.parts}
 
 
 def parse_pattern(pattern: str) -> tuple[str, ...]:

@@ -1,9 +1,37 @@
 """How large a model is and what a token costs, from its configuration alone: nothing is allocated. No torch here."""
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from .config import ModelConfig, parse_pattern
+from .config import ModelConfig, expect_config, parse_pattern
 from .letters import LETTERS, Letter
+
+
+class Sublayer(NamedTuple):
+    """A residual sub-layer, or several that are alike."""
+
+    letters: str
+    branches: tuple[tuple[Letter, ModelConfig], ...]
+    """its letters, with the configuration that each is built from"""
+    times: int
+    """how often the model has it"""
+    total: int
+    """parameters of one"""
+    active: int
+
+
+def sublayers(config: ModelConfig) -> Iterator[Sublayer]:
+    """The residual sub-layers from bottom to top: those of one block where blocks are alike, else all."""
+    blocks: Iterable[tuple[str, tuple[ModelConfig, ...]]] = config.sublayers()
+    if not config.uneven:
+        blocks = [(letters, (config,) * len(letters)) for letters in parse_pattern(config.pattern)]
+    for letters, configs in blocks:
+        branches = tuple((LETTERS[letter], own) for letter, own in zip(letters, configs, strict=True))
+        total, active = (
+            sum(counts) for counts in zip(*(letter.parameters(own) for letter, own in branches), strict=True)
+        )
+        norm = _norm(config, config.norm)
+        yield Sublayer(letters, branches, 1 if config.uneven else config.n_blocks, total + norm, active + norm)
 
 
 class ParameterCount(NamedTuple):
@@ -18,12 +46,13 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Total, active and embedding parameters of a model that need not fit anywhere."""
+    expect_config(config)
     final_norm = _norm(config, config.final_norm_kind or config.norm) if config.final_norm else 0
-    block = [_layer(config, letters) for letters in parse_pattern(config.pattern)]
+    layers = list(sublayers(config))
     tables = 1 if config.tie_embeddings else 2
     return ParameterCount(
-        total=config.n_blocks * sum(total for total, _ in block) + final_norm,
-        active=config.n_blocks * sum(active for _, active in block) + final_norm,
+        total=sum(each.times * each.total for each in layers) + final_norm,
+        active=sum(each.times * each.active for each in layers) + final_norm,
         embedding=config.vocab_size * (tables * config.d_model + config.head_bias),
     )
 
@@ -34,13 +63,18 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     Counts the products with active weights and the head, and what a layer computes besides (`Letter.flops`).
     """
     matrices = count_parameters(config).active + config.vocab_size * config.d_model
-    block = sum(letter.flops(config, context) for letter in _block(config))
-    return 2 * matrices + config.n_blocks * block
+    return 2 * matrices + sum(
+        each.times * letter.flops(own, context) for each in sublayers(config) for letter, own in each.branches
+    )
 
 
 def state_bytes(config: ModelConfig, context: int, element: int = 4) -> int:
     """Size of one sequence's `State` after `context` tokens; scan states are float32, the rest `element` bytes each."""
-    return config.n_blocks * sum(letter.state_bytes(config, context, element) for letter in _block(config))
+    return sum(
+        each.times * letter.state_bytes(own, context, element)
+        for each in sublayers(config)
+        for letter, own in each.branches
+    )
 
 
 class Memory(NamedTuple):
@@ -102,16 +136,5 @@ def size(number: float) -> str:
     return f"{number:,.1f} TiB" if number < 1e6 else f"{number:.1e} TiB"
 
 
-def _block(config: ModelConfig) -> list[Letter]:
-    return [LETTERS[letter] for letters in parse_pattern(config.pattern) for letter in letters]
-
-
 def _norm(config: ModelConfig, kind: str) -> int:
     return config.d_model * (2 if kind == "layernorm" else 1)
-
-
-def _layer(config: ModelConfig, letters: str) -> tuple[int, int]:
-    """(total, active) of one residual sub-layer."""
-    parts = [LETTERS[letter].parameters(config) for letter in letters]
-    norm = _norm(config, config.norm)
-    return sum(t for t, _ in parts) + norm, sum(a for _, a in parts) + norm

@@ -92,8 +92,8 @@ def _draw(model: "MoEMamba", fill: Callable[[Tensor, Tensor], None]) -> None:
     makers: list[tuple[nn.Module, Callable[[], nn.Module]]] = [
         (model.embedding, lambda: nn.Embedding(config.vocab_size, config.d_model)),
         *(
-            (layer, partial(Residual, config, letters))
-            for layer, letters in zip(model.layers, config.layers, strict=True)
+            (layer, partial(Residual, own, letters))
+            for layer, (letters, own) in zip(model.layers, config.sublayers(), strict=True)
         ),
         (model.norm, lambda: final_norm(config)),
         (model.head, lambda: Head(config.d_model, config.vocab_size, bias=config.head_bias)),

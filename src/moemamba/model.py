@@ -11,10 +11,11 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import ops
-from .config import ExpertsConfig, ModelConfig
+from .config import ExpertsConfig, ModelConfig, expect_config
 from .initialisation import initialise
 from .layers import LAYERS, Choice, RouterStats, final_norm, routers
 from .layers.head import Head
+from .layers.parts import Parts
 from .layers.residual import Residual
 from .layers.roles import Role, composed
 from .letters import LETTERS
@@ -70,12 +71,14 @@ class Backbone(nn.Module):
     Attributes:
         recompute: keep the inputs of each sub-layer only and compute it again in the backward pass; a router's choices
             are kept, so that they cannot change.
+        parts: set where each process has a part of every sequence; see `distributed.split_sequences`.
     """
 
     embedding: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
     recompute = False
+    parts: Parts | None = None
 
     def backbone(
         self,
@@ -83,15 +86,14 @@ class Backbone(nn.Module):
         state: State | None = None,
         seq_idx: Tensor | None = None,
         record: list[Choice] | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
         """Arguments as in `MoEMamba.forward` -> what the head sees (b, l, d), state, router statistics."""
         self._check_input(tokens)
-        if seq_idx is not None and seq_idx.shape != tokens.shape[:2]:
-            raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
         if tokens.is_floating_point():
-            return self.through(tokens, state, seq_idx, record)
+            return self.through(tokens, state, seq_idx, record, hidden)
         narrow = tokens.dtype not in (torch.int64, torch.int32)  # uint8, as of bytes or bases
-        return self.through(self.embedding(tokens.long() if narrow else tokens), state, seq_idx, record)
+        return self.through(self.embedding(tokens.long() if narrow else tokens), state, seq_idx, record, hidden)
 
     def through(
         self,
@@ -101,19 +103,21 @@ class Backbone(nn.Module):
         record: list[Choice] | None = None,
         hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, State, tuple[RouterStats, ...]]:
-        """As `backbone`, of what the embedding gives, x (b, l, d).
-
-        Args:
-            hidden: a list to which the residual stream before each sub-layer is appended, (b, l, d).
-        """
+        """As `backbone`, of what the embedding gives, x (b, l, d)."""
         if state is not None:
             self._expect_own(state, x.shape[0])
         x = without_padding(x, seq_idx)  # and so it stays through all layers
         y: Tensor | None = None
         mixers: list[Any] = []
         router: list[RouterStats] = []
-        for layer in self.layers:
+        parts = self.parts
+        if parts is not None:
+            parts.begin(x, seq_idx, state)
+        for number, layer in enumerate(self.layers):
             before = None if state is None else state.mixers[len(mixers) :]
+            if parts is not None:
+                kinds = [LAYERS[letter] for letter in layer.letters if LAYERS[letter].state_type is not None]  # type: ignore[union-attr]
+                before = parts.before(number, layer, before, kinds, x)
             if hidden is not None:
                 x, y = x if y is None else x + y, None
                 hidden.append(x)
@@ -131,11 +135,22 @@ class Backbone(nn.Module):
                 )
             else:
                 x, y, after, stats = layer(x, y, before, seq_idx, record)
+            if parts is not None:
+                y, after = parts.after(number, y, after)
             mixers += after
             router += stats
-        return self.norm(x if y is None else x + y), State(tuple(mixers)), tuple(router)
+        if parts is not None:
+            router = parts.together(router)
+        x = x if y is None else x + y
+        if hidden is not None:
+            hidden.append(x)
+        return self.norm(x), State(tuple(mixers)), tuple(router)
 
     def _check_input(self, tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"tokens is a {type(tokens).__name__}; expected a tensor (batch, length): torch.tensor([ids])"
+            )
         shape, d = tuple(tokens.shape), self.embedding.embedding_dim
         if tokens.is_floating_point() and (tokens.ndim != 3 or shape[2] != d):
             raise ValueError(
@@ -178,6 +193,7 @@ class MoEMamba(Backbone):
             seq_idx: Tensor | None = None,
             targets: None = None,
             record: list[Choice] | None = None,
+            hidden: list[Tensor] | None = None,
         ) -> Predicted: ...
 
         @overload
@@ -189,6 +205,7 @@ class MoEMamba(Backbone):
             *,
             targets: Tensor,
             record: list[Choice] | None = None,
+            hidden: list[Tensor] | None = None,
         ) -> Scored: ...
 
         @overload
@@ -199,16 +216,18 @@ class MoEMamba(Backbone):
             seq_idx: Tensor | None,
             targets: Tensor,
             record: list[Choice] | None = None,
+            hidden: list[Tensor] | None = None,
         ) -> Scored: ...
 
         def __call__(self, *arguments: Any, **named: Any) -> Output: ...
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        expect_config(config)
         self.config = config
         self._forgotten = _Forgotten()
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Residual(config, letters) for letters in config.layers)
+        self.layers = nn.ModuleList(Residual(own, letters) for letters, own in config.sublayers())
         self.norm = final_norm(config)
         self.head = Head(config.d_model, config.vocab_size, bias=config.head_bias)
         initialise(self)
@@ -222,6 +241,7 @@ class MoEMamba(Backbone):
         seq_idx: Tensor | None = None,
         targets: Tensor | None = None,
         record: list[Choice] | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> Output:
         """Logits for every position, or the loss against targets.
 
@@ -231,19 +251,20 @@ class MoEMamba(Backbone):
             seq_idx: (b, l) sequence that each position belongs to; -1 is padding, which changes nothing.
             targets: (b, l) int64; -100 does not count.
             record: a list to which each router appends the experts and gates of every token, (b, l, k), as in `router`.
+            hidden: a list to which the residual stream is appended before each sub-layer and after the last, (b, l, d).
         Raises:
             ValueError: a shape that does not fit.
         """
-        hidden, state, router = self.backbone(tokens, state, seq_idx, record)
+        last, state, router = self.backbone(tokens, state, seq_idx, record, hidden)
         wanted = targets is not None or (bool(router) and torch.is_grad_enabled())
-        auxiliary = weighed(router, self.config.routers, hidden) if wanted else None
+        auxiliary = weighed(router, self.config.losses, last) if wanted else None
         if targets is None:
-            return Output(self.head(hidden), state, router, auxiliary=auxiliary)
+            return Output(self.head(last), state, router, auxiliary=auxiliary)
         if targets.shape != tokens.shape[:2]:
             raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(tokens.shape[:2])} as tokens")
-        loss = self.head(hidden, targets)
-        if self._forgotten.watches(hidden, self.config):
-            self._forgotten.listen(loss, auxiliary)
+        loss = self.head(last, targets)
+        if self._forgotten.watches(last, self):
+            self._forgotten.listen(loss, router)
         return Output(None, state, router, loss, auxiliary)
 
     def roles(self) -> dict[str, Role]:
@@ -264,7 +285,9 @@ class MoEMamba(Backbone):
         """
         settings = torch._dynamo.config
         settings.optimize_ddp = False  # a layer is one graph, not cut where DistributedDataParallel's buckets end
-        settings.recompile_limit = max(settings.recompile_limit, 8 * len(set(self.config.layers)))  # of one function
+        settings.recompile_limit = max(
+            settings.recompile_limit, 8 * len(set(self.config.sublayers()))
+        )  # of one function
         for layer in self.layers:
             layer.compile(**options)
 
@@ -275,7 +298,7 @@ class MoEMamba(Backbone):
 
     def update_balance_bias(self, router: tuple[RouterStats, ...]) -> None:
         """Loss-free balancing: after a step, move each router's selection bias against its load."""
-        for (name, module), stats, experts in zip(routers(self).items(), router, self.config.routers, strict=True):
+        for (name, module), stats, experts in zip(routers(self).items(), router, self.config.losses, strict=True):
             if not experts.bias_rate:
                 continue
             if not hasattr(module, "update_balance_bias"):
@@ -286,20 +309,26 @@ class MoEMamba(Backbone):
 class _Forgotten:
     """Says once that a training loop leaves out `Output.auxiliary`: without it experts soon get no tokens.
 
-    It listens to backward passes until one has reached the auxiliary loss, or `PATIENCE` have not.
+    It listens to backward passes until one has reached a router's balance loss, or those of `PATIENCE` steps have not.
+    What asks for gradients and changes no router, such as a map of saliency, is no step.
     """
 
     PATIENCE = 10
 
     def __init__(self) -> None:
         self.alone, self.silent = 0, False
+        self.version: int | None = None
+        self.heard = False
 
-    def watches(self, hidden: Tensor, config: ModelConfig) -> bool:
+    def watches(self, hidden: Tensor, model: MoEMamba) -> bool:
         if self.silent or not hidden.requires_grad or torch.compiler.is_compiling() or ops.transformed(hidden):
             return False
-        if not any(experts.balance_weight for experts in config.routers):
+        if not any(experts.balance_weight for experts in model.config.losses):
             self.silent = True
             return False
+        version = next((each._version for name, each in model.named_parameters() if ".router." in name), None)
+        if version != self.version:
+            self.version, self.heard = version, False
         if self.alone < self.PATIENCE:
             return True
         self.silent = True
@@ -310,16 +339,19 @@ class _Forgotten:
         )
         return False
 
-    def listen(self, loss: Tensor, auxiliary: Tensor | None) -> None:
-        if auxiliary is None or not auxiliary.requires_grad or not loss.requires_grad:
+    def listen(self, loss: Tensor, router: tuple[RouterStats, ...]) -> None:
+        balancing = [stats.balance_loss for stats in router if stats.balance_loss.requires_grad]
+        if not balancing or not loss.requires_grad:
             return
         loss.register_hook(self._hear_loss)
-        auxiliary.register_hook(self._hear_auxiliary)
+        for each in balancing:  # whoever weighs them himself needs no `Output.auxiliary`
+            each.register_hook(self._hear_balance)
 
     def _hear_loss(self, _: Tensor) -> None:
-        self.alone += 1
+        self.alone += not self.heard
+        self.heard = True
 
-    def _hear_auxiliary(self, _: Tensor) -> None:
+    def _hear_balance(self, _: Tensor) -> None:
         self.silent = True
 
 
@@ -336,6 +368,9 @@ def _save_choices(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 _keep_choices: Callable[[], Any] = partial(create_selective_checkpoint_contexts, _save_choices)
+
+# What a loop of one's own keeps beside its weights, torch.load reads without being told that it is safe.
+torch.serialization.add_safe_globals([State, Choice, Output, RouterStats, *STATES.values()])
 
 # torch.export.save writes what a program takes and returns by these names; of its own accord it knows no NamedTuple's.
 for _kind in (Output, RouterStats, *STATES.values()):

@@ -102,20 +102,28 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def validate(config: Any, *, positive: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
-    """Every field has its declared type, and numbers the right sign; raises ValueError otherwise."""
+    """Every field has its declared type, and numbers the right sign, each where there are several; a list becomes the
+    tuple that is declared, and a dictionary the dataclass. Raises ValueError otherwise."""
     for name, hint in _hints(type(config)).items():
-        _convert(hint, getattr(config, name), name)
-    for name in positive + not_negative:
         value = getattr(config, name)
-        if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
-            bound = "greater than 0" if name in positive else "0 or more"
-            raise ValueError(f"{name} is {value}; it must be {bound}")
+        converted = _convert(hint, value, name)
+        if type(value) is not type(converted) and isinstance(value, list | dict):
+            object.__setattr__(config, name, converted)
+    for name in positive + not_negative:
+        given = getattr(config, name)
+        if given == ():
+            raise ValueError(f"{name} is empty; give one number or more")
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not (value > 0 or (value == 0 and name in not_negative)):
+                bound = "greater than 0" if name in positive else "0 or more"
+                raise ValueError(f"{name} is {shown(given)}; it must be {bound}")
 
 
 def _hints(kind: Any) -> dict[str, Any]:
     """The types of a dataclass's fields, which take longer to find than to check."""
     if kind not in _KNOWN:
-        _KNOWN[kind] = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind)  # of class variables too
+        _KNOWN[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     return _KNOWN[kind]
 
 

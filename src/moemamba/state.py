@@ -29,7 +29,7 @@ class State:
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """Rows; 0 of a model that remembers nothing."""
         return self.mixers[0][0].shape[0] if self.mixers else 0
 
     @property
@@ -52,6 +52,11 @@ class State:
     def detach(self) -> Self:
         """The state cut off from the graph, for truncated back-propagation."""
         return self._map(Tensor.detach)
+
+    def keep(self, rows: Tensor) -> "State":
+        """The state in rows, (b,) or () bool; in the others the one before any token."""
+        layers = {layer.state_type: layer for layer in KINDS.values()}
+        return State(tuple(layers[type(mixer)].keep(mixer, rows) for mixer in self.mixers))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, with checksums, beside and renamed, so that a reader never sees half of it.

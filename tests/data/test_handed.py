@@ -116,3 +116,35 @@ def test_numbers():
     with pytest.raises(ValueError):
         tokenizer.encode("7")
     assert mm.Tokens is type(mm.Tokens.__new__(mm.Tokens))
+
+
+class Squares(torch.utils.data.Dataset):
+    """As people write them: a length and numbers, and no end."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, number):
+        assert number < 40, "nobody stops at the length"
+        return torch.arange(number + 4) ** 2 % 12
+
+
+def test_a_dataset_ends_at_its_length(tmp_path):
+    found = prepare(Squares(), tmp_path / "numbers", vocab_size=12)
+    listed = prepare([Squares()[number] for number in range(40)], tmp_path / "list", vocab_size=12)
+    assert len(found.train.ends) + len(found.validation.ends) == 40
+    assert np.array_equal(found.train.ids, listed.train.ids)
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        (5, "documents is a int; expected an iterable"),
+        ([{"input_ids": [1, 2]}], "document 0 is a dict; expected a one-dimensional array of integers"),
+        ("a text\nof two lines", r"documents is a text, where a path is expected; give \[text\]"),
+        ("word " * 2000, r"documents is a text, where a path is expected"),
+    ],
+)
+def test_what_are_no_documents_is_named(documents, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        prepare(documents, tmp_path / "out", vocab_size=12)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from groups import enter, start
 
 from moemamba import ModelConfig, MoEMamba, TrainConfig, load, train
 from moemamba.config import ExpertsConfig, RoutedMambaConfig
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 SILENT = Report(silent=True)
 EXPERTS = ExpertsConfig(4, bias_rate=0.01)
 MODEL = ModelConfig("MER", 1, 16, experts=EXPERTS, routed=RoutedMambaConfig(experts=ExpertsConfig(4)))
+DIFFERENT = MODEL.replace(n_blocks=2, n_experts=(2, 6))  # of each layer another number of experts
 FULL = MODEL.replace(experts=dataclasses.replace(EXPERTS, capacity_factor=0.7))
 # Ways of sharing out the work, each against one process: processes, then what differs.
 WAYS = {
@@ -33,28 +34,22 @@ WAYS = {
     "averaged": (2, {"shard": "parameters", "average": 0.9}),
     "experts": (2, {"expert_parallel": 2}),
     "groups-over-processes": (2, {"routing_groups": 1, "model": FULL}),
-    "muon": (2, {"shard": "parameters", "expert_parallel": 2, "optimizer": "muon", "model": MODEL.replace(n_blocks=2)}),
+    "muon": (2, {"shard": "parameters", "expert_parallel": 2, "optimizer": "muon", "model": DIFFERENT}),
+    "parts-of-sequences": (2, {"sequence_parallel": 2, "model": FULL, "recompute": True}),
     "both-of-4": (4, {"shard": "parameters", "expert_parallel": 2, "model": FULL}),
     "copies-of-experts": (4, {"expert_parallel": 2, "accumulate": 2}),
+    "parts-of-4": (
+        4,
+        {"sequence_parallel": 2, "accumulate": 2, "model": FULL, "reset_state": True},
+    ),
     "tied": (4, {"shard": "parameters", "model": MODEL.replace(tie_embeddings=True, init="paper")}),
 }
+SPREADING = ("shard", "expert_parallel", "sequence_parallel", "accumulate", "recompute")
 KILLS = int(os.environ.get("MOEMAMBA_KILLS", "2"))
 
 
 UNEVEN = TrainConfig(MODEL, batch_size=8, routing_groups=4)
 SAME = [{"recompute": True}, {"compile": True}, {"recompute": True, "compile": True}]
-
-
-def start(size, work, *arguments, join=True):
-    """Processes of a group, forked from one that has imported all of this already."""
-    multiprocessing.set_forkserver_preload([__name__])
-    return mp.start_processes(work, (size, *arguments), size, join, start_method="forkserver")
-
-
-def enter(rank, size, store):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
 
 
 def work(rank, size, folder, cache, jobs):
@@ -211,7 +206,7 @@ def tensors(run):
 @pytest.mark.parametrize("way", WAYS)
 def test_several_processes_are_one(way, runs, alone):
     _, change = WAYS[way]
-    one = alone(**{name: change[name] for name in change if name not in ("shard", "expert_parallel", "accumulate")})
+    one = alone(**{name: change[name] for name in change if name not in SPREADING})
     assert_alike(runs / way, one, gap=way != "groups-over-processes")
     if "average" in change:
         for name, value in tensors(one / "averaged").items():
@@ -279,6 +274,16 @@ def test_groups_are_batches_of_their_own():
         ({"expert_parallel": 8, "batch_size": 8}, 8, "n_experts is 4, which expert_parallel = 8 does not divide"),
         ({"expert_parallel": 2, "model": ModelConfig("M", 1, 16)}, 2, "the model has no experts"),
         ({"expert_parallel": 2, "compile": True, "recompute": True}, 2, "compile and recompute do not go together"),
+        ({"sequence_parallel": 3}, 4, "sequence_parallel is 3, which does not divide the 4 processes"),
+        ({"sequence_parallel": 2, "expert_parallel": 2}, 2, "have all parameters, but expert_parallel is 2"),
+        ({"sequence_parallel": 2, "context": 9}, 2, "context is 9, which sequence_parallel = 2 does not divide"),
+        ({"sequence_parallel": 2, "shard": "parameters"}, 2, "have all parameters, but shard is"),
+        (
+            {"sequence_parallel": 2, "routing_groups": 1},
+            4,
+            "routing_groups is 1, which gives 1 .*; with sequence_parallel = 2 choose a multiple of 2",
+        ),
+        ({"sequence_parallel": 2, "batch_size": 3}, 4, "batch_size is 3, which 4 processes by 2 times accumulate"),
         ({"routing_groups": 3, "batch_size": 12}, 2, "routing_groups is 3, which gives 3 .* and 2 processes"),
     ],
 )
@@ -287,8 +292,8 @@ def test_impossible_combinations(change, size, said):
         check(dataclasses.replace(TrainConfig(MODEL), **change), size)
 
 
-def test_one_process_resumes_what_spread_experts_began():
-    check(TrainConfig(MODEL, expert_parallel=2), 1)
+def test_one_process_resumes_what_several_began():
+    check(TrainConfig(MODEL, expert_parallel=2, sequence_parallel=2), 1)
 
 
 def test_what_travels_in_bfloat16():

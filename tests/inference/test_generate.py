@@ -159,3 +159,15 @@ def test_bad_arguments_are_named(arguments, message):
     model = MoEMamba(ModelConfig("M", 1, 16, vocab_size=29))
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompts": [1], **arguments})
+
+
+@pytest.mark.parametrize("pattern", ["E", "F", "(EF)E"])
+def test_a_model_that_remembers_nothing_generates(pattern):
+    torch.manual_seed(0)
+    model = MoEMamba(ModelConfig(pattern, 2, 16, 31)).eval()
+    prompts = [[3, 1, 4], [5]]
+    for prompt, found in zip(prompts, generate(model, prompts, 5, temperature=0.0), strict=True):
+        expected = list(prompt)
+        for _ in found:
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+        assert found == expected[len(prompt) :] and len(found) == 5

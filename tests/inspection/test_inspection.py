@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,3 +93,22 @@ def test_the_command(saved, tmp_path, monkeypatch, capsys):
         status, said = call(monkeypatch, capsys, saved / "M", *wrong)
         assert status == 2 and said.err.count("\n") == 1 and "text" in said.err
     assert layers.Choice
+
+
+def test_threads_that_look_do_not_see_each_other():
+    model = build("mixed", torch.float32)
+    given = [torch.randint(0, 31, (1, 5 + 7 * number)) for number in range(3)]
+    alone = [look(model, tokens, selection=True) for tokens in given]
+
+    def again(number):
+        for _ in range(8):
+            model(given[number - 1])
+            seen = look(model, given[number], selection=True)
+            assert all(torch.equal(*pair) for pair in zip(seen.hidden, alone[number].hidden, strict=True))
+            for name, own in alone[number].selection.items():
+                assert all(torch.equal(*pair) for pair in zip(seen.selection[name][:3], own[:3], strict=True))
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(again, range(3)))
+    assert not any(module._forward_hooks for module in model.modules())

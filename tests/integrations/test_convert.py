@@ -173,14 +173,14 @@ class Black(torch.nn.Module):
         return y
 
 
-@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
-def test_blackmamba(gated, bias, tmp_path):
+@pytest.mark.parametrize(("gated", "bias", "last"), [(True, False, 8), (False, True, 3)])
+def test_blackmamba(gated, bias, last, tmp_path):
     """Its Mamba layers are those of transformers' Mamba; its experts are the ones above; LayerNorm before the head."""
     torch.manual_seed(0)
-    d, layers = 32, ["r", "8", "r", "8"]
+    d, layers = 32, ["r", "8", "r", f"{last}"]
     keys = {"vocab_size": 257, "hidden_size": d, "num_hidden_layers": 2, "use_bias": bias}
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**keys)).eval()
-    experts = [Black(d, 8, 24, gated, bias).eval() for _ in range(2)]
+    experts = [Black(d, count, 24, gated, bias).eval() for count in (8, last)]
     norms = [torch.nn.RMSNorm(d, 1e-5) for _ in layers]
     final, head_bias = torch.nn.LayerNorm(d, 1e-5), torch.randn(257) * bias
     with torch.no_grad():
@@ -209,6 +209,7 @@ def test_blackmamba(gated, bias, tmp_path):
     convert(str(tmp_path / "theirs"), tmp_path / "ours", tokenizer="bytes")
     ours, _ = load(tmp_path / "ours")
     assert (ours.config.pattern, ours.config.n_blocks) == ("ME", 2)
+    assert ours.config.experts.n_experts == (8 if last == 8 else (8, 3))
     assert expected.std() > 0.05 and (logits(ours) - expected).abs().max() <= 2e-6 * max(1, expected.abs().max())
     own["mamba_moe_layers"] = ["r8", "8", "r", "8"]
     (tmp_path / "theirs/config.json").write_text(json.dumps(own))

@@ -132,3 +132,41 @@ def test_what_route_refuses():
             route(indices, gates, 4, **options)
     with pytest.raises(ValueError, match="gates has shape"):
         route(indices, gates[..., 0], 4)
+
+
+def test_choices_of_any_integers_and_of_tokens_in_no_order():
+    moe, x, record = layers.MoE(16, 4, top_k=2), torch.randn(2, 5, 16), []
+    y, _ = moe(x, record=record)
+    for kind in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(moe(x, routing=Choice(record[0].indices.to(kind), record[0].gates))[0], y)
+    flat, _ = moe(x.flatten(0, 1), routing=Choice(*(part.flatten(0, 1) for part in record[0])))
+    assert torch.equal(flat.view_as(y), y)
+
+
+@pytest.mark.parametrize(
+    ("indices", "said"),
+    [
+        (torch.full((2, 5, 1), 7), "indices has 7; experts are 0 to 3, and 4 stands for none"),
+        (torch.full((2, 5, 1), -1), "indices has -1; experts are 0 to 3"),
+        (torch.zeros(2, 5, 1), "indices is torch.float32; expected integers"),
+        (
+            torch.zeros(2, 4, 1).long(),
+            r"choices of shape \(2, 4, 1\); expected \(b, l, k\) with \(b, l\) = \(2, 5\) as x",
+        ),
+    ],
+)
+def test_choices_of_no_expert_are_named(indices, said):
+    with pytest.raises(ValueError, match=said):
+        layers.MoE(16, 4)(torch.randn(2, 5, 16), routing=Choice(indices, torch.ones(indices.shape)))
+
+
+def test_one_router_may_serve_several_layers(tmp_path):
+    config = mm.ModelConfig("ME", 2, 16, 31, experts=mm.ExpertsConfig(4, bias_rate=0.1))
+    model = mm.MoEMamba(config).eval()
+    model.layers[3].branches[0].router = model.layers[1].branches[0].router
+    assert model.router_names == ("layers.1.branches.0", "layers.3.branches.0")
+    tokens = tokens_of(2)
+    out = model(tokens, targets=tokens)
+    model.update_balance_bias(out.router)
+    mm.save(tmp_path / "shared", model)
+    assert torch.equal(mm.load(tmp_path / "shared")[0](tokens).logits, model(tokens).logits)

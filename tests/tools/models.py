@@ -25,6 +25,12 @@ MODELS = {
     "R independent": ModelConfig("R", routed=RoutedMambaConfig(("gate", "out"), "independent", ExpertsConfig(3))),
     "(ME)": ModelConfig("(ME)", experts=ExpertsConfig(4, top_k=2, n_shared_experts=1)),
     "mixed": ModelConfig("ME(MA)R", n_blocks=1, experts=CAPACITY),
+    "uneven": ModelConfig(
+        "(ME)R",
+        n_blocks=2,
+        experts=ExpertsConfig((2, 5), top_k=2),
+        routed=RoutedMambaConfig(("out",), "independent", ExpertsConfig((3, 1))),
+    ),
 }
 MIXING = [name for name, config in MODELS.items() if state_bytes(config, 1)]
 ROUTING = [name for name, config in MODELS.items() if config.routers]

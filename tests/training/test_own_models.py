@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,19 @@ def test_words_are_those_of_who_asks(config):
     assert "resume it (--resume)" in as_options(str(error.value))
     said = as_options('go on with on_failure="skip", shard="parameters" or expert_parallel=N')
     assert said == "go on with --on-failure skip, --shard parameters or --expert-parallel N"
+
+
+def test_nothing_of_the_caller_enters_a_run(config):
+    """Where training is started from: no gradients, autocast, another device, a thread."""
+    whole = train(config, report=SILENT).loss
+    with torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        found = train(other(config, "around"), report=SILENT)
+    assert found.loss == whole and "MoEMamba(" not in repr(found)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, other(config, "thread"), report=SILENT).result().loss == whole
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match=r"default dtype is torch\.float64, and weights are trained in float32"):
+            train(other(config, "wide"), report=SILENT)
+    finally:
+        torch.set_default_dtype(torch.float32)

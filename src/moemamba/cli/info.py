@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig, parse_pattern
-from ..counting import count_parameters, flops_per_token, memory, state_bytes
+from ..config import ModelConfig
+from ..counting import count_parameters, flops_per_token, memory, state_bytes, sublayers
 from ..counting import size as size
 from ..host.files import check_regular, expanded
 from ..integrations.portability import FORMATS, obstacles, remark
-from ..letters import LETTERS
 from ..presets import PRESETS, preset
 from ..reading import read_config, to_dict, validate
 from .options import Place, Positional
@@ -112,12 +111,11 @@ def _numbers(config: ModelConfig, context: int, stored: dict[str, int]) -> dict[
 
 
 def layers(config: ModelConfig) -> list[tuple[str, ...]]:
-    """One row for each residual sub-layer of the pattern."""
+    """One row for each residual sub-layer of the pattern; of the whole model where its blocks differ."""
     rows: list[tuple[str, ...]] = []
-    for number, letters in enumerate(parse_pattern(config.pattern)):
-        one = count_parameters(config.replace(pattern=f"({letters})", n_blocks=1, final_norm=False))
-        what = ", and in parallel ".join(LETTERS[letter].describe(config) for letter in letters)
-        rows.append((f"{number}", letters, what, f"{one.total:,}", f"{one.active:,}", f"× {config.n_blocks}"))
+    for number, each in enumerate(sublayers(config)):
+        what = ", and in parallel ".join(letter.describe(own) for letter, own in each.branches)
+        rows.append((f"{number}", each.letters, what, f"{each.total:,}", f"{each.active:,}", f"× {each.times}"))
     return rows
 
 

@@ -17,8 +17,8 @@ class Upcycle:
 
     run: Positional[Place]
     """a run directory or a checkpoint"""
-    experts: int = 8
-    """experts of each layer"""
+    experts: int | tuple[int, ...] = 8
+    """experts of each layer; several numbers are those of each layer, bottom to top"""
     top_k: int | None = None
     """experts that each token visits; as many as make up one copy, --granularity, if None"""
     granularity: int = 1

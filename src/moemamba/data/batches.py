@@ -86,18 +86,23 @@ class Batches:
 
     Args:
         batch_size: rows of this rank in a step.
+        part, parts: of each row this part alone, of so many equally long ones.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, rows: Rows, batch_size: int, rank: int = 0, world_size: int = 1, part: int = 0, parts: int = 1):
         self.rows, self.batch_size, self.rank, self.world_size = rows, batch_size, rank, world_size
         self.context = rows.context
+        length = rows.context // parts
+        self._part = slice(part * length, (part + 1) * length) if parts > 1 else slice(None)
 
     def chosen(self, step: int) -> NDArray[np.int64]:
         """Which text this rank reads at a step."""
         return self.rows.chosen(self._numbers(step))
 
     def __getitem__(self, step: int) -> Batch:
-        return self.rows.read(self._numbers(step))
+        tokens, targets, seq_idx, goes_on = self.rows.read(self._numbers(step))
+        own = self._part
+        return Batch(tokens[:, own], targets[:, own], None if seq_idx is None else seq_idx[:, own], goes_on)
 
     def _numbers(self, step: int) -> NDArray[np.uint64]:
         first = (step * self.world_size + self.rank) * self.batch_size

@@ -16,6 +16,8 @@ from .prepared import Corpus
 
 REMEMBERED = 4096  # documents that can be read once only, and must be read twice where one side got none of so few
 
+LONGEST = 4096  # characters of a path
+
 Document = Any
 """a text, or what numpy makes a one-dimensional array of integers of: an array, a tensor, a list"""
 
@@ -53,6 +55,8 @@ def prepare(
     folder = expanded(out)
     if folder.exists():
         raise FileExistsError(f"{out} exists already; choose another folder, or remove it")
+    if isinstance(documents, str) and (len(documents) > LONGEST or "\n" in documents):
+        raise ValueError("documents is a text, where a path is expected; give [text], or a list of several")
     if isinstance(documents, str | Path):
         return write_tokens(folder, Documents(documents), _of_texts(tokenizer, vocab_size), held_out)
     handed = Handed(documents)
@@ -75,6 +79,20 @@ def _of_texts(tokenizer: Tokenizer | str | None, vocab_size: int | None) -> Toke
     return found
 
 
+class _Indexed:
+    """The documents of a torch Dataset, which has a length and numbers; Python alone would count on without end."""
+
+    def __init__(self, documents: Any):
+        if not (hasattr(documents, "__len__") and hasattr(documents, "__getitem__")):
+            raise ValueError(
+                f"documents is a {type(documents).__name__}; expected an iterable of texts or arrays of ids"
+            )
+        self._documents = documents
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self._documents[number] for number in range(len(self._documents)))
+
+
 class Handed:
     """What `write_tokens` reads in place of `Documents`.
 
@@ -89,6 +107,8 @@ class Handed:
     def __init__(self, documents: Iterable[Document]):
         self.skipped, self.vocab_size = {}, 0
         self._read: list[Document] = []
+        if not isinstance(documents, Iterable):
+            documents = _Indexed(documents)
         self._rest = iter(documents)
         self._once = self._rest is documents
         self._whole = documents
@@ -135,7 +155,9 @@ class Handed:
     def _checked(self, number: int, document: Document) -> NDArray[Any]:
         where, ids = f"document {number}", np.asarray(document)
         if isinstance(document, str) or ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids):
-            what = "a text" if isinstance(document, str) else f"{ids.dtype} of shape {ids.shape}"
+            what = f"{ids.dtype} of shape {ids.shape}"
+            if ids.dtype.kind not in "iufb":
+                what = "a text" if isinstance(document, str) else f"a {type(document).__name__}"
             raise ValueError(f"{where} is {what}; expected a one-dimensional array of integers, one or more")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocab_size:

@@ -2,6 +2,7 @@
 
 from .agreement import Agreement
 from .processes import Processes, join, sources
+from .sequences import sharing, split_sequences
 from .sharding import (
     divide_gradients,
     fill,
@@ -30,6 +31,8 @@ __all__ = [
     "refresh",
     "shard",
     "sharded",
+    "sharing",
     "sources",
+    "split_sequences",
     "summing",
 ]

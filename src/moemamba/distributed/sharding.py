@@ -101,10 +101,16 @@ def _spread(module: nn.Module, mesh: DeviceMesh) -> None:
     module.group = mesh.get_group()
 
 
-def group_routers(model: MoEMamba, groups: int, processes: Processes) -> None:
-    """Tell the routers their groups, `groups` in a part of the batch of all processes."""
+def group_routers(model: MoEMamba, groups: int, processes: Processes, parts: int = 1) -> None:
+    """Tell the routers their groups, `groups` in a part of the batch of all processes.
+
+    Args:
+        parts: processes that share a row.
+    """
     across = None
-    if groups < processes.size:
+    if parts > 1:
+        groups *= parts  # each of which is on all of them
+    elif groups < processes.size:
         mesh = init_device_mesh(
             processes.device.type, (groups, processes.size // groups), mesh_dim_names=("group", "member")
         )

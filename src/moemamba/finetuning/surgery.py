@@ -4,15 +4,20 @@ Each returns a new model on the same device, in the mode and dtype of the one th
 """
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import foreign_parts
+from ..config import ExpertsConfig, ModelConfig, RoutedMambaConfig
 from ..layers import routers
 from ..layers.moe.experts import Experts, LinearExperts
 from ..layers.quantised import expect_full
+from ..letters import LETTERS
 from ..model import MoEMamba
 
 Chosen = Sequence[int] | Tensor
@@ -22,15 +27,16 @@ def prune(model: MoEMamba, keep: Sequence[Chosen] | Chosen) -> MoEMamba:
     """Keep some experts of each router, in the order given, with their rows of the router.
 
     Args:
-        keep: for each router, bottom to top, the experts to keep, as many of each; or one such list for all.
+        keep: for each router, bottom to top, the experts to keep, which may be more in one layer than in another; or
+            one such list for all.
     Raises:
-        ValueError: an expert that there is not, twice the same, lists of several lengths, or fewer than top_k.
+        ValueError: an expert that there is not, twice the same, fewer than top_k, or several numbers in one layer.
     """
     chosen = _of_each(model, keep)
     for number, own in enumerate(chosen):
         if len(set(own)) < len(own):
             raise ValueError(f"router {number} is to keep {own}; name each expert once")
-    return _made(model, len(chosen[0]), lambda number, stack: stack[list(chosen[number])])
+    return _made(model, [len(own) for own in chosen], lambda number, stack: stack[list(chosen[number])])
 
 
 def merge(model: MoEMamba, groups: Sequence[Sequence[int]]) -> MoEMamba:
@@ -45,7 +51,8 @@ def merge(model: MoEMamba, groups: Sequence[Sequence[int]]) -> MoEMamba:
         raise ValueError(f"groups is {groups!r}; give groups of one or more experts each")
     for group in groups:
         _of_each(model, group)
-    return _made(model, len(groups), lambda _, stack: torch.stack([stack[list(group)].mean(0) for group in groups]))
+    counts = [len(groups)] * len(model.config.routers)
+    return _made(model, counts, lambda _, stack: torch.stack([stack[list(group)].mean(0) for group in groups]))
 
 
 def split(model: MoEMamba, times: int, *, divide: bool = False, top_k: int | None = None) -> MoEMamba:
@@ -97,7 +104,7 @@ def split(model: MoEMamba, times: int, *, divide: bool = False, top_k: int | Non
         changes["d_expert"] = wide // times
         if before.n_shared_experts:
             changes["n_shared_experts"] = before.n_shared_experts * times
-    return _made(model, before.n_experts * times, parts, named=True, **changes)
+    return _made(model, [own.count * times for own in config.routers], parts, named=True, **changes)
 
 
 def average(models: Sequence[MoEMamba], weights: Sequence[float] | None = None) -> MoEMamba:
@@ -117,10 +124,13 @@ def average(models: Sequence[MoEMamba], weights: Sequence[float] | None = None) 
         raise ValueError(f"weights is {shares}; give one for each of the {len(models)} models, whose sum is not 0")
     for model in models:
         expect_full(model)
-    made = _empty(models[0], models[0].config)
+    states = [model.state_dict() for model in models]
+    if len({frozenset(state) for state in states}) > 1:
+        raise ValueError("the models have different parts; only weights that belong together have a mean")
+    made = deepcopy(models[0])  # with parts of somebody's own, too
     with torch.no_grad():
         for name, target in made.state_dict().items():
-            parts = [model.state_dict()[name].to(target.device) for model in models]
+            parts = [state[name].to(target.device) for state in states]
             total = sum(share * part.double() for share, part in zip(shares, parts, strict=True))
             target.copy_(total / sum(shares))
     return made
@@ -137,13 +147,33 @@ def _of_each(model: MoEMamba, given: Sequence[Chosen] | Chosen) -> list[list[int
     if len(chosen) != len(own):
         raise ValueError(f"there are lists for {len(chosen)} routers, and the model has {len(own)}")
     for number, (each, experts) in enumerate(zip(chosen, own, strict=True)):
-        if not each or not all(0 <= expert < experts.n_experts for expert in each):
-            raise ValueError(f"router {number} is to have {each}; its experts are 0 to {experts.n_experts - 1}")
-    if len({len(each) for each in chosen}) > 1:
-        raise ValueError(
-            f"the lists have {sorted({len(each) for each in chosen})} experts; give as many for each router"
-        )
+        if not each or not all(0 <= expert < experts.count for expert in each):
+            raise ValueError(f"router {number} is to have {each}; its experts are 0 to {experts.count - 1}")
     return chosen
+
+
+def _with_counts(config: ModelConfig, counts: Sequence[int]) -> ModelConfig:
+    """A configuration with so many experts of each router, bottom to top; one number where all are the same.
+
+    Raises:
+        ValueError: routers of one layer have several numbers.
+    """
+    left, found = list(counts), defaultdict[str, list[int]](list)
+    for letters, configs in config.sublayers():
+        for letter, own in zip(letters, configs, strict=True):
+            several = [left.pop(0) for _ in LETTERS[letter].routers(own)]
+            if len(set(several)) > 1:
+                raise ValueError(
+                    f"the routers of one layer {letter} would have {several} experts; give as many to each"
+                )
+            for part in LETTERS[letter].parts if several else ():
+                if isinstance(getattr(config, part), ExpertsConfig | RoutedMambaConfig):
+                    found[part].append(several[0])
+    changes: dict[str, Any] = {}
+    for part, numbers in found.items():
+        options = getattr(config, part)
+        changes[part] = options.changed({"n_experts": numbers[0] if len(set(numbers)) == 1 else tuple(numbers)}, set())
+    return dataclasses.replace(config, **changes)
 
 
 def _empty(model: MoEMamba, config: Any) -> MoEMamba:
@@ -160,10 +190,15 @@ def _empty(model: MoEMamba, config: Any) -> MoEMamba:
 
 
 def _made(
-    model: MoEMamba, n_experts: int, change: Callable[..., Tensor], named: bool = False, **changes: Any
+    model: MoEMamba, counts: Sequence[int], change: Callable[..., Tensor], named: bool = False, **changes: Any
 ) -> MoEMamba:
-    """The model with other experts: `change` makes the new stack of an old one, whose first dimension is experts."""
-    made = _empty(model, model.config.replace(n_experts=n_experts, **changes))
+    """The model with other experts, so many for each router: `change` makes the new stack of an old one, whose first
+    dimension is experts."""
+    if parts := foreign_parts(model):
+        name, kind = next(iter(parts.items()))
+        raise ValueError(f"{name} is {kind}, of which nobody but you knows what is an expert's; change it by yourself")
+    config = _with_counts(model.config, counts)
+    made = _empty(model, config.replace(**changes) if changes else config)
     stacks = _stacks(model)
     old = model.state_dict()
     with torch.no_grad():

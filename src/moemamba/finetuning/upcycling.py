@@ -35,7 +35,7 @@ class Upcycled:
 def upcycle(
     run: str | Path,
     out: str | Path,
-    n_experts: int = 8,
+    n_experts: int | tuple[int, ...] = 8,
     top_k: int | None = None,
     granularity: int = 1,
     d_expert: int | None = None,
@@ -45,7 +45,7 @@ def upcycle(
     """Write a mixture of experts that computes what a dense model does, for `train --start`.
 
     Args:
-        n_experts: of each layer.
+        n_experts: of each layer; several numbers are those of each layer that gets experts, bottom to top.
         top_k: experts that each token visits; as many as make up one copy if None.
         granularity: slices that a feed-forward layer is cut into, an expert each: its copies are n_experts /
             granularity.
@@ -76,7 +76,7 @@ def upcycle(
 
 
 def upcycled_config(
-    config: ModelConfig, n_experts: int, top_k: int | None, granularity: int, d_expert: int | None
+    config: ModelConfig, n_experts: int | tuple[int, ...], top_k: int | None, granularity: int, d_expert: int | None
 ) -> ModelConfig:
     """The configuration of the mixture.
 
@@ -90,7 +90,8 @@ def upcycled_config(
     if d_expert is not None:
         raise ValueError("d_expert is of experts after Mamba layers; those of a feed-forward layer have its width")
     k, wide = top_k or granularity, config.d_ff
-    for value, what in ((n_experts, "n_experts"), (k, "top_k"), (wide, "d_ff")):
+    counts = n_experts if isinstance(n_experts, tuple) else (n_experts,)
+    for value, what in (*((count, "n_experts") for count in counts), (k, "top_k"), (wide, "d_ff")):
         if value % granularity:
             raise ValueError(f"granularity is {granularity}, which does not divide {what} = {value}")
     dense = config.feedforward
@@ -99,7 +100,7 @@ def upcycled_config(
 
 
 def _inserted(
-    config: ModelConfig, n_experts: int, top_k: int | None, granularity: int, d_expert: int | None
+    config: ModelConfig, n_experts: int | tuple[int, ...], top_k: int | None, granularity: int, d_expert: int | None
 ) -> ModelConfig:
     """With experts after each Mamba layer."""
     if granularity != 1:
@@ -119,9 +120,10 @@ def upcycled(
     """The tensors of the mixture that are not drawn anew, by name."""
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith("layers.")}
     places = list(_places(before, after))
+    built = [configs for _, configs in after.sublayers()]
     for old, new in places:
         if old is None:
-            found |= _idle(after, f"layers.{new}.branches.0.experts.")
+            found |= _idle(built[new][0], f"layers.{new}.branches.0.experts.")
             continue
         for name, tensor in tensors.items():
             if name.startswith(f"layers.{old}."):
@@ -131,7 +133,7 @@ def upcycled(
             for branch in [branch for branch, letter in enumerate(letters) if letter == "F"]:
                 place = f"layers.{number}.branches.{branch}."
                 own = {name: found.pop(f"{place}{name}") for name in _dense(before)}
-                copied = _copies(own, after.experts, granularity, router_std)
+                copied = _copies(own, built[number][branch].experts, granularity, router_std)
                 found |= {f"{place}{name}": tensor for name, tensor in copied.items()}
     return found
 
@@ -153,8 +155,8 @@ def _places(before: ModelConfig, after: ModelConfig) -> Iterator[tuple[int | Non
 def _idle(config: ModelConfig, place: str) -> dict[str, Tensor]:
     """Of experts that add nothing yet."""
     experts = config.experts
-    found = {f"{place}down_proj": torch.zeros(experts.n_experts, config.d_model, config.d_expert)}
-    return found | ({f"{place}down_bias": torch.zeros(experts.n_experts, config.d_model)} if experts.bias else {})
+    found = {f"{place}down_proj": torch.zeros(experts.count, config.d_model, config.d_expert)}
+    return found | ({f"{place}down_bias": torch.zeros(experts.count, config.d_model)} if experts.bias else {})
 
 
 def _dense(config: ModelConfig) -> list[str]:
@@ -167,7 +169,7 @@ def _copies(dense: dict[str, Tensor], experts: ExpertsConfig, slices: int, route
 
     Each of top_k experts counts 1 / n_experts; of a copy's slices all are needed, of copies there are top_k / slices.
     """
-    n, copies = experts.n_experts, experts.n_experts // slices
+    n, copies = experts.count, experts.count // slices
     scale = n * slices / experts.top_k
     up, down = dense["up_proj.weight"], dense["down_proj.weight"]
     gated = up.shape[0] // down.shape[1]  # 2 where the first half of the rows is a gate

@@ -41,7 +41,8 @@ class Slots:
 
     def put(self, state: State, tokens: Tensor) -> None:
         """Take in the rows of a state, copying them, as the last live ones; they read tokens (b,) next."""
-        rows = slice(self.live, self.live + state.batch_size)
+        count = len(tokens)  # a state without mixers does not say how many rows it is of
+        rows = slice(self.live, self.live + count)
         lengths = [kind.length(mixer) for kind, mixer in zip(self.kinds, state.mixers, strict=True)]
         length = max(lengths, default=0)
         self.reserve(length)
@@ -53,7 +54,7 @@ class Slots:
         for kind, buffers, mixer in zip(self.kinds, self.mixers, state.mixers, strict=True):
             kind.put(buffers, rows, mixer)
         self.tokens[rows], self.places[rows] = tokens, length
-        self._lengths[rows] = [length] * state.batch_size
+        self._lengths[rows] = [length] * count
         self.live = rows.stop
 
     def take(self, row: int) -> State:

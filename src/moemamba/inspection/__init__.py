@@ -1,10 +1,12 @@
 """What a model does inside, for one call: hidden states, experts of every token, and what each Mamba layer selects.
 
-Nothing of it is in the way of a model that nobody looks at: it is heard with hooks, and what routers chose is recorded.
+Nothing of it is in the way of a model that nobody looks at. What routers chose and the hidden states the model records
+itself, as it does for the server and for transformers; what Mamba layers select is heard with hooks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers import Choice
 from ..layers.mamba import SelectiveSSM
-from ..layers.residual import Residual
 from ..model import MoEMamba, Output
 from ..state import State
 
@@ -67,10 +68,7 @@ def look(
     record: list[Choice] = []
     hidden: list[Tensor] = []
     found: dict[str, Selection] = {}
-    with ExitStack() as heard:
-        for layer in model.layers:
-            assert isinstance(layer, Residual)
-            heard.enter_context(_hearing(layer, hidden))
+    with ExitStack() as heard, _listening(found):
         if selection or states:
             mixers = iter(state.mixers if state is not None else ())
             for name, module in model.named_modules():
@@ -78,11 +76,24 @@ def look(
                 before = next(mixers, None) if kind is not None else None
                 if isinstance(module, SelectiveSSM):
                     heard.enter_context(_selecting(module, before, seq_idx, states, name, found))
-        output = model(tokens, state, seq_idx, record=record)
+        output = model(tokens, state, seq_idx, record=record, hidden=hidden)
     experts, gates = (
         dict(zip(model.router_names, (choice[part] for choice in record), strict=True)) for part in (0, 1)
     )
     return Look(tuple(hidden), experts, gates, found, output)
+
+
+_heard: ContextVar[dict[str, Selection] | None] = ContextVar("look", default=None)
+
+
+@contextmanager
+def _listening(found: dict[str, Selection]) -> Iterator[None]:
+    """Calls from here are those that are looked at; other threads may call the same model meanwhile."""
+    token = _heard.set(found)
+    try:
+        yield
+    finally:
+        _heard.reset(token)
 
 
 @contextmanager
@@ -94,17 +105,6 @@ def _hooked(*handles: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _hearing(layer: Residual, hidden: list[Tensor]) -> Any:
-    def before(_: nn.Module, given: tuple[Any, ...]) -> None:
-        if not hidden:  # what the first sub-layer gets
-            hidden.append(given[0] if given[1] is None else given[0] + given[1])
-
-    def after(_: nn.Module, __: Any, made: tuple[Any, ...]) -> None:
-        hidden.append(made[0] + made[1])  # the sum is left to whoever comes next
-
-    return _hooked(layer.register_forward_pre_hook(before), layer.register_forward_hook(after))
-
-
 def _selecting(
     layer: SelectiveSSM,
     before: Any,
@@ -114,6 +114,9 @@ def _selecting(
     found: dict[str, Selection],
 ) -> Any:
     kept: list[Tensor] = []  # u, B, C
+
+    def mine(hook: Callable[..., None]) -> Callable[..., None]:
+        return lambda *given: hook(*given) if _heard.get() is found else None
 
     def of_x_proj(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
         kept[:] = [given[0], *made.split([layer.dt_rank, layer.d_state, layer.d_state], dim=-1)[1:]]
@@ -133,9 +136,9 @@ def _selecting(
     children = dict(layer.named_children())
     norms = [(children[norm], place) for norm, place in (("B_norm", 1), ("C_norm", 2)) if norm in children]
     return _hooked(
-        layer.x_proj.register_forward_hook(of_x_proj),
-        *(norm.register_forward_hook(of_norm(place)) for norm, place in norms),
-        layer.dt_proj.register_forward_hook(of_dt_proj),
+        layer.x_proj.register_forward_hook(mine(of_x_proj)),
+        *(norm.register_forward_hook(mine(of_norm(place))) for norm, place in norms),
+        layer.dt_proj.register_forward_hook(mine(of_dt_proj)),
     )
 
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..ops.arguments import sizes
+from ..ops.arguments import readable, sizes
 from ..ops.packing import boundaries, positions, without_padding
 from .layer import Layer, Result
 from .linear import Linear
+from .placing import placed
 from .quantised import weight_of
 from .roles import MATRIX, Role, composed
 
@@ -58,6 +59,7 @@ class Attention(Layer):
         n_kv_heads: g, heads of keys and values, each shared by h / g of the queries'; h if None.
         rotary: whether there are positions.
         qkv_bias, out_bias: whether the projections have biases.
+        device, dtype: of the parameters.
 
     Parameters: qkv_proj (d + 2 g d/h, d), rows of queries, keys and values; out_proj (d, d).
     """
@@ -65,6 +67,7 @@ class Attention(Layer):
     state_type, state_kind = AttentionState, "attention"
     __call__: Callable[..., tuple[Tensor, AttentionState]]
 
+    @placed
     def __init__(
         self,
         d_model: int,
@@ -74,6 +77,9 @@ class Attention(Layer):
         rotary: bool = True,
         qkv_bias: bool = False,
         out_bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if d_model % ((1 + rotary) * n_heads):
@@ -143,6 +149,12 @@ class Attention(Layer):
     def take(cls, buffers: Any, rows: slice, length: int) -> AttentionState:
         keys, values, positions = (buffer[rows] for buffer in buffers)
         return AttentionState(keys[:, :, :length].clone(), values[:, :, :length].clone(), positions[:, :length].clone())
+
+    @classmethod
+    def keep(cls, state: Any, rows: Tensor) -> AttentionState:
+        """Entries of other rows are of no sequence."""
+        keys, values, places = super().keep(state, rows)
+        return AttentionState(keys, values, places.masked_fill(~(rows[:, None] if rows.ndim else rows), -1))
 
     @classmethod
     def length(cls, state: Any) -> int:
@@ -243,7 +255,7 @@ def _not_finite(x: Tensor, seq_idx: Tensor | None) -> Tensor | None:
     looking costs next to nothing, on the CPU.
     """
     x = x.detach()
-    looks = x.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.transformed(x)
+    looks = readable(x)
     if x.numel() == 0 or (seq_idx is None and not looks):
         return None
     if looks:

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 from .. import ops
 from ..ops.experts import ACTIVATIONS, GATED
 from .layer import Layer, Result
 from .linear import Linear
+from .placing import placed
 from .roles import Role, composed
 
 if TYPE_CHECKING:
@@ -24,12 +26,22 @@ class FeedForward(Layer):
         activation: see `ops.expert_feedforward`; of gated ones up_proj has 2f rows, the gate's first.
         bias: whether the projections have one.
         d_out: width of the output; d_model if None.
+        device, dtype: of the parameters.
     """
 
     __call__: Callable[..., Tensor]
 
+    @placed
     def __init__(
-        self, d_model: int, d_ff: int, activation: str = "swiglu", bias: bool = False, d_out: int | None = None
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        d_out: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:

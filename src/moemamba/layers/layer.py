@@ -90,6 +90,15 @@ class Layer(nn.Module):
             buffer.index_copy_(0, target, buffer[source])
 
     @classmethod
+    def keep(cls, state: Any, rows: Tensor) -> Any:
+        """The state in rows, (b,) or () bool; in the others the one before any token."""
+
+        def one(tensor: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *(1,) * (tensor.ndim - 1)) if rows.ndim else rows, tensor, 0)
+
+        return type(state)(*map(one, state))
+
+    @classmethod
     def length(cls, state: Any) -> int:
         """Entries of a state that grows with its sequence; 0 of one that does not."""
         return 0

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.arguments import autocasts
+from ..ops.kit.packed import Weight
 from .plain import weights_alone
 from .quantised import weight_of
 
@@ -14,12 +16,13 @@ class Linear(nn.Linear):
     of_8_bits = ("weight",)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., d) -> (..., f); a bias that is kept in float32 where the weight is not is rounded."""
+        """(..., d) -> (..., f); a bias that is kept in float32 where the weight is not is rounded. A weight that is
+        makes what it meets float32."""
         bias: Tensor | None = self.bias
         weight = weight_of(self, "weight")
         if bias is not None and isinstance(weight, Tensor) and bias.dtype != weight.dtype:
             bias = bias.to(weight.dtype)
-        return ops.linear(input, weight, bias)
+        return ops.linear(_as_read(input, weight), weight, bias)
 
 
 def in_halves(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,4 +58,12 @@ def before_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return layer(x), None
     weight, bias = weights
     assert isinstance(bias, Tensor)
-    return ops.linear(x, weight), bias
+    return ops.linear(_as_read(x, weight), weight), bias
+
+
+def _as_read(x: Tensor, weight: Weight) -> Tensor:
+    """x as wide as a weight that is kept in float32 (`placing.placed`); autocast has a width of its own."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if not narrow or not isinstance(weight, Tensor) or weight.dtype != torch.float32:
+        return x
+    return x if autocasts(x.device.type) else x.float()

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.arguments import autocasts
 from ..ops.kit.packed import Weight
 from ..ops.mamba_step import Inner
 from ..ops.packing import without_padding
 from .layer import Layer, Prepared, Result
 from .linear import Linear, before_bias, beside, in_halves
 from .norm import RMSNorm, norm_alone
+from .placing import placed
 from .plain import plain, weights_alone
 from .roles import MATRIX, VECTOR, Role, composed
 
@@ -215,6 +217,8 @@ class Mamba(SelectiveSSM):
         inner_norm_eps: of these norms; 1e-5 if None.
         conv_bias: whether the convolution has a bias.
         proj_bias: whether the projections in and out have biases.
+        device, dtype: of the parameters, as for torch's modules; what is read in float32 whatever the precision (dt, A,
+            D, the convolution) stays float32 at least.
 
     Unlike mamba_ssm's it returns its state beside its output. Padding has the sequence number -1: `layers.padded` makes
     it from lengths, `layers.packed` puts sequences one behind the other.
@@ -226,6 +230,7 @@ class Mamba(SelectiveSSM):
 
     __call__: Callable[..., tuple[Tensor, MambaState]]
 
+    @placed
     def __init__(
         self,
         d_model: int,
@@ -237,6 +242,9 @@ class Mamba(SelectiveSSM):
         inner_norm_eps: float | None = None,
         conv_bias: bool = True,
         proj_bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank, inner_norm, inner_norm_eps, conv_bias)
         self.proj_bias = proj_bias
@@ -301,7 +309,7 @@ class Mamba(SelectiveSSM):
 
         That is where they are what they were built as, no gradient is wanted, and there are kernels for it.
         """
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not plain(self, Mamba):
+        if torch.is_grad_enabled() or autocasts(x.device.type) or not plain(self, Mamba):
             return None
         if self.why_not_fused():
             return None

@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..ops.packing import expect_numbers
 from .linear import Linear
+from .placing import placed
 
 Pooling = Literal["last", "mean", "max"]
 
@@ -25,10 +27,9 @@ def pooled(hidden: Tensor, seq_idx: Tensor | None = None, pooling: Pooling = "la
     """
     if seq_idx is None:
         seq_idx = torch.zeros(hidden.shape[:2], dtype=torch.int32, device=hidden.device)
-    if hidden.ndim != 3 or seq_idx.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and seq_idx {tuple(seq_idx.shape)}; expected (b, l, d), (b, l)"
-        )
+    if hidden.ndim != 3:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; expected (b, l, d)")
+    expect_numbers(seq_idx, hidden.shape[:2])
     valid = seq_idx >= 0
     there = valid.any(1, keepdim=True)  # (b, 1)
     inside = hidden.masked_fill(~valid[..., None], 0)  # filled, not multiplied: padding may be infinite
@@ -50,11 +51,21 @@ class PooledHead(nn.Module):
         d_model: width of the hidden vectors, d.
         outputs: classes, or numbers to predict, o.
         pooling: see `pooled`.
+        device, dtype: of the parameters.
     """
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, d_model: int, outputs: int, pooling: Pooling = "last"):
+    @placed
+    def __init__(
+        self,
+        d_model: int,
+        outputs: int,
+        pooling: Pooling = "last",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.pooling: Pooling = pooling
         self.proj = Linear(d_model, outputs)

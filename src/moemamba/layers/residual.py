@@ -21,11 +21,13 @@ class Residual(nn.Module):
     compiled, in the forward and in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, letters: str):
+    def __init__(self, configs: Sequence[ModelConfig], letters: str):
+        """`configs`: what each letter is built from (`ModelConfig.sublayers`)."""
         super().__init__()
         self.letters = letters
+        config = configs[0]
         self.norm = make_norm(config.norm, config.d_model, config.norm_eps)
-        self.branches = nn.ModuleList(LAYERS[letter].build(config) for letter in letters)
+        self.branches = nn.ModuleList(LAYERS[letter].build(own) for letter, own in zip(letters, configs, strict=True))
         for layer in self.branches:
             layer.padding_is_zero = True  # type: ignore[assignment]  # the model sees to it
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.packing import without_padding
@@ -13,6 +14,7 @@ from .moe import MoE
 from .moe.experts import LinearExperts
 from .moe.router import Router
 from .moe.routing import Choice, RouterStats, note
+from .placing import placed
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -28,10 +30,12 @@ class RoutedMamba(SelectiveSSM):
             weighs the output alone (Routing Mamba). False: each projection is its own mixture of two-layer experts.
         n_experts, top_k, capacity_factor, scores, router_bias: see `MoE`.
         d_expert, activation, n_shared_experts, bias: of the two-layer experts; unused with shared routing.
+        device, dtype: as for `Mamba`.
     """
 
     __call__: Callable[..., tuple[Tensor, MambaState, tuple[RouterStats, ...]]]
 
+    @placed
     def __init__(
         self,
         d_model: int,
@@ -51,6 +55,8 @@ class RoutedMamba(SelectiveSSM):
         scores: str = "softmax",
         router_bias: bool = False,
         bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **inside: Any,
     ):
         super().__init__(d_model, d_state, d_conv, expand, dt_rank, **inside)
@@ -88,7 +94,7 @@ class RoutedMamba(SelectiveSSM):
         routed, experts = config.routed, config.routed.experts
         return cls(
             config.d_model,
-            experts.n_experts,
+            experts.count,
             routed.projections,
             routed.routing == "shared",
             **options(config),

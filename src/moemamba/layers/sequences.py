@@ -18,8 +18,10 @@ def padded(lengths: Tensor, length: int | None = None, side: Literal["right", "l
         (b, l) int32: 0, and -1 at padding, which changes no sequence and has output zero. What HF calls attention_mask
         is `seq_idx >= 0`.
     Raises:
-        ValueError: a sequence is longer than a row.
+        ValueError: a sequence is longer than a row, or lengths are no integers (b,).
     """
+    if lengths.ndim != 1 or lengths.dtype == torch.bool or lengths.is_floating_point():
+        raise ValueError(f"lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; expected integers (b,)")
     longest = int(lengths.max()) if lengths.numel() else 0
     length = longest if length is None else length
     if longest > length or (lengths < 0).any():

@@ -22,8 +22,11 @@ GATED = ("swiglu", "geglu")
 class ExpertsConfig(Options):
     """A routed mixture of feed-forward experts, letter `E` (MoE-Mamba, section 3.1)."""
 
-    n_experts: int = 8
-    """experts of each layer, of which a token visits top_k"""
+    by_layer = ("n_experts",)
+
+    n_experts: int | tuple[int, ...] = 8
+    """experts of each layer, of which a token visits top_k; several numbers are those of each layer with experts,
+    bottom to top"""
     top_k: int = 1
     """experts that each token is sent to"""
     d_expert: int | None = None
@@ -55,8 +58,15 @@ class ExpertsConfig(Options):
             positive=("n_experts", "top_k", "d_expert", "capacity_factor"),
             not_negative=("n_shared_experts", "balance_weight", "z_weight", "bias_rate"),
         )
-        if self.top_k > self.n_experts:
-            raise ValueError(f"top_k is {self.top_k}, more than n_experts = {self.n_experts}; choose at most that many")
+        fewest = min(self.n_experts) if isinstance(self.n_experts, tuple) else self.n_experts
+        if self.top_k > fewest:
+            raise ValueError(f"top_k is {self.top_k}, more than n_experts = {fewest}; choose at most that many")
+
+    @property
+    def count(self) -> int:
+        """n_experts, of the options of one layer (`ModelConfig.sublayers`)."""
+        assert isinstance(self.n_experts, int), "these are the options of several layers"
+        return self.n_experts
 
     def width(self, d_model: int) -> int:
         """d_expert of the letter `E`."""
@@ -66,11 +76,19 @@ class ExpertsConfig(Options):
         """(total, active) of a mixture of two-layer experts with its router."""
         rows = up_rows(d_expert, self.activation)
         matrices, biases = d_in * rows + d_expert * d_out, self.bias * (rows + d_out)
-        router = (d_in + self.router_bias) * self.n_experts
+        router = (d_in + self.router_bias) * self.count
         shared = self.n_shared_experts
         always = router + shared * matrices + self.bias * (shared * rows + bool(shared) * d_out)
         expert = matrices + biases
-        return always + self.n_experts * expert, always + self.top_k * expert
+        return always + self.count * expert, always + self.top_k * expert
+
+
+def several(n_experts: int | tuple[int, ...]) -> str:
+    """For people: 8, or 8 to 32."""
+    if isinstance(n_experts, int):
+        return f"{n_experts}"
+    fewest, most = min(n_experts), max(n_experts)
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
 def up_rows(hidden: int, activation: str) -> int:
@@ -94,4 +112,4 @@ class Experts(Letter):
         e = config.experts
         shared = f" + {e.n_shared_experts} shared" if e.n_shared_experts else ""
         scores = "" if e.scores == "softmax" else f", {e.scores} gates"
-        return f"experts: {e.n_experts} × {config.d_expert} {e.activation}, top-{e.top_k}{shared}{scores}"
+        return f"experts: {several(e.n_experts)} × {config.d_expert} {e.activation}, top-{e.top_k}{shared}{scores}"

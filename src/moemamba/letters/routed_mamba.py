@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ..marks import documented
 from ..reading import validate
-from .experts import GATED, ExpertsConfig
+from .experts import GATED, ExpertsConfig, several
 from .mamba import Mamba
 from .options import Options
 
@@ -53,6 +53,12 @@ class RoutedMambaConfig(Options):
     def names(self) -> set[str]:
         return super().names() | self.experts.names()
 
+    def counts(self) -> dict[str, int]:
+        return {f"experts.{name}": count for name, count in self.experts.counts().items()}
+
+    def of_layer(self, number: int) -> Self:
+        return dataclasses.replace(self, experts=self.experts.of_layer(number)) if self.counts() else self
+
     def unused(self) -> tuple[str, ...]:
         return tuple(f"experts.{name}" for name in TWO_LAYER) if self.routing == "shared" else ()
 
@@ -76,12 +82,12 @@ class RoutedMamba(Mamba):
         shared = routed.routing == "shared"
         parts = [(self.core(config),) * 2]
         if shared:
-            parts.append(((d + experts.router_bias) * experts.n_experts,) * 2)
+            parts.append(((d + experts.router_bias) * experts.count,) * 2)
         for name, d_in, d_out in (("conv", d, i), ("gate", d, i), ("out", i, d)):
             if name not in routed.projections:
                 parts.append((d_in * d_out,) * 2)
             elif shared:
-                parts.append((d_in * d_out * experts.n_experts, d_in * d_out * experts.top_k))
+                parts.append((d_in * d_out * experts.count, d_in * d_out * experts.top_k))
             else:
                 parts.append(experts.parameters(d_in, d_out, config.d_routed_expert))
         return sum(total for total, _ in parts), sum(active for _, active in parts)
@@ -94,7 +100,9 @@ class RoutedMamba(Mamba):
 
     def describe(self, config: "ModelConfig") -> str:
         r = config.routed
-        return f"routed Mamba: {r.experts.n_experts} experts in {', '.join(r.projections)}, {r.routing} routing"
+        return (
+            f"routed Mamba: {several(r.experts.n_experts)} experts in {', '.join(r.projections)}, {r.routing} routing"
+        )
 
     def why_unused(self, name: str) -> str:
         return 'with routing = "independent" R would' if name in TWO_LAYER else ""

@@ -205,8 +205,7 @@ class _Routing:
     def __init__(self, model: MoEMamba, bins: Tensor, count: int):
         self.names, self.bins, self.count = model.router_names, bins, count
         self.counts = [
-            torch.zeros(count, experts.n_experts, dtype=torch.int64, device=bins.device)
-            for experts in model.config.routers
+            torch.zeros(count, experts.count, dtype=torch.int64, device=bins.device) for experts in model.config.routers
         ]
 
     def add(self, first: int, record: list[Choice]) -> None:

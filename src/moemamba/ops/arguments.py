@@ -1,7 +1,30 @@
 """What every op sees to before a backend takes over: shapes, dtype, order in memory."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .derivatives import transformed
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a kind of device; torch does not answer for "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def exactly(device: str) -> AbstractContextManager[Any]:
+    """Without autocast on a kind of device."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the host may look at values at once: they lie on the CPU, and x is what is computed, not what stands for
+    it while something is compiled, exported, mapped or only measured."""
+    here = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+    return here and not torch.compiler.is_compiling() and not transformed(x)
+
 
 from .kit.packed import Weight
 
@@ -9,7 +32,7 @@ from .kit.packed import Weight
 def autocast(x: Tensor) -> Tensor:
     """Under `torch.autocast` x in its dtype, as `torch.nn.functional.linear` would take it: float64 stays."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not autocasts(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
 

@@ -37,7 +37,21 @@ def boundaries(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
 
 def without_padding(x: Tensor, seq_idx: Tensor | None) -> Tensor:
     """x (b, l, d) with zeros at padding, whatever was there: what is computed of it then stays finite."""
-    return x if seq_idx is None else x.masked_fill((seq_idx < 0)[..., None], 0)
+    if seq_idx is None:
+        return x
+    expect_numbers(seq_idx, x.shape[:2])
+    return x.masked_fill((seq_idx < 0)[..., None], 0)
+
+
+def expect_numbers(seq_idx: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError for a `seq_idx` of another shape (b, l), or one that is no numbers but a mask."""
+    if seq_idx.shape != shape:
+        raise ValueError(f"seq_idx has shape {tuple(seq_idx.shape)}; expected {tuple(shape)}")
+    if seq_idx.dtype == torch.bool or seq_idx.is_floating_point():
+        raise ValueError(
+            f"seq_idx is {seq_idx.dtype}; expected integers, the number of each position's sequence, or -1 at padding. "
+            "Of a mask that is 1 at tokens and 0 at padding, mask.int() - 1 is one"
+        )
 
 
 def positions(seq_idx: Tensor, first: Tensor | None = None) -> Tensor:

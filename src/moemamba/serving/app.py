@@ -273,7 +273,7 @@ def _model(service: Service) -> dict[str, Any]:
         "d_model": config.d_model,
         "vocab_size": config.vocab_size,
         "routers": [
-            {"name": name, "n_experts": each.n_experts, "top_k": each.top_k}
+            {"name": name, "n_experts": each.count, "top_k": each.top_k}
             for name, each in zip(service.model.router_names, config.routers, strict=True)
         ],
         "version": __version__,

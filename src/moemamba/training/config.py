@@ -1,8 +1,8 @@
 """How a model is trained. No torch here, so that the command line answers at once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 from ..config import ModelConfig
 from ..data.config import NO_TEST, DataConfig, Sampling, absolute_source, at_home
@@ -146,6 +146,9 @@ class TrainConfig:
     shares them out"""
     expert_parallel: int = option(1, MACHINE, place=2, changes="on resume")
     """with several processes (torchrun): how many of them share the experts of a layer; tokens travel to them"""
+    sequence_parallel: int = option(1, MACHINE, place=2, changes="on resume", later=True)
+    """with several processes (torchrun): how many of them share each sequence, a part each, for contexts that one
+    does not hold"""
     accumulate: int = option(1, MACHINE, changes="on resume")
     """parts that a batch is computed in, one after another, to save memory; must divide batch_size"""
     routing_groups: int | None = option(None, MACHINE, place=2)
@@ -166,7 +169,15 @@ class TrainConfig:
         for name in ("data", "validation", "test", "tokenizer", "run", "start", "branch"):
             object.__setattr__(self, name, at_home(getattr(self, name)))
         counts = ("steps", "batch_size", "context", "accumulate", "log_every", "eval_every", "eval_tokens")
-        more = ("test_tokens", "save_every", "keep", "max_skips", "routing_groups", "expert_parallel")
+        more = (
+            "test_tokens",
+            "save_every",
+            "keep",
+            "max_skips",
+            "routing_groups",
+            "expert_parallel",
+            "sequence_parallel",
+        )
         validate(
             self,
             positive=(*counts, *more, "learning_rate", "clip", "timeout"),
@@ -212,6 +223,16 @@ class TrainConfig:
                 )
         if self.spike_factor is not None and not self.spike_factor > 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it must be more than 1, such as 10, or None")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; those of the model by `model=config.model.replace(...)`.
+
+        Raises:
+            ValueError: there is no such field, or the values cannot work.
+        """
+        for name in changes.keys() - {field.name for field in fields(self)}:
+            raise ValueError(f"{name} is no field of TrainConfig; a field of the model is changed by model.replace")
+        return replace(self, **changes)
 
     def reads(self) -> DataConfig:
         """What of it concerns the data.

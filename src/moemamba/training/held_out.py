@@ -12,7 +12,7 @@ from ..model import MoEMamba
 from .config import TrainConfig
 from .evaluate import BLOCKS, Evaluation, evaluate
 from .run import RunDirectory
-from .spread import routing_groups
+from .spread import routing_groups, rows_of
 from .update import Average
 
 
@@ -27,7 +27,7 @@ def measured(
     blocks: int | None = None,
 ) -> Evaluation:
     """The model of a run on some texts, with its averaged weights besides if it has some; see `evaluate`."""
-    rows = config.batch_size // (config.accumulate * processes.size)
+    rows = rows_of(config, processes.size)
 
     def one(drop_gap: bool, blocks: int | None) -> Evaluation:
         return evaluate(

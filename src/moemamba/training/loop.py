@@ -4,8 +4,8 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ import torch
 from ..data.batches import Batches
 from ..data.config import NO_TEST
 from ..data.corpora import find_tokenizer, open_corpora
-from ..distributed import Agreement, Processes, join, sources
+from ..distributed import Agreement, Processes, join, sharing, sources
 from ..host.progress import Report
 from ..host.stop import Interrupted, Stop
 from ..model import MoEMamba
@@ -44,7 +44,7 @@ from .run import (
     take,
     write,
 )
-from .spread import build, require_fit
+from .spread import build, require_fit, rows_of, sequence_parallel
 from .update import Average, Guard, Step, captures, learning_rate, optimizer_of
 from .watch import Alarms, Meter, Watch, Watcher, open_board, peak_flops, require_board
 
@@ -54,7 +54,7 @@ class TrainResult:
     """What a run came to."""
 
     run: Path
-    model: MoEMamba
+    model: MoEMamba = field(repr=False)
     """in evaluation mode; of several processes, this one's part"""
     step: int
     loss: float | None
@@ -95,14 +95,34 @@ def train(
             at once.
         OSError: the run directory holds a run already, another process trains in it, or it cannot be written.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a TrainConfig(model=..., data=..., run=...)")
     if model is not None:
         check_given(model)
         config = replace(config, model=model.config)
     config = absolute(config)
     if not config.run:
         raise ValueError('run names no directory; say where the run shall lie: run="runs/mine"')
-    with join(config.device, config.timeout) as processes, closing(RunDirectory(config.run)) as run:
+    with (
+        _undisturbed(),
+        join(config.device, config.timeout) as processes,
+        closing(RunDirectory(config.run)) as run,
+    ):
         return _train(run, config, resume, stop, report or Report(), processes, model, watch)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Nothing that the caller has set for calculations of its own enters a run: gradients flow, and autocast is only
+    where the run has it."""
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"torch's default dtype is {torch.get_default_dtype()}, and weights are trained in float32; "
+            "torch.set_default_dtype(torch.float32) before training"
+        )
+    on_gpu = torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), on_gpu:
+        yield
 
 
 def _train(
@@ -132,7 +152,10 @@ def _train(
     parts = config.accumulate
     rows = corpora.rows(text)
     every_rank = Batches(rows, config.batch_size)
-    batches = Batches(rows, config.batch_size // (parts * processes.size), processes.rank, processes.size)
+    sequence = sharing(processes, sequence_parallel(config, processes.size))
+    share = (sequence.rank, sequence.size) if sequence else (0, 1)
+    reader, readers = (number // share[1] for number in (processes.rank, processes.size))
+    batches = Batches(rows, rows_of(config, processes.size), reader, readers, *share)
     dtype = _dtype(config, processes.device)
     if given is not None and processes.size > 1:
         processes.alike(fingerprint(given), "weights of the models that are handed in")
@@ -169,7 +192,7 @@ def _train(
     guard = Guard(config, processes.device, position.skips)
     signals = Stop()
     agreement = Agreement(signals, processes)
-    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average)
+    update = Step(model, optimizer, config, dtype, guard, processes, report.warn, agreement, average, sequence)
     if update.carried and position.step:
         update.carried.go_on(read_carried(run, position, config.batch_size), parts, processes.device)
     alarms = Alarms([experts.top_k for experts in config.model.routers], position.alarms)

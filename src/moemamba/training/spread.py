@@ -20,11 +20,27 @@ def check(config: TrainConfig, size: int) -> None:
         ValueError: with the field to change.
     """
     check_carried(config, size)
-    rows, parallel = config.batch_size, _expert_parallel(config, size)
-    if rows % (size * config.accumulate):
+    rows, parallel, parts = config.batch_size, _expert_parallel(config, size), sequence_parallel(config, size)
+    if size % parts:
         raise ValueError(
-            f"batch_size is {rows}, which {size} processes times accumulate = {config.accumulate} do not divide; "
-            f"choose a multiple of {size * config.accumulate}"
+            f"sequence_parallel is {parts}, which does not divide the {size} processes; choose one of its divisors"
+        )
+    readers = size // parts
+    if rows % (readers * config.accumulate):
+        each = f" by {parts}" if parts > 1 else ""
+        raise ValueError(
+            f"batch_size is {rows}, which {size} processes{each} times accumulate = {config.accumulate} do not divide; "
+            f"choose a multiple of {readers * config.accumulate}"
+        )
+    if config.context % parts:
+        raise ValueError(
+            f"context is {config.context}, which sequence_parallel = {parts} does not divide; choose a multiple"
+        )
+    if parts > 1 and (parallel > 1 or config.shard == "parameters"):
+        what = f"expert_parallel is {parallel}" if parallel > 1 else 'shard is "parameters"'
+        raise ValueError(
+            f"sequence_parallel is {parts}, for which each process must have all parameters, but {what}; "
+            "leave one of the two out"
         )
     if size % parallel:
         raise ValueError(
@@ -37,13 +53,18 @@ def check(config: TrainConfig, size: int) -> None:
             f"expert_parallel is {parallel}, with which compile and recompute do not go together; leave one of them out"
         )
     for experts in config.model.routers:
-        if experts.n_experts % parallel:
+        if experts.count % parallel:
             raise ValueError(
-                f"n_experts is {experts.n_experts}, which expert_parallel = {parallel} does not divide; "
+                f"n_experts is {experts.count}, which expert_parallel = {parallel} does not divide; "
                 "choose a multiple, or a divisor of n_experts"
             )
     groups = routing_groups(config, size) // config.accumulate
-    if groups % size and size % groups:
+    if parts > 1 and groups % readers:
+        raise ValueError(
+            f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch; with "
+            f"sequence_parallel = {parts} choose a multiple of {readers}"
+        )
+    if groups % readers and readers % groups:
         raise ValueError(
             f"routing_groups is {config.routing_groups}, which gives {groups} for a part of the batch and {size} "
             "processes; one of the two must divide the other"
@@ -83,7 +104,11 @@ def check_used(config: TrainConfig, size: int) -> None:
         )
     if config.cooldown != TrainConfig.cooldown and config.schedule != "wsd" and not config.branch:
         raise ValueError(f'cooldown is {config.cooldown:g}, which only schedule = "wsd" has; give both, or neither')
-    asked = {"expert_parallel": (config.expert_parallel, 1), "shard": (config.shard, "none")}
+    asked = {
+        "expert_parallel": (config.expert_parallel, 1),
+        "sequence_parallel": (config.sequence_parallel, 1),
+        "shard": (config.shard, "none"),
+    }
     for name, (value, alone) in asked.items():
         if size == 1 and value != alone:
             raise ValueError(
@@ -96,9 +121,19 @@ def _expert_parallel(config: TrainConfig, size: int) -> int:
     return config.expert_parallel if size > 1 else 1
 
 
+def sequence_parallel(config: TrainConfig, size: int) -> int:
+    """Processes that share a sequence; one alone has all of it, so that it can resume any run."""
+    return config.sequence_parallel if size > 1 else 1
+
+
+def rows_of(config: TrainConfig, size: int) -> int:
+    """Rows that one process has of a part of a batch."""
+    return config.batch_size // (config.accumulate * (size // sequence_parallel(config, size)))
+
+
 def routing_groups(config: TrainConfig, size: int) -> int:
-    """Groups that a batch is routed in; one for each process and part if the configuration does not say."""
-    return config.routing_groups or size * config.accumulate
+    """Groups that a batch is routed in; one for each set of rows and part if the configuration does not say."""
+    return config.routing_groups or size // sequence_parallel(config, size) * config.accumulate
 
 
 def build(config: TrainConfig, processes: Processes, dtype: torch.dtype, given: MoEMamba | None = None) -> MoEMamba:
@@ -122,7 +157,8 @@ def build(config: TrainConfig, processes: Processes, dtype: torch.dtype, given: 
             model.head.weight = model.embedding.weight
         draw(model, fill, config.seed)
     model.recompute = config.recompute
-    group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes)
+    parts = sequence_parallel(config, processes.size)
+    group_routers(model, routing_groups(config, processes.size) // config.accumulate, processes, parts)
     return model
 
 

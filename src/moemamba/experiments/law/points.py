@@ -59,10 +59,8 @@ def expansion(model: ModelConfig) -> float:
     """E: parameters of experts for each that a token passes through; 1 without experts."""
     if not model.routers:
         return 1.0
-    counts = [count_parameters(model.replace(top_k=k)) for k in (1, 2)] if model.routers[0].n_experts > 1 else []
-    if not counts:
-        return 1.0
-    expert = counts[1].active - counts[0].active
+    one, two = (count_parameters(model.replace(n_experts=2, top_k=k)).active for k in (1, 2))
+    expert = two - one
     used = expert * model.routers[0].top_k
     total = count_parameters(model)
     return (total.total - total.active + used) / used

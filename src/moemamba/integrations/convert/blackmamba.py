@@ -49,8 +49,8 @@ class BlackMamba(Format):
             head_bias=bias,
         )
 
-    def letters(self, keys: Keys) -> tuple[str, int]:
-        """A letter a layer, and how many experts those of E have; 0 without them."""
+    def letters(self, keys: Keys) -> tuple[str, int | tuple[int, ...]]:
+        """A letter a layer, and how many experts those of E have, each its own where they differ; 0 without them."""
         layers = keys.values["mamba_moe_layers"]
         known = {"r": "M", "1": "F"} | {f"{count}": "E" for count in range(2, 10)}
         if not isinstance(layers, list) or len(layers) != keys.get("num_layers", int) or not set(layers) <= set(known):
@@ -58,18 +58,16 @@ class BlackMamba(Format):
                 f"{keys.where}: mamba_moe_layers must say of each of num_layers layers that it is Mamba (r) or how "
                 "many experts it has (1 to 9); both in one layer cannot be converted"
             )
-        counts = {int(each) for each in layers if known[each] == "E"}
-        if len(counts) > 1:
-            raise ValueError(f"{keys.where}: layers have {sorted(counts)} experts; ours have as many in each layer")
-        return "".join(known[each] for each in layers), max(counts, default=0)
+        counts = tuple(int(each) for each in layers if known[each] == "E")
+        return "".join(known[each] for each in layers), counts if len(set(counts)) > 1 else max(counts, default=0)
 
     def table(self, config: ModelConfig) -> list[Entry]:
         table = [Entry("embedding.weight", ("embedding.word_embeddings.weight",))]
         makers = {"M": self._mamba, "E": self._experts, "F": self._dense}
-        for number, letter in enumerate(config.layers):
+        for number, (letter, (own,)) in enumerate(config.sublayers()):
             ours, theirs = f"layers.{number}.", f"decoder.layers.{number}."
             table += renamed(ours, theirs, ["norm.weight"])
-            table += makers[letter](config, f"{ours}branches.0.", f"{theirs}mixer.")
+            table += makers[letter](own, f"{ours}branches.0.", f"{theirs}mixer.")
         table += renamed("norm.", "decoder.final_layernorm.", ["weight", "bias"])
         return table + ([Entry("head.bias", ("output_layer.bias",))] if config.head_bias else [])
 
@@ -80,7 +78,7 @@ class BlackMamba(Format):
         return renamed(ours, theirs, mixer(config))
 
     def _experts(self, config: ModelConfig, ours: str, theirs: str) -> list[Entry]:
-        places = [f"{theirs}local_experts.{number}." for number in range(config.experts.n_experts)]
+        places = [f"{theirs}local_experts.{number}." for number in range(config.experts.count)]
         found = renamed(f"{ours}router.", f"{theirs}router.", ["weight", "bias"])
         for name, kinds in (("up", "linear_fc1"), ("down", "linear_fc2")):
             found.append(stacked(f"{ours}experts.{name}_proj", [f"{place}{kinds}.weight" for place in places]))

@@ -102,7 +102,7 @@ class Jamba(Format):
                 found |= {f"{theirs}self_attn.{name}_proj.weight": (d // idle_heads(d), d) for name in "kv"}
             if layer.feedforward is None:
                 found[f"{theirs}pre_ff_layernorm.weight"] = (d,)
-                count = config.experts.n_experts if layer.experts else 1
+                count = config.experts.count if layer.experts else 1
                 places = [f"experts.{one}." for one in range(count)] if layer.experts else [""]
                 for place in places:
                     shapes = {"gate": (wide, d), "up": (wide, d), "down": (d, wide)}
@@ -131,7 +131,7 @@ class Jamba(Format):
             "hidden_act": "silu",
             "rms_norm_eps": config.norm_eps,
             "router_aux_loss_coef": config.experts.balance_weight,
-            "num_experts": config.experts.n_experts if several else 1,
+            "num_experts": config.experts.count if several else 1,
             "num_experts_per_tok": config.experts.top_k if several else 1,
             "expert_layer_period": seldom.length if seldom and several else 1,
             "expert_layer_offset": seldom.offset if seldom and several else 0,
@@ -183,7 +183,7 @@ def dense(config: ModelConfig, ours: str, theirs: str) -> list[Entry]:
 
 def experts(config: ModelConfig, ours: str, theirs: str) -> list[Entry]:
     """A router, and experts one by one."""
-    each = [f"{theirs}experts.{number}." for number in range(config.experts.n_experts)]
+    each = [f"{theirs}experts.{number}." for number in range(config.experts.count)]
     gate, up, down = ([f"{place}{name}_proj.weight" for place in each] for name in ("gate", "up", "down"))
     return [
         Entry(f"{ours}router.weight", (f"{theirs}router.weight",)),

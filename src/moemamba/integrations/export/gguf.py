@@ -104,7 +104,7 @@ def named(kind: str, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[st
         found[f"blk.{number}.{LAYER[rest]}"] = value.squeeze(1) if rest.endswith("conv1d.weight") else value
     for place in [name.removesuffix("router.weight") for name in theirs if name.endswith(".router.weight")]:
         for part in ("gate", "up", "down"):
-            each = [theirs[f"{place}experts.{e}.{part}_proj.weight"] for e in range(config.experts.n_experts)]
+            each = [theirs[f"{place}experts.{e}.{part}_proj.weight"] for e in range(config.experts.count)]
             found[f"blk.{place.split('.')[2]}.ffn_{part}_exps.weight"] = torch.stack(each)
     return found
 

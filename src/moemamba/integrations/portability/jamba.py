@@ -118,7 +118,9 @@ def _experts(config: ModelConfig) -> list[str]:
         found.append("it has no shared experts")
     if experts.bias_rate:
         found.append("its router has no selection bias, which experts.bias_rate moves")
-    if experts.n_experts == 1:
+    if isinstance(experts.n_experts, tuple):
+        found.append("it has as many experts in each layer")
+    elif experts.n_experts == 1:
         found.append("it needs more than one expert")
     if "F" in config.pattern and config.d_ff != config.d_expert:
         found.append(

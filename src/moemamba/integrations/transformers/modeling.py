@@ -138,7 +138,7 @@ class MoEMambaModel(MoEMambaPreTrainedModel, Backbone):
                 hidden = carrying(hidden, auxiliary(router, self.routers))
         output = MoEMambaOutput(
             last_hidden_state=hidden,
-            hidden_states=None if streams is None else (*streams, hidden),
+            hidden_states=None if streams is None else (*streams[:-1], hidden),
             router=router or None,
             **{CACHE: cache if use_cache else None},
         )

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ...ops.arguments import autocasts, exactly
 from ...ops.experts import GATED
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
 from ..layer import Layer, Prepared, Result
+from ..placing import placed
 from ..plain import plain
 from ..quantised import weight_of
 from ..roles import Role, composed
@@ -38,6 +40,7 @@ class MoE(Layer):
         bias: whether experts have biases, shared ones too.
         router: one of your own in place of ours, such as a `layers.BaseRouter`, which chooses among n_experts; then
             top_k, capacity_factor, scores and router_bias are its own affair.
+        device, dtype: of the parameters; the router stays float32 at least.
 
     A training loop adds `stats.loss()` of what is returned, without which most tokens soon visit few experts; a model
     has done so in `Output.auxiliary`.
@@ -45,6 +48,7 @@ class MoE(Layer):
 
     __call__: Callable[..., tuple[Tensor, RouterStats]]
 
+    @placed
     def __init__(
         self,
         d_model: int,
@@ -60,6 +64,8 @@ class MoE(Layer):
         router_bias: bool = False,
         bias: bool = False,
         router: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         d_expert = d_expert or (2 if activation in GATED else 3) * d_model
@@ -76,7 +82,7 @@ class MoE(Layer):
         experts = config.experts
         return cls(
             config.d_model,
-            experts.n_experts,
+            experts.count,
             config.d_expert,
             top_k=experts.top_k,
             activation=experts.activation,
@@ -112,11 +118,15 @@ class MoE(Layer):
             seq_idx: (b, l); negative entries are padding.
             record: a list to which the choices are appended, (b, l, k).
             routing: choices made elsewhere, in place of the router's: a `Choice` (b, l, k), such as one of a record, to
-                replay it; or a `Routing`, as `layers.route` makes it.
+                replay it, or (t, k) as x; or a `Routing`, as `layers.route` makes it.
+        Raises:
+            ValueError: a shape that does not fit, or an expert that there is not.
         Returns:
             y (b, l, d_out), zero where dropped or padding, and what the router did.
         """
         if x.ndim == 2:
+            if isinstance(routing, Choice) and routing.indices.ndim == 2:
+                routing = Choice(*(part[None] for part in routing))
             y, stats = self(x[None], None if seq_idx is None else seq_idx[None], record, routing)
             return y[0], stats
         if not self.padding_is_zero:
@@ -124,6 +134,9 @@ class MoE(Layer):
         if routing is None:
             routing = self.router(x, seq_idx)
         elif isinstance(routing, Choice):
+            if routing.indices.shape[:2] != x.shape[:2]:
+                shape, of = tuple(routing.indices.shape), tuple(x.shape[:2])
+                raise ValueError(f"routing has choices of shape {shape}; expected (b, l, k) with (b, l) = {of} as x")
             routing = route(*routing, self.experts.n_experts, seq_idx)
         assert isinstance(routing, Routing)
         note(record, routing, x)
@@ -135,7 +148,7 @@ class MoE(Layer):
 
     def step(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> Tensor:
         """Without what the router did, where the layer is what it was built as."""
-        if plain(self, MoE) and plain(self.router, Router) and not torch.is_autocast_enabled(x.device.type):
+        if plain(self, MoE) and plain(self.router, Router) and not autocasts(x.device.type):
             return self.serve(x)
         return super().step(x, buffers, live, place)
 
@@ -171,7 +184,7 @@ class MoE(Layer):
 
     def serve(self, x: Tensor) -> Tensor:
         """`forward` in evaluation, without what the router did: for few tokens that costs more than the experts."""
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x.device.type):
             router, tokens = self.router, x.flatten(0, 1)
             assert isinstance(router, Router)
             weights = (router.weight, router.balance_bias, router.top_k)

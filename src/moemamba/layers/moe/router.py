@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...ops.arguments import sizes
+from ...ops.arguments import exactly, sizes
 from ..roles import VECTOR, Role
 from .routing import BaseRouter, RouterStats, Routing, settled
 
@@ -56,7 +56,7 @@ class Router(BaseRouter):
             and ops.choose("router_means", x, self.balance_bias, self.top_k, self.scores) != "reference"
             and not torch.is_grad_enabled()
         ):
-            with torch.autocast(x.device.type, enabled=False):
+            with exactly(x.device.type):
                 return self._route_all(x)
         rules = self.rules
         if batch % rules.groups:
@@ -64,7 +64,7 @@ class Router(BaseRouter):
                 f"a batch of {batch} rows cannot be cut into {rules.groups} routing groups; give a multiple"
             )
         valid = None if seq_idx is None else (seq_idx.flatten() >= 0).to(torch.promote_types(x.dtype, torch.float32))
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x.device.type):
             chosen = ops.router(
                 x.flatten(0, 1),
                 self.weight,
@@ -75,7 +75,7 @@ class Router(BaseRouter):
                 logit_bias=self.bias,
                 scores=self.scores,
             )
-            return settled(chosen, batch, valid, rules)
+            return settled(chosen, batch, valid, rules, self)
 
     def _route_all(self, x: Tensor) -> Routing:
         """As `forward` where nothing is dropped, padded or differentiated, by one kernel: for a token of generation the

@@ -4,16 +4,21 @@ A router scores the experts and chooses some for each token. What follows is the
 capacity and makes the statistics, of one process or several. `route` does it for choices that come from anywhere.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.arguments import sizes
+from ...ops.arguments import exactly, readable, sizes
 from ...ops.experts import places_in_queues
+from ...ops.packing import expect_numbers
 from ...ops.router import Routed
+
+if TYPE_CHECKING:
+    from ..parts import Parts
 
 
 class RouterStats(NamedTuple):
@@ -77,9 +82,11 @@ class Rules(NamedTuple):
     """that the batch is, of equally many consecutive rows"""
     across: dist.ProcessGroup | None = None
     """processes whose batches, one after another, are one group"""
+    parts: "Parts | None" = None
+    """processes that have later and earlier parts of these sequences; see `layers.parts`"""
 
 
-def settled(chosen: Routed, batch: int, valid: Tensor | None, rules: Rules) -> Routing:
+def settled(chosen: Routed, batch: int, valid: Tensor | None, rules: Rules, router: nn.Module | None = None) -> Routing:
     """Choices and their sums -> what stays of them, and the statistics.
 
     Args:
@@ -87,11 +94,14 @@ def settled(chosen: Routed, batch: int, valid: Tensor | None, rules: Rules) -> R
             place of the others.
         batch: rows, b.
         valid: (t,) 1 for tokens, 0 for padding; None: all are tokens.
+        router: that chose.
+    Returns:
+        the routing; with `rules.parts` its statistics are `Open`.
     """
     indices, gates, own, *totals = chosen
-    n_experts, top_k, factor, groups, across = rules
+    n_experts, top_k, factor, groups, across, parts = rules
     rows, size = batch // groups, indices.shape[0] // groups
-    length = indices.shape[0] // batch
+    length = indices.shape[0] // max(1, batch)
     load = own
     tokens = own.new_full((groups,), size) if valid is None else valid.view(groups, size).sum(1)  # (g,)
     earlier, share = None, 1
@@ -101,27 +111,50 @@ def settled(chosen: Routed, batch: int, valid: Tensor | None, rules: Rules) -> R
         earlier, share = _earlier_elsewhere(there, across.rank()), across.size()
         load = there.sum((0, 1))[None].to(own.dtype)
         tokens = _gather(tokens, across).sum(0)
-    dropped = own.new_zeros(())
+    before = None
+    if parts is not None:
+        tokens, share = parts.tokens(tokens, groups), parts.size
+        before = None if factor is None else parts.earlier(router, own.long())
+    dropped = own.new_zeros(groups)
     if factor is not None:
         limit = capacity(factor, tokens.double(), top_k, n_experts)
-        place = arrival(indices.view(batch, length, -1), n_experts, groups, earlier)
+        place = arrival(indices.view(batch, length, -1), n_experts, groups, earlier, before)
         kept = (place < limit.repeat_interleave(rows)[:, None, None]).flatten(0, 1) & (indices < n_experts)
         indices, gates = indices.masked_fill(~kept, n_experts), gates.masked_fill(~kept, 0)
-        lost = own.sum(1) - kept.view(groups, -1).sum(1)
-        dropped = (share * lost / load.sum(1).clamp(min=1)).mean()
+        dropped = own.sum(1) - kept.view(groups, -1).sum(1)
 
     # Means over a group's tokens; of several processes this one's share.
     counted = tokens.clamp(min=1)
     probabilities, z, entropy = (share * total.view(groups, -1) / counted[:, None] for total in totals)
-    fraction = load / (counted * top_k)[:, None]
-    stats = RouterStats(
-        balance_loss=n_experts * (fraction * probabilities).sum(1).mean(),
-        z_loss=z.mean(),
-        load=own.sum(0),
-        dropped=dropped,
-        entropy=entropy.mean(),
+    found = Open(probabilities, counted * top_k, z.mean(), own, share * dropped, entropy.mean())
+    return Routing(indices, gates, completed(found, load) if parts is None else found)  # type: ignore[arg-type]
+
+
+class Open(NamedTuple):
+    """`RouterStats` before the load of whole groups is known."""
+
+    probabilities: Tensor
+    """(g, e) means over a group's tokens, or this process's share of them"""
+    visits: Tensor
+    """(g,) choices that the tokens of a group have"""
+    z_loss: Tensor
+    load: Tensor
+    """(g, e) of this process"""
+    dropped: Tensor
+    """(g,) choices, times the processes that a group lies on"""
+    entropy: Tensor
+
+
+def completed(stats: Open, load: Tensor) -> RouterStats:
+    """The statistics, of the load (g, e) of whole groups."""
+    fraction = load / stats.visits[:, None]
+    return RouterStats(
+        balance_loss=load.shape[1] * (fraction * stats.probabilities).sum(1).mean(),
+        z_loss=stats.z_loss,
+        load=stats.load.sum(0),
+        dropped=(stats.dropped / load.sum(1).clamp(min=1)).mean(),
+        entropy=stats.entropy,
     )
-    return Routing(indices, gates, stats)
 
 
 def route(
@@ -136,11 +169,13 @@ def route(
     capacity_factor: float | None = None,
     groups: int = 1,
     across: dist.ProcessGroup | None = None,
+    parts: "Parts | None" = None,
+    router: nn.Module | None = None,
 ) -> Routing:
     """Any choices as a routing: within the capacity, without padding, with the statistics of `RouterStats`.
 
     Args:
-        indices: (b, l, k) int64 experts of each token; n_experts where it has fewer than k.
+        indices: (b, l, k) integers, experts of each token; n_experts where it has fewer than k.
         gates: (b, l, k) their weights.
         n_experts: e.
         seq_idx: (b, l); negative entries are padding, which is not routed.
@@ -148,8 +183,9 @@ def route(
             a hash: then the losses are 0.
         probabilities: (b, l, e) for the balance loss and the entropy; softmax of the logits if None.
         top_k: choices that a token has on average, which share and capacity are counted by; k if None.
-        capacity_factor, groups, across: see `Rules`. A router of one's own passes its attributes on; in evaluation
-            nothing is dropped unless this is asked for.
+        capacity_factor, groups, across, parts: see `Rules`. A router of one's own passes its attributes on; in
+            evaluation nothing is dropped unless this is asked for.
+        router: that chose, where there are parts.
     Raises:
         ValueError: a shape that does not fit.
     """
@@ -158,20 +194,34 @@ def route(
         ("gates", gates, (batch, length, count)),
         ("logits", logits, (batch, length, n_experts)),
         ("probabilities", probabilities, (batch, length, n_experts)),
-        ("seq_idx", seq_idx, (batch, length)),
     ):
         if given is not None and tuple(given.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {shape}")
+    if seq_idx is not None:
+        expect_numbers(seq_idx, (batch, length))
+    _expect_experts(indices, n_experts)
     if batch % groups:
         raise ValueError(f"a batch of {batch} rows cannot be cut into {groups} routing groups; give a multiple")
     dtype = torch.promote_types(gates.dtype, torch.float32)
     valid = None if seq_idx is None else (seq_idx.flatten() >= 0).to(dtype)
-    with torch.autocast(gates.device.type, enabled=False):
+    with exactly(gates.device.type):
         chosen = _summed(
-            indices.flatten(0, 1), gates.flatten(0, 1).to(dtype), n_experts, valid, groups, logits, probabilities
+            indices.flatten(0, 1).long(), gates.flatten(0, 1).to(dtype), n_experts, valid, groups, logits, probabilities
         )
-        rules = Rules(n_experts, count if top_k is None else top_k, capacity_factor, groups, across)
-        return settled(chosen, batch, valid, rules)
+        rules = Rules(n_experts, count if top_k is None else top_k, capacity_factor, groups, across, parts)
+        return settled(chosen, batch, valid, rules, router)
+
+
+def _expect_experts(indices: Tensor, n_experts: int) -> None:
+    """Raise a ValueError for what are no experts; a GPU is not waited for."""
+    if indices.dtype == torch.bool or indices.is_floating_point():
+        raise ValueError(f"indices is {indices.dtype}; expected integers, experts 0 to {n_experts - 1}")
+    if not readable(indices) or not indices.numel():
+        return
+    low, high = (int(each) for each in indices.aminmax())
+    if low < 0 or high > n_experts:
+        odd = low if low < 0 else high
+        raise ValueError(f"indices has {odd}; experts are 0 to {n_experts - 1}, and {n_experts} stands for none")
 
 
 def _summed(
@@ -225,20 +275,24 @@ class BaseRouter(nn.Module):
         across: processes whose batches, one after another, make up one group, which then is the only one; None if a
             group lies within a process. Each returns its share of the group's losses times their number, so that the
             mean over processes is the loss.
+        parts: processes that have other parts of the same sequences; None where sequences are whole.
     """
+
+    __call__: Callable[..., Routing]
 
     def __init__(self, n_experts: int, top_k: int = 1, capacity_factor: float | None = None):
         super().__init__()
         self.n_experts, self.top_k, self.capacity_factor = n_experts, top_k, capacity_factor
         self.groups = 1
         self.across: dist.ProcessGroup | None = None
+        self.parts: Parts | None = None
 
     @property
     def rules(self) -> Rules:
         """Those of training while training, else one group without a limit."""
         if not self.training:
             return Rules(self.n_experts, self.top_k)
-        return Rules(self.n_experts, self.top_k, self.capacity_factor, self.groups, self.across)
+        return Rules(self.n_experts, self.top_k, self.capacity_factor, self.groups, self.across, self.parts)
 
     def routed(
         self,
@@ -250,16 +304,15 @@ class BaseRouter(nn.Module):
         probabilities: Tensor | None = None,
     ) -> Routing:
         """`route` by this router's rules."""
-        n_experts, *rules = self.rules
-        names = Rules._fields[1:]
-        options = dict(zip(names, rules, strict=True))
-        return route(indices, gates, n_experts, seq_idx, logits=logits, probabilities=probabilities, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = self.rules._asdict()
+        own = (indices, gates, options.pop("n_experts"), seq_idx)
+        return route(*own, logits=logits, probabilities=probabilities, router=self, **options)
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
     """The routers of a model, whatever they are: what its layers hold under that name, by the layer's name."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # one router may serve several layers
         place, _, last = name.rpartition(".")
         if last == "router":
             found[place] = module
@@ -271,7 +324,9 @@ def capacity(factor: float, tokens: Tensor, top_k: int, n_experts: int) -> Tenso
     return torch.floor(factor * tokens * top_k / n_experts)
 
 
-def arrival(indices: Tensor, n_experts: int, groups: int = 1, earlier: Tensor | None = None) -> Tensor:
+def arrival(
+    indices: Tensor, n_experts: int, groups: int = 1, earlier: Tensor | None = None, before: Tensor | None = None
+) -> Tensor:
     """How many earlier choices of its group fell on the same expert: a token's place in its expert's queue.
 
     Earlier means earlier in time, then by row, then by choice, so that no token depends on one that comes later.
@@ -280,6 +335,7 @@ def arrival(indices: Tensor, n_experts: int, groups: int = 1, earlier: Tensor | 
         indices: (b, l, k) chosen experts; n_experts marks no choice, which queues by itself.
         groups: of equally many consecutive rows, each with queues of its own.
         earlier: (l, e) choices of other processes that come before those made here at each time.
+        before: (g, e) choices that come before all of these.
     Returns:
         (b, l, k) int64.
     """
@@ -289,6 +345,8 @@ def arrival(indices: Tensor, n_experts: int, groups: int = 1, earlier: Tensor | 
     place = places_in_queues(in_time.flatten(), queues)
     if earlier is not None:
         place = place + F.pad(earlier, (0, 1)).gather(1, indices.transpose(0, 1).flatten(1)).flatten()
+    if before is not None:
+        place = place + F.pad(before, (0, 1)).flatten().gather(0, in_time.flatten())
     return place.view_as(in_time).transpose(0, 1)
 
 

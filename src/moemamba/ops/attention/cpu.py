@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import dense_rows
-from ..kit.cpu import LOG2E, bytes_at, exact, exact_kernel, exp2, floats, fma, integers, located, new, run
+from ..kit.cpu import LOG2E, bytes_at, clear, exact, exact_kernel, exp2, floats, fma, integers, located, new, run
 from ..kit.cpu.lanes import LANES, weighing
 from ..kit.cpu.product import MULTIPLICATIONS, product
 from ..kit.op import traced
@@ -209,7 +209,7 @@ def _queries(
     """acc (rows, w) becomes what so many queries get, of which query r sees the first counts[r] keys, ever more."""
     scores, totals = np.empty((QUERIES, BLOCK), np.float32), np.zeros((QUERIES, LANES), np.float32)
     tops = np.full(QUERIES, _LOWEST, np.float32)
-    acc[:] = _ZERO
+    clear(acc, 0, acc.shape[0])
     base, where = acc.ctypes.data, scores.ctypes.data
     for start in range(0, counts[rows - 1], BLOCK):
         here = min(BLOCK, counts[rows - 1] - start)

@@ -18,6 +18,7 @@ from ..kit.cpu import (
     by_channel,
     bytes_at,
     cast,
+    clear,
     exact,
     exact_kernel,
     floats,
@@ -67,7 +68,8 @@ def causal_conv1d(
 # --- the two kernels ---
 
 
-# Rows are copied by explicit loops below: numba first copies the right side of `a[i] = b[j]`, in case they overlap.
+# Rows are copied by explicit loops: of `a[i] = b[j]` numba first copies the right side, in case they overlap, and
+# compiles for seconds what it would say of shapes that do not fit.
 
 
 @exact
@@ -114,17 +116,18 @@ def _conv(
             top = k - 1  # rows of the window that are filled
             for j in range(size):
                 if marks and mark[b, start + j] == PADDING:
-                    out[j] = _ZERO  # and silu(0) = 0
+                    clear(out, j, j + 1)  # and silu(0) = 0
                     continue
                 if marks and mark[b, start + j] == BEGIN:
                     top = k - 1
-                    window[:top] = _ZERO
+                    clear(window, 0, top)
                 for c in range(TILE):
                     window[top, c] = block[j, c]
                 top += 1
                 _convolve(out, j, shift, taps, window, top - k)
             for j in range(k - 1):
-                window[j] = window[top - k + 1 + j]
+                for c in range(TILE):
+                    window[j, c] = window[top - k + 1 + j, c]
             if activates:
                 for j in range(size):
                     for c in range(TILE):
@@ -140,7 +143,8 @@ def _flush(dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int
         if place[j] >= 0:
             write(dwindow[j : j + 1], dx, b, place[j], first, count)
         elif place[j] != _NOWHERE:
-            dhistory[b, -1 - place[j], first : first + count] = dwindow[j, :count]
+            for c in range(count):
+                dhistory[b, -1 - place[j], first + c] = dwindow[j, c]
 
 
 @kernel
@@ -181,9 +185,9 @@ def _conv_backward(
         load_columns(shift, bias, channel, count)
         history = 4 * (k - 1) * width * b
         load_tile(window[: k - 1], initial_state + history if initial_state else 0, width, channel, count)
-        dtaps[:] = _ZERO
-        dshift[:] = _ZERO
-        dwindow[: k - 1] = _ZERO
+        clear(dtaps, 0, k)
+        clear(dshift, 0, 1)
+        clear(dwindow, 0, k - 1)
         for j in range(k - 1):
             place[j] = -1 - j
         for start in range(0, length, _CHUNK):
@@ -198,9 +202,10 @@ def _conv_backward(
                 if marks and mark[b, start + j] == BEGIN:
                     _flush(dwindow, place[:top], dx, dhistory, b, channel, count)
                     top = k - 1
-                    window[:top] = _ZERO
-                    dwindow[:top] = _ZERO
-                    place[:top] = _NOWHERE
+                    clear(window, 0, top)
+                    clear(dwindow, 0, top)
+                    for row in range(top):
+                        place[row] = _NOWHERE
                 for c in range(TILE):
                     window[top, c] = block[j, c]
                     dwindow[top, c] = _ZERO
@@ -221,11 +226,13 @@ def _conv_backward(
             keep = top - (k - 1)  # the rows that later positions still see
             _flush(dwindow, place[:keep], dx, dhistory, b, channel, count)
             for j in range(k - 1):
-                window[j] = window[keep + j]
-                dwindow[j] = dwindow[keep + j]
+                for c in range(TILE):
+                    window[j, c] = window[keep + j, c]
+                    dwindow[j, c] = dwindow[keep + j, c]
                 place[j] = place[keep + j]
         for j in range(k - 1):
-            dwindow[j, :count] += dfinal[b, j, channel : channel + count]
+            for c in range(count):
+                dwindow[j, c] += dfinal[b, j, channel + c]
         _flush(dwindow, place[: k - 1], dx, dhistory, b, channel, count)
         store_columns(dweight, b * width + channel, count, dtaps)
         store_columns(dbias, b * width + channel, count, dshift)

@@ -28,7 +28,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """See `moemamba.ops.grouped_linear`."""
     if batched(counts):
         return _grouped_by_masks(x, weight, counts)
-    groups = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
+    numbers = [x.shape[0]] + [0] * (len(counts) - 1) if counts.is_meta else counts.tolist()  # meta has shapes alone
+    groups = x.split([*numbers, x.shape[0] - sum(numbers)])
     products = [group @ w.to(x.dtype).T for group, w in zip(groups, weight, strict=False)]
     return torch.cat([*products, x.new_zeros(groups[-1].shape[0], weight.shape[1])])
 

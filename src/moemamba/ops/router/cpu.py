@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, integers, located, new, sigmoid
+from ..kit.cpu import LOG2E, clear, exact, exact_kernel, exp2, floats, integers, located, new, sigmoid
 from ..kit.cpu.product import launch, linear
 from ..kit.op import traced
 from . import reference
@@ -187,9 +187,9 @@ def _route(
     p, taken = np.empty(n_experts, np.float32), np.empty(n_experts, np.bool_)
     size = max(1, tokens // groups)
     if load:
-        loads[:] = _ZERO
-        totals[:] = _ZERO
-        others[:] = _ZERO
+        clear(loads, 0, groups)
+        clear(totals, 0, groups)
+        clear(others, 0, groups)
     for token in range(tokens):
         if valid and counted[token] == _ZERO:
             for j in range(top_k):

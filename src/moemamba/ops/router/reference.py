@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import exactly
+
 
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """See `moemamba.ops.router.linear_float32`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with exactly(x.device.type):
         return x.to(dtype) @ weight.to(dtype).T
 
 

@@ -17,6 +17,7 @@ from ..kit.cpu import (
     TILE,
     Rows,
     bytes_at,
+    clear,
     exact_kernel,
     exp2,
     floats,
@@ -106,9 +107,12 @@ def kernels(lanes: int) -> Kernels:
             b, tile = task // tiles, task % tiles
             channel, count = tile * lanes, min(lanes, width - tile * lanes)
             if count < lanes:
-                blocks[:] = _ZERO  # the idle lanes, which a task before this one may have filled
+                for block in range(4):  # the idle lanes, which a task before this one may have filled
+                    clear(blocks[block], 0, rows)
             load_columns(decay, A, channel, count)
-            decay *= LOG2E  # exp(dt A) = 2^(dt decay)
+            for s in range(n):
+                for c in range(lanes):
+                    decay[s, c] *= LOG2E  # exp(dt A) = 2^(dt decay)
             load_columns(skip, D, channel, count)
             load_columns(bias, dt_bias, channel, count)
             state = 4 * n * width * b
@@ -117,7 +121,9 @@ def kernels(lanes: int) -> Kernels:
                 start = chunk * CHUNK
                 size = min(CHUNK, length - start)
                 if kept:
-                    checkpoints[b, tile, chunk] = h
+                    for s in range(n):
+                        for c in range(lanes):
+                            checkpoints[b, tile, chunk, s, c] = h[s, c]
                 read(x[:size], u, b, start, channel, count)
                 read(step[:size], dt, b, start, channel, count)
                 read(Bt[:size], B, b, start, 0, n)
@@ -134,7 +140,7 @@ def kernels(lanes: int) -> Kernels:
                     if marks and mark[b, start + j] == PADDING:
                         continue
                     if marks and mark[b, start + j] == BEGIN:
-                        h[:] = _ZERO
+                        clear(h, 0, n)
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
                         out[j, c] = skip[0, c] * x[j, c]
@@ -150,7 +156,7 @@ def kernels(lanes: int) -> Kernels:
                 if marks:
                     for j in range(size):
                         if mark[b, start + j] == PADDING:
-                            out[j] = _ZERO
+                            clear(out, j, j + 1)
                 write(out[:size], y, b, start, channel, count)
             store_tile(final_state + state, width, channel, count, h)
 
@@ -206,20 +212,25 @@ def kernels(lanes: int) -> Kernels:
             b, tile = task // tiles, task % tiles
             channel, count = tile * lanes, min(lanes, width - tile * lanes)
             if count < lanes:
-                blocks[:] = _ZERO  # so that idle lanes add nothing to sums over channels
+                for block in range(8):  # so that idle lanes add nothing to sums over channels
+                    clear(blocks[block], 0, rows)
             load_columns(decay, A, channel, count)
-            decay *= LOG2E
+            for s in range(n):
+                for c in range(lanes):
+                    decay[s, c] *= LOG2E
             load_columns(skip, D, channel, count)
             load_columns(bias, dt_bias, channel, count)
             state = 4 * n * width * b
             load_tile(dh, dfinal_state + state if dfinal_state else 0, width, channel, count)
-            ddecay[:] = _ZERO
-            dskip[:] = _ZERO
-            dbias[:] = _ZERO
+            clear(ddecay, 0, n)
+            clear(dskip, 0, 1)
+            clear(dbias, 0, 1)
             for chunk in range(chunks - 1, -1, -1):
                 start = chunk * CHUNK
                 size = min(CHUNK, length - start)
-                h[0] = checkpoints[b, tile, chunk]
+                for s in range(n):
+                    for c in range(lanes):
+                        h[0, s, c] = checkpoints[b, tile, chunk, s, c]
                 read(x[:size], u, b, start, channel, count)
                 read(step[:size], dt, b, start, channel, count)
                 read(Bt[:size], B, b, start, 0, n)
@@ -227,7 +238,9 @@ def kernels(lanes: int) -> Kernels:
                 _steps(step[:size], slope, bias[0], dt_softplus)
                 for j in range(size):
                     if marks and mark[b, start + j] == PADDING:
-                        h[j + 1] = h[j]
+                        for s in range(n):
+                            for c in range(lanes):
+                                h[j + 1, s, c] = h[j, s, c]
                         continue
                     begins = marks and mark[b, start + j] == BEGIN
                     keep = _ZERO if begins else _ONE
@@ -251,14 +264,14 @@ def kernels(lanes: int) -> Kernels:
                     if marks:
                         for j in range(size):
                             if mark[b, start + j] == PADDING:
-                                dx[j] = _ZERO
+                                clear(dx, j, j + 1)
                     write(dx[:size], dz, b, start, channel, count)
                 for j in range(size - 1, -1, -1):
-                    dx[j] = _ZERO
-                    dstep[j] = _ZERO
+                    clear(dx, j, j + 1)
+                    clear(dstep, j, j + 1)
                     if marks and mark[b, start + j] == PADDING:
-                        dB_parts[tile, b, start + j] = _ZERO
-                        dC_parts[tile, b, start + j] = _ZERO
+                        for s in range(n):
+                            dB_parts[tile, b, start + j, s] = dC_parts[tile, b, start + j, s] = _ZERO
                         continue
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
@@ -279,7 +292,7 @@ def kernels(lanes: int) -> Kernels:
                         dB_parts[tile, b, start + j, s] = dBt
                         dC_parts[tile, b, start + j, s] = dCt
                     if begins:  # nothing goes back to what came before, be it not a number
-                        dh[:] = _ZERO
+                        clear(dh, 0, n)
                     for c in range(lanes):
                         dskip[0, c] += g[j, c] * x[j, c]
                         dstep[j, c] = (LN2 * dstep[j, c] + dx[j, c] * x[j, c]) * slope[j, c]

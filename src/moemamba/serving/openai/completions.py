@@ -377,7 +377,7 @@ def routing_shown(service: Service, reading: Reading) -> dict[str, Any]:
         experts[:, layer, : own.shape[1]], gates[:, layer, : own.shape[1]] = own, weights
     return {
         "layers": list(service.model.router_names),
-        "n_experts": [each.n_experts for each in service.model.config.routers],
+        "n_experts": [each.count for each in service.model.config.routers],
         "shape": list(shape),
         "experts": base64.b64encode(experts.tobytes()).decode(),
         "gates": base64.b64encode(gates.tobytes()).decode(),

@@ -39,7 +39,8 @@ def introduce(
     if processes.size > 1:
         spread = f", experts over {config.expert_parallel}" if config.expert_parallel > 1 else ""
         what = "parameters shared out" if config.shard == "parameters" else "parameters in each"
-        report.note(f"{'processes':10}{processes.size}, {what}{spread}")
+        parts = f", sequences over {config.sequence_parallel}" if config.sequence_parallel > 1 else ""
+        report.note(f"{'processes':10}{processes.size}, {what}{spread}{parts}")
     at = f"from step {position.step:,} of " if position.step else ""
     report.note(f"{'run':10}{config.run}, {at}{config.steps:,} steps, {tokens:,} tokens")
 

@@ -21,12 +21,12 @@ class Carried:
         """The state that a part of a batch begins with; of rows that do not go on (b,) an empty one."""
         if not self._states:
             return None
-        return _masked(self._states[part], goes_on)
+        return self._states[part].keep(goes_on)
 
     @torch.no_grad()
     def keep(self, states: Sequence[State], failed: Tensor) -> None:
         """Take over what the parts of a batch have left behind, unless the step has failed, () bool."""
-        kept = [_masked(state.detach(), ~failed) for state in states]
+        kept = [state.detach().keep(~failed) for state in states]
         if not self._states:
             self._states = kept
             return
@@ -43,16 +43,6 @@ class Carried:
         rows = state.batch_size // parts
         cuts = [state.select(slice(part * rows, (part + 1) * rows)) for part in range(parts)]
         self._states = [State(_joined([cut])).to(device) for cut in cuts]
-
-
-def _masked(state: State, keep: Tensor) -> State:
-    """A state in which what `keep`, () or (b,) bool, is not true of is zero, as it is before the first token."""
-
-    def one(tensor: Tensor) -> Tensor:
-        mask = keep.view(-1, *(1,) * (tensor.ndim - 1)) if keep.ndim else keep
-        return torch.where(mask, tensor, torch.zeros_like(tensor))
-
-    return State(tuple(type(mixer)(*map(one, mixer)) for mixer in state.mixers))
 
 
 def _joined(states: Sequence[State]) -> tuple[object, ...]:

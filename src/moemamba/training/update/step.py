@@ -3,12 +3,24 @@ which for small models took most of the time."""
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...data.batches import Batch
-from ...distributed import Agreement, Processes, divide_gradients, gradient_norm, last_part, sharded, summing
+from ...distributed import (
+    Agreement,
+    Processes,
+    divide_gradients,
+    gradient_norm,
+    last_part,
+    sharded,
+    split_sequences,
+    summing,
+)
+from ...layers.parts import Parts
 from ...model import MoEMamba, Output
 from ...state import State
 from ..config import TrainConfig
@@ -58,6 +70,7 @@ class Step:
         notify: told why, if the step cannot be captured; the run then goes on kernel by kernel.
         agreement: what several processes tell each other with the sum of a step.
         average: of the weights, which takes in each step.
+        sequence: the processes that share each sequence.
     """
 
     def __init__(
@@ -71,11 +84,13 @@ class Step:
         notify: Callable[[str], None] = print,
         agreement: Agreement | None = None,
         average: Average | None = None,
+        sequence: Parts | None = None,
     ):
         self.model, self.optimizer, self.config, self.dtype = model, optimizer, config, dtype
         self.guard, self.processes, self.notify = guard, processes, notify
         self.agreement, self.average = agreement, average
         self.carried = Carried() if config.carry_state else None
+        self.sequence = sequence
         self.forward = summing(model, processes)
         self.captures = captures(config, processes)
         device = processes.device
@@ -132,7 +147,7 @@ class Step:
         (everywhere,) = processes.sum([counted.sum()])
         shares = counted / everywhere  # of all positions that count
         for number, part in enumerate(batch):
-            with last_part(self.forward, number == len(batch) - 1):
+            with last_part(self.forward, number == len(batch) - 1), self._split():
                 with autocast(processes.device, self.dtype):
                     state = None
                     if self.carried is not None and part.goes_on is not None:
@@ -161,6 +176,9 @@ class Step:
         # A load of 0 everywhere leaves the biases where they are.
         model.update_balance_bias(router_stats(list(torch._foreach_mul(total, (~failed).to(total[0].dtype)))))
         return total, norm, failed
+
+    def _split(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.sequence is None else split_sequences(self.model, self.sequence)
 
     def _beside(self, stream: torch.cuda.Stream, batch: list[Batch]) -> Taken:
         current = torch.cuda.current_stream(self.processes.device)

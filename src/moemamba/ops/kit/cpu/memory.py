@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from ..packed import Packed, Weight
 from .arithmetic import FLOAT, bits, from_bits, instruction
-from .run import inner, kernel
+from .run import exact, inner, kernel
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 
@@ -227,10 +227,18 @@ def write(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) 
                 halves[c] = np.uint16(rounded if block[j, c] == block[j, c] else np.uint32(0x7FC0))
 
 
+@exact
+def clear(block: Any, first: int, last: int) -> None:
+    """block[first:last] = 0, for which numba would compile what to say of shapes that do not fit, for seconds."""
+    for j in range(first, last):
+        for c in range(block.shape[1]):
+            block[j, c] = _ZERO
+
+
 @inner
 def load_tile(tile: Any, matrix: int, width: int, first: int, count: int) -> None:
     """tile (m, TILE) = columns first .. first + count - 1 of a float32 (m, width) matrix; zero if absent."""
-    tile[:] = _ZERO
+    clear(tile, 0, tile.shape[0])
     if matrix:
         m = tile.shape[0]
         source = floats(matrix, (m, width))
@@ -252,7 +260,7 @@ def store_tile(matrix: int, width: int, first: int, count: int, tile: Any) -> No
 @inner
 def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
     """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
-    tile[:] = _ZERO
+    clear(tile, 0, tile.shape[0])
     if matrix:
         m = tile.shape[0]
         source = floats(matrix + 4 * m * first, (count, m))
