@@ -15,7 +15,7 @@ from .counting import require_memory
 from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
-from .layers.quantised import NO_GRADIENT, misfit, quantise, quantised
+from .layers.quantised import NO_GRADIENT, keep_scales, misfit, quantise, quantised
 from .model import MoEMamba
 from .reading import from_dict
 from .tensors import CHECKSUMS, TensorFile, differences, not_finite, write_tensors
@@ -97,6 +97,7 @@ def load(
     verify(stored)
     if dtype is not None:
         model.to(dtype=dtype)
+        keep_scales(model)
     if into is None:
         model.to_empty(device=place)
         if config.tie_embeddings:

@@ -91,6 +91,16 @@ def test_saved_and_loaded(folders):
     assert quantised(into) and torch.equal(into(tokens).logits, ways[0](tokens).logits)
 
 
+def test_in_another_dtype(folders):
+    for run, how in (("int8", None), ("float", "int8")):
+        model = load(folders / run, dtype=torch.bfloat16, weights=how)[0]
+        assert model.embedding.weight.dtype == torch.bfloat16
+        scales = [tensor for name, tensor in model.named_buffers() if name.endswith("_scale")]
+        assert scales and all(scale.dtype == torch.float32 for scale in scales)
+        with torch.inference_mode():
+            assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
 def test_damaged_files_are_told(folders):
     file = folders / "int8" / "model.safetensors"
     whole = file.read_bytes()

@@ -45,6 +45,13 @@ def quantise(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
+def keep_scales(model: nn.Module) -> None:
+    """Make scales float32 again after the rest of a model has become something else."""
+    for module in model.modules():
+        for name in packed_names(module):
+            module._buffers[name + SCALE] = module._buffers[name + SCALE].float()  # type: ignore[union-attr]
+
+
 def packed_names(module: nn.Module) -> list[str]:
     """Which of its own weights are of 8 bits."""
     return [name for name in _may(module) if name + SCALE in module._buffers]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .derivatives import transformed
+from .kit.packed import Weight
 
 
 def autocasts(device: str) -> bool:
@@ -24,9 +25,6 @@ def readable(x: Tensor) -> bool:
     it while something is compiled, exported, mapped or only measured."""
     here = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
     return here and not torch.compiler.is_compiling() and not transformed(x)
-
-
-from .kit.packed import Weight
 
 
 def autocast(x: Tensor) -> Tensor:
