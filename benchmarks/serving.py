@@ -30,6 +30,7 @@ import torch
 
 from moemamba import MoEMamba, preset, save
 from moemamba.inference import Engine, Request, Sampling, StateCache
+from moemamba.serving.config import Limits
 from moemamba.text import ByteTokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -55,6 +56,14 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 def milliseconds(values: Sequence[float], *parts: float) -> dict[str, float]:
     return {f"p{100 * part:g}": round(1e3 * quantile(values, part), 1) for part in parts}
+
+
+def served(model: MoEMamba, slots: int = SLOTS, cache: StateCache | None = None) -> Engine:
+    """An engine with a server's defaults, on the clock of these measurements."""
+    limits = Limits()
+    engine = Engine(model, slots, limits.chunk, alone=limits.chunk_alone, gap=limits.gap, cache=cache)
+    engine.clock = time.process_time
+    return engine
 
 
 Arrivals = list[tuple[float, list[int], int]]
@@ -141,11 +150,11 @@ def transformers_one_by_one(name: str, asked: Arrivals) -> dict[str, Any]:
 
 def poisson(name: str, rate: float) -> dict[str, Any]:
     model, asked = build(name), arrivals(rate)
-    played(Engine(model, SLOTS, 64), asked[:4], SLOTS)  # kernels
+    played(served(model), asked[:4], SLOTS)  # kernels
     sides: dict[str, Any] = {}
     for turn in range(TURNS):
         for side, slots in (("one after another", 1), ("engine", SLOTS)):
-            found = played(Engine(model, slots, 64, alone=512), asked, slots)
+            found = played(served(model, slots), asked, slots)
             if turn == 0 or found["tokens/s"] > sides[side]["tokens/s"]:
                 sides[side] = found
     if set(model.config.pattern) == {"M"}:
@@ -156,7 +165,7 @@ def poisson(name: str, rate: float) -> dict[str, Any]:
 def long_prompt(name: str) -> dict[str, Any]:
     """Gaps between the tokens of answers under way, before a long prompt comes and while it is read."""
     model, draw = build(name), random.Random(1)
-    engine = Engine(model, SLOTS, 64, alone=512, cache=StateCache(256 << 20))
+    engine = served(model, cache=StateCache(256 << 20))
     streams = {engine.submit(Request(tokens(draw, 32), 1 << 20, GREEDY)) for _ in range(STREAMS)}
     for _ in range(50):
         engine.step()
@@ -179,7 +188,7 @@ def long_prompt(name: str) -> dict[str, Any]:
 
 def same_again(name: str) -> dict[str, Any]:
     model, draw = build(name), random.Random(2)
-    engine = Engine(model, SLOTS, 64, alone=512, cache=StateCache(256 << 20))
+    engine = served(model, cache=StateCache(256 << 20))
     prompt, found = tokens(draw, AGAIN), {}
     for turn in ("first", "again", "again, with 5 tokens more"):
         before = time.process_time()
@@ -240,7 +249,7 @@ async def asked_over_http(port: int, bodies: Sequence[str]) -> None:
 def over_http() -> dict[str, Any]:
     model, draw = build("moe-mamba-tiny"), random.Random(4)
     prompts = [tokens(draw, 16) for _ in range(REQUESTS)]
-    engine = Engine(model, SLOTS, 64, alone=512, cache=StateCache(256 << 20))
+    engine = served(model, cache=StateCache(256 << 20))
 
     def alone(new: int) -> float:
         """The same requests as clients ask them: each the next once one of its own is done."""

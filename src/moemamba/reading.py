@@ -4,6 +4,7 @@ import dataclasses
 import re
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,7 +33,7 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config")
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where} has the unknown key {shown(unknown[0])}; known keys are {', '.join(hints)}")
-    loose = {field.name for field in dataclasses.fields(kind) if field.metadata.get("finite") is False}  # type: ignore[arg-type]
+    loose = _loose(kind)  # type: ignore[arg-type]
     fields = {
         name: value if name in loose and isinstance(value, float) else _convert(hints[name], value, f"{where}.{name}")
         for name, value in values.items()
@@ -125,6 +126,12 @@ def _hints(kind: Any) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)  # of class variables too
         _KNOWN[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     return _KNOWN[kind]
+
+
+@cache
+def _loose(kind: Any) -> frozenset[str]:
+    """Fields that hold any number, infinity too."""
+    return frozenset(field.name for field in dataclasses.fields(kind) if field.metadata.get("finite") is False)
 
 
 def amount(text: str, what: str) -> float:

@@ -8,6 +8,7 @@ import pytest
 from servers import TEMPLATE, small
 
 from moemamba import cli, generate, save
+from moemamba.cli import chat
 from moemamba.text import ByteTokenizer, StreamDecoder
 
 BYTES, MODEL = ByteTokenizer(), small()
@@ -20,13 +21,18 @@ def run(tmp_path_factory):
     return str(folder)
 
 
+def standard_input(text):
+    """As Python reads it from a terminal: bytes that are no text come as half characters."""
+    return io.TextIOWrapper(io.BytesIO(text.encode(errors="surrogatepass")), encoding="utf-8", errors="surrogateescape")
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """(status, output, errors) of a command line."""
 
     def call(*words, stdin=""):
         monkeypatch.setattr(sys, "argv", ["moemamba", *words])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdin", standard_input(stdin))
         status = 0
         try:
             cli.main()
@@ -133,6 +139,16 @@ def test_commands(call, run):
     for place, row in enumerate(table, len(ids) - 3):
         assert row.split()[-2:] == ["+".join(map(str, choice.indices[0, place].tolist())) for choice in record]
     assert any(line.startswith("/undo") for line in lines) and output.count("hello") == 0
+
+
+def test_a_line_that_is_no_text_ends_nothing(call, run):
+    status, output, errors = call("chat", run, "--max-new-tokens", "4", "--temperature", "0", stdin="a\ud800\nhello\n")
+    assert status == 0 and "half a character" in errors and output == continued("hello", 4, temperature=0) + "\n"
+
+
+def test_commands_are_completed():
+    assert [chat._completed("/ro", k) for k in range(2)] == ["/routing", None]
+    assert [chat._completed(text, 0) for text in ("", "hello", "/x")] == [None] * 3
 
 
 def test_a_conversation(call, run, tmp_path):

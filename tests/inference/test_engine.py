@@ -1,11 +1,13 @@
 """The engine: requests come and go at any time, and each gets the tokens that it gets alone."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moemamba import ModelConfig, MoEMamba, generate
+from moemamba import ModelConfig, MoEMamba, generate, ops
 from moemamba.config import AttentionConfig
 from moemamba.inference import Engine, Request, Sampling, engine
 from moemamba.inference.prefill import alike
@@ -98,6 +100,26 @@ def test_an_engine_goes_on_after_an_error():
     assert found == generate(model, prompt, 5, temperature=0)
 
 
+def test_where_answers_may_depend_on_others():
+    def refused(model):
+        with pytest.raises(ValueError, match="batch_invariant does not hold here") as found:
+            Engine(model, 2, batch_invariant=True)
+        return str(found.value)
+
+    fine = copy.deepcopy(MODELS["ME"])
+    engine = Engine(fine, 2, batch_invariant=True)
+    assert "is bfloat16" in refused(copy.deepcopy(fine).to(torch.bfloat16))
+    assert "on meta" in refused(MoEMamba(fine.config).to("meta"))
+    with ops.backend("reference"):
+        assert "another backend is asked for" in refused(fine)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast is on" in refused(fine)
+    fine.layers[0].norm.register_forward_hook(lambda *_: None)
+    assert "layers.0.norm" in refused(fine)
+    with pytest.raises(ValueError, match="batch_invariant does not hold here"):
+        engine.renew(fine)
+
+
 def test_what_is_refused():
     decoder = Engine(MODELS["ME"], 2)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):
@@ -110,13 +132,12 @@ def test_what_is_refused():
 
 
 def test_parts_that_are_read_together():
-    def lengths(*wanted, first=0):
-        groups = alike([Part(k, first, first + length, True) for k, length in enumerate(wanted)])
+    def lengths(*wanted):
+        groups = alike([Part(k, 9 * k, 9 * k + length, True) for k, length in enumerate(wanted)])
         return [[part.last - part.first for part in group] for group in groups]
 
     assert lengths(5, 900, 700) == [[900, 700], [5]], "not mostly padding"
     assert lengths(5, 90, 7) == [[90, 7, 5]], "a little does not matter"
-    assert len(alike([Part(0, 0, 4, True), Part(1, 4, 8, True)])) == 2, "those that begin, and those that go on"
 
 
 @torch.no_grad()

@@ -104,6 +104,8 @@ def test_the_client_talks(client):
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert said == whole.choices[0].message.content and chunks[-1].choices[0].finish_reason == "length"
     with pytest.raises(openai.BadRequestError, match=r"a message has '<\|endoftext\|>' in it"):
+        client.chat.completions.create(model="small", messages=[{"role": "<|endoftext|>", "content": "x"}])
+    with pytest.raises(openai.BadRequestError, match=r"a message has '<\|endoftext\|>' in it"):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a<|endoftext|>b"}])
     with pytest.raises(openai.BadRequestError, match="tools are not supported"):
         client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])

@@ -1,7 +1,9 @@
 """Who may ask, and what is said to whom may not; hostile requests get a status and a sentence, and the server lives."""
 
 import json
+import logging
 import socket
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -86,6 +88,51 @@ def test_sizes(server):
     assert status == 400
 
 
+def test_heads(server):
+    for path in ("/", "/health", "/v1/models", "/metrics", "/v1/states"):
+        status, headers, body = server.raw("HEAD", path)
+        assert status == 200 and body == b"" and int(headers["content-length"]) > 0, path
+    assert server.raw("HEAD", "/v1/completions")[0] == 405
+
+
+def test_who_leaves_before_the_body_is_there(server, caplog):
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)  # it tells nobody else
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{"pr')
+        time.sleep(0.1)
+    assert server.ask("GET", "/v1/stats")[1]["slots_in_use"] == 0
+    time.sleep(0.1)
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
+    assert not caplog.records, "a log is for faults of this program"
+
+
+def test_what_can_never_run(server):
+    with running(MODEL, slots=2, max_waiting=3) as narrow:
+        status, error = narrow.refused("/v1/completions", prompt="x", n=6)
+        assert status == 400 and error["message"] == (
+            "the request asks for 6 answers, and 5 are the most here at once; ask for fewer"
+        )
+        assert len(narrow.post("/v1/completions", prompt="x", n=5, max_tokens=1)["choices"]) == 5
+    status, error = server.refused("/v1/completions", prompt="x", seed=10**200)
+    assert status == 400 and "a number has 201 digits" in error["message"]
+
+
+def test_what_is_not_known_is_named(server):
+    for path, body in [
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1}), ("/v1/states", {"prompt": "x"}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1, "stream": True}), ("/tokenize", {"prompt": "x"}),
+        ("/v1/routing", {"prompt": "x"}), ("/detokenize", {"tokens": [65]}),
+    ]:  # fmt: skip
+        strange = {"zeta": 1, "é\r\nset-cookie: a=b": None, "from_": 1}
+        status, headers, answer = server.raw("POST", path, json.dumps({**body, **strange}))
+        assert status == 200 and headers["x-moemamba-ignored"] == "from_, zeta, ???set-cookie:?a=b", answer
+        assert "set-cookie" not in headers
+        assert "x-moemamba-ignored" not in server.raw("POST", path, json.dumps(body))[1]
+    long = {"prompt": "x", **dict.fromkeys(("x" * 900 + str(k) for k in range(9)), 1)}
+    status, headers, _ = server.raw("POST", "/tokenize", json.dumps(long))
+    assert status == 200 and len(headers["x-moemamba-ignored"]) == 1000
+
+
 def test_methods_and_paths(server):
     for method, path, expected in [
         ("GET", "/v1/completions", 405), ("DELETE", "/v1/models", 405), ("POST", "/", 405), ("GET", "/v1", 404),
@@ -129,17 +176,25 @@ def check(server, status, answer):
         assert error["message"] and "\n" not in error["message"] and len(error["message"]) < 500, error
 
 
-BODIES = st.dictionaries(st.sampled_from(NAMES), JSON, max_size=5).map(
+BODIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), JSON, max_size=5).map(
     lambda body: {"max_tokens": 2, "prompt": "x", **body}
 )
+STREAMING = {"/v1/completions", "/v1/chat/completions"}
+"""elsewhere `stream` is a field that nobody knows"""
 
 
 def objects(server, path, body):
-    status, _, answer = server.raw("POST", path, json.dumps(body))
-    if body.get("stream") is True and status == 200:
+    status, headers, answer = server.raw("POST", path, json.dumps(body))
+    streams = headers["content-type"].startswith("text/event-stream")
+    if status == 200:
+        assert streams == (path in STREAMING and body.get("stream") is True)
+        ignored = headers.get("x-moemamba-ignored", "").split(", ")
+        assert ("stream" in ignored) == (path not in STREAMING and "stream" in body)
+    if streams:
         assert answer.endswith(b"data: [DONE]\n\n") or b'"error"' in answer
-        return
-    check(server, status, answer)
+    else:
+        json.loads(answer)
+        check(server, status, answer)
 
 
 def noise(server, path, body, headers):

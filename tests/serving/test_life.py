@@ -109,16 +109,17 @@ def test_mistakes_are_said_in_a_sentence(run, tmp_path, monkeypatch, capsys):
 
 
 class Day:
-    """Many clients, of whom a fifth leaves at any time."""
+    """Many clients, of whom a fifth leaves at any time; prompts and answers of some lengths."""
 
-    def __init__(self, server, clients, seed=0):
+    def __init__(self, server, clients, prompts, answers, seed=0):
         self.server, self.clients, self.draw = server, clients, random.Random(seed)
+        self.prompts, self.answers = prompts, answers
         self.counts = dict.fromkeys(("done", "left", "full", "stopping", "lost"), 0)
         self.lost = []
 
     def asked(self):
-        prompt = [self.draw.randrange(256) for _ in range(self.draw.choice((4, 16, 64)))]
-        body = {"prompt": prompt, "max_tokens": self.draw.choice((4, 8, 16)), "stream": self.draw.random() < 0.5}
+        prompt = [self.draw.randrange(256) for _ in range(self.draw.choice(self.prompts))]
+        body = {"prompt": prompt, "max_tokens": self.draw.choice(self.answers), "stream": self.draw.random() < 0.5}
         body |= self.draw.choice(({}, {"temperature": 0}, {"logprobs": 1}, {"n": 2}, {"prompt": prompt[:4] * 9}))
         return json.dumps(body)
 
@@ -169,9 +170,9 @@ def resident(process):
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) * 1024
 
 
-def a_day(run, count, clients):
+def a_day(run, count, clients, prompts, answers):
     with process(run, "--slots", "8", "--max-waiting", "40", "--cache-bytes", "4000000") as (made, server):
-        day = Day(server, clients)
+        day = Day(server, clients, prompts, answers)
         asyncio.run(day.go(count // 3))
         first = resident(made)
         asyncio.run(day.go(count // 3))
@@ -202,13 +203,14 @@ def a_day(run, count, clients):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_a_short_day(run):
-    a_day(run, 300, 16)
+    a_day(run, 300, 16, (4, 16, 64), (4, 8, 16))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_a_long_day(run):
-    """Nothing is lost, no slot leaks, memory stays."""
-    counts, growth = a_day(run, int(os.environ.get("MOEMAMBA_REQUESTS", "3000")), 64)
+    """Nothing is lost, no slot leaks, memory stays: of 1,000 requests, or as many as MOEMAMBA_REQUESTS says."""
+    count = int(os.environ.get("MOEMAMBA_REQUESTS", "1000"))
+    counts, growth = a_day(run, count, 64, (32, 128, 512), (32, 64, 128))
     print(counts, f"memory {growth:+.2%}")
     assert growth < 0.05

@@ -211,10 +211,16 @@ def main(arguments: Sequence[str]) -> None:
         try:
             if not talk.take(line):
                 break
-        except Refusal as error:
-            say(error.message)
+        except (Refusal, ValueError) as error:  # of this line alone: what was said before stays
+            say(str(error))
         except KeyboardInterrupt:
             say("")
+
+
+def _completed(text: str, number: int) -> str | None:
+    """Of the commands that begin so, the one with this number; None after the last."""
+    found = [word for each, _ in HELP if text and (word := each.split()[0]).startswith(text)]
+    return found[number] if number < len(found) else None
 
 
 def _lines() -> Callable[[], str | None]:
@@ -222,10 +228,13 @@ def _lines() -> Callable[[], str | None]:
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         from contextlib import suppress
-        from importlib import import_module
 
         with suppress(ImportError):
-            import_module("readline")  # arrows and history
+            import readline  # arrows and history
+
+            readline.set_completer_delims("")
+            readline.set_completer(_completed)
+            readline.parse_and_bind("tab: complete")
 
     def line() -> str | None:
         while True:

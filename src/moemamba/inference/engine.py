@@ -1,6 +1,7 @@
 """One engine for all decoding: requests come and go, and each step makes a token of every one that is live."""
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from ..layers import LAYERS
 from ..model import MoEMamba
 from .cache import Snapshot, StateCache
 from .choosing import Chooser, Tilt
-from .evaluation import NOT_FINITE, in_evaluation
+from .evaluation import NOT_FINITE, in_evaluation, why_varies
 from .graph import Stepper, capturable, fingerprint
 from .prefill import Reader, score, scores
 from .request import Event, Request, Run, Score
@@ -63,10 +64,14 @@ class Engine:
         slots: requests that are decoded at once; others wait.
         chunk: prompt positions in a step, which bounds the time between two tokens of the others; no bound if None.
         alone: the same while nobody else decodes; as `chunk` if None.
+        gap: seconds below which a step may have more positions than `chunk`, as many as it has time for. On a CPU
+            results do not depend on that.
+        batch_invariant: refuse a model whose answers may depend on what else is computed (ValueError, with the reason).
         cache: keeps what prompts and answers leave, for others that begin alike.
 
     Attributes:
         generated: new tokens so far, of all requests.
+        clock: what `gap` is measured with.
     """
 
     def __init__(
@@ -76,14 +81,17 @@ class Engine:
         chunk: int | None = None,
         *,
         alone: int | None = None,
+        gap: float | None = None,
+        batch_invariant: bool = False,
         cache: StateCache | None = None,
     ):
-        self._scheduler = Scheduler(slots, chunk or slots * PIECE, PIECE, alone)
+        self._scheduler = Scheduler(slots, chunk or slots * PIECE, PIECE, alone, gap)
         self._numbers = count()
         self._runs: dict[int, Run] = {}
         self._model: MoEMamba | None = None
         self._made: tuple[object, ...] | None = None
-        self.cache, self.generated = cache, 0
+        self.cache, self.generated, self._invariant = cache, 0, batch_invariant
+        self.clock = time.perf_counter
         self.renew(model)
 
     @property
@@ -129,6 +137,8 @@ class Engine:
         """
         if self._runs:
             raise RuntimeError("the engine has requests under way; let them finish, or abort them, before renewing it")
+        if self._invariant and (reason := why_varies(model)):
+            raise ValueError(f"batch_invariant does not hold here: {reason}")
         self._model = view = in_evaluation(model)
         self._device = view.embedding.weight.device
         captures = capturable(view)
@@ -202,6 +212,7 @@ class Engine:
             raise
 
     def _step(self) -> list[Event]:
+        began = self.clock()
         earlier, self._flights = self._flights, []
         events = []
         if earlier and any(run.constraint for run in self._live):  # what may come next depends on what came
@@ -215,6 +226,7 @@ class Engine:
         if not self._ahead:
             earlier, self._flights = self._flights, []
         events += self._landed(earlier)
+        self._scheduler.took(self.clock() - began)
         if self._events:
             events, self._events = events + self._events, []
         return events

@@ -2,8 +2,11 @@
 
 from types import MethodType
 
+import torch
 from torch import nn
 
+from .. import ops
+from ..layers.plain import reasons
 from ..model import MoEMamba
 
 NOT_FINITE = (
@@ -21,6 +24,21 @@ def in_evaluation(model: MoEMamba) -> MoEMamba:
     view = _view(getattr(model, "_orig_mod", model), views)  # under what torch.compile wraps around it
     assert isinstance(view, MoEMamba)
     return view
+
+
+def why_varies(model: MoEMamba) -> str | None:
+    """Why a token's bits may depend on its batch, on how its prompt was cut or on the path; None where they do not."""
+    weight = model.embedding.weight
+    if weight.device.type != "cpu":
+        return f"the model is on {weight.device}, where products round otherwise in another batch; move it to the CPU"
+    for name, each in model.named_parameters():
+        if each.dtype.is_floating_point and each.dtype != torch.float32:
+            return f"{name} is {str(each.dtype).removeprefix('torch.')}; convert the model to float32"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on, which computes in another type; leave it"
+    if ops.choose("mamba_step", weight) != "cpu":
+        return ops.why_not("cpu", "cpu") or "another backend is asked for; leave ops.backend"
+    return next((f"{reason}, which may compute anything" for reason in reasons(model)), None)
 
 
 def _view(module: nn.Module, views: dict[int, nn.Module]) -> nn.Module:

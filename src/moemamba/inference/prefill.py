@@ -1,6 +1,6 @@
 """Reading prompts: parts of several at once, padded on the left."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,8 +76,7 @@ class Reader:
 
     def read(self, parts: Sequence[Part], runs: Mapping[int, Run]) -> list[Ready]:
         """Read parts of prompts; returns what those have left that are at their end."""
-        begun = {part.request for part in parts if runs[part.request].state is not None}
-        ready = [self._group(group, runs) for group in alike([p for p in parts if p.first < p.last], begun)]
+        ready = [self._group(group, runs) for group in alike([p for p in parts if p.first < p.last])]
         for part in parts:
             if part.first == part.last:  # all of it was known
                 run = runs[part.request]
@@ -119,9 +118,15 @@ class Reader:
         """Read parts as one batch."""
         own = [runs[part.request] for part in group]
         rows = [run.key[1][part.first : part.last] for run, part in zip(own, group, strict=True)]
-        before = [run.state for run in own if run.state is not None]
+        like = next((run.state for run in own if run.state is not None), None)
+        before = None
+        if like is not None:  # who begins goes on from nothing, so that weights are read once for all
+            nothing = State(
+                tuple(kind.allocate(1, 0, each) for kind, each in zip(self.kinds, like.mixers, strict=True))
+            )
+            before = joined(self.kinds, [run.state or nothing for run in own])
         record: list[Choice] | None = [] if any(run.request.routing for run in own) else None
-        found = read(self.model, rows, joined(self.kinds, before) if before else None, record)
+        found = read(self.model, rows, before, record)
         self.load = [a + b for a, b in zip(self.load, found.load, strict=True)] if self.load else list(found.load)
         for place, (run, part) in enumerate(zip(own, group, strict=True)):
             self._note(run, part, place, found, record)
@@ -179,24 +184,15 @@ class Reader:
         run.state = run.hidden = run.snapshot = None
 
 
-def alike(parts: Sequence[Part], begun: Collection[int] = ()) -> list[list[Part]]:
-    """Parts that are read together: all follow a state or none does, and little or less than half is padding.
-
-    Args:
-        begun: requests whose prompts follow a state from the beginning.
-    """
+def alike(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts that are read together: little or less than half of a group is padding."""
     groups: list[list[Part]] = []
-
-    def follows(part: Part) -> bool:
-        return part.first > 0 or part.request in begun
-
-    for part in sorted(parts, key=lambda part: (follows(part), part.first - part.last)):
+    for part in sorted(parts, key=lambda part: part.first - part.last):
         length = part.last - part.first
         if groups:
             longest = groups[-1][0]
             padding = longest.last - longest.first - length
-            same = follows(longest) == follows(part)
-            if same and (padding <= length or padding * (len(groups[-1]) + 1) <= LITTLE):
+            if padding <= length or padding * (len(groups[-1]) + 1) <= LITTLE:
                 groups[-1].append(part)
                 continue
         groups.append([part])

@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+TURN = 4  # steps of which one belongs to the prompt that came first
+MOST = 2048  # positions in a step that has time for them
+AIM = 0.85  # of the time that a step may take, since they vary
+
 
 class Part(NamedTuple):
     """Positions first .. last - 1 of a request's prompt; none of one that is known to its end."""
@@ -36,25 +40,30 @@ class Scheduler:
     """Continuous batching: a step holds all live rows, and at most a chunk of prompt positions.
 
     Requests get their slots in the order in which they came, and keep them until they finish: none is put off again.
-    Prompts that are being read take turns and share the chunk equally, so that a long one does not hold up a short one.
+    Of the prompts that are being read the one with least left comes first, so that a long one does not hold up a short
+    one and first tokens come early on average; in every fourth step it is the one that came first, lest it starve.
 
     Args:
         slots: requests that are read or decoded at once.
         chunk: prompt positions in a step, which bounds the time between two tokens of the others.
         piece: positions of one prompt in a step, which bounds the memory of a long one.
         alone: the chunk while nothing decodes; as `chunk` if None.
+        gap: seconds below which a step may have more positions than `chunk`, as many as it turns out to have time for.
+            It never has fewer: small ones cost more in all, since most of their time goes into reading the weights.
     """
 
-    def __init__(self, slots: int, chunk: int, piece: int, alone: int | None = None):
+    def __init__(self, slots: int, chunk: int, piece: int, alone: int | None = None, gap: float | None = None):
         alone = chunk if alone is None else alone
         for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece), ("alone", alone)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
-        self.slots, self.chunk, self.piece, self.alone = slots, chunk, piece, alone
+        self.slots, self.chunk, self.piece, self.alone, self.gap = slots, chunk, piece, alone, gap
+        self._fitting, self._paced = chunk, 0  # positions that fit into the gap; those of the last step, if it counts
         self._waiting: deque[_Reading] = deque()
         self._reading: deque[_Reading] = deque()
         self._held: dict[int, _Reading] = {}  # with a slot, until somebody else has read the same prompt
         self._live: dict[int, None] = {}  # in the order in which they began to decode
+        self._plans = 0
 
     @property
     def busy(self) -> bool:
@@ -126,25 +135,35 @@ class Scheduler:
     def plan(self) -> list[Part]:
         """What is read of which prompts in the step that comes; the step decodes what is live before this call."""
         self.admit()
-        shares = self._shares()
-        parts = []
-        for one, share in zip(list(self._reading), shares, strict=False):
+        self._plans += 1
+        most = left = self._fitting if self._live else self.alone
+        paced, parts = bool(self._live), []
+        for one in self._ordered():
+            share = min(one.left(self.piece), left)
+            if not share and one.done < one.length:
+                continue
+            left -= share
             first, one.done = one.done, one.done + share
             parts.append(Part(one.request, first, one.done, one.done == one.length))
-            self._reading.popleft()
-            if one.done == one.length:
-                self._live[one.request] = None
-            else:
-                self._reading.append(one)  # others' turn first
+        for part in parts:
+            if part.ends:
+                self._live[part.request] = None
+        self._reading = deque(one for one in self._reading if one.done < one.length)
+        self._paced = most - left if paced else 0
         return parts
 
-    def _shares(self) -> list[int]:
-        """Positions for each of the first prompts of the queue, as equal as their ends allow."""
-        chunk = self.chunk if self._live else self.alone
-        wanted = [one.left(self.piece) for one in self._reading][:chunk]
-        shares, left = [0] * len(wanted), chunk
-        order = sorted(range(len(wanted)), key=wanted.__getitem__)  # who needs less leaves more to the others
-        for place, index in enumerate(order):
-            shares[index] = min(wanted[index], left // (len(order) - place))
-            left -= shares[index]
-        return shares
+    def took(self, seconds: float) -> None:
+        """The step that was planned last took so long, which says how much is read in the next ones."""
+        if self.gap is None or not self._paced:
+            return
+        ratio = AIM * self.gap / max(seconds, 1e-9)
+        if ratio < 1:
+            self._fitting = max(self.chunk, int(min(self._fitting, self._paced) * max(ratio, 0.5)))
+        elif self._paced >= self._fitting:
+            self._fitting = max(self.chunk, min(MOST, int(self._fitting * min(ratio, 1.25)) + 1))
+
+    def _ordered(self) -> list[_Reading]:
+        """Who is read first."""
+        if self._plans % TURN == 0:
+            return list(self._reading)
+        return sorted(self._reading, key=lambda one: one.length - one.done)

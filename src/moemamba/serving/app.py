@@ -1,13 +1,14 @@
 """The server's paths."""
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp
 from .. import __version__
 from ..inference import Request as Asked
 from .guard import Guard
-from .openai.bodies import Chat, Completion, Detokenize, Fork, NewState, Routed, Tokenize, prompts_of, read_body
+from .openai.bodies import Body, Chat, Completion, Detokenize, Fork, NewState, Routed, Tokenize, prompts_of, read_body
 from .openai.completions import Job, answer, continued, encoded, pieces, routing_shown, spoken
 from .refusal import Refusal, failed, invalid, unavailable
 from .service import Service
@@ -25,6 +26,8 @@ from .stream import begun, while_connected
 PAGE = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 IGNORED = "x-moemamba-ignored"
+LEFT = 499
+"""the status of an answer that nobody waits for, as in nginx"""
 
 
 class Server:
@@ -56,7 +59,12 @@ def make_app(
         by_method = dict(methods)
 
         async def handle(request: Request) -> Response:
-            return await by_method[request.method](server, request)
+            method = "GET" if request.method == "HEAD" else request.method  # the same without its body
+            response = await by_method[method](server, request)
+            if ignored := getattr(request.state, "ignored", None):
+                names = ", ".join(re.sub("[^!-~]", "?", each) for each in ignored)  # a header has no other characters
+                response.headers[IGNORED] = names[:1000]
+            return response
 
         return Route(name, handle, methods=list(by_method))
 
@@ -80,9 +88,10 @@ def make_app(
         path("/", ("GET", page)),
         path("/page/{name}", ("GET", page)),
     ]
+    handlers: Any = {HTTPException: not_there, Refusal: refused, ClientDisconnect: left, Exception: broken}
     inner = Starlette(
         routes=routes,
-        exception_handlers={HTTPException: not_there, Refusal: refused, Exception: broken},  # type: ignore[dict-item]
+        exception_handlers=handlers,
     )
     return Guard(inner, hosts, key, origins, most)
 
@@ -90,6 +99,11 @@ def make_app(
 async def refused(_: Request, error: Refusal) -> Response:
     """One sentence in OpenAI's form."""
     return JSONResponse(error.body, error.status, error.headers)
+
+
+async def left(_: Request, error: ClientDisconnect) -> Response:
+    """The client went before it had sent its body; nobody reads this."""
+    return Response(status_code=LEFT)
 
 
 async def not_there(request: Request, error: HTTPException) -> Response:
@@ -110,14 +124,14 @@ async def broken(request: Request, error: Exception) -> Response:
 
 async def completions(server: Server, request: Request) -> Response:
     """`POST /v1/completions`."""
-    body, ignored = read_body(Completion, await request.body())
-    return await _answered(request, await continued(server.ready, body), ignored)
+    body = await _read(Completion, request)
+    return await _answered(request, await continued(server.ready, body))
 
 
 async def chat(server: Server, request: Request) -> Response:
     """`POST /v1/chat/completions`."""
-    body, ignored = read_body(Chat, await request.body())
-    return await _answered(request, await spoken(server.ready, body), ignored)
+    body = await _read(Chat, request)
+    return await _answered(request, await spoken(server.ready, body))
 
 
 async def embeddings(server: Server, _: Request) -> Response:
@@ -125,12 +139,11 @@ async def embeddings(server: Server, _: Request) -> Response:
     raise invalid("embeddings are not supported: this server continues texts", code="not_supported")
 
 
-async def _answered(request: Request, job: Job, ignored: Sequence[str]) -> Response:
-    headers = {IGNORED: ", ".join(ignored).encode("ascii", "replace").decode()[:1000]} if ignored else {}
+async def _answered(request: Request, job: Job) -> Response:
     if job.body.stream:
-        return await begun(pieces(job, await job.requests()), headers)
+        return await begun(pieces(job, await job.requests()))
     found = await while_connected(request, answer(job))
-    return Response(status_code=499) if found is None else _json(found, headers)
+    return Response(status_code=LEFT) if found is None else _json(found)
 
 
 # States and routing
@@ -145,7 +158,7 @@ async def states(server: Server, _: Request) -> Response:
 
 async def new_state(server: Server, request: Request) -> Response:
     """`POST /v1/states`: read a text, and keep what it leaves."""
-    service, (body, _) = server.ready, read_body(NewState, await request.body())
+    service, body = server.ready, await _read(NewState, request)
     service.check_model(body.model)
     parent = None if body.from_ is None else service.states.get(body.from_)
     if (body.prompt is None) == (body.tokens is None) and parent is None:
@@ -163,7 +176,7 @@ async def new_state(server: Server, request: Request) -> Response:
         kept = service.states.add(reading.snapshot, None if parent is None else parent.id)
         return _json({**service.states.shown(kept, service.name, service.fingerprint), "cached_tokens": reading.cached})
 
-    return await while_connected(request, work()) or Response(status_code=499)
+    return await while_connected(request, work()) or Response(status_code=LEFT)
 
 
 async def one_state(server: Server, request: Request) -> Response:
@@ -199,7 +212,7 @@ async def bring_state(server: Server, request: Request) -> Response:
 
 async def fork_state(server: Server, request: Request) -> Response:
     """`POST /v1/states/{id}/fork`: more names for one state, which costs nothing."""
-    service, (body, _) = server.ready, read_body(Fork, await request.body() or b"{}")
+    service, body = server.ready, await _read(Fork, request, b"{}")
     kept = service.states.get(request.path_params["id"])
     made = [service.states.add(kept.snapshot, kept.id) for _ in range(body.copies)]
     return _json(
@@ -212,7 +225,7 @@ async def fork_state(server: Server, request: Request) -> Response:
 
 async def routing(server: Server, request: Request) -> Response:
     """`POST /v1/routing`: which experts the tokens of a text visit."""
-    service, (body, _) = server.ready, read_body(Routed, await request.body())
+    service, body = server.ready, await _read(Routed, request)
     service.check_model(body.model)
     start = None if body.state is None else service.states.get(body.state).snapshot
     (prompt,) = _single(body.prompt)
@@ -233,7 +246,7 @@ async def routing(server: Server, request: Request) -> Response:
             }
         )
 
-    return await while_connected(request, work()) or Response(status_code=499)
+    return await while_connected(request, work()) or Response(status_code=LEFT)
 
 
 def _single(prompt: Any) -> Sequence[str | list[int]]:
@@ -282,7 +295,7 @@ def _model(service: Service) -> dict[str, Any]:
 
 async def tokenize(server: Server, request: Request) -> Response:
     """`POST /tokenize`: as lm-eval asks."""
-    service, (body, _) = server.ready, read_body(Tokenize, await request.body())
+    service, body = server.ready, await _read(Tokenize, request)
     ids = await encoded(service, body.prompt)
     most = service.limits.max_prompt + service.limits.max_tokens
     return _json(
@@ -292,7 +305,7 @@ async def tokenize(server: Server, request: Request) -> Response:
 
 async def detokenize(server: Server, request: Request) -> Response:
     """`POST /detokenize`."""
-    service, (body, _) = server.ready, read_body(Detokenize, await request.body())
+    service, body = server.ready, await _read(Detokenize, request)
     try:
         return _json({"prompt": service.tokenizer.decode(body.tokens)})
     except ValueError as error:
@@ -368,6 +381,12 @@ async def page(_: Server, request: Request) -> Response:
     return Response(file.read_bytes(), 200, headers, PAGE[ending])
 
 
-def _json(values: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+async def _read(kind: type[Body], request: Request, empty: bytes = b"") -> Body:
+    """The body of a request; the answer names the fields that it does not know."""
+    body, request.state.ignored = read_body(kind, await request.body() or empty)
+    return body
+
+
+def _json(values: dict[str, Any]) -> Response:
     data = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
-    return Response(data, 200, headers, "application/json")
+    return Response(data, media_type="application/json")

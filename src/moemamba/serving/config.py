@@ -34,10 +34,14 @@ class Limits:
     state_seconds: float = 3600.0
     """seconds that such a state is kept after its last use"""
     chunk: int = 64
-    """positions of prompts that are read between two tokens of the answers that are under way"""
+    """positions of prompts that are read between two tokens of the answers that are under way, at least"""
+    gap: float = 0.03
+    """seconds between two of their tokens: a machine that is fast enough reads more positions in them"""
     chunk_alone: int = 512
     """the same while no answer is under way"""
+    batch_invariant: bool = False
+    """do not start where an answer may depend on what else is computed, to the last bit, as it does on a GPU"""
 
     def __post_init__(self) -> None:
-        names = set(self.__dataclass_fields__) - {"cache_bytes"}
+        names = set(self.__dataclass_fields__) - {"cache_bytes", "batch_invariant"}
         validate(self, positive=tuple(sorted(names)), not_negative=("cache_bytes",))

@@ -124,6 +124,7 @@ async def _serve(
         log_level="warning",
         access_log=False,
         lifespan="off",
+        ws="none",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
         server_header=False,

@@ -3,10 +3,10 @@
 import asyncio
 import hashlib
 import json
+import math
 import random
 import secrets
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Self
@@ -16,6 +16,7 @@ from ..inference import Engine, Event, Reading, Request, Snapshot, StateCache
 from ..model import MoEMamba
 from ..reading import to_dict
 from ..text import Tokenizer
+from .alarm import Alarm
 from .config import Limits
 from .metrics import Metrics
 from .openai.answers import Spelling
@@ -24,6 +25,9 @@ from .openai.templates import Template
 from .refusal import busy, failed, invalid, late, unavailable
 from .states import States
 from .worker import Batch, Full, Ticket, Worker
+
+News = list[tuple[int, Event, float]]
+"""which of the requests, what a step made of it, and when, by the monotonic clock"""
 
 
 class Following:
@@ -38,38 +42,47 @@ class Following:
     def __init__(self, service: "Service", ticket: Ticket, count: int):
         self.left = count
         self._service, self._ticket = service, ticket
-        self._events: deque[tuple[int, Event]] = deque()
-        self._news = asyncio.Event()
+        self._events: News = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._patient = False  # until a request ends
         self._deadline = time.monotonic() + service.limits.max_seconds
+        self._alarm = Alarm(self._wake)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._alarm.stop()
         self._service.leave(self._ticket, self.left > 0)
 
-    def tell(self, place: int, event: Event) -> None:
+    def tell(self, place: int, event: Event, when: float) -> None:
         """An event of one of them."""
-        self._events.append((place, event))
-        self._news.set()
+        self._events.append((place, event, when))
+        if event.kept is not None or not self._patient:
+            self._wake()
 
-    async def some(self, patience: float = 1e9) -> list[tuple[int, Event]]:
+    async def some(self, patience: float = math.inf, ended: bool = False) -> News:
         """What has come since the last time; nothing after so many seconds without news.
 
+        Args:
+            ended: wait until a request has ended.
         Raises:
             Refusal: the requests take longer than they may.
         """
-        if not self._events:
-            left = self._deadline - time.monotonic()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), min(max(left, 0), patience))
-        if time.monotonic() > self._deadline:
+        self._patient = ended
+        if not (any(event.kept is not None for _, event, _ in self._events) if ended else self._events):
+            self._waiter = asyncio.get_running_loop().create_future()
+            self._alarm.set(min(max(self._deadline - time.monotonic(), 0), patience))
+            await self._waiter
+        if time.monotonic() >= self._deadline:
             raise late(self._service.limits.max_seconds)
-        self._news.clear()
-        found = list(self._events)
-        self._events.clear()
-        self.left -= sum(event.kept is not None for _, event in found)
+        found, self._events = self._events, []
+        self.left -= sum(event.kept is not None for _, event, _ in found)
         return found
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Service:
@@ -99,7 +112,9 @@ class Service:
         self.spelling = Spelling(tokenizer)
         self.grammars = Grammars(tokenizer)
         self.cache = StateCache(limits.cache_bytes)
-        engine = Engine(model, limits.slots, limits.chunk, alone=limits.chunk_alone, cache=self.cache)
+        chunk, alone, gap = limits.chunk, limits.chunk_alone, limits.gap
+        same = limits.batch_invariant
+        engine = Engine(model, limits.slots, chunk, alone=alone, gap=gap, batch_invariant=same, cache=self.cache)
         self._followed: dict[Ticket, Following] = {}
         self._loop = asyncio.get_running_loop()
         self.worker = Worker(engine, self._deliver, limits.slots + limits.max_waiting)
@@ -126,8 +141,8 @@ class Service:
         if new > self.limits.max_tokens:
             message = f"max_tokens is {new:,}, and {self.limits.max_tokens:,} are the most here; ask for fewer"
             raise invalid(message, "max_tokens")
-        strange = next((each for each in ids if not 0 <= each < self.vocabulary), None)
-        if strange is not None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            strange = next(each for each in ids if not 0 <= each < self.vocabulary)
             message = f"the prompt has the token {strange}; this model's tokens are 0 to {self.vocabulary - 1}"
             raise invalid(message, "prompt")
         if not ids and start is None:
@@ -143,6 +158,9 @@ class Service:
         """
         if self.draining and not beyond:
             raise unavailable("the server is about to stop; try again later", "draining")
+        if len(requests) > self.worker.most:
+            message = f"the request asks for {len(requests)} answers, and {self.worker.most} are the most here at once"
+            raise invalid(f"{message}; ask for fewer")
         try:
             ticket = self.worker.submit(requests, beyond)
         except Full as error:
@@ -166,7 +184,7 @@ class Service:
         found: dict[int, Reading] = {}
         with self.follow(requests, beyond) as following:
             while following.left:
-                for place, event in await following.some():
+                for place, event, _ in await following.some():
                     if event.reading is None:
                         raise failed(event.failure or "the prompt was not read")
                     found[place] = event.reading
@@ -199,9 +217,10 @@ class Service:
             self._loop.call_soon_threadsafe(self._tell, batch)
 
     def _tell(self, batch: Batch) -> None:
+        now = time.monotonic()
         for ticket, place, event in batch:
             if (following := self._followed.get(ticket)) is not None:
-                following.tell(place, event)
+                following.tell(place, event, now)
 
 
 def _fingerprint(model: MoEMamba, checksums: Mapping[str, int]) -> str:

@@ -3,8 +3,10 @@
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from ..state import KINDS, State, pack, unpack
 from ..tensors import TensorFile, not_finite, write_tensors
 from .refusal import Refusal, busy, invalid
 
+MOST = 10_000
+"""states by their ids, forks too"""
 TAIL = 64
 """tokens of its tail that an uploaded state may have"""
 
@@ -28,6 +32,8 @@ class Kept:
     created: int
     used: float
     """when it was last used, by the monotonic clock"""
+    number: int
+    """in the order in which they came"""
 
 
 class States:
@@ -47,12 +53,11 @@ class States:
         spell: Callable[[Sequence[int]], str] | None = None,
     ):
         self.limit, self.seconds, self._clock, self._spell = limit, seconds, clock, spell
-        self._kept: dict[str, Kept] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all, shared ones once."""
-        return sum({id(each.snapshot): each.snapshot.nbytes for each in self._kept.values()}.values())
+        self.nbytes = 0
+        """of all, shared ones once"""
+        self._kept: dict[str, Kept] = {}  # who was used last comes last
+        self._sharing: dict[str, int] = {}  # states that share a snapshot, by its name
+        self._numbers = count()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -64,17 +69,19 @@ class States:
             Refusal: there is no room.
         """
         self.expire()
-        shared = any(each.snapshot is snapshot for each in self._kept.values())
-        if not shared and self.nbytes + snapshot.nbytes > self.limit:
+        sharing = self._sharing.get(snapshot.name, 0)
+        if not sharing and self.nbytes + snapshot.nbytes > self.limit:
             raise busy(
                 f"states may have {self.limit:,} bytes here, and {self.nbytes:,} are in use; delete some, or wait "
                 f"until some have not been used for {self.seconds:g} seconds",
                 "states_full",
             )
-        if len(self._kept) >= 100_000:
-            raise busy("there are 100,000 states; delete some", "states_full")
-        kept = Kept(f"state-{secrets.token_hex(12)}", snapshot, parent, int(time.time()), self._clock())
-        self._kept[kept.id] = kept
+        if len(self._kept) >= MOST:
+            raise busy(f"there are {MOST:,} states; delete some", "states_full")
+        name, now = f"state-{secrets.token_hex(12)}", self._clock()
+        kept = self._kept[name] = Kept(name, snapshot, parent, int(time.time()), now, next(self._numbers))
+        self._sharing[snapshot.name] = sharing + 1
+        self.nbytes += 0 if sharing else snapshot.nbytes
         return kept
 
     def get(self, name: str) -> Kept:
@@ -89,22 +96,31 @@ class States:
                 code="state_not_found",
             )
         kept.used = self._clock()
+        self._kept[name] = self._kept.pop(name)
         return kept
 
     def remove(self, name: str) -> None:
         """Delete a state; raises Refusal if there is none."""
-        del self._kept[self.get(name).id]
+        self._drop(self.get(name))
 
     def all(self) -> list[Kept]:
         """Oldest first."""
         self.expire()
-        return list(self._kept.values())
+        return sorted(self._kept.values(), key=lambda each: each.number)
 
     def expire(self) -> None:
         """Let go what has not been used for long."""
         now = self._clock()
-        for kept in [kept for kept in self._kept.values() if now - kept.used > self.seconds]:
-            del self._kept[kept.id]
+        while self._kept and now - (kept := next(iter(self._kept.values()))).used > self.seconds:
+            self._drop(kept)
+
+    def _drop(self, kept: Kept) -> None:
+        del self._kept[kept.id]
+        name = kept.snapshot.name
+        self._sharing[name] -= 1
+        if not self._sharing[name]:
+            del self._sharing[name]
+            self.nbytes -= kept.snapshot.nbytes
 
     def shown(self, kept: Kept, model: str, fingerprint: str) -> dict[str, Any]:
         """A state as clients see it."""
@@ -131,6 +147,7 @@ def written(snapshot: Snapshot, fingerprint: str) -> bytes:
         "tail": ",".join(map(str, snapshot.tail)),
         "fingerprint": fingerprint,
     }
+    said["said"] = _sum(said)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state.safetensors"
         write_tensors(file, {**tensors, "hidden": snapshot.hidden}, said)
@@ -160,6 +177,8 @@ def brought(data: bytes, like: Snapshot, fingerprint: str, vocabulary: int) -> S
             stored.verify()
             state = unpack({name: each for name, each in stored.items() if name != "hidden"}, said)
             hidden = stored["hidden"][...]
+            if said.get("said") not in (None, _sum(said)):
+                raise FileError("its position or its last tokens are not what was written")
             position, tail = _place(said, vocabulary)
             if strange := not_finite({"hidden": hidden, **pack(state)[0]}):
                 raise FileError(f"{strange} is not finite")
@@ -170,6 +189,11 @@ def brought(data: bytes, like: Snapshot, fingerprint: str, vocabulary: int) -> S
         raise invalid("the state has other shapes than this model's; it is of another model", code="invalid_state")
     device = like.hidden.device
     return Snapshot(state.to(device), hidden.to(device), position, tail)
+
+
+def _sum(said: Mapping[str, str]) -> str:
+    """A checksum of what a file says besides its tensors, which have their own."""
+    return str(zlib.crc32(" ".join(said.get(name, "") for name in ("position", "tail", "fingerprint")).encode()))
 
 
 def _place(said: dict[str, str], vocabulary: int) -> tuple[int, tuple[int, ...]]:

@@ -1,13 +1,16 @@
 """Server-sent events, to readers that may be slow or leave."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+import math
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from .alarm import Alarm
 
 Result = TypeVar("Result")
 SLOW = 30.0
@@ -26,36 +29,39 @@ class EventStream(Response):
         pieces: closed when the reader leaves.
     """
 
-    def __init__(self, pieces: AsyncIterator[bytes], headers: Mapping[str, str] | None = None):
-        super().__init__(b"", headers={**HEADERS, **(headers or {})})
+    def __init__(self, pieces: AsyncIterator[bytes]):
+        super().__init__(b"", headers=HEADERS)
         del self.headers["content-length"]
         self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.create_task(self._send(send))
+        slow = Alarm(lambda: task.cancel())
+        task = asyncio.create_task(self._send(send, slow))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            slow.stop()
             for each in (task, gone):
                 each.cancel()
-                with suppress(asyncio.CancelledError, TimeoutError, OSError):
+                with suppress(asyncio.CancelledError, OSError):
                     await each
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, slow: Alarm) -> None:
         async with aclosing(self._pieces) as pieces:  # type: ignore[type-var]
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for piece in pieces:
                 if piece:
-                    async with asyncio.timeout(SLOW):
-                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    slow.set(SLOW)
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    slow.set(math.inf)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def begun(pieces: AsyncIterator[bytes], headers: Mapping[str, str]) -> EventStream:
+async def begun(pieces: AsyncIterator[bytes]) -> EventStream:
     """A stream whose first piece is there; raises what making it raises."""
     first = await anext(pieces)
-    return EventStream(_after(first, pieces), headers)
+    return EventStream(_after(first, pieces))
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:

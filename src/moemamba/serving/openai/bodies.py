@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, TypeVar
 
 from ...inference import Sampling
@@ -13,6 +14,8 @@ from ..refusal import invalid
 Body = TypeVar("Body")
 STOPS = 16
 """texts that may end an answer"""
+DIGITS = 100
+"""of a whole number: none that means anything has more"""
 TOP = 20
 """most likely tokens that may be asked for beside each"""
 
@@ -201,7 +204,7 @@ def read_body(kind: type[Body], data: bytes) -> tuple[Body, list[str]]:
         Refusal: it is no JSON object, or a field has a value that cannot be.
     """
     values = _object(data)
-    names = {each.name.rstrip("_"): each.name for each in fields(kind)}  # type: ignore[arg-type]
+    names = _names(kind)  # type: ignore[arg-type]
     ignored = sorted(name for name in values if name not in names)
     known = {names[name]: value for name, value in values.items() if name in names and value is not None}
     try:
@@ -213,9 +216,15 @@ def read_body(kind: type[Body], data: bytes) -> tuple[Body, list[str]]:
         raise invalid(message, found) from error
 
 
+@cache
+def _names(kind: Any) -> dict[str, str]:
+    """Fields, by what clients call them."""
+    return {each.name.rstrip("_"): each.name for each in fields(kind)}
+
+
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        values = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_int=_number)
     except UnicodeDecodeError as error:
         raise invalid("the body is not UTF-8 text") from error
     except RecursionError as error:
@@ -225,6 +234,12 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise invalid(f"the body is {type(values).__name__}; send a JSON object")
     return values
+
+
+def _number(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _no_constant(name: str) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ...inference import Event, Reading, Request, Snapshot
+from ...inference import Reading, Request, Snapshot
 from ...inference.stopping import Stops
 from ..refusal import Refusal, failed, invalid
-from ..service import Service
+from ..service import News, Service
 from .answers import LOWEST, Choice, Token, logprobs, prompt_tokens
 from .bodies import Asked, Chat, Completion, prompts_of
 from .templates import NONE
@@ -49,7 +49,8 @@ class Job:
         self.endings = body.endings(service.tokenizer.end_of_text, service.vocabulary)
         self.choices: list[Choice] = []
         self.cached = [0] * len(prompts)
-        self._began = self._last = time.monotonic()
+        self._began = time.monotonic()
+        self._last = [self._began] * (len(prompts) * body.n)
         self._echoed: dict[int, tuple[str, list[Token]]] = {}
 
     @property
@@ -92,19 +93,19 @@ class Job:
             self.choices.append(Choice(service.tokenizer, before, body.stops, self.endings, echoed))
         return found
 
-    def see(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Take in what a step made, and measure."""
-        now, metrics = time.monotonic(), self.service.metrics
-        for place, event in events:
+    def see(self, news: News) -> None:
+        """Take in what steps made, and measure."""
+        metrics = self.service.metrics
+        for place, event, when in news:
             choice = self.choices[place]
             if choice.sampled == 0 and event.failure is None:
-                metrics.first_token.see(now - self._began)
+                metrics.first_token.see(when - self._began)
             elif event.token is not None:
-                metrics.between_tokens.see(now - self._last)
+                metrics.between_tokens.see(when - self._last[place])
+            self._last[place] = when
             choice.push(event)
             if event.reading is not None and place % self.body.n == 0:
                 self.cached[place // self.body.n] = event.reading.cached
-        self._last = now
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -300,7 +301,7 @@ async def answer(job: Job) -> dict[str, Any]:
     """The whole answer; raises Refusal."""
     with job.service.follow(await job.requests()) as following:
         while following.left:
-            job.see(await following.some())
+            job.see(await following.some(ended=True))
     if failure := next((choice.failure for choice in job.choices if choice.failure), None):
         raise failed(failure)
     choices = []
@@ -316,6 +317,9 @@ async def pieces(job: Job, requests: Sequence[Request]) -> AsyncIterator[bytes]:
     held: list[int] = []
     taken = False
     with_usage = {"usage": None} if job.body.with_usage else {}
+    frame = _written({**job.object(job.part, []), **with_usage})
+    before, after = (b"data: " + frame).rsplit(b"[]", 1)  # what all pieces have in common is written once
+    before, after = before + b"[", b"]" + after + b"\n\n"
     try:
         with job.service.follow(requests) as following:
             taken = True
@@ -327,11 +331,11 @@ async def pieces(job: Job, requests: Sequence[Request]) -> AsyncIterator[bytes]:
                     continue
                 job.see(events)
                 sent: list[bytes] = []
-                places = dict.fromkeys([*held, *(place for place, _ in events)])
+                places = dict.fromkeys([*held, *(place for place, *_ in events)])
                 held = [place for place in places if not job.ready(place)]
                 for place in places:
                     for choice in [] if place in held else await _parts(job, place, begun):
-                        sent.append(_event({**job.object(job.part, [choice]), **with_usage}))
+                        sent += before, _written(choice), after
                 if sent:
                     yield b"".join(sent)
     except Refusal as error:
@@ -360,8 +364,15 @@ async def _parts(job: Job, place: int, begun: set[int]) -> list[dict[str, Any]]:
     return found
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def _written(values: dict[str, Any]) -> bytes:
+    return _ENCODER.encode(values).encode()
+
+
 def _event(values: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _written(values) + b"\n\n"
 
 
 def routing_shown(service: Service, reading: Reading) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Template:
         """
         plain = [_plain(message) for message in messages]
         for message in plain:
-            if found := self._special.search(message["content"]):
+            if found := self._special.search("\0".join(message.values())):
                 name = found[0]
                 raise invalid(f"a message has {name!r} in it, which would end or begin one; leave it out", "messages")
         try:
