@@ -4,6 +4,7 @@
     python benchmarks/decoding.py --against ../parent/src       # and another source tree, in turns
     python benchmarks/decoding.py --transformers                # and the Mamba of transformers, of the same sizes
     python benchmarks/decoding.py --int8                        # and this version with weights of 8 bits
+    python benchmarks/decoding.py --gpu [--tune]                # on a GPU instead; see captured.py
 
 Random weights, prompts of 16 tokens, the most likely token each; tokens a second of whole steps of the engine, the best
 of the turns. Experts hit are those that a layer's tokens visit in a step, on average: their weights are what a step
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import captured
 import torch
 
 PROMPT, WARM, VOCABULARY, LONG = 16, 3, 200, 2048
@@ -192,7 +194,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=96, help="steps of one row; fewer of more rows")
     parser.add_argument("--worker", choices=("ours", "int8", "before", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, kernels asked for beside those chosen unasked")
+    parser.add_argument("--tune", action="store_true", help="with --gpu: try other cuts of the experts' kernels")
     args = parser.parse_args()
+    if args.gpu:
+        if args.batches == parser.get_default("batches"):
+            args.batches = None
+        captured.main(args)
+        return
     if args.worker:
         torch.set_num_threads(1)
         asked = (args.models, args.batches, args.steps)

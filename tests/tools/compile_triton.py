@@ -14,10 +14,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moemamba.ops.attention import triton_step as attention_step
+from moemamba.ops.dense import triton_step as dense_step
 from moemamba.ops.experts import triton_products as triton_experts_products
 from moemamba.ops.head import triton as triton_cross_entropy
 from moemamba.ops.mamba_step import triton as step
 from moemamba.ops.mamba_step import triton_many
+from moemamba.ops.moe_step import triton as moe_step
 
 
 class Absent:
@@ -132,4 +135,30 @@ for activation in ("relu", "gelu", "silu", "swiglu"):
     for choices in (1, 2):
         with torch.no_grad():
             triton.expert_feedforward(draw(3, 32), torch.randint(0, 4, (3, choices)), None, up, down, activation)
+moe_step.overlap = attention_step.overlap = dense_step.overlap = step.overlap
+attention_step.multiprocessors = lambda _: 132
+with torch.no_grad():
+    for dtype in (torch.bfloat16, torch.float32):
+        scale = draw(512, dtype=dtype)
+        sizes = (("relu", 42, 1, 1536), ("swiglu", 128, 4, 256), ("geglu", 8, 2, 341))
+        for activation, n_experts, top_k, f in sizes:
+            up, down = draw(n_experts, (1 + (top_k > 1)) * f, 512, dtype=dtype), draw(n_experts, 512, f, dtype=dtype)
+            for batch in (1, 3, 64, 1024):
+                x, router, bias = draw(batch, 1, 512, dtype=dtype), draw(n_experts, 512, dtype=dtype), draw(n_experts)
+                normed = (None, "softmax", None, None, scale, scale)
+                triton.moe_step(x, router, bias, up, down, top_k, activation, *normed)
+        for batch in (1, 9):
+            x = draw(batch, 512, dtype=dtype)
+            triton.norm_linear(x, draw(2048, 512, dtype=dtype), draw(2048), scale, None, 1e-5, "relu")
+            triton.norm_linear(x, draw(2720, 512, dtype=dtype), None, scale, scale, 1e-5, "swiglu")
+            triton.linear_add(draw(batch, 2048, dtype=dtype), draw(512, 2048, dtype=dtype), draw(512), x)
+            for groups, room in ((8, 256), (8, 4096), (2, 4096)):
+                cache = torch.zeros(batch, groups, room, 64, dtype=dtype)
+                positions, place = torch.zeros(batch, room, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+                qkv, base = draw(batch, 512 + 128 * groups, dtype=dtype), 1e4 if room > 256 else None
+                triton.attention_step(qkv, cache, cache.clone(), positions, place, base)
+    biased = (draw(42), "sigmoid", draw(42, 64), draw(42, 512), scale.bfloat16())
+    for batch in (2, 64):
+        up, down = draw(42, 64, 512), draw(42, 512, 64)
+        triton.moe_step(draw(batch, 1, 512), draw(42, 512), draw(42), up, down, 1, "relu2", *biased)
 print(json.dumps(shared))

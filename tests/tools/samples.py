@@ -41,6 +41,20 @@ def linear_beside():
     yield {"x": torch.randn(2, 9, 16), "weight": torch.randn(7, 16)}
 
 
+def norm_linear():
+    for rows, activation in ((1, None), (5, "swiglu"), (20, "relu2")):
+        x = {"x": torch.randn(rows, 24), "weight": torch.randn(38, 24), "bias": torch.randn(38)}
+        norm = {"norm_weight": torch.randn(24), "norm_bias": torch.randn(24) if rows > 1 else None}
+        yield x | norm | {"eps": 1e-3, "activation": activation}
+    yield x | dict.fromkeys(("bias", "norm_weight", "norm_bias")) | {"eps": 1e-5, "activation": "gelu"}
+
+
+def linear_add():
+    for rows in (1, 5, 20):
+        x = {"x": torch.randn(rows, 24), "weight": torch.randn(38, 24)}
+        yield x | {"bias": torch.randn(38) if rows == 5 else None, "residual": torch.randn(rows, 38)}
+
+
 def rms_norm():
     yield {"x": torch.randn(3, 13, 21), "weight": torch.randn(21), "eps": 1e-5}
     yield {"x": torch.randn(3, 13, 21), "weight": None, "eps": 1e-3}
@@ -102,13 +116,37 @@ def mamba_step():
     yield x | {"inner": None} | rest | {"norm_weight": torch.randn(d), "norm_bias": torch.randn(d)}
 
 
+def moe_step():
+    b, d, e, f = 5, 16, 6, 20
+    x = {"x": torch.randn(b, 1, d), "router": torch.randn(e, d), "balance_bias": torch.randn(e) / e}
+    rest = {"logit_bias": None, "scores": "softmax", "up_bias": None, "down_bias": None}
+    for activation, rows, top_k in (("relu", f, 1), ("swiglu", 2 * f, 2)):
+        weights = {"up": torch.randn(e, rows, d) / 4, "down": torch.randn(e, d, f) / 4, "top_k": top_k}
+        yield x | weights | {"activation": activation} | rest
+    rest = {"logit_bias": torch.randn(e), "scores": "sigmoid", "up_bias": torch.randn(e, 2 * f)}
+    rest |= {"down_bias": torch.randn(e, d), "norm_weight": torch.randn(d), "norm_bias": torch.randn(d), "eps": 1e-3}
+    yield x | weights | {"activation": "geglu"} | rest
+    yield x | weights | {"activation": "geglu"} | rest | {"x": torch.randn(23, 1, d), "norm_bias": None}
+
+
 def attention():
     q, k, v = torch.randn(3, 2, 3, 9, 20)
     yield {"q": q, "k": k, "v": v, "visible": None}
     yield {"q": torch.randn(2, 6, 9, 20), "k": k, "v": v, "visible": None}
     k, v = torch.randn(2, 2, 3, 150, 20)
+    yield {"q": q, "k": k, "v": v, "visible": None}
     yield {"q": q, "k": k, "v": v, "visible": (torch.rand(2, 9, 150) < 0.7) | (torch.arange(150) == 3)}
     yield {"q": q, "k": k, "v": v, "visible": (torch.arange(150) < 141 + torch.arange(9)[:, None]).expand(2, -1, -1)}
+
+
+def attention_step():
+    for heads, groups, width, base in ((3, 3, 20, 1e4), (6, 2, 16, None)):
+        keys, values = torch.randn(2, 3, groups, 150, width)
+        place = torch.tensor([0, 70, 149])
+        positions = torch.arange(150) - torch.tensor([0, 3, 0])[:, None]
+        positions = positions.masked_fill((positions < 0) | (torch.arange(150) >= place[:, None]), -1)
+        qkv = torch.randn(3, (heads + 2 * groups) * width)
+        yield {"qkv": qkv, "keys": keys, "values": values, "positions": positions, "place": place, "base": base}
 
 
 def rotary():

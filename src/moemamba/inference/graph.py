@@ -147,4 +147,5 @@ def fingerprint(model: MoEMamba) -> tuple[object, ...]:
     )
     device = model.embedding.weight.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return weights, kinds, autocast, ops.choose("mamba_step", model.embedding.weight)
+    steps = ("mamba_step", "moe_step", "attention_step", "norm_linear")
+    return weights, kinds, autocast, *(ops.choose(step, model.embedding.weight) for step in steps)

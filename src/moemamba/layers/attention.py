@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
-from ..ops.arguments import readable, sizes
+from ..ops.arguments import autocasts, readable, sizes
 from ..ops.packing import boundaries, positions, without_padding
 from .layer import Layer, Result
-from .linear import Linear
+from .linear import Linear, fusible_norm, weights_of
 from .placing import placed
+from .plain import plain
 from .quantised import weight_of
 from .roles import MATRIX, Role, composed
 
@@ -205,9 +206,11 @@ class Attention(Layer):
         if self.rotary:
             q, k = (ops.rotary(x, place, self.rope_base) for x in (q, k))
 
-        if state is None and seq_idx is None and lost is None:
-            y = ops.attention(q, k, v)
-            return self._merge(y), AttentionState(k, v, place)
+        if lost is None and seq_idx is None and (state is None or _all_seen(state, x)):
+            if state is not None:
+                place = torch.cat([state.positions, place], dim=1)
+                k, v = (torch.cat([a.to(b.dtype), b], dim=2) for a, b in ((state.keys, k), (state.values, v)))
+            return self._merge(ops.attention(q, k, v)), AttentionState(k, v, place)
 
         valid, starts = boundaries(torch.zeros_like(place) if seq_idx is None else seq_idx)
         segment = starts.long().cumsum(1)  # 0 for the row's first sequence, which the state belongs to
@@ -239,6 +242,32 @@ class Attention(Layer):
         y = y.masked_fill(~valid[:, None, :, None], 0)
         return self._merge(y), AttentionState(keys, values, kept)
 
+    def step(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> Tensor:
+        """In place where there is a kernel for it."""
+        if torch.is_grad_enabled() or autocasts(x.device.type) or not plain(self, Attention):
+            return super().step(x, buffers, live, place)
+        own = self._in_place(x, buffers, live, place)
+        if own is None or _not_finite(x, None) is not None:
+            return super().step(x, buffers, live, place)
+        y: Tensor = self.out_proj(ops.attention_step(self.qkv_proj(x)[:, 0], *own))
+        return y[:, None]
+
+    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int, place: Tensor) -> Tensor | None:
+        enter, leave = weights_of(self.qkv_proj), weights_of(self.out_proj)
+        if not plain(self, Attention) or enter is None or leave is None:
+            return None
+        normed, own = fusible_norm(norm, x, enter[0], leave[0]), self._in_place(x, buffers, live, place)
+        if normed is None or own is None:
+            return None
+        weight, bias, eps = normed
+        qkv = ops.norm_linear(x[:, 0], *enter, weight, bias, eps=eps)
+        return ops.linear_add(ops.attention_step(qkv, *own), *leave, x[:, 0])[:, None]
+
+    def _in_place(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> tuple[Any, ...] | None:
+        """What `ops.attention_step` takes besides the new queries, keys and values; None if there are no kernels."""
+        own = (*(buffer[:live] for buffer in buffers), place, self.rope_base if self.rotary else None)
+        return None if ops.choose("attention_step", x, *own) == "reference" else own
+
     def _merge(self, y: Tensor) -> Tensor:
         merged: Tensor = self.out_proj(y.transpose(1, 2).flatten(2))
         return merged
@@ -246,6 +275,11 @@ class Attention(Layer):
 
 # A product with a weight of zero does not make vanish what is not a number. So a position that holds such counts as
 # zero in the products, and only the queries that see it get NaN.
+
+
+def _all_seen(state: AttentionState, x: Tensor) -> bool:
+    """Whether what follows a state sees all of it, so that no mask is needed: looked for where looking is cheap."""
+    return readable(x) and not torch.is_grad_enabled() and bool((state.positions >= 0).all())
 
 
 def _not_finite(x: Tensor, seq_idx: Tensor | None) -> Tensor | None:

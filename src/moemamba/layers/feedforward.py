@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..ops.experts import ACTIVATIONS, GATED
 from .layer import Layer, Result
-from .linear import Linear
+from .linear import Linear, fusible_norm, weights_of
 from .placing import placed
+from .plain import plain
 from .roles import Role, composed
 
 if TYPE_CHECKING:
@@ -72,3 +73,14 @@ class FeedForward(Layer):
         """(..., d) -> (..., d)."""
         y: Tensor = self.down_proj(ops.activate(self.up_proj(x), self.activation))
         return y
+
+    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int, place: Tensor) -> Tensor | None:
+        up, down = weights_of(self.up_proj), weights_of(self.down_proj)
+        if not plain(self, FeedForward) or up is None or down is None:
+            return None
+        normed = fusible_norm(norm, x, up[0], down[0])
+        if normed is None:
+            return None
+        weight, bias, eps = normed
+        h = ops.norm_linear(x[:, 0], *up, weight, bias, eps=eps, activation=self.activation)
+        return ops.linear_add(h, *down, x[:, 0])[:, None]

@@ -160,6 +160,6 @@ class Layer(nn.Module):
 
         return add
 
-    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int) -> Tensor | None:
-        """`x + step(norm(x))` in one kernel, where there is one; None, having changed nothing, elsewhere."""
+    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int, place: Tensor) -> Tensor | None:
+        """`x + step(norm(x))` in few kernels, where there are some; None, having changed nothing, elsewhere."""
         return None

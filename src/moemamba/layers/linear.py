@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops.arguments import autocasts
 from ..ops.kit.packed import Weight
-from .plain import weights_alone
-from .quantised import weight_of
+from .norm import norm_alone
+from .plain import plain, weights_alone
+from .quantised import packed_names, weight_of
 
 
 class Linear(nn.Linear):
@@ -67,3 +68,20 @@ def _as_read(x: Tensor, weight: Weight) -> Tensor:
     if not narrow or not isinstance(weight, Tensor) or weight.dtype != torch.float32:
         return x
     return x if autocasts(x.device.type) else x.float()
+
+
+def weights_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that still is what it was built as; None for any other, and for weights of 8 bits."""
+    return (layer.weight, layer.bias) if plain(layer, Linear) and not packed_names(layer) else None  # type: ignore[return-value]
+
+
+def fusible_norm(norm: nn.Module, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
+    """Weight, bias and epsilon of a norm that a kernel may compute with the linear layers around it.
+
+    None where there are no kernels for a step of x (b, 1, d) through these weights, or calling the norm may do more.
+    """
+    if torch.is_grad_enabled() or autocasts(x.device.type):
+        return None
+    if any(ops.choose("norm_linear", x, weight) == "reference" for weight in weights):
+        return None
+    return norm_alone(norm, x)

@@ -293,8 +293,7 @@ class Mamba(SelectiveSSM):
             return super().prepare(buffers, x, y)
         return lambda live, room, place: step(live)
 
-    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int) -> Tensor | None:
-        """`x + step(norm(x))` in one kernel, where there is one."""
+    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int, place: Tensor) -> Tensor | None:
         if ops.choose("mamba_step", x) == "cpu":
             return None  # its kernel is that of the layer alone, which `forward` calls
         weights, normed = self.weights_of_step(x), norm_alone(norm, x)

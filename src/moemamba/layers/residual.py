@@ -106,7 +106,7 @@ class Residual(nn.Module):
         """`step` of a sub-layer that is what it was built as, though its layers may not be."""
         first = self.branches[0]
         if len(self.branches) == 1 and isinstance(first, LAYERS[self.letters]):
-            y = first.step_with_norm(x, self.norm, buffers[0], live)
+            y = first.step_with_norm(x, self.norm, buffers[0], live, place)
             if y is not None:
                 return y
         h = autocast(self.norm(x))

@@ -19,15 +19,16 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
-from .attention import attention, rotary
+from .attention import attention, attention_step, rotary
 from .choice import BACKENDS, available, bound, choose, force, load_kernels, why_not
 from .conv import causal_conv1d
-from .dense import linear, linear_beside, prepare_rms_norm, rms_norm
+from .dense import linear, linear_add, linear_beside, norm_linear, prepare_rms_norm, rms_norm
 from .derivatives import transformed
 from .experts import activate, expert_feedforward, expert_linear, prepare_experts
 from .head import linear_cross_entropy
 from .kit.packed import Packed, pack, unpacked
 from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step, prepare_mamba_step
+from .moe_step import fuses_moe_step, moe_step, why_not_moe_step
 from .router import prepare_router, router, router_choices, router_means
 from .scan import selective_scan
 
@@ -36,6 +37,7 @@ __all__ = [
     "Packed",
     "activate",
     "attention",
+    "attention_step",
     "available",
     "backend",
     "bound",
@@ -44,12 +46,16 @@ __all__ = [
     "expert_feedforward",
     "expert_linear",
     "fuses_mamba_step",
+    "fuses_moe_step",
     "linear",
+    "linear_add",
     "linear_argmax",
     "linear_beside",
     "linear_cross_entropy",
     "load_kernels",
     "mamba_step",
+    "moe_step",
+    "norm_linear",
     "pack",
     "prepare_experts",
     "prepare_mamba_step",
@@ -64,6 +70,7 @@ __all__ = [
     "transformed",
     "unpacked",
     "why_not",
+    "why_not_moe_step",
 ]
 
 

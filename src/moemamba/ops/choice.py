@@ -42,6 +42,8 @@ class Door(NamedTuple):
     supports: Callable[..., str | None] | None = None
     """why it cannot compute what an op's arguments, in order, ask for; None where it can, and for a door that computes
     all of its op"""
+    asked: bool = False
+    """whether it is taken only where its backend is asked for by name, as kernels are that nobody has measured yet"""
 
 
 class Op(NamedTuple):
@@ -129,8 +131,9 @@ def choose(op: str, *arguments: Any) -> str:
         return name
     if tensor.dtype != torch.float64:
         for natural in doors:
-            runs = device in BACKENDS[natural].natural and why_not(natural, device) is None
-            if runs and doors[natural].why_not(device) is None and not unsupported(doors[natural], arguments):
+            runs = device in BACKENDS[natural].natural and not doors[natural].asked
+            runs = runs and why_not(natural, device) is None and doors[natural].why_not(device) is None
+            if runs and not unsupported(doors[natural], arguments):
                 return "reference" if may_be_transformed() and transformed(*arguments) else natural
     return "reference"
 

@@ -12,9 +12,10 @@ from ...ops.experts import GATED
 from ...ops.packing import without_padding
 from ..feedforward import FeedForward
 from ..layer import Layer, Prepared, Result
+from ..norm import norm_alone
 from ..placing import placed
 from ..plain import plain
-from ..quantised import weight_of
+from ..quantised import packed_names, weight_of
 from ..roles import Role, composed
 from .experts import Experts
 from .router import Router
@@ -151,6 +152,38 @@ class MoE(Layer):
         if plain(self, MoE) and plain(self.router, Router) and not autocasts(x.device.type):
             return self.serve(x)
         return super().step(x, buffers, live, place)
+
+    def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int, place: Tensor) -> Tensor | None:
+        router, experts, normed = self.router, self.experts, norm_alone(norm, x)
+        if normed is None or torch.is_grad_enabled() or autocasts(x.device.type):
+            return None
+        if self.why_not_fused() or not (plain(self, MoE) and plain(router, Router) and plain(experts, Experts)):
+            return None
+        assert isinstance(router, Router)
+        weights = (router.weight, router.balance_bias, experts.up_proj, experts.down_proj, router.top_k)
+        if packed_names(experts) or not ops.fuses_moe_step(x, *weights):
+            return None
+        weight, bias, eps = normed
+        return ops.moe_step(
+            x,
+            *weights,
+            activation=experts.activation,
+            logit_bias=router.bias,
+            scores=router.scores,
+            up_bias=experts.up_bias,
+            down_bias=experts.down_bias,
+            norm_weight=weight,
+            norm_bias=bias,
+            eps=eps,
+        )
+
+    def why_not_fused(self) -> str | None:
+        """Which option the kernels of a whole step know nothing of; None if they know all of this layer's."""
+        if self.shared is not None:
+            return "n_shared_experts > 0: the kernels of a step know no shared experts"
+        if self.experts.group is not None:
+            return "the experts are spread over processes: the kernels of a step read all of them"
+        return None
 
     def prepare(self, buffers: Any, x: Tensor, y: Tensor) -> Prepared:
         here = plain(self, MoE) and plain(self.router, Router) and plain(self.experts, Experts)

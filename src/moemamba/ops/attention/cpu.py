@@ -37,6 +37,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor
         y = _attend(dense_rows(q), dense_rows(k), dense_rows(v), visible)
     if y is not None:
         return y
+    visible = reference.causal(q, k) if visible is None else visible
     mask = None if visible is None else visible[:, None]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=visible is None, enable_gqa=k.shape[1] < q.shape[1]
@@ -70,6 +71,13 @@ def rotary(x: Tensor, place: Tensor, base: float) -> Tensor:
     return y
 
 
+def attention_step(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, place: Tensor, base: float | None
+) -> Tensor:
+    """See `moemamba.ops.attention_step`."""
+    return reference.step_by(attention, rotary, qkv, keys, values, positions, place, base)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor | None:
     """By the kernel; None where it cannot read what it is given."""
     (batch, heads, length, width), keys = q.shape, k.shape[2]
@@ -80,7 +88,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor |
     if visible is not None:
         marks = visible.expand(batch, length, keys).contiguous()
     seen = 0 if marks is None else marks.data_ptr()
-    run(_spans, batch * length, batch * length * keys, length, keys, seen, spans.data_ptr())
+    work = batch * length * keys if seen else 0
+    run(_spans, batch * length, work, length, keys, seen, spans.data_ptr())
     tasks = batch * heads * -(-length // TASK)
     run(
         _attention,
@@ -141,7 +150,8 @@ def _spans(first: int, last: int, length: int, keys: int, visible: int, spans: i
     """(b l, 2): the first key that a query sees, and how many; as a negative number where some between are not seen."""
     span = integers(spans, (last, 2))
     for position in range(first, last):
-        begin, count, end = 0, position % length + 1, position % length
+        end = keys - length + position % length
+        begin, count = 0, end + 1
         if visible:
             mark = bytes_at(visible + position * keys, (keys,))
             begin, count, end = keys, 0, -1

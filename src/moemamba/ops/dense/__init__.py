@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..arguments import expect
 from ..choice import Door, choose, compute, declare, readable
+from ..experts import ACTIVATIONS
 from ..kit.packed import Weight
 from . import reference
 
@@ -70,6 +71,70 @@ def prepare_rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Callab
     return prepare(x, weight, eps, y)
 
 
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    """`activation(norm(x) @ weight.T + bias)`: how a sub-layer of one decoded token begins. No gradients.
+
+    Args:
+        x: (b, d).
+        weight, bias: (f, d), (f,); of gated activations 2f, the gate's first.
+        norm_weight: (d,) of the root-mean-square norm; norm_bias: (d,) with it of layer normalisation; None: no norm.
+        activation: see `ops.expert_feedforward`; None: none.
+    Returns:
+        (b, f).
+    """
+    expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    expect("bias", bias, (weight.shape[0],))
+    expect("norm_weight", norm_weight, (x.shape[-1],))
+    expect("norm_bias", norm_bias, (x.shape[-1],))
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    arguments = (x, weight, bias, norm_weight, norm_bias, eps, activation)
+    return compute("norm_linear", *arguments)  # type: ignore[no-any-return]
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`residual + x @ weight.T + bias`: how a sub-layer of one decoded token ends. No gradients.
+
+    Args:
+        x: (b, f).
+        weight, bias: (d, f), (d,).
+        residual: (b, d).
+    Returns:
+        (b, d).
+    """
+    expect("weight", weight, (weight.shape[0], x.shape[-1]))
+    expect("bias", bias, (weight.shape[0],))
+    expect("residual", residual, (x.shape[0], weight.shape[0]))
+    return compute("linear_add", x, weight, bias, residual)  # type: ignore[no-any-return]
+
+
+def _supports_step(x: Tensor, *others: Any) -> str | None:
+    return (
+        f"its weights are of {others[0].dtype}, and x of {x.dtype}" if others and others[0].dtype != x.dtype else None
+    )
+
+
+def _norm_linear_triton() -> Callable[..., Any]:
+    from .triton_step import norm_linear
+
+    return norm_linear
+
+
+def _linear_add_triton() -> Callable[..., Any]:
+    from .triton_step import linear_add
+
+    return linear_add
+
+
 def _linear_cpu() -> Callable[..., Any]:
     from ..kit.cpu.product import linear
 
@@ -91,3 +156,6 @@ def _rms_norm_cpu() -> Callable[..., Any]:
 declare("linear", reference.linear, cpu=Door(_linear_cpu))
 declare("linear_beside", reference.linear_beside, triton=Door(_linear_beside_triton))
 declare("rms_norm", reference.rms_norm, cpu=Door(_rms_norm_cpu))
+_STEP = {"holds": "no gradient", "supports": _supports_step, "asked": True}
+declare("norm_linear", reference.norm_linear, triton=Door(_norm_linear_triton, **_STEP))  # type: ignore[arg-type]
+declare("linear_add", reference.linear_add, triton=Door(_linear_add_triton, **_STEP))  # type: ignore[arg-type]

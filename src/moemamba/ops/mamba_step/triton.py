@@ -8,9 +8,9 @@ import triton
 from torch import Tensor
 
 from ..kit.triton import launch, overlap
+from ..kit.triton_step import depth
 from . import triton_cuts as cuts
 from . import triton_many as triton_step_many
-from .triton_cuts import depth
 from .triton_kernels import best_kernel, choose_kernel, enter_kernel, leave_kernel, scan_kernel
 
 

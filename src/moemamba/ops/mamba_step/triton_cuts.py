@@ -3,21 +3,10 @@
 All choices depend on shapes alone, so that nothing is searched for at the first token.
 """
 
-from typing import Any, NamedTuple
-
-import triton
+from ..kit.triton_step import Cut
 
 WIDEST = 8192  # d_inner that these kernels are cut for; wider layers fill the GPU with ordinary products
 MANY = 16  # rows from which a layer's projections are products of the library (`triton_many.py`)
-
-
-class Cut(NamedTuple):
-    """How a kernel is cut into the work of programs: rows of the batch, columns of its output, terms of a sum."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
 
 
 # Of each kernel, by the most rows of a batch; None is any number.
@@ -36,10 +25,3 @@ CUTS: dict[str, dict[int | None, Cut]] = {
 def cut(kernel: str, batch: int) -> Cut:
     """The entry of CUTS."""
     return next(how for most, how in CUTS[kernel].items() if most is None or batch <= most)
-
-
-def depth(how: Cut, length: int) -> dict[str, Any]:
-    """How the sum over `length` is cut."""
-    most = 32768 if how.warps > 4 else 8192  # weights that a program's registers hold
-    size = max(16, min(how.depth, most // how.columns, triton.next_power_of_2(length)))
-    return {"DEPTH": size, "CHUNKS": triton.cdiv(length, size), "DOT": how.rows > 1}

@@ -14,32 +14,7 @@ import triton
 import triton.language as tl
 
 from ..kit.triton import matrix, ready, vector
-
-
-@triton.jit
-def _product(x, w, DOT: tl.constexpr):
-    """x (ROWS, K) float32 times w (C, K) transposed: (ROWS, C) float32."""
-    if DOT:
-        out = tl.dot(x.to(w.dtype), tl.trans(w), input_precision="tf32x3")
-    else:
-        out = tl.sum(w.to(tl.float32) * x, 1)[None, :]
-    return out
-
-
-@triton.jit
-def _moments(x, rows, batch, d, eps, NORM: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean (zero for NORM 1, root mean square) and inverse deviation of each row."""
-    column = tl.arange(0, DEPTH)
-    mean = tl.zeros((rows.shape[0],), tl.float32)
-    square = tl.zeros((rows.shape[0],), tl.float32)
-    if NORM == 2:
-        for c in tl.static_range(CHUNKS):
-            mean += tl.sum(matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32), 1) / d
-    for c in tl.static_range(CHUNKS):
-        v = matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32) - mean[:, None]
-        v = tl.where((c * DEPTH + column < d)[None, :], v, 0.0)
-        square += tl.sum(v * v, 1) / d
-    return mean, tl.rsqrt(square + eps)
+from ..kit.triton_step import moments, product
 
 
 @triton.jit
@@ -68,7 +43,7 @@ def enter_kernel(
             shift = vector(norm_bias, column, d)
     ready(PDL)
     if NORM:
-        mean, inverse = _moments(x, rows, batch, d, eps, NORM, DEPTH, CHUNKS)
+        mean, inverse = moments(x, rows, batch, d, eps, NORM, DEPTH, CHUNKS)
     u = tl.zeros((ROWS, C), tl.float32)
     z = tl.zeros((ROWS, C), tl.float32)
     for c in tl.static_range(CHUNKS):
@@ -76,8 +51,8 @@ def enter_kernel(
         if NORM:
             h = (h - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
             h = h.to(x.dtype.element_ty).to(tl.float32)
-        u += _product(h, wu, DOT)
-        z += _product(h, wz, DOT)
+        u += product(h, wu, DOT)
+        z += product(h, wz, DOT)
         if c + 1 < CHUNKS:
             wu = matrix(in_proj, channel, width, (c + 1) * DEPTH + column, d)
             wz = matrix(gate, channel, width, (c + 1) * DEPTH + column, d)
@@ -99,7 +74,7 @@ def enter_kernel(
     total = (total * tl.sigmoid(total)).to(x.dtype.element_ty).to(tl.float32)
     tl.store(u_out + place, total, mask=inside)
     tl.store(z_out + place, z, mask=inside)
-    share = _product(total, wp, DOT)
+    share = product(total, wp, DOT)
     where = parts + (tile * batch + rows[:, None]).to(tl.int64) * P + p[None, :]
     tl.store(where, share, mask=(rows < batch)[:, None] & (p < P)[None, :])
 
@@ -156,7 +131,7 @@ def leave_kernel(
     if residual is not None:
         total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     for c in tl.static_range(CHUNKS):
-        total += _product(matrix(y, rows, batch, c * DEPTH + column, width).to(tl.float32), w, DOT)
+        total += product(matrix(y, rows, batch, c * DEPTH + column, width).to(tl.float32), w, DOT)
         if c + 1 < CHUNKS:
             w = matrix(weight, feature, d, (c + 1) * DEPTH + column, width)
     tl.store(out + place, total, mask=inside)
@@ -182,7 +157,7 @@ def best_kernel(
         w = matrix(weight, word, words, column, d)
         ready(PDL)
         for c in tl.static_range(CHUNKS):
-            total += _product(matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32), w, DOT)
+            total += product(matrix(x, rows, batch, c * DEPTH + column, d).to(tl.float32), w, DOT)
             if c + 1 < CHUNKS:
                 w = matrix(weight, word, words, (c + 1) * DEPTH + column, d)
     logits = total.to(x.dtype.element_ty).to(tl.float32)

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kit.triton import launch, matrix, overlap, ready, vector
+from ..kit.triton_step import moments, product
 from . import triton_cuts as cuts
-from .triton_kernels import _moments, _product
 
 SHARES = 8  # of x_proj's sum at most; every program of `widen_kernel` adds them up
 STATES = 4096  # that a program's registers hold
@@ -93,7 +93,7 @@ def norm_kernel(
     if NORM == 2:
         shift = vector(bias, column, d)
     ready(PDL)
-    mean, inverse = _moments(x, rows, batch, d, eps, NORM, DEPTH, CHUNKS)
+    mean, inverse = moments(x, rows, batch, d, eps, NORM, DEPTH, CHUNKS)
     for c in tl.static_range(CHUNKS):
         column = c * DEPTH + tl.arange(0, DEPTH)
         if c > 0:
@@ -145,7 +145,7 @@ def share_kernel(
     sums = tl.zeros((ROWS, P), tl.float32)
     ready(PDL)
     for c in tl.static_range(CHUNKS):
-        sums += _product(matrix(u, rows, batch, channel + c * C, width), w, True)
+        sums += product(matrix(u, rows, batch, channel + c * C, width), w, True)
         if c + 1 < CHUNKS:
             w = matrix(x_proj, p, chosen, channel + (c + 1) * C, width)
     where = parts + (share * batch + rows[:, None]).to(tl.int64) * P + p[None, :]
@@ -176,7 +176,7 @@ def widen_kernel(
     w = matrix(dt_proj, channel, width, tl.arange(0, R), r)
     bias = vector(dt_bias, channel, width)
     ready(PDL)
-    step = _product(_summed(parts, 0, rows, batch, r, shares, P, T, R), w, True) + bias[None, :]
+    step = product(_summed(parts, 0, rows, batch, r, shares, P, T, R), w, True) + bias[None, :]
     step = tl.maximum(step, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(step)))
     place = rows[:, None].to(tl.int64) * width + channel[None, :]
     tl.store(dt + place, step, mask=(rows < batch)[:, None] & (channel < width)[None, :])
