@@ -3,6 +3,7 @@
     python benchmarks/decoding.py                               # this version alone
     python benchmarks/decoding.py --against ../parent/src       # and another source tree, in turns
     python benchmarks/decoding.py --transformers                # and the Mamba of transformers, of the same sizes
+    python benchmarks/decoding.py --int8                        # and this version with weights of 8 bits
     python benchmarks/decoding.py --gpu [--tune]                # on a GPU instead; see captured.py
 
 Random weights, prompts of 16 tokens, the most likely token each; tokens a second of whole steps of the engine, the best
@@ -11,11 +12,13 @@ reads. Then prompts of 2,048 tokens. Each turn is a process of its own. The last
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,26 @@ def prompts(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def build(name: str) -> Any:
+def build(name: str, int8: bool) -> Any:
     from moemamba import MoEMamba, preset
 
     torch.manual_seed(0)
-    return MoEMamba(preset(name)).eval().requires_grad_(False)
+    model = MoEMamba(preset(name)).eval().requires_grad_(False)
+    if int8:
+        from moemamba.layers.quantised import quantise
+
+        quantise(model)
+    return model
 
 
 def decode(model: Any, rows: int, steps: int) -> float:
-    """CPU seconds of a step."""
-    from moemamba.inference import Engine, Request, Sampling
+    """CPU seconds of a step; of a version without an engine, of a token more of `generate`."""
+    try:
+        from moemamba.inference import Engine, Request, Sampling
+    except ImportError:
+        from moemamba import generate
+
+        return longer(lambda count: generate(model, prompts(rows, PROMPT), count, temperature=0), steps)
 
     engine = Engine(model, rows)
     for prompt in prompts(rows, PROMPT).tolist():
@@ -50,6 +63,17 @@ def decode(model: Any, rows: int, steps: int) -> float:
     for _ in range(steps):
         engine.step()
     return (time.process_time() - begun) / steps
+
+
+def longer(generate: Callable[[int], object], steps: int) -> float:
+    """CPU seconds of each of the last tokens of a longer answer."""
+    generate(WARM)  # compiles kernels
+    times = []
+    for count in (WARM, WARM + steps):
+        begun = time.process_time()
+        generate(count)
+        times.append(time.process_time() - begun)
+    return (times[1] - times[0]) / steps
 
 
 @torch.inference_mode()
@@ -71,13 +95,16 @@ def prefill(model: Any) -> float:
     return time.process_time() - begun
 
 
-def worker(models: list[str], batches: list[int], steps: int) -> dict[str, Any]:
+def worker(models: list[str], batches: list[int], steps: int, int8: bool = False) -> dict[str, Any]:
+    from moemamba import MoEMamba
+
     found: dict[str, Any] = {}
+    recorded = "record" in inspect.signature(MoEMamba.forward).parameters
     for name in models:
-        model = build(name)
+        model = build(name, int8)
         found[name] = {
             "step": {str(rows): min(decode(model, rows, max(4, steps // rows)) for _ in range(3)) for rows in batches},
-            "hit": {str(rows): hit(model, rows) for rows in batches},
+            "hit": {str(rows): hit(model, rows) for rows in batches if recorded},
             "prompt": min(prefill(model) for _ in range(2)),
         }
     return found
@@ -102,13 +129,12 @@ def transformers_worker(models: list[str], batches: list[int], steps: int) -> di
         model = transformers.MambaForCausalLM(own).eval()
         times = {}
         for rows in batches:
-            best = []
-            for count in (WARM, WARM + max(4, steps // rows)):
-                run = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-                begun = time.process_time()
-                model.generate(prompts(rows, PROMPT), **run)
-                best.append(time.process_time() - begun)
-            times[str(rows)] = (best[1] - best[0]) / (max(4, steps // rows))
+            read = prompts(rows, PROMPT)
+            run = {"do_sample": False, "pad_token_id": 0}
+            times[str(rows)] = longer(
+                lambda count: model.generate(read, max_new_tokens=count, min_new_tokens=count, **run),  # noqa: B023
+                max(4, steps // rows),
+            )
         found[next(name for name in models if preset(name) == config)] = {"step": times}
     return found
 
@@ -152,8 +178,9 @@ def show(sides: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
                     line += f"; {side} {int(rows) / values[name]['step'][rows]:7.0f}, {ratio:4.2f} times that"
             print(line)
         line = f"{name:18} prompt of {LONG}: {ours[name]['prompt']:6.3f} s"
-        if "before" in sides:
-            line += f"; before {sides['before'][name]['prompt']:6.3f} s"
+        for side in ("int8", "before"):
+            if side in sides:
+                line += f"; {side} {sides[side][name]['prompt']:6.3f} s"
         print(line)
 
 
@@ -163,11 +190,12 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 3, 4, 5, 8, 16, 64])
     parser.add_argument("--against", type=Path, help="source folder of another version")
     parser.add_argument("--transformers", action="store_true", help="measure its Mamba too")
+    parser.add_argument("--int8", action="store_true", help="measure weights of 8 bits too")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=96, help="steps of one row; fewer of more rows")
+    parser.add_argument("--worker", choices=("ours", "int8", "before", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--gpu", action="store_true", help="on a GPU, kernels asked for beside those chosen unasked")
     parser.add_argument("--tune", action="store_true", help="with --gpu: try other cuts of the experts' kernels")
-    parser.add_argument("--worker", choices=("ours", "before", "transformers"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.gpu:
         if args.batches == parser.get_default("batches"):
@@ -176,10 +204,16 @@ def main() -> None:
         return
     if args.worker:
         torch.set_num_threads(1)
-        measure = transformers_worker if args.worker == "transformers" else worker
-        print(json.dumps(measure(args.models, args.batches, args.steps)))
+        asked = (args.models, args.batches, args.steps)
+        print(
+            json.dumps(
+                transformers_worker(*asked) if args.worker == "transformers" else worker(*asked, args.worker == "int8")
+            )
+        )
         return
     sources = {"ours": SOURCE}
+    if args.int8:
+        sources["int8"] = SOURCE
     if args.against:
         sources["before"] = args.against.resolve()
     if args.transformers:

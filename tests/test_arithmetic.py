@@ -19,6 +19,7 @@ from moemamba import ModelConfig, MoEMamba, State, ops
 from moemamba.config import AttentionConfig, ExpertsConfig, FeedForwardConfig, RoutedMambaConfig
 from moemamba.counting import state_bytes
 from moemamba.inference import Engine, Request, Sampling
+from moemamba.layers.quantised import quantise
 
 SETTINGS = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 EXPERTS = ExpertsConfig(5, d_expert=40, top_k=2, n_shared_experts=1)
@@ -37,6 +38,8 @@ SMALL = {
     "F silu": ModelConfig("F", d_model=40, vocab_size=37, feedforward=FeedForwardConfig(57, activation="silu")),
     "(MAE)F": ModelConfig("(MAE)F", d_model=48, vocab_size=37, attention=AttentionConfig(2), experts=EXPERTS),
 }
+INT8 = " in 8 bits"
+SMALL |= {f"{name}{INT8}": SMALL[name] for name in ("(MAE)F", "M odd", "R", "E gelu_erf")}
 LARGE = {
     f"{pattern} {d_model}": ModelConfig(
         pattern,
@@ -50,6 +53,7 @@ LARGE = {
     for pattern in ("ME", "AF", "R", "(ME)")
     for d_model in (256, 512)
 }
+LARGE |= {f"{name}{INT8}": LARGE[name] for name in ("ME 256", "(ME) 512")}
 MIXING = [name for name, config in SMALL.items() if state_bytes(config, 1)]
 BATCHES = (1, 2, 3, 4, 5, 7, 64)
 CUTS = (1, 2, 3, 63, 64, 65, 2049)
@@ -62,6 +66,8 @@ def build(name):
     with torch.no_grad():  # away from the special values of the initialisation
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
+    if name.endswith(INT8):
+        quantise(model)
     return model.requires_grad_(False)
 
 

@@ -31,7 +31,7 @@ ROOMS = {
     "state": "layers tensors",
     "initialisation": "layers",
     "model": "initialisation layers ops state",
-    "checkpoint": "device model tensors",
+    "checkpoint": "device layers model tensors",
     "data": "",
     "distributed": "device initialisation layers model",
     "training": "checkpoint data device distributed initialisation layers model ops state tensors",

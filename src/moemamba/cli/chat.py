@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..host.terminal import say, visible
 from ..inference.config import Sampling
 from ..reading import validate
+from .loading import Loading
 from .options import Merged, Place, Positional
 from .terminal import parse, show
 
@@ -43,8 +44,7 @@ class Chat:
     """a message that begins each conversation and says how to answer; for models with a chat template"""
     chat_template: Place | None = None
     """a Jinja file that makes a prompt of a conversation; that of the model if None"""
-    device: str = "auto"
-    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
+    loading: Merged[Loading] = field(default_factory=Loading)
 
     def __post_init__(self) -> None:
         validate(self, positive=("max_new_tokens",), not_negative=("seed",))
@@ -187,14 +187,14 @@ class Talk:
 
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Chat, arguments, "chat")
-    from ..checkpoint import find_model, load
+    from ..checkpoint import find_model
     from ..host.files import expanded
     from ..inference import Engine, StateCache
     from ..serving.openai.templates import find_template
     from ..serving.refusal import Refusal
 
     folder = find_model(expanded(asked.run))
-    model, tokenizer = load(folder, asked.device)
+    model, tokenizer = asked.loading.load(folder)
     template = find_template(folder, asked.chat_template, tokenizer)
     if asked.system and template is None:
         raise ValueError("--system needs a model with a chat template, or --chat-template FILE")

@@ -1,13 +1,14 @@
 """`moemamba eval`: how well a run's model predicts a text."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.config import DataConfig
 from ..host.files import expanded
 from ..reading import validate
-from .options import Place, Positional
+from .loading import Loading
+from .options import Merged, Place, Positional
 from .terminal import parse, show, show_json
 from .train import begun
 
@@ -39,8 +40,7 @@ class Eval:
     """a folder with the questions as JSON lines, such as piqa/piqa_val_llmfoundry.jsonl; the hub if None"""
     limit: int | None = None
     """questions of each task at most; all if None"""
-    device: str = "auto"
-    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
+    loading: Merged[Loading] = field(default_factory=Loading)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """number format of activations"""
     by_position: bool = False
@@ -84,10 +84,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     import torch
 
-    from ..checkpoint import load
     from ..training.evaluate import BLOCKS, evaluate
 
-    model, tokenizer = load(asked.run, asked.device)
+    model, tokenizer = asked.loading.load(asked.run)
     path = expanded(asked.run)
     above = (path, *path.resolve().parents)[:4]  # a run, a checkpoint of one, its averaged weights; else a model alone
     run = next(filter(None, map(begun, above)), None)
@@ -161,7 +160,7 @@ def _ask(asked: Eval, tasks: Sequence[str]) -> None:
     """Questions in place of a text."""
     from ..integrations.lm_eval import MoEMambaLM, evaluate
 
-    model = MoEMambaLM(asked.run, asked.batch_size, asked.device)
+    model = MoEMambaLM(asked.loading.load(asked.run), asked.batch_size)
     scores = evaluate(model, tasks, asked.tasks_data, asked.limit)
     if asked.json:
         show_json({"tasks": [asdict(score) for score in scores]})

@@ -13,6 +13,7 @@ from ..host.files import expanded
 from ..host.terminal import visible
 from ..inference.config import Sampling
 from ..reading import validate
+from .loading import Loading
 from .options import Merged, Place, Positional, Repeated
 from .terminal import parse
 
@@ -49,8 +50,7 @@ class Generate:
     """a number that makes the text repeatable; another each time if None"""
     stop: Repeated[tuple[str, ...]] = ()
     """a text that ends the answer and is not printed; give the option again for more than one"""
-    device: str = "auto"
-    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
+    loading: Merged[Loading] = field(default_factory=Loading)
 
     def __post_init__(self) -> None:
         validate(self, positive=("samples", "slots"))
@@ -72,9 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
             prompt = sys.stdin.read()
         prompt = _expect_text(prompt or "", "the prompt")
-    from ..checkpoint import load
-
-    model, tokenizer = load(asked.run, asked.device)
+    model, tokenizer = asked.loading.load(asked.run)
     if asked.several:
         _write_all(asked, model, tokenizer, prompt)
     else:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Info, arguments, "info")
     config = find_config(asked.model)
     if asked.json:
-        show_json(_numbers(config, asked.context))
+        show_json(_numbers(config, asked.context, on_disk(asked.model)))
         return
     line(f"{config.pattern} × {config.n_blocks}, d_model {config.d_model}")
     print()
@@ -43,6 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     print()
     show(costs(config, asked.context))
     print()
+    if stored := on_disk(asked.model):
+        show([("on disk", size(sum(stored.values())), ", ".join(f"{size(n)} of {kind}" for kind, n in stored.items()))])
+        print()
     show(exports(config))
 
 
@@ -75,7 +78,21 @@ def _is_text(file: Path) -> bool:
     return file.suffix.lower() != ".json" and begins != b"{"
 
 
-def _numbers(config: ModelConfig, context: int) -> dict[str, Any]:
+def on_disk(source: str) -> dict[str, int]:
+    """Bytes of the weights of a run or a model by number format, the most first; empty where there are none yet."""
+    if source in PRESETS or not expanded(source).is_dir():
+        return {}
+    from ..checkpoint import newest_of, open_weights
+
+    found: dict[str, int] = {}
+    if folder := newest_of(expanded(source)):
+        for tensor in open_weights(folder).values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            found[kind] = found.get(kind, 0) + tensor.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _numbers(config: ModelConfig, context: int, stored: dict[str, int]) -> dict[str, Any]:
     """What the tables say, for programs."""
     count = count_parameters(config)
     weights = count.total + count.embedding
@@ -91,6 +108,7 @@ def _numbers(config: ModelConfig, context: int) -> dict[str, Any]:
             "gradients": 4 * weights,
             "optimizer": 8 * weights,
             "state": state_bytes(config, context),
+            "stored": stored,
         },
         "exports": {name: {"possible": not reasons, "reasons": reasons} for name, reasons in obstacles(config).items()},
     }

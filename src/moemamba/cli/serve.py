@@ -8,6 +8,7 @@ from typing import Any
 from ..host.terminal import say
 from ..reading import validate
 from ..serving.config import Limits
+from .loading import Loading
 from .options import Merged, Place, Positional, Repeated
 from .terminal import parse
 
@@ -37,8 +38,7 @@ class Serve:
     limits: Merged[Limits] = field(default_factory=Limits)
     drain: float = 30.0
     """seconds that answers under way get once the server has to stop (SIGTERM or Ctrl-C)"""
-    device: str = "auto"
-    """where to compute: cpu, cuda or cuda:1; auto is a GPU where there is one, else the CPU"""
+    loading: Merged[Loading] = field(default_factory=Loading)
 
     def __post_init__(self) -> None:
         validate(self, not_negative=("drain",))
@@ -74,15 +74,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def _loaded(folder: Any, asked: Serve, name: str, tell: Callable[[str], None]) -> dict[str, Any]:
     """The model and what goes with it."""
-    from ..checkpoint import checksums, load
+    from ..checkpoint import checksums
     from ..serving.openai.templates import find_template
 
     tell(f"loading {folder}")
-    model, tokenizer = load(folder, asked.device)
+    model, tokenizer = asked.loading.load(folder)
     return {
         "model": model.requires_grad_(False),
         "tokenizer": tokenizer,
         "name": name,
-        "checksums": checksums(folder),
+        "checksums": checksums(folder) | ({"weights": 8} if asked.loading.weights else {}),
         "template": find_template(folder, asked.chat_template, tokenizer),
     }

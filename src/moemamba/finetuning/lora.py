@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layers.quantised import expect_full
+
 MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj", "qkv_proj", "up_proj", "down_proj", "conv_proj", "gate_proj")
 """modules, or stacks of matrices in a module of experts, that get small ones"""
 
@@ -42,6 +44,7 @@ def attach(model: nn.Module, rank: int, alpha: float | None = None) -> list[nn.P
     Returns:
         the parameters that are to be trained.
     """
+    expect_full(model)
     model.requires_grad_(False)
     found: list[nn.Parameter] = []
     places = [(module, name, list(module._parameters)) for module, name in matrices(model)]

@@ -17,6 +17,7 @@ from ..checkpoint import find_model, load, saveable, write_model
 from ..host.files import expanded, new_directory, read_text, replace
 from ..host.progress import Report
 from ..layers import roles
+from ..layers.quantised import expect_full
 from ..model import MoEMamba
 from .config import FinetuneConfig
 from .examples import Example, read_examples
@@ -50,6 +51,7 @@ def finetune(run: str | Path, out: str | Path, config: FinetuneConfig, report: R
     """
     report = report or Report()
     model, tokenizer = load(run, config.device)
+    expect_full(model)
     template = Template(find_template(expanded(run), config.template), tokenizer)
     examples = read_examples(config.data, template, config.answers_only, config.held_out, config.context)
     train, held = ([e for e in examples if e.held_out is kept] for kept in (False, True))

@@ -16,6 +16,7 @@ from ..checkpoint import foreign_parts
 from ..config import ExpertsConfig, ModelConfig, RoutedMambaConfig
 from ..layers import routers
 from ..layers.moe.experts import Experts, LinearExperts
+from ..layers.quantised import expect_full
 from ..letters import LETTERS
 from ..model import MoEMamba
 
@@ -121,6 +122,8 @@ def average(models: Sequence[MoEMamba], weights: Sequence[float] | None = None) 
     shares = [1.0] * len(models) if weights is None else list(weights)
     if len(shares) != len(models) or sum(shares) == 0:
         raise ValueError(f"weights is {shares}; give one for each of the {len(models)} models, whose sum is not 0")
+    for model in models:
+        expect_full(model)
     states = [model.state_dict() for model in models]
     if len({frozenset(state) for state in states}) > 1:
         raise ValueError("the models have different parts; only weights that belong together have a mean")
@@ -175,6 +178,7 @@ def _with_counts(config: ModelConfig, counts: Sequence[int]) -> ModelConfig:
 
 def _empty(model: MoEMamba, config: Any) -> MoEMamba:
     """A model to be filled, like another."""
+    expect_full(model)
     like = next(model.parameters())
     with torch.device("meta"):
         made = MoEMamba(config)

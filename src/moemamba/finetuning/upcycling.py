@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checkpoint import load, model_tensors, write_model
 from ..config import ExpertsConfig, ModelConfig, parse_pattern
 from ..host.files import expanded, new_directory
+from ..layers.quantised import expect_full
 from ..model import MoEMamba
 
 
@@ -53,11 +54,12 @@ def upcycle(
             and all tokens choose the same copy until a balance loss or bias moves them; 0.001 spreads them at once.
         seed: of what is drawn.
     Raises:
-        ValueError: the model has experts already, or the numbers do not fit.
+        ValueError: the model has experts already, or weights of 8 bits, or the numbers do not fit.
         FileExistsError: there is something at `out`.
         OSError: it cannot be read or written.
     """
     dense, tokenizer = load(run)
+    expect_full(dense)
     config = upcycled_config(dense.config, n_experts, top_k, granularity, d_expert)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

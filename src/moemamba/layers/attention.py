@@ -15,6 +15,7 @@ from .layer import Layer, Result
 from .linear import Linear, fusible_norm, weights_of
 from .placing import placed
 from .plain import plain
+from .quantised import weight_of
 from .roles import MATRIX, Role, composed
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Attention(Layer):
         self, rows: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> AttentionState:
         """The state before any token, without keys, of `rows` sequences; device and dtype as the weights' if None."""
-        weight = self.out_proj.weight
+        weight = weight_of(self.out_proj, "weight")
         device, width = device or weight.device, self.out_proj.in_features // self.n_heads
         keys = torch.zeros(rows, self.n_kv_heads, 0, width, device=device, dtype=dtype or weight.dtype)
         return AttentionState(keys, keys.clone(), torch.zeros(rows, 0, dtype=torch.int64, device=device))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.arguments import autocasts
+from ..ops.kit.packed import Weight
 from ..ops.mamba_step import Inner
 from ..ops.packing import without_padding
 from .layer import Layer, Prepared, Result
@@ -51,13 +52,13 @@ class MambaState(NamedTuple):
 class StepWeights(NamedTuple):
     """What `ops.mamba_step` reads of a layer, in its order."""
 
-    in_proj: Tensor
+    in_proj: Weight
     """(2i, d), the gate's rows last"""
     conv_weight: Tensor
     """(i, k)"""
     conv_bias: Tensor
     """(i,)"""
-    x_proj: Tensor
+    x_proj: Weight
     """(r + 2n, i), rows of dt, B and C"""
     dt_proj: Tensor
     """(i, r)"""
@@ -67,7 +68,7 @@ class StepWeights(NamedTuple):
     """(i, n)"""
     D: Tensor
     """(i,)"""
-    out_proj: Tensor
+    out_proj: Weight
     """(d, i)"""
     inner: Inner | None = None
     """the norms of dt, B and C"""
@@ -333,6 +334,7 @@ class Mamba(SelectiveSSM):
         if not (in_proj and conv1d and x_proj and dt_proj and out_proj and inner is not False):
             return None
         taps, shift = conv1d
+        assert isinstance(taps, Tensor)
         inside = (*x_proj, *dt_proj, self.A_log, self.D)
         return StepWeights._make((*in_proj, taps.squeeze(1), shift, *inside, *out_proj, inner))
 

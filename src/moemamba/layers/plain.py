@@ -1,11 +1,14 @@
 """Whether a module still is what it was built as, so that its arithmetic may be done elsewhere.
 
 Elsewhere means: by an op that reads the module's parameters, or those of several, without calling it. Whoever asks gets
-a reason, in words. A direct call asks each time, so asking is cheap.
+a reason, in words. A direct call asks each time, so asking is cheap. Weights of 8 bits are of the kinds it is built of.
 """
 
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
+
+from ..ops.kit.packed import Weight
+from .quantised import packed_names, weight_of
 
 _HOOKS = {
     "_forward_hooks": "a forward hook",
@@ -86,9 +89,12 @@ def reasons(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def weights_alone(layer: nn.Module, kind: type[nn.Module], count: int) -> tuple[Tensor, ...]:
-    """The `count` parameters of a plain layer; nothing if it is not, or has another number of them."""
+def weights_alone(layer: nn.Module, kind: type[nn.Module], count: int) -> tuple[Weight, ...]:
+    """The `count` parameters of a plain layer, a weight of 8 bits first; nothing if it is not plain, or has another
+    number of them."""
     if not plain(layer, kind):
         return ()
-    given = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    given: list[Weight] = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    if layer._buffers:
+        given = [weight_of(layer, name) for name in packed_names(layer)] + given
     return tuple(given) if len(given) == count else ()

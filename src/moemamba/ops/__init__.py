@@ -26,6 +26,7 @@ from .dense import linear, linear_add, linear_beside, norm_linear, prepare_rms_n
 from .derivatives import transformed
 from .experts import activate, expert_feedforward, expert_linear, prepare_experts
 from .head import linear_cross_entropy
+from .kit.packed import Packed, pack, unpacked
 from .mamba_step import fuses_mamba_step, linear_argmax, mamba_step, mamba_step_of, prepare_mamba_step
 from .moe_step import fuses_moe_step, moe_step, why_not_moe_step
 from .router import prepare_router, router, router_choices, router_means
@@ -33,6 +34,7 @@ from .scan import selective_scan
 
 __all__ = [
     "BACKENDS",
+    "Packed",
     "activate",
     "attention",
     "attention_step",
@@ -55,6 +57,7 @@ __all__ = [
     "mamba_step_of",
     "moe_step",
     "norm_linear",
+    "pack",
     "prepare_experts",
     "prepare_mamba_step",
     "prepare_rms_norm",
@@ -66,6 +69,7 @@ __all__ = [
     "router_means",
     "selective_scan",
     "transformed",
+    "unpacked",
     "why_not",
     "why_not_moe_step",
 ]

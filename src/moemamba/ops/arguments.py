@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .derivatives import transformed
+from .kit.packed import Weight
 
 
 def autocasts(device: str) -> bool:
@@ -50,14 +51,14 @@ def gradients_like(*inputs: Tensor | None) -> list[Tensor]:
     return [like.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
 
 
-def sizes(name: str, tensor: Tensor, letters: str) -> torch.Size:
+def sizes(name: str, tensor: Weight, letters: str) -> torch.Size:
     """The shape of an argument, one size for each of these letters ("b, l, i"); a ValueError if it has not as many."""
-    if tensor.ndim != letters.count(",") + 1:
+    if len(tensor.shape) != letters.count(",") + 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({letters})")
     return tensor.shape
 
 
-def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+def expect(name: str, tensor: Weight | None, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless an argument, where it is given, has this shape."""
     if tensor is not None and tensor.shape != shape:  # a torch.Size is a tuple; to copy it takes a microsecond
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape} from the other arguments")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .derivatives import may_be_transformed, transformed
 from .kit import cuda as cuda_runtime
+from .kit.packed import NO_GRADIENT, Packed, Weight, unpacked
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -145,6 +146,30 @@ def unsupported(door: Door, arguments: tuple[Any, ...]) -> str | None:
 def compute(op: str, *arguments: Any) -> Any:
     """Call `op` in the backend chosen for its arguments: they have the same order in every backend."""
     return implementation(op, choose(op, *arguments))(*arguments)
+
+
+def expect_no_gradient(x: Tensor) -> None:
+    """Of what weights of 8 bits read.
+
+    Raises:
+        RuntimeError: a gradient of it is wanted.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError(NO_GRADIENT)
+
+
+def readable(op: str, x: Tensor, *weights: Weight) -> tuple[Weight, ...]:
+    """Weights as the kernels chosen for x read them: those of 8 bits as they are by the CPU's, others have them dense.
+
+    Raises:
+        RuntimeError: a gradient is wanted through one of 8 bits.
+    """
+    if not any(isinstance(weight, Packed) for weight in weights):
+        return weights
+    expect_no_gradient(x)
+    if x.dtype == torch.float32 and choose(op, x) == "cpu":
+        return weights
+    return tuple(unpacked(weight, x.dtype) for weight in weights)
 
 
 def implementation(op: str, name: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import torch
 from ...checkpoint import load, model_tensors
 from ...config import ModelConfig
 from ...host.files import expanded, new_directory
+from ...layers.quantised import expect_full
 from ...model import MoEMamba
 from ..portability import FORMATS, expect_portable, remark, served
 
@@ -33,13 +34,15 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
         to: a name of `portability.FORMATS`.
         out: the new folder, in which the tokenizer lies too.
     Raises:
-        ValueError: the format has no place for something in the model, with all reasons, or a package is missing.
+        ValueError: the format has no place for something in the model, with all reasons, its weights have 8 bits, or a
+            package is missing.
         FileExistsError: there is something at `out`.
         OSError: it cannot be read or written.
     """
     if to not in FORMATS:
         raise ValueError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}")
     model, tokenizer = load(run)
+    expect_full(model)
     expect_portable(to, model.config)
     _expect_unbiased(to, model)
     from .folder import write_tokenizer

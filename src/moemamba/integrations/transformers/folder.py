@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-from ...checkpoint import find_model
+from ...checkpoint import expect_full_file, find_model
 from ...host.files import expanded, replace
 from .card import model_card
 from .configuration import CODE
@@ -30,12 +30,14 @@ class Folder:
         """As in transformers; a run's directory means its newest checkpoint.
 
         Raises:
-            moemamba.checkpoint.CheckpointError: the run has none.
+            moemamba.checkpoint.CheckpointError: the run has none, or it has weights of 8 bits.
         """
         place, run = pretrained_model_name_or_path, None
         if isinstance(place, str | os.PathLike) and (expanded(place) / "train.json").is_file():
             run = expanded(place)
             place = find_model(run)
+        if isinstance(place, str | os.PathLike):
+            expect_full_file(expanded(place))
         found = super().from_pretrained(place, *args, **kwargs)  # type: ignore[misc]
         (found[0] if isinstance(found, tuple) else found).run = run  # with output_loading_info it is a pair
         return found

@@ -15,6 +15,7 @@ from ..layer import Layer, Prepared, Result
 from ..norm import norm_alone
 from ..placing import placed
 from ..plain import plain
+from ..quantised import packed_names, weight_of
 from ..roles import Role, composed
 from .experts import Experts
 from .router import Router
@@ -160,7 +161,7 @@ class MoE(Layer):
             return None
         assert isinstance(router, Router)
         weights = (router.weight, router.balance_bias, experts.up_proj, experts.down_proj, router.top_k)
-        if not ops.fuses_moe_step(x, *weights):
+        if packed_names(experts) or not ops.fuses_moe_step(x, *weights):
             return None
         weight, bias, eps = normed
         return ops.moe_step(
@@ -202,9 +203,8 @@ class MoE(Layer):
                 scores=router.scores,
             )
             biases = {"up_bias": experts.up_bias, "down_bias": experts.down_bias}
-            compute = ops.prepare_experts(
-                x, indices, gates, experts.up_proj, experts.down_proj, y, activation=experts.activation, **biases
-            )
+            up, down = weight_of(experts, "up_proj"), weight_of(experts, "down_proj")
+            compute = ops.prepare_experts(x, indices, gates, up, down, y, activation=experts.activation, **biases)
         if choose is None or compute is None:
             return super().prepare(buffers, x, y)
         first, second = choose, compute

@@ -1,7 +1,7 @@
 """Expert parallelism: each process of a group holds some of the experts, and the tokens travel to them and back."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...ops.arguments import autocast
+from ...ops.kit.packed import Weight
+
+Held = TypeVar("Held", bound=Weight)
 
 
 def visit_experts(
@@ -55,9 +58,9 @@ def visit_experts(
     return (choices.to(gates.dtype) * gates[..., None]).sum(1).to(y.dtype)
 
 
-def held(weight: Tensor) -> Tensor:
+def held(weight: Held) -> Held:
     """The experts that this process holds of a stack of matrices."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    return weight.to_local() if isinstance(weight, DTensor) else weight  # type: ignore[return-value]
 
 
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> Tensor:

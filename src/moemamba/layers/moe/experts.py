@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...ops.experts import GATED
+from ..quantised import weight_of
 from ..roles import MATRIX, Role
 from .exchange import held, visit_experts
 from .routing import Choice, Routing
@@ -26,6 +27,7 @@ class Experts(nn.Module):
         group: processes that hold equal shares of the experts, in order (`exchange.visit_experts`); None: all are here.
     """
 
+    of_8_bits = ("up_proj", "down_proj")
     up_bias: Tensor | None
     down_bias: Tensor | None
 
@@ -57,11 +59,13 @@ class Experts(nn.Module):
 
     def waits(self) -> bool:
         """Whether computing waits for the host, as the reference does, which reads how many tokens an expert has."""
-        asked = (self.up_proj, self.down_proj, self.activation, self.up_bias, self.down_bias)
-        return ops.choose("expert_feedforward", self.up_proj, None, None, *asked) == "reference"
+        up, down = weight_of(self, "up_proj"), weight_of(self, "down_proj")
+        asked = (up, down, self.activation, self.up_bias, self.down_bias)
+        like = up if isinstance(up, Tensor) else up.scale
+        return ops.choose("expert_feedforward", like, None, None, *asked) == "reference"
 
     def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
-        up, down = held(self.up_proj), held(self.down_proj)
+        up, down = held(weight_of(self, "up_proj")), held(weight_of(self, "down_proj"))
         own = {"up_bias": self.up_bias, "down_bias": self.down_bias}
         biases = {name: None if bias is None else held(bias) for name, bias in own.items()}
         return ops.expert_feedforward(x, indices, gates, up, down, activation=self.activation, **biases)
@@ -69,6 +73,8 @@ class Experts(nn.Module):
 
 class LinearExperts(nn.Module):
     """One matrix an expert: `weight` (e, d_out, d). `group` as in `Experts`."""
+
+    of_8_bits = ("weight",)
 
     def __init__(self, d_model: int, n_experts: int, d_out: int):
         super().__init__()
@@ -88,4 +94,4 @@ class LinearExperts(nn.Module):
         return {"weight": MATRIX._replace(fan_in=self.weight.shape[2], writes_residual=True)}
 
     def _compute(self, x: Tensor, indices: Tensor, gates: Tensor | None = None) -> Tensor:
-        return ops.expert_linear(x, indices, gates, held(self.weight))
+        return ops.expert_linear(x, indices, gates, held(weight_of(self, "weight")))

@@ -6,23 +6,27 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import expect
-from ..choice import Door, choose, compute, declare
+from ..choice import Door, choose, compute, declare, readable
 from ..experts import ACTIVATIONS
+from ..kit.packed import Weight
 from . import reference
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`.
 
     Args:
         x: (..., d).
-        weight: (f, d).
+        weight: (f, d); of 8 bits (`ops.Packed`) it has kernels on the CPU, and is made dense elsewhere.
         bias: (f,).
     Returns:
         (..., f).
+    Raises:
+        RuntimeError: a gradient is wanted through weights of 8 bits.
     """
     expect("weight", weight, (weight.shape[0], x.shape[-1]))
     expect("bias", bias, (weight.shape[0],))
+    (weight,) = readable("linear", x, weight)
     return compute("linear", x, weight, bias)  # type: ignore[no-any-return]
 
 

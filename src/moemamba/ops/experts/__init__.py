@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import autocast, dense, expect, sizes
-from ..choice import Door, choose, compute, declare
+from ..choice import Door, choose, compute, declare, readable
+from ..kit.packed import Weight
 from . import reference
 from .reference import ACTIVATIONS as ACTIVATIONS  # what layers compute alone too
 
@@ -31,14 +32,14 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return compute("grouped_linear", x, weight, counts)
 
 
-def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
+def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Weight) -> Tensor:
     """`y = sum_j gates_j W[indices_j] x`: linear experts over tokens in any order.
 
     Args:
         x: (t, d).
         indices: (t, k) int64, the experts chosen for each token; n_experts where a choice was dropped.
         gates: (t, k) float32 weight of each choice; one if None.
-        weight: (e, o, d).
+        weight: (e, o, d), also of 8 bits: see `ops.linear`.
     Returns:
         (t, o) in x's dtype; zero for a token whose every choice was dropped.
     """
@@ -47,6 +48,7 @@ def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tens
     expect("indices", indices, (tokens, indices.shape[-1]))
     expect("gates", gates, tuple(indices.shape))
     x = autocast(x)
+    (weight,) = readable("expert_linear", x, weight)
     return compute("expert_linear", x, dense(indices), dense(gates), weight)
 
 
@@ -54,8 +56,8 @@ def expert_feedforward(
     x: Tensor,
     indices: Tensor,
     gates: Tensor | None,
-    up: Tensor,
-    down: Tensor,
+    up: Weight,
+    down: Weight,
     *,
     activation: str = "relu",
     up_bias: Tensor | None = None,
@@ -68,7 +70,7 @@ def expert_feedforward(
         indices: (t, k) int64, the experts chosen for each token; n_experts where a choice was dropped.
         gates: (t, k) float32 weight of each choice; one if None.
         up: (e, f, d), or (e, 2f, d) for gated activations: the gate's rows first.
-        down: (e, o, f).
+        down: (e, o, f). Both may be of 8 bits: see `ops.linear`.
         activation: "relu", "gelu" (tanh approximation), "gelu_erf", "silu", "relu2" (the square of relu), or gated
             "swiglu" or "geglu" (exact): the activated first half of `up x`, times its second half.
         up_bias, down_bias: (e, f) or (e, 2f), and (e, o), added to the products.
@@ -86,6 +88,7 @@ def expert_feedforward(
     expect("up_bias", up_bias, (n_experts, rows))
     expect("down_bias", down_bias, down.shape[:2])
     x = autocast(x)
+    up, down = readable("expert_feedforward", x, up, down)
     biases = () if up_bias is None and down_bias is None else (up_bias, down_bias)
     return compute("expert_feedforward", x, dense(indices), dense(gates), up, down, activation, *biases)
 
@@ -94,8 +97,8 @@ def prepare_experts(
     x: Tensor,
     indices: Tensor,
     gates: Tensor,
-    up: Tensor,
-    down: Tensor,
+    up: Weight,
+    down: Weight,
     y: Tensor,
     *,
     activation: str,

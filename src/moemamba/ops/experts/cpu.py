@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kit.op import gradient, op, traced
+from ..kit.packed import Weight, unpacked
 from .cpu_exact import ACTIVATIONS as KINDS
 from .cpu_exact import LINEAR, activated, experts
 from .reference import ACTIVATIONS, dispatch, shifted
@@ -23,11 +24,12 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return _grouped(x, weight, counts)
 
 
-def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Tensor) -> Tensor:
+def expert_linear(x: Tensor, indices: Tensor, gates: Tensor | None, weight: Weight) -> Tensor:
     """See `moemamba.ops.expert_linear`."""
     y = None if traced(x, gates, weight) else experts(x, indices, gates, None, weight, LINEAR)
     if y is not None:
         return y
+    weight = unpacked(weight, x.dtype)
     return dispatch(x, indices, gates, weight.shape[0], lambda rows, counts: _grouped(rows, weight, counts))
 
 
@@ -35,8 +37,8 @@ def expert_feedforward(
     x: Tensor,
     indices: Tensor,
     gates: Tensor | None,
-    up: Tensor,
-    down: Tensor,
+    up: Weight,
+    down: Weight,
     activation: str,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -47,6 +49,7 @@ def expert_feedforward(
         y = experts(x, indices, gates, up, down, KINDS[activation], *biases)
     if y is not None:
         return y
+    up, down = unpacked(up, x.dtype), unpacked(down, x.dtype)
     act = ACTIVATIONS[activation]
 
     def through(rows: Tensor, counts: Tensor) -> Tensor:

@@ -11,14 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, fma, integers, located, new, run, sigmoid, silu
-from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, product
+from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, fma, integers, located, new, paired, run, sigmoid, silu
+from ..kit.cpu.packed import ROWS, room, round_rows
+from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, multiply
 from ..kit.cpu.run import WORTH_THREADS
+from ..kit.packed import Weight
 
 LINEAR, _RELU, _GELU, _SILU, _RELU2, _GELU_ERF, _SWIGLU, _GEGLU = range(8)
 ACTIVATIONS = {"relu": _RELU, "gelu": _GELU, "silu": _SILU, "relu2": _RELU2, "gelu_erf": _GELU_ERF}
 ACTIVATIONS |= {"swiglu": _SWIGLU, "geglu": _GEGLU}
 _GATED = _SWIGLU  # those from here on
+_ROUND = 3  # a phase that weights of 8 bits have between the matrices
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _TWICE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi), and that of the tanh form
 # erf x = 1 - (e1 t + ... + e5 t^5) exp(-x^2) with t = 1 / (1 + p x), to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
@@ -33,8 +36,8 @@ def experts(
     x: Tensor,
     indices: Tensor,
     gates: Tensor | None,
-    up: Tensor | None,
-    down: Tensor,
+    up: Weight | None,
+    down: Weight,
     activation: int,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -44,11 +47,16 @@ def experts(
     sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
     x = x.contiguous()  # bound here, lest it be freed before it is read
     work, y = new(space(sizes, activation)), new(x.shape[0], out)
-    places = located(x, gates, up, down, up_bias, down_bias, work, y)
+    places = located(x, gates, *_matrices(up, down), up_bias, down_bias, work, y)
     if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
         return None
     launch(sizes, activation, False, indices.data_ptr(), *places)
     return y
+
+
+def _matrices(up: Weight | None, down: Weight) -> tuple[Weight | None, ...]:
+    """In the order of the kernel."""
+    return *((None, None) if up is None else paired(up)), *paired(down)
 
 
 def activated(x: Tensor, activation: int) -> Tensor | None:
@@ -68,7 +76,7 @@ def space(sizes: Sizes, activation: int) -> int:
     """Numbers that are kept on the way, integers counted as two."""
     tokens, top_k, n_experts, d, hidden, out = sizes
     between = _rows(hidden, activation)
-    return 2 * (n_experts + 1) + tokens * top_k * (4 + d + between + out)
+    return 2 * (n_experts + 1) + tokens * top_k * (4 + d + between + out + room(max(d, hidden)))
 
 
 def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
@@ -80,9 +88,13 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
     if first + second < WORTH_THREADS or torch.get_num_threads() == 1:
         _alone(0, 1, *sizes, activation, adds, *places)
         return
-    shares, costs = (1, -(-hidden // COLUMNS), -(-out // COLUMNS)), (0, first, second)
-    for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
-        if phase != 1 or activation != LINEAR:
+    for phase, tasks, cost in (
+        (0, 1, 0),
+        (1, -(-hidden // COLUMNS), first),
+        (_ROUND, -(-choices // ROWS), choices * hidden // MULTIPLICATIONS),
+        (2, -(-out // COLUMNS), second),
+    ):
+        if activation != LINEAR or phase in (0, 2):
             run(_experts, tasks, cost, phase, *sizes, activation, adds, *places)
 
 
@@ -90,8 +102,8 @@ def prepare(
     x: Tensor,
     indices: Tensor,
     gates: Tensor,
-    up: Tensor,
-    down: Tensor,
+    up: Weight,
+    down: Weight,
     activation: int,
     y: Tensor,
     up_bias: Tensor | None,
@@ -100,7 +112,7 @@ def prepare(
     """See `moemamba.ops.prepare_experts`."""
     (rows, top_k), (n_experts, out, hidden), d = indices.shape, down.shape, x.shape[1]
     work = new(space((rows, top_k, n_experts, d, hidden, out), activation))
-    tensors = (x, gates, up, down, up_bias, down_bias, work, y)
+    tensors = (x, gates, *_matrices(up, down), up_bias, down_bias, work, y)
     places, chosen = located(*tensors), indices.data_ptr()
     if places is None:
         return None
@@ -208,6 +220,12 @@ def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: int, ste
 
 
 @exact
+def _of_expert(e: int, weight: int, scale: int, rows: int, k: int) -> Any:
+    """Where a matrix (rows, k) of a stack lies, and its scale."""
+    return (weight + e * rows * k, scale + 4 * e * rows) if scale else (weight + 4 * e * rows * k, 0)
+
+
+@exact
 def _add(row: int, shift: int, first: int, last: int) -> None:
     """To entries first .. last - 1 of a row those of a shift."""
     x, other = floats(row + 4 * first, last - first), floats(shift + 4 * first, last - first)
@@ -232,7 +250,9 @@ def _experts(
     x: int,
     gates: int,
     up: int,
+    up_scale: int,
     down: int,
+    down_scale: int,
     up_bias: int,
     down_bias: int,
     work: int,
@@ -240,7 +260,8 @@ def _experts(
 ) -> None:
     """A share of a phase: sorting; the first matrices with the activation; the second, and the sums, added to y or not.
 
-    Without `up` there is one matrix, and `hidden` is d.
+    Without `up` there is one matrix, and `hidden` is d. Matrices of 8 bits have a scale; what they read is rounded, in
+    phase 0 for the first and _ROUND for the second, whose shares are choices.
     """
     choices = tokens * top_k
     rows = 2 * hidden if activation >= _GATED else hidden if up else 0
@@ -250,21 +271,29 @@ def _experts(
     sorted_ = work + 8 * (n_experts + 1 + 2 * choices)  # (choices, d)
     between = sorted_ + 4 * choices * d  # (choices, rows)
     returned = between + 4 * choices * rows  # (choices, out)
+    levels = returned + 4 * choices * out  # (choices, room)
     if phase == 0:
         _sort(integers(indices, (choices,)), starts, order, place)
         for j in range(starts[n_experts]):
             source, target = floats(x + 4 * d * (order[j] // top_k), (d,)), floats(sorted_ + 4 * d * j, (d,))
             for c in range(d):
                 target[c] = source[c]
+        if up_scale if up else down_scale:
+            round_rows(0, starts[n_experts], choices, d, sorted_, 4 * d, levels)
+    elif phase == _ROUND and up:
+        if down_scale:
+            round_rows(first * ROWS, min(last * ROWS, starts[n_experts]), choices, hidden, between, 4 * rows, levels)
     elif phase == 1 and up:
         start, end = first * COLUMNS, min(last * COLUMNS, hidden)
         for e in range(n_experts):
             count, begin = starts[e + 1] - starts[e], starts[e]
             if count:
-                a, w, b = sorted_ + 4 * begin * d, up + 4 * e * rows * d, between + 4 * begin * rows
-                product(start, end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
+                a, b = sorted_, between + 4 * begin * rows
+                w, scale = _of_expert(e, up, up_scale, rows, d)
+                multiply(start, end, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
                 if activation >= _GATED:
-                    product(hidden + start, hidden + end, count, d, a, 4 * d, w, 4 * d, b, 4 * rows)
+                    halves = hidden + start, hidden + end
+                    multiply(*halves, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
                 for j in range(count):
                     row = b + 4 * j * rows
                     if up_bias:
@@ -279,8 +308,9 @@ def _experts(
         for e in range(n_experts):
             count, begin = starts[e + 1] - starts[e], starts[e]
             if count:
-                a, w, b = source_rows + step * begin, down + 4 * e * out * hidden, returned + 4 * begin * out
-                product(start, end, count, hidden, a, step, w, 4 * hidden, b, 4 * out)
+                a, b = source_rows, returned + 4 * begin * out
+                w, scale = _of_expert(e, down, down_scale, out, hidden)
+                multiply(start, end, begin, count, choices, hidden, a, step, w, scale, levels, b, 4 * out)
                 for j in range(count if down_bias else 0):
                     _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
         total = np.empty(end - start, np.float32)
@@ -313,15 +343,17 @@ def _alone(
     x: int,
     gates: int,
     up: int,
+    up_scale: int,
     down: int,
+    down_scale: int,
     up_bias: int,
     down_bias: int,
     work: int,
     y: int,
 ) -> None:
     """All phases one after the other."""
-    for phase in range(3):
+    for phase in (0, 1, _ROUND, 2):
         _experts(
-            0, hidden + out, phase, tokens, top_k, n_experts, d, hidden, out, activation, adds, indices, x, gates, up,
-            down, up_bias, down_bias, work, y,
+            0, hidden + out + tokens * top_k, phase, tokens, top_k, n_experts, d, hidden, out, activation, adds,
+            indices, x, gates, up, up_scale, down, down_scale, up_bias, down_bias, work, y,
         )  # fmt: skip

@@ -6,18 +6,19 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import autocast, expect, sizes
-from ..choice import Door, compute, declare
+from ..choice import Door, compute, declare, expect_no_gradient
+from ..kit.packed import Packed, Weight
 from . import reference
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+    hidden: Tensor, weight: Weight, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against targets, without ever holding the (t, v) logits.
 
     Args:
         hidden: (t, d).
-        weight: (v, d).
+        weight: (v, d), also of 8 bits: see `ops.linear`.
         targets: (t,) int64; positions equal to `ignore_index` do not count.
         reduction: "mean" over the positions that count, or "sum".
     Returns:
@@ -29,6 +30,9 @@ def linear_cross_entropy(
     expect("weight", weight, (weight.shape[0], d))
     expect("targets", targets, (tokens,))
     hidden = autocast(hidden)
+    if isinstance(weight, Packed):  # a loss is as it is in training, whose products read no others
+        expect_no_gradient(hidden)
+        weight = weight.dense(hidden.dtype)
     return compute("linear_cross_entropy", hidden, weight, targets, ignore_index, reduction)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import expect
-from ..choice import Door, choose, compute, declare
+from ..choice import Door, choose, compute, declare, readable
+from ..kit.packed import Packed, Weight
 from . import reference
 from .reference import Inner as Inner  # what layers hand over
 
@@ -15,15 +16,15 @@ def mamba_step(
     x: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    in_proj: Tensor,
+    in_proj: Weight,
     conv_weight: Tensor,
     conv_bias: Tensor,
-    x_proj: Tensor,
+    x_proj: Weight,
     dt_proj: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
-    out_proj: Tensor,
+    out_proj: Weight,
     inner: reference.Inner | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -39,7 +40,7 @@ def mamba_step(
         x: (b, 1, d).
         conv_state: (b, i, k-1) last inputs of the convolution, oldest first.
         ssm_state: (b, i, n) float32.
-        in_proj: (2i, d), the gate's rows last.
+        in_proj: (2i, d), the gate's rows last; this, x_proj and out_proj may be of 8 bits, see `ops.linear`.
         conv_weight, conv_bias: (i, k), (i,).
         x_proj: (r + 2n, i), rows of dt, B and C.
         dt_proj, dt_bias: (i, r), (i,).
@@ -73,6 +74,7 @@ def mamba_step(
         raise ValueError("conv_state and ssm_state must be contiguous to be written in place; call contiguous() first")
     for name, width in (("dt", r), ("B", n), ("C", n)) if inner else ():
         expect(f"inner.{name}", getattr(inner, name), (width,))
+    in_proj, x_proj, out_proj = readable("mamba_step", x, in_proj, x_proj, out_proj)
     weights = (in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, inner)
     norm = (norm_weight, norm_bias, eps, in_place)
     return compute("mamba_step", x, conv_state, ssm_state, *weights, *norm)  # type: ignore[no-any-return]
@@ -135,7 +137,10 @@ def linear_argmax(x: Tensor, weight: Tensor) -> Tensor:
 
 def fuses_mamba_step(x: Tensor, *weights: Any) -> bool:
     """Whether `mamba_step` has kernels of its own for such an x (b, 1, d) and weights, in `mamba_step`'s order."""
-    fits = _FITS.get(choose("mamba_step", x))
+    chosen = choose("mamba_step", x)
+    if chosen != "cpu" and any(isinstance(weight, Packed) for weight in weights):
+        return False
+    fits = _FITS.get(chosen)
     return fits is not None and fits(x, weights)
 
 

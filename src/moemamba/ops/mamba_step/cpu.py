@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import expect
-from ..kit.cpu import LOG2E, TILE, by_channel, located, new, run
+from ..kit.cpu import LOG2E, TILE, by_channel, located, new, paired, run
+from ..kit.cpu.packed import room
 from ..kit.cpu.product import MULTIPLICATIONS
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
+from ..kit.packed import Weight, unpacked
 from . import reference
-from .cpu_kernels import NORMS, SHARE, all_phases, normalise, step
+from .cpu_kernels import NORMS, ROUND_INNER, ROUND_X, SHARE, all_phases, needed, normalise, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -32,15 +34,15 @@ def mamba_step(
     x: Tensor,
     conv_state: Tensor,
     ssm_state: Tensor,
-    in_proj: Tensor,
+    in_proj: Weight,
     conv_weight: Tensor,
     conv_bias: Tensor,
-    x_proj: Tensor,
+    x_proj: Weight,
     dt_proj: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
-    out_proj: Tensor,
+    out_proj: Weight,
     inner: reference.Inner | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -53,8 +55,10 @@ def mamba_step(
     if norm_weight is None and not traced(x, *weights, *(inner or ())) and not torch.is_autocast_enabled("cpu"):
         done = _fused(x, conv_state, ssm_state, in_place, *weights)
     if done is None:
+        first, middle, last = (unpacked(weight, x.dtype) for weight in (in_proj, x_proj, out_proj))
+        dense = (first, conv_weight, conv_bias, middle, dt_proj, dt_bias, A_log, D, last, inner)
         return reference.mamba_step(
-            x, conv_state, ssm_state, *weights, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, in_place=in_place
+            x, conv_state, ssm_state, *dense, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, in_place=in_place
         )
     return done
 
@@ -64,15 +68,15 @@ def _fused(
     conv_state: Tensor,
     ssm_state: Tensor,
     in_place: bool,
-    in_proj: Tensor,
+    in_proj: Weight,
     conv_weight: Tensor,
     conv_bias: Tensor,
-    x_proj: Tensor,
+    x_proj: Weight,
     dt_proj: Tensor,
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
-    out_proj: Tensor,
+    out_proj: Weight,
     inner: reference.Inner | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """By the kernel; None where it cannot read what it is given."""
@@ -83,7 +87,7 @@ def _fused(
         return None  # it is a copy that would be written to
     taps, decay = by_taps(conv_weight), decays(A_log)
     sizes, y = (batch, d, width, n, k, r), new(*x.shape)
-    weights = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+    weights = _read(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, inner)
     work = new(space(sizes))
     places = located(x, *weights, before[0], after[0], before[1], after[1], work, y)
     if places is None:
@@ -92,9 +96,11 @@ def _fused(
     return y, after[0].transpose(1, 2), after[1].transpose(1, 2)
 
 
-def _norms(inner: reference.Inner | None) -> tuple[Tensor | None, ...]:
-    """Weights of the norms of dt, B and C."""
-    return (None, None, None) if inner is None else inner[:3]
+def _read(in_proj: Weight, taps: Tensor, conv_bias: Tensor, x_proj: Weight, *others: Any) -> tuple[Weight | None, ...]:
+    """Weights in the order of the kernel, of which some may have 8 bits; the norms' are those of dt, B and C."""
+    *inside, out_proj, inner = others
+    norms = (None, None, None) if inner is None else inner[:3]
+    return (*paired(in_proj), taps, conv_bias, *paired(x_proj), *inside, *paired(out_proj), *norms)
 
 
 def by_taps(conv_weight: Tensor) -> Tensor:
@@ -110,22 +116,23 @@ def decays(A_log: Tensor) -> Tensor:
 def space(sizes: Sizes) -> int:
     """Numbers that a step keeps on the way."""
     rows, d, width, n, _, r = sizes
-    return rows * (3 * width + r + 2 * n + d)
+    return rows * (3 * width + r + 2 * n + d + room(max(d, width)))
 
 
 def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
+    scales = places[2], places[6], places[12]  # 0 of projections in float32
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
         all_phases(0, 1, *sizes, adds, eps, *places)
         return
-    costs = (2 * d, r + 2 * n, r + MULTIPLICATIONS * n, d)
-    shares = (-(-width // TILE), -(-(r + 2 * n) // SHARE), -(-width // TILE), -(-d // SHARE))
-    for phase, (tasks, cost) in enumerate(zip(shares, costs, strict=True)):
-        if phase == 2 and eps >= 0:
-            step(0, 1, NORMS, *sizes, adds, eps, *places)
-        run(step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, eps, *places)
+    costs = {0: 2 * d, 1: r + 2 * n, 2: r + MULTIPLICATIONS * n, 3: d}
+    shares = {0: -(-width // TILE), 1: -(-(r + 2 * n) // SHARE), NORMS: 1, 2: -(-width // TILE), 3: -(-d // SHARE)}
+    for phase in (ROUND_X, 0, ROUND_INNER, 1, NORMS, 2, ROUND_INNER, 3):
+        if needed(phase, eps, *scales):
+            tasks, cost = shares.get(phase, rows), costs.get(phase, 1)
+            run(step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, eps, *places)
 
 
 def prepare(
@@ -141,7 +148,7 @@ def prepare(
     taps, decay = by_taps(conv_weight), decays(A_log)
     (rows, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
     work = new(space((rows, d, width, n, k, r)))
-    read = (x, in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+    read = (x, *_read(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, inner))
     eps = -1.0 if inner is None else inner.eps
     tensors = (*read, before[0], before[0], before[1], before[1], work, y)
     places = located(*tensors)
@@ -150,10 +157,11 @@ def prepare(
     made = [conv_weight._version, A_log._version]
 
     def take(live: int) -> None:
+        assert tensors  # and so are not freed
         if made != [conv_weight._version, A_log._version]:
             made[:] = conv_weight._version, A_log._version
-            tensors[2].copy_(by_taps(conv_weight))
-            tensors[7].copy_(decays(A_log))
+            taps.copy_(by_taps(conv_weight))
+            decay.copy_(decays(A_log))
         launch((live, d, width, n, k, r), True, eps, *places)
 
     return take
@@ -172,7 +180,7 @@ def step_of(
         return taps, rates, by_taps(F.pad(taps, (window + 1 - taps.shape[1], 0))), decays(rates)
 
     def places_of(taps: Tensor, decay: Tensor) -> list[int] | None:
-        read = (in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, *_norms(inner))
+        read = _read(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, inner)
         return located(*read, norm and norm[0])
 
     made = derived()

@@ -1,4 +1,4 @@
-"""The kernel of `cpu.py`: one position of a Mamba layer for any number of rows, in four phases."""
+"""The kernel of `cpu.py`: one position of a Mamba layer for any number of rows, in four phases, or seven."""
 
 from typing import Any
 
@@ -6,10 +6,11 @@ import numpy as np
 
 from ..kit.cpu import TILE, exact, exact_kernel, floats, fma, gated, next_state, silu, softplus
 from ..kit.cpu.lanes import tile
-from ..kit.cpu.product import product
+from ..kit.cpu.packed import round_rows
+from ..kit.cpu.product import multiply
 
 SHARE = 16  # rows of a projection that are a task
-NORMS = 4  # a phase that most layers have not
+NORMS, ROUND_X, ROUND_INNER = 4, 5, 6  # phases that most layers have not
 
 _ONE = np.float32(1)
 _dot = tile(1, 1)
@@ -98,6 +99,16 @@ def _bring(before: int, after: int, rows: int, width: int, size: int) -> None:
             target[c] = source[c]
 
 
+@exact
+def needed(phase: int, eps: float, in_scale: int, x_scale: int, out_scale: int) -> bool:
+    """Whether a layer with such norms and projections has a phase."""
+    if phase == ROUND_X:
+        return in_scale != 0
+    if phase == ROUND_INNER:
+        return x_scale != 0 or out_scale != 0
+    return phase != NORMS or eps >= 0
+
+
 @exact_kernel
 def step(
     first: int,
@@ -113,14 +124,17 @@ def step(
     eps: float,
     x: int,
     in_proj: int,
+    in_scale: int,
     conv_weight: int,
     conv_bias: int,
     x_proj: int,
+    x_scale: int,
     dt_proj: int,
     dt_bias: int,
     decay: int,
     D: int,
     out_proj: int,
+    out_scale: int,
     dt_norm: int,
     B_norm: int,
     C_norm: int,
@@ -132,7 +146,8 @@ def step(
     y: int,
 ) -> None:
     """A share of a phase: into the convolution; what dt, B and C are chosen from; the scan; out, added to y or not.
-    Where `eps` is not negative, all of the phase NORMS comes before the scan.
+    Where `eps` is not negative, all of the phase NORMS comes before the scan; where a projection is of 8 bits, and so
+    has a scale, a phase that rounds what it reads, whose shares are rows: ROUND_X, or ROUND_INNER for those after.
 
     States are (b, k - 1, i) and (b, n, i), those after may be those before; `conv_weight` is (k, i), `decay` (n, i).
     """
@@ -140,11 +155,12 @@ def step(
     step = inner + 8 * rows * width  # (rows, width) dt
     chosen = step + 4 * rows * width  # (rows, r + 2 n)
     made = chosen + 4 * rows * (r + 2 * n)  # (rows, d)
+    levels = made + 4 * rows * d  # rows that are rounded
     across, wide, start, end = 4 * (r + 2 * n), 8 * width, first * TILE, min(last * TILE, width)
     spare = np.empty(width, np.float32)
     if phase == 0:
-        product(start, end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
-        product(width + start, width + end, rows, d, x, 4 * d, in_proj, 4 * d, inner, wide)
+        multiply(start, end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
+        multiply(width + start, width + end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
         here = 4 * start
         for b in range(rows):
             history = 4 * b * (k - 1) * width + here
@@ -154,7 +170,11 @@ def step(
             _convolve(u, spare[: end - start], width, k, conv_weight + here, conv_bias + here, window)
     elif phase == 1:
         first, last = first * SHARE, min(last * SHARE, r + 2 * n)
-        product(first, last, rows, width, inner, wide, x_proj, 4 * width, chosen, across)
+        multiply(first, last, 0, rows, rows, width, inner, wide, x_proj, x_scale, levels, chosen, across)
+    elif phase == ROUND_X:
+        round_rows(first, min(last, rows), rows, d, x, 4 * d, levels)
+    elif phase == ROUND_INNER:
+        round_rows(first, min(last, rows), rows, width, inner, wide, levels)
     elif phase == NORMS:
         for b in range(rows):
             row, epsilon = chosen + b * across, np.float32(eps)
@@ -162,7 +182,7 @@ def step(
             _normalise(row + 4 * r, n, B_norm, epsilon, spare)
             _normalise(row + 4 * (r + n), n, C_norm, epsilon, spare)
     elif phase == 2:
-        product(start, end, rows, r, chosen, across, dt_proj, 4 * r, step, 4 * width)
+        multiply(start, end, 0, rows, rows, r, chosen, across, dt_proj, 0, 0, step, 4 * width)
         size, here = end - start, 4 * start
         shift = floats(dt_bias + here, size)
         for b in range(rows):
@@ -177,7 +197,8 @@ def step(
                 u[c] = gated(u[c], z[c])
     else:
         first, last = first * SHARE, min(last * SHARE, d)
-        product(first, last, rows, width, inner, wide, out_proj, 4 * width, made if adds else y, 4 * d)
+        place = made if adds else y
+        multiply(first, last, 0, rows, rows, width, inner, wide, out_proj, out_scale, levels, place, 4 * d)
         if adds:
             for b in range(rows):
                 place = 4 * (b * d + first)
@@ -200,14 +221,17 @@ def all_phases(
     eps: float,
     x: int,
     in_proj: int,
+    in_scale: int,
     conv_weight: int,
     conv_bias: int,
     x_proj: int,
+    x_scale: int,
     dt_proj: int,
     dt_bias: int,
     decay: int,
     D: int,
     out_proj: int,
+    out_scale: int,
     dt_norm: int,
     B_norm: int,
     C_norm: int,
@@ -219,10 +243,10 @@ def all_phases(
     y: int,
 ) -> None:
     """All phases one after the other: for one row calls would take as long as the arithmetic."""
-    for phase in (0, 1, NORMS, 2, 3):
-        if phase != NORMS or eps >= 0:
+    for phase in (ROUND_X, 0, ROUND_INNER, 1, NORMS, 2, ROUND_INNER, 3):
+        if needed(phase, eps, in_scale, x_scale, out_scale):
             step(
-                0, width + d, phase, rows, d, width, n, k, r, adds, eps, x, in_proj, conv_weight, conv_bias, x_proj,
-                dt_proj, dt_bias, decay, D, out_proj, dt_norm, B_norm, C_norm, conv_before, conv_after, ssm_before,
-                ssm_after, work, y,
+                0, width + d + rows, phase, rows, d, width, n, k, r, adds, eps, x, in_proj, in_scale, conv_weight,
+                conv_bias, x_proj, x_scale, dt_proj, dt_bias, decay, D, out_proj, out_scale, dt_norm, B_norm, C_norm,
+                conv_before, conv_after, ssm_before, ssm_after, work, y,
             )  # fmt: skip

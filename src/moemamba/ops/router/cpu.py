@@ -107,7 +107,7 @@ def prepare(
 
     def step(live: int) -> None:
         assert kept  # and so are not freed
-        launch(live, d, n_experts, at_x, 4 * d, at_weight, at_logits, logits)
+        launch(live, d, n_experts, at_x, 4 * d, at_weight, 0, 0, at_logits, logits)
         _route(0, 1, live, n_experts, top_k, 1, sigmoids, chosen, logits, at_bias, 0, at_gates, 0, 0, 0)
 
     return step

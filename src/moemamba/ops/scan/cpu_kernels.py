@@ -27,6 +27,7 @@ from ..kit.cpu import (
     kernel,
     load_columns,
     load_tile,
+    named,
     next_state,
     read,
     sigmoid,
@@ -70,6 +71,7 @@ def kernels(lanes: int) -> Kernels:
     """The kernels for tiles of so many channels, a constant in them: a loop of unknown length would be half as fast."""
 
     @exact_kernel
+    @named(lanes)
     def scan(
         first: int,
         last: int,
@@ -159,6 +161,7 @@ def kernels(lanes: int) -> Kernels:
             store_tile(final_state + state, width, channel, count, h)
 
     @kernel
+    @named(lanes)
     def scan_backward(
         first: int,
         last: int,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...checkpoint import CheckpointError, foreign_parts, model_tensors
 from ...host.files import FileError, read_json, write_json
+from ...layers.quantised import expect_full
 from ...model import MoEMamba
 from .directory import RunDirectory
 
@@ -20,6 +21,7 @@ def check_given(model: MoEMamba) -> None:
         raise ValueError(
             f"model is a {type(model).__name__}; train takes a MoEMamba, with any of its parts replaced by yours"
         )
+    expect_full(model)
     for name, tensor in model.named_parameters():
         if tensor.is_meta or tensor.dtype != torch.float32:
             what = "on the meta device" if tensor.is_meta else f"{tensor.dtype}"

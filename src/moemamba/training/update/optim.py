@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ...layers import roles
+from ...layers.quantised import expect_full
 from ..config import TrainConfig
 from .muon import Muon
 
@@ -38,8 +39,9 @@ def make_optimizer(
             {"embedding": 0.1, "*.router": 3, "layers.0.*.A_log": 0}; the last that fits counts, 0 leaves weights as
             they are. A schedule of your own sets `group["lr"]` to the rate times `group["factor"]`.
     Raises:
-        ValueError: a name of `rates` fits no parameter, or a factor is no number from 0 up.
+        ValueError: a name of `rates` fits no parameter, a factor is no number from 0 up, or weights have 8 bits.
     """
+    expect_full(model)
     muon, role = optimizer == "muon", roles(model)
     factors = factors_of([name for name, _ in model.named_parameters()], rates or {})
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}

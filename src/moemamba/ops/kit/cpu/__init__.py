@@ -16,6 +16,7 @@ from .memory import (
     load_tile,
     located,
     new,
+    paired,
     plain,
     read,
     readable,
@@ -25,7 +26,7 @@ from .memory import (
     summed,
     write,
 )
-from .run import exact, exact_kernel, inner, kernel, run
+from .run import exact, exact_kernel, inner, kernel, named, run
 
 __all__ = [
     "LN2",
@@ -49,8 +50,10 @@ __all__ = [
     "load_columns",
     "load_tile",
     "located",
+    "named",
     "new",
     "next_state",
+    "paired",
     "plain",
     "read",
     "readable",

@@ -36,7 +36,7 @@ def instruction(argument: Any, result: Any, emit: Callable[[Any, Any], Any]) -> 
 
 
 FLOAT, _INT32 = ir.FloatType(), ir.IntType(32)
-_nearest = instruction(
+nearest = instruction(
     types.float32, types.float32, lambda b, x: b.call(b.module.declare_intrinsic("llvm.nearbyint", [FLOAT]), [x])
 )
 _integer = instruction(types.float32, types.uint32, lambda b, x: b.fptosi(x, _INT32))
@@ -49,7 +49,7 @@ def exp2(x: Any) -> Any:
     """2^x, flushed to 2^-126 and capped at 2^127; NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
     x = _HIGHEST if x > _HIGHEST else x
-    whole = _nearest(x)
+    whole = nearest(x)
     x = x - whole
     p = fma(fma(fma(fma(fma(_P4, x, _P3), x, _P2), x, _P1), x, _P0), x, _ONE)
     return from_bits(bits(p) + (_integer(whole) << np.uint32(23)))

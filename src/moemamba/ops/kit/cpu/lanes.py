@@ -39,7 +39,7 @@ def _fused(context: Any, a: Any, b: Any, c: Any) -> Any:
     """a b + c of float32, rounded once."""
 
     def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.call(_function(builder, "llvm.fma.f32", _FLOAT, _FLOAT, _FLOAT, _FLOAT), values)
+        return builder.call(function(builder, "llvm.fma.f32", _FLOAT, _FLOAT, _FLOAT, _FLOAT), values)
 
     return types.float32(types.float32, types.float32, types.float32), emit
 
@@ -57,7 +57,7 @@ def tile(rows: int, columns: int) -> Callable[..., None]:
     @intrinsic
     def product(context: Any, k: Any, x: Any, x_step: Any, w: Any, w_step: Any, y: Any, y_step: Any) -> Any:
         def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-            _Tile(builder, rows, columns, *values).write()
+            Tile(builder, rows, columns, *values).write()
             return target.get_dummy_value()
 
         return types.void(*[types.int64] * 7), emit
@@ -65,8 +65,11 @@ def tile(rows: int, columns: int) -> Callable[..., None]:
     return product  # type: ignore[no-any-return]
 
 
-class _Tile:
-    """The instructions of a `tile`."""
+class Tile:
+    """The instructions of a `tile`: of float32, or of what a subclass reads."""
+
+    vector, zeros = _VECTOR, _ZEROS  # a sum that is under way
+    together, across = LANES, _SIZE  # numbers that are read at once, and bytes of so many weights
 
     def __init__(self, builder: Any, rows: int, columns: int, *values: Any):
         self.b, self.columns = builder, columns
@@ -77,9 +80,35 @@ class _Tile:
 
     def write(self) -> None:
         b = self.b
-        whole = b.shl(b.ashr(self.k, _INT64(4)), _INT64(6))  # bytes in whole vectors
-        sums = self._loop(whole, [_ZEROS] * (len(self.x) * len(self.w)))
+        whole = b.mul(b.sdiv(self.k, _INT64(self.together)), _INT64(self.across))  # bytes of weights in whole vectors
+        sums = self._loop(whole, [self.zeros] * (len(self.x) * len(self.w)))
         self._store(self._tail(whole, sums))
+
+    def read_x(self, row: Any, place: Any, inside: Any) -> Any:
+        """A vector of a row of x; `place` counts bytes of weights, `inside` are the numbers that there are, or None."""
+        return self._read(row, place, inside)
+
+    def read_w(self, row: Any, place: Any, inside: Any) -> Any:
+        """Likewise of a row of weights."""
+        return self._read(row, place, inside)
+
+    def add(self, x: Any, w: Any, total: Any) -> Any:
+        """A sum with the products of a vector each."""
+        return self.b.call(function(self.b, "llvm.fma.v16f32", *[_VECTOR] * 4), [x, w, total])
+
+    def sum_lanes(self, vectors: list[Any]) -> Any:
+        """The sum of the lanes of 1, 2, 4, 8 or 16 vectors, all in one."""
+        return sum_lanes(self.b, vectors, self.b.fadd)
+
+    def finish(self, totals: Any, row: int, column: int, count: int) -> Any:
+        """What is written of so many sums of a row, from a column on."""
+        return totals
+
+    def _read(self, row: Any, place: Any, inside: Any) -> Any:
+        pointer = self.b.inttoptr(self.b.add(row, place), _VECTOR.as_pointer())
+        if inside is None:
+            return self.b.load(pointer, align=4)
+        return masked_load(self.b, pointer, inside, _VECTOR, 4)
 
     def _row(self, address: Any, step: Any, number: int) -> Any:
         return self.b.add(address, self.b.mul(step, _INT64(number))) if number else address
@@ -90,10 +119,10 @@ class _Tile:
         body, after = b.append_basic_block("vectors"), b.append_basic_block("summed")
         b.cbranch(b.icmp_signed(">", end, _INT64(0)), body, after)
         b.position_at_end(body)
-        place, sums = b.phi(_INT64), [b.phi(_VECTOR) for _ in start]
+        place, sums = b.phi(_INT64), [b.phi(self.vector) for _ in start]
         self._prefetch(place)
-        more = self._add(sums, lambda row: b.load(self._pointer(row, place), align=4))
-        following = b.add(place, _INT64(_SIZE))
+        more = self._add(sums, place, None)
+        following = b.add(place, _INT64(self.across))
         for phi, first, next_ in zip([place, *sums], [_INT64(0), *start], [following, *more], strict=True):
             phi.add_incoming(first, before)
             phi.add_incoming(next_, body)
@@ -103,32 +132,28 @@ class _Tile:
 
     def _tail(self, place: Any, sums: list[Any]) -> list[Any]:
         """The sums with what is behind the last whole vector."""
-        b, before = self.b, self.b.block
-        left = b.trunc(b.and_(self.k, _INT64(LANES - 1)), _INT32)
+        b, before, count = self.b, self.b.block, self.together
+        left = b.trunc(b.and_(self.k, _INT64(count - 1)), _INT32)
         some, after = b.append_basic_block("rest"), b.append_basic_block("all")
         b.cbranch(b.icmp_signed(">", left, _INT32(0)), some, after)
         b.position_at_end(some)
-        integers, flags = ir.VectorType(_INT32, LANES), ir.VectorType(ir.IntType(1), LANES)
-        spread = b.insert_element(ir.Constant(integers, ir.Undefined), left, _INT32(0))
-        spread = b.shuffle_vector(spread, spread, _indices([0] * LANES))
-        inside = b.icmp_signed("<", _indices(range(LANES)), spread)
-        pointer = _VECTOR.as_pointer()
-        load = _function(b, "llvm.masked.load.v16f32.p0", _VECTOR, pointer, _INT32, flags, _VECTOR)
-        more = self._add(sums, lambda row: b.call(load, [self._pointer(row, place), _INT32(4), inside, _ZEROS]))
+        spread = b.insert_element(ir.Constant(ir.VectorType(_INT32, count), ir.Undefined), left, _INT32(0))
+        spread = b.shuffle_vector(spread, spread, indices([0] * count))
+        more = self._add(sums, place, b.icmp_signed("<", indices(range(count)), spread))
         b.branch(after)
         b.position_at_end(after)
         return [self._either(pair, before, some) for pair in zip(sums, more, strict=True)]
 
-    def _add(self, sums: list[Any], load: Callable[[Any], Any]) -> list[Any]:
+    def _add(self, sums: list[Any], place: Any, inside: Any) -> list[Any]:
         """The sums with one vector more of each row."""
-        fused = _function(self.b, "llvm.fma.v16f32", *[_VECTOR] * 4)
-        x, w = [load(row) for row in self.x], [load(row) for row in self.w]
+        x = [self.read_x(row, place, inside) for row in self.x]
+        w = [self.read_w(row, place, inside) for row in self.w]
         pairs = [(a, c) for a in x for c in w]
-        return [self.b.call(fused, [c, a, total]) for (a, c), total in zip(pairs, sums, strict=True)]
+        return [self.add(a, c, total) for (a, c), total in zip(pairs, sums, strict=True)]
 
     def _prefetch(self, place: Any) -> None:
         byte = ir.IntType(8).as_pointer()
-        fetch = _function(self.b, "llvm.prefetch.p0", ir.VoidType(), byte, _INT32, _INT32, _INT32)
+        fetch = function(self.b, "llvm.prefetch.p0", ir.VoidType(), byte, _INT32, _INT32, _INT32)
         for row in self.w:
             where = self.b.inttoptr(self.b.add(self.b.add(row, place), self.ahead), byte)
             self.b.call(fetch, [where, _INT32(0), _INT32(3), _INT32(1)])
@@ -143,23 +168,20 @@ class _Tile:
             bits, apart = size.bit_length() - 1, LANES // size
             # What enters at v leaves in the lane whose number is v backwards: so that outputs stand side by side.
             entering = [int(f"{v:04b}"[::-1], 2) >> (4 - bits) for v in range(size)]
-            totals = _sum_lanes(b, [sums[first + output] for output in entering])
+            totals = self.sum_lanes([sums[first + output] for output in entering])
             done = 0
             while done < size:
                 row, column = divmod(first + done, self.columns)
                 count = min(self.columns - column, size - done)
                 place = b.add(self._row(self.y, self.y_step, row), _INT64(4 * column))
-                lanes = _indices([(done + output) * apart for output in range(count)])
+                own = b.shuffle_vector(totals, totals, indices([(done + output) * apart for output in range(count)]))
                 kind = ir.VectorType(_FLOAT, count).as_pointer()
-                b.store(b.shuffle_vector(totals, totals, lanes), b.inttoptr(place, kind), align=4)
+                b.store(self.finish(own, row, column, count), b.inttoptr(place, kind), align=4)
                 done += count
             first += size
 
-    def _pointer(self, row: Any, place: Any) -> Any:
-        return self.b.inttoptr(self.b.add(row, place), _VECTOR.as_pointer())
-
     def _either(self, values: tuple[Any, Any], *blocks: Any) -> Any:
-        phi = self.b.phi(_VECTOR)
+        phi = self.b.phi(self.vector)
         for value, block in zip(values, blocks, strict=True):
             phi.add_incoming(value, block)
         return phi
@@ -183,7 +205,7 @@ def weighing(rows: int) -> Callable[..., None]:
 
 
 def _weigh(b: Any, rows: int, count: Any, p: Any, p_step: Any, v: Any, v_step: Any, y: Any, y_step: Any) -> None:
-    fused = _function(b, "llvm.fma.v16f32", *[_VECTOR] * 4)
+    fused = function(b, "llvm.fma.v16f32", *[_VECTOR] * 4)
     shares = [b.add(p, b.mul(p_step, _INT64(r))) for r in range(rows)]
     targets = [b.inttoptr(b.add(y, b.mul(y_step, _INT64(r))), _VECTOR.as_pointer()) for r in range(rows)]
     start, before = [b.load(target, align=4) for target in targets], b.block
@@ -195,7 +217,7 @@ def _weigh(b: Any, rows: int, count: Any, p: Any, p_step: Any, v: Any, v_step: A
     for share, total in zip(shares, sums, strict=True):
         number = b.load(b.inttoptr(b.add(share, b.shl(j, _INT64(2))), _FLOAT.as_pointer()), align=4)
         spread = b.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, _INT32(0))
-        more.append(b.call(fused, [b.shuffle_vector(spread, spread, _indices([0] * LANES)), value, total]))
+        more.append(b.call(fused, [b.shuffle_vector(spread, spread, indices([0] * LANES)), value, total]))
     next_, further = b.add(j, _INT64(1)), b.add(place, v_step)
     for phi, first, following in zip([j, place, *sums], [_INT64(0), v, *start], [next_, further, *more], strict=True):
         phi.add_incoming(first, before)
@@ -206,7 +228,7 @@ def _weigh(b: Any, rows: int, count: Any, p: Any, p_step: Any, v: Any, v_step: A
         b.store(total, target, align=4)
 
 
-def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+def sum_lanes(builder: Any, vectors: list[Any], add: Callable[[Any, Any], Any]) -> Any:
     """The sum of the lanes of 1, 2, 4, 8 or 16 vectors, all in one."""
     apart = LANES // 2
     while apart:
@@ -215,17 +237,25 @@ def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
             a, c = vectors[i], vectors[min(i + 1, len(vectors) - 1)]
             kept = [j + LANES * bool(j & apart) for j in range(LANES)]
             other = [(j ^ apart) + LANES * bool(j & apart) for j in range(LANES)]
-            sides = (builder.shuffle_vector(a, c, _indices(lanes)) for lanes in (kept, other))
-            added.append(builder.fadd(*sides))
+            sides = (builder.shuffle_vector(a, c, indices(lanes)) for lanes in (kept, other))
+            added.append(add(*sides))
         vectors, apart = added, apart // 2
     return vectors[0]
 
 
-def _indices(values: Any) -> Any:
+def indices(values: Any) -> Any:
     values = list(values)
     return ir.Constant(ir.VectorType(_INT32, len(values)), values)
 
 
-def _function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+def masked_load(builder: Any, pointer: Any, inside: Any, vector: Any, align: int) -> Any:
+    """A vector of which only the lanes `inside` are read; the others are zeros."""
+    kind = {"float": "f32", "i8": "i8"}[str(vector.element)]
+    name = f"llvm.masked.load.v{vector.count}{kind}.p0"
+    load = function(builder, name, vector, vector.as_pointer(), _INT32, inside.type, vector)
+    return builder.call(load, [pointer, _INT32(align), inside, ir.Constant(vector, None)])
+
+
+def function(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     """One of LLVM's own."""
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)

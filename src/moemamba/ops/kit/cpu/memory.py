@@ -14,6 +14,7 @@ from numba import carray, types  # type: ignore[attr-defined]  # carray is publi
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..packed import Packed, Weight
 from .arithmetic import FLOAT, bits, from_bits, instruction
 from .run import exact, inner, kernel
 
@@ -60,8 +61,10 @@ def rows(tensor: Tensor | None, *shape: int) -> Rows:
     return tensor.data_ptr(), batch * size, time * size, size
 
 
-def located(*tensors: Tensor | None) -> list[int] | None:
+def located(*tensors: Weight | None) -> list[int] | None:
     """Where tensors lie whose shapes are known, for `floats`; None if one is not contiguous float32 here.
+
+    Of weights of 8 bits there are two, of their bytes and their scale. Who knows them hands over `paired(weight)`.
 
     This is for the ops of generation, whose checks have to be short; what they cannot read goes another way.
     """
@@ -69,6 +72,12 @@ def located(*tensors: Tensor | None) -> list[int] | None:
     for tensor in tensors:
         if tensor is None:
             places.append(0)
+        elif isinstance(tensor, Packed):
+            values, scale = tensor
+            below = located(scale) if values.dtype is torch.int8 and values.is_cpu and values.is_contiguous() else None
+            if below is None:
+                return None
+            places += [values.data_ptr(), *below]
         elif (
             type(tensor) in _PLAIN
             and tensor.dtype is torch.float32
@@ -80,6 +89,11 @@ def located(*tensors: Tensor | None) -> list[int] | None:
         else:
             return None
     return places
+
+
+def paired(weight: Weight) -> tuple[Weight | None, ...]:
+    """For `located`, a weight that gets two places: the second is 0 where it is not of 8 bits."""
+    return (weight,) if isinstance(weight, Packed) else (weight, None)
 
 
 _HERE = torch.device("cpu")
@@ -144,6 +158,9 @@ _float_pointer = instruction(types.int64, types.CPointer(types.float32), lambda 
 _half_pointer = instruction(
     types.int64, types.CPointer(types.uint16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
 )
+_short_pointer = instruction(
+    types.int64, types.CPointer(types.int16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
+)
 _integer_pointer = instruction(
     types.int64, types.CPointer(types.int64), lambda b, x: b.inttoptr(x, ir.IntType(64).as_pointer())
 )
@@ -156,6 +173,12 @@ _byte_pointer = instruction(
 def floats(address: int, shape: Any) -> Any:
     """A contiguous float32 array at an address."""
     return carray(_float_pointer(address), shape)
+
+
+@inner
+def shorts(address: int, shape: Any) -> Any:
+    """A contiguous int16 array at an address."""
+    return carray(_short_pointer(address), shape)
 
 
 @inner

@@ -12,35 +12,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..op import traced
+from ..packed import Packed, Weight, unpacked
 from .lanes import TILE_SHAPE, tile
-from .memory import floats, located, new
-from .run import exact, exact_kernel, run
+from .memory import floats, located, new, paired
+from .packed import ROWS, packed_product, room, round_rows
+from .run import exact, exact_kernel, named, run
 
 COLUMNS = 16  # weight rows of a task
 MULTIPLICATIONS = 8  # that take as long as one inner iteration of `WORTH_THREADS`
 NEAR, FAR = 1 << 14, 1 << 19  # bytes of weights that stay in the first cache, and of rows in the second
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """See `moemamba.ops.linear`."""
-    if weight.numel() == 0 or traced(x, weight, bias) or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
     width_out, width_in = weight.shape
+    if width_in * width_out == 0 or traced(x, weight, bias) or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, unpacked(weight, x.dtype), bias)
     rows = x if x.ndim == 2 else x.reshape(-1, width_in)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    y = new(*x.shape[:-1], width_out)
-    places = located(rows[:0], weight, bias, y)
+    count, y = rows.shape[0], new(*x.shape[:-1], width_out)
+    levels = new(count * room(width_in)) if isinstance(weight, Packed) else None
+    places = located(rows[:0], *paired(weight), levels, bias, y)
     if places is None:
-        return F.linear(x, weight, bias)
-    launch(rows.shape[0], width_in, width_out, rows.data_ptr(), 4 * rows.stride(0), *places[1:])
+        return F.linear(x, unpacked(weight, x.dtype), bias)
+    launch(count, width_in, width_out, rows.data_ptr(), 4 * rows.stride(0), *places[1:])
     return y
 
 
-def launch(rows: int, width_in: int, width_out: int, *places: int) -> None:
+def launch(
+    rows: int, width_in: int, width_out: int, x: int, x_step: int, weight: int, scale: int, levels: int, *places: int
+) -> None:
     """A product over as many threads as it is worth. See `_linear` for what lies where."""
     work = rows * width_in * width_out // MULTIPLICATIONS
-    run(_linear, -(-width_out // COLUMNS), work, rows, width_in, width_out, *places)
+    if scale:
+        run(_round, -(-rows // ROWS), rows * width_in // MULTIPLICATIONS, rows, width_in, x, x_step, levels)
+    sizes = (rows, width_in, width_out, x, x_step, weight, scale, levels)
+    run(_linear, -(-width_out // COLUMNS), work, *sizes, *places)
 
 
 @cache
@@ -53,6 +61,7 @@ def products(tall: int, wide: int) -> Callable[..., None]:
     highest, pair, single = (_strip(rows, wide) for rows in (tall, 2, 1))
 
     @exact
+    @named(tall, wide)
     def block(
         first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
     ) -> None:
@@ -67,6 +76,7 @@ def products(tall: int, wide: int) -> Callable[..., None]:
             single(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
 
     @exact
+    @named(tall, wide)
     def product(
         first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
     ) -> None:
@@ -85,6 +95,7 @@ def _strip(rows: int, wide: int) -> Callable[..., None]:
     several, one = tile(rows, wide), tile(rows, 1)
 
     @exact
+    @named(rows, wide)
     def strip(first: int, last: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int) -> None:
         column = first
         while column + wide <= last:
@@ -100,13 +111,54 @@ def _strip(rows: int, wide: int) -> Callable[..., None]:
 product = products(*TILE_SHAPE)
 
 
+@exact
+def multiply(
+    first: int,
+    last: int,
+    begin: int,
+    rows: int,
+    count: int,
+    k: int,
+    x: int,
+    x_step: int,
+    w: int,
+    scale: int,
+    levels: int,
+    y: int,
+    y_step: int,
+) -> None:
+    """`product` of rows from `begin` on with float32 weights; those of 8 bits have a `scale`, and then `levels` are the
+    `count` rows that there are, rounded by `round_rows`. y is that of the first of these rows."""
+    if scale:
+        packed_product(first, last, begin, rows, count, k, levels, w, scale, y, y_step)
+    else:
+        product(first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
+
+
+@exact_kernel
+def _round(first: int, last: int, rows: int, k: int, x: int, x_step: int, levels: int) -> None:
+    """Rows, ROWS a task."""
+    round_rows(first * ROWS, min(last * ROWS, rows), rows, k, x, x_step, levels)
+
+
 @exact_kernel
 def _linear(
-    first: int, last: int, rows: int, width_in: int, width_out: int, x: int, x_step: int, weight: int, bias: int, y: int
+    first: int,
+    last: int,
+    rows: int,
+    width_in: int,
+    width_out: int,
+    x: int,
+    x_step: int,
+    weight: int,
+    scale: int,
+    levels: int,
+    bias: int,
+    y: int,
 ) -> None:
     """Columns of y, COLUMNS a task."""
     start, end = first * COLUMNS, min(last * COLUMNS, width_out)
-    product(start, end, rows, width_in, x, x_step, weight, 4 * width_in, y, 4 * width_out)
+    multiply(start, end, 0, rows, rows, width_in, x, x_step, weight, scale, levels, y, 4 * width_out)
     if bias:
         shift = floats(bias + 4 * start, end - start)
         for row in range(rows):

@@ -90,6 +90,20 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
+def named(*values: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Below `exact`, `kernel` and their like, for a function that is made several times, once for these values.
+
+    They become part of its name. A kernel that comes from the disk knows the functions that are compiled into it by
+    name and a count, and where one of the same name and count is there already it calls that.
+    """
+
+    def rename(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__qualname__ = "_".join(map(str, (function.__qualname__, *values)))
+        return function
+
+    return rename
+
+
 _kernels: set[str] = set()
 _PACKAGE = __name__.removesuffix("kit.cpu.run")
 
