@@ -152,7 +152,7 @@ def test_what_is_computed_again_keeps_its_backend():
 @pytest.mark.parametrize("init", ["default", "paper"])
 @pytest.mark.parametrize("name", MODELS)
 def test_drawing_leaves_the_generators_of_others_alone(name, init):
-    config = MODELS[name].replace(d_model=16, vocab_size=31, n_blocks=1, init=init)
+    config = MODELS[name].replace(d_model=16, vocab_size=31, init=init)
     torch.manual_seed(3)
     want = MoEMamba(config).state_dict()
     before = torch.get_rng_state()
