@@ -40,7 +40,7 @@ def ascii_tokenizer():
 def build(pattern, inner, **more):
     torch.manual_seed(0)
     own = {"experts": ExpertsConfig(4, top_k=2, d_expert=96), "mamba": MambaConfig(inner_norm=inner)}
-    model = MoEMamba(ModelConfig(pattern, 2, 64, vocab_size=100, **own | more)).eval()
+    model = MoEMamba(ModelConfig(pattern, 2, 64, **{"vocab_size": 100} | own | more)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -77,6 +77,18 @@ def test_the_same_tokens_and_probabilities(name, tmp_path):
             sequence.append(step["id"])
         assert sequence[len(prompt) :] == generate(model, prompt, 24, temperature=0)
     assert worst <= 1e-5
+
+
+def test_a_model_that_begins_with_a_part_of_a_character(tmp_path):
+    """llama.cpp gives no probabilities then, and none are needed to open the file."""
+    model, tokenizer = build("M", "none", vocab_size=257), ByteTokenizer()
+    with torch.no_grad():
+        hidden, _, _ = model.backbone(torch.tensor([[0]]))
+        model.head.weight.zero_()[0xC3] = hidden[0, -1]
+    assert generate(model, [0], 1, temperature=0) == [0xC3]
+    save(tmp_path / "run", model, tokenizer)
+    export(tmp_path / "run", "gguf", tmp_path / "out")
+    assert compare(tmp_path / "out" / "model.gguf", tokenizer)
 
 
 # Text

@@ -43,7 +43,7 @@ class Runner:
         parameters.cache_type_k = parameters.cache_type_v = single
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(parameters)
-        self.complete([0], 1)  # its loop runs then: a server that ends before would be waited for without end
+        self._choice([0], 1)  # its loop runs then: a server that ends before would be waited for without end
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text; names of special tokens in it are text."""
@@ -56,6 +56,10 @@ class Runner:
 
     def complete(self, prompt: Sequence[int], tokens: int, likeliest: int = 5) -> list[dict[str, Any]]:
         """The likeliest token at each step: {"id", "top_logprobs": [{"id", "logprob"}, ...]}."""
+        return list(self._choice(prompt, tokens, likeliest)["logprobs"]["content"])
+
+    def _choice(self, prompt: Sequence[int], tokens: int, likeliest: int = 0) -> dict[str, Any]:
+        """An answer as llama.cpp gives it: without logprobs where it is but a part of a character."""
         asked = {
             "prompt": list(prompt),
             "n_predict": tokens,
@@ -66,7 +70,7 @@ class Runner:
             "ignore_eos": True,
         }
         choice: dict[str, Any] = self._server.handle_completions(asked)["choices"][0]
-        return list(choice["logprobs"]["content"])
+        return choice
 
 
 def compare(file: Path, own: "Tokenizer", text: str = SAMPLE) -> bool | None:
