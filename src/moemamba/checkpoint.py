@@ -16,7 +16,7 @@ from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .layers.quantised import NO_GRADIENT, keep_scales, misfit, quantise, quantised
-from .model import MoEMamba
+from .model import MoEMamba, foreign_parts
 from .reading import from_dict
 from .tensors import CHECKSUMS, TensorFile, differences, not_finite, write_tensors
 from .text import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_config
@@ -202,19 +202,6 @@ def _require_own(stored: TensorFile) -> None:
 def model_tensors(model: MoEMamba) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones once, as model.safetensors holds them."""
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def foreign_parts(model: MoEMamba) -> dict[str, str]:
-    """The modules of a model that moemamba would not build from its configuration: {"layers.1.branches.0.router":
-    "mine.HashRouter"}, without those inside of one."""
-    with torch.device("meta"):
-        expected = {name: type(module) for name, module in MoEMamba(model.config).named_modules()}
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{part}.") for part in found)
-        if type(module) is not expected.get(name) and not inside:
-            found[name or "model"] = f"{type(module).__module__}.{type(module).__qualname__}"
-    return found
 
 
 def unwrapped(model: torch.nn.Module) -> MoEMamba:
