@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Literal
 
@@ -91,10 +92,11 @@ def load(
         _require_own(stored)
     model = outline(config, stored) if into is None else into
     packed = stored.metadata.get(WEIGHTS) == INT8
-    if packed and not quantised(model):
-        quantise(model)
-    check_tensors(stored, model_tensors(model))
+    rounds = packed and not quantised(model)
+    check_tensors(stored, model_tensors(_rounded(model) if rounds else model))
     verify(stored)
+    if rounds:
+        quantise(model)
     if dtype is not None:
         model.to(dtype=dtype)
         keep_scales(model)
@@ -277,6 +279,14 @@ def write_model(
         write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
         files.replace(folder / "tokenizer.json", tokenizer.to_json())
     write_tensors(folder / "model.safetensors", tensors, about)
+
+
+def _rounded(model: MoEMamba) -> torch.nn.Module:
+    """On the meta device what a model is with weights of 8 bits; the model stays as it is."""
+    own = {id(each): torch.nn.Parameter(each.detach().to("meta")) for each in model.parameters()}
+    found = deepcopy(model, own | {id(each): each.to("meta") for each in model.buffers()})
+    quantise(found)
+    return found
 
 
 def open_weights(folder: Path, name: str = "model.safetensors") -> TensorFile:
