@@ -120,19 +120,22 @@ def test_parts_are_the_whole(name, size, folder):
                 torch.testing.assert_close(getattr(theirs, field), tensor.detach(), **close)
 
 
-def unequal(rank, size, folder):
-    enter(rank, size, folder / "store-unequal")
+def refused(rank, size, folder):
+    enter(rank, size, folder / "store-refused")
     model = MoEMamba(CONFIG)
     said = "2 rows of 3 tokens, without seq_idx and 2 rows of 4 tokens"
     with pytest.raises(ValueError, match=said), split_sequences(model):
         model(torch.zeros(2, 3 + rank, dtype=torch.int64))
     assert model.parts is None and all(getattr(module, "parts", None) is None for module in model.modules())
+    model.layers[3].branches[0].router = model.layers[1].branches[0].router
+    with pytest.raises(ValueError, match="serves other layers too, and has a capacity"), split_sequences(model):
+        pass
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_unequal_parts(tmp_path):
-    start(2, unequal, tmp_path)
+def test_what_is_refused(tmp_path):
+    start(2, refused, tmp_path)
 
 
 def changing(rank, size, folder):
