@@ -281,7 +281,7 @@ def write_model(
     write_tensors(folder / "model.safetensors", tensors, about)
 
 
-def _rounded(model: MoEMamba) -> torch.nn.Module:
+def _rounded(model: MoEMamba) -> MoEMamba:
     """On the meta device what a model is with weights of 8 bits; the model stays as it is."""
     own = {id(each): torch.nn.Parameter(each.detach().to("meta")) for each in model.parameters()}
     found = deepcopy(model, own | {id(each): each.to("meta") for each in model.buffers()})
