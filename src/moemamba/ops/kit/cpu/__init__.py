@@ -26,7 +26,7 @@ from .memory import (
     summed,
     write,
 )
-from .run import exact, exact_kernel, inner, kernel, named, run
+from .run import apart, entry, exact, exact_kernel, inner, kernel, named, run
 
 __all__ = [
     "LN2",
@@ -34,10 +34,12 @@ __all__ = [
     "TILE",
     "Rows",
     "address",
+    "apart",
     "by_channel",
     "bytes_at",
     "cast",
     "clear",
+    "entry",
     "exact",
     "exact_kernel",
     "exp2",

@@ -7,6 +7,7 @@ of rows and, with weights that stream past once, faster at few.
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +15,9 @@ from torch import Tensor
 from ..op import traced
 from ..packed import Packed, Weight, unpacked
 from .lanes import TILE_SHAPE, tile
-from .memory import floats, located, new, paired
+from .memory import floats, integers, located, new, paired
 from .packed import ROWS, packed_product, room, round_rows
-from .run import exact, exact_kernel, named, run
+from .run import apart, entry, exact, exact_kernel, named, run
 
 COLUMNS = 16  # weight rows of a task
 MULTIPLICATIONS = 8  # that take as long as one inner iteration of `WORTH_THREADS`
@@ -46,9 +47,19 @@ def launch(
     """A product over as many threads as it is worth. See `_linear` for what lies where."""
     work = rows * width_in * width_out // MULTIPLICATIONS
     if scale:
-        run(_round, -(-rows // ROWS), rows * width_in // MULTIPLICATIONS, rows, width_in, x, x_step, levels)
+        cost = rows * width_in // MULTIPLICATIONS
+        run(_round, -(-rows // ROWS), cost, entry(round_rows), rows, width_in, x, x_step, levels)
     sizes = (rows, width_in, width_out, x, x_step, weight, scale, levels)
-    run(_linear, -(-width_out // COLUMNS), work, *sizes, *places)
+    run(_linear, -(-width_out // COLUMNS), work, entries(scale != 0), *sizes, *places)
+
+
+@cache
+def entries(of_8_bits: bool) -> int:
+    """The address of the table that kernels hand on to `multiply`: where what it calls begins. What is for weights of
+    8 bits is compiled only where there are some."""
+    for place, function in enumerate((_dense, _packed) if of_8_bits else (_dense,)):
+        _ENTRIES[place] = entry(function)
+    return _ENTRIES.ctypes.data  # type: ignore[no-any-return]
 
 
 @cache
@@ -109,10 +120,36 @@ def _strip(rows: int, wide: int) -> Callable[..., None]:
 
 
 product = products(*TILE_SHAPE)
+_ENTRIES = np.zeros(2, np.int64)
+
+
+@apart
+def _dense(
+    first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
+) -> None:
+    product(first, last, rows, k, x, x_step, w, w_step, y, y_step)
+
+
+@apart
+def _packed(
+    first: int,
+    last: int,
+    begin: int,
+    rows: int,
+    count: int,
+    k: int,
+    levels: int,
+    w: int,
+    scale: int,
+    y: int,
+    y_step: int,
+) -> None:
+    packed_product(first, last, begin, rows, count, k, levels, w, scale, y, y_step)
 
 
 @exact
 def multiply(
+    table: int,
     first: int,
     last: int,
     begin: int,
@@ -128,23 +165,24 @@ def multiply(
     y_step: int,
 ) -> None:
     """`product` of rows from `begin` on with float32 weights; those of 8 bits have a `scale`, and then `levels` are the
-    `count` rows that there are, rounded by `round_rows`. y is that of the first of these rows."""
+    `count` rows that there are, rounded by `round_rows`. y is that of the first of these rows; see `entries`."""
     if scale:
-        packed_product(first, last, begin, rows, count, k, levels, w, scale, y, y_step)
+        _packed(integers(table, (2,))[1], first, last, begin, rows, count, k, levels, w, scale, y, y_step)
     else:
-        product(first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
+        _dense(integers(table, (2,))[0], first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
 
 
 @exact_kernel
-def _round(first: int, last: int, rows: int, k: int, x: int, x_step: int, levels: int) -> None:
+def _round(first: int, last: int, at: int, rows: int, k: int, x: int, x_step: int, levels: int) -> None:
     """Rows, ROWS a task."""
-    round_rows(first * ROWS, min(last * ROWS, rows), rows, k, x, x_step, levels)
+    round_rows(at, first * ROWS, min(last * ROWS, rows), rows, k, x, x_step, levels)
 
 
 @exact_kernel
 def _linear(
     first: int,
     last: int,
+    table: int,
     rows: int,
     width_in: int,
     width_out: int,
@@ -158,7 +196,7 @@ def _linear(
 ) -> None:
     """Columns of y, COLUMNS a task."""
     start, end = first * COLUMNS, min(last * COLUMNS, width_out)
-    multiply(start, end, 0, rows, rows, width_in, x, x_step, weight, scale, levels, y, 4 * width_out)
+    multiply(table, start, end, 0, rows, rows, width_in, x, x_step, weight, scale, levels, y, 4 * width_out)
     if bias:
         shift = floats(bias + 4 * start, end - start)
         for row in range(rows):
