@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..kit.cpu import (
     LOG2E,
-    entry,
     exact,
     exact_kernel,
     exp2,
@@ -27,8 +26,8 @@ from ..kit.cpu import (
     sigmoid,
     silu,
 )
-from ..kit.cpu.packed import ROWS, room, round_rows
-from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, entries, multiply
+from ..kit.cpu.packed import ROWS, room
+from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, Entries, entries, multiply, rounded
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.packed import Weight
 
@@ -100,10 +99,9 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
     choices = tokens * top_k
     first = choices * d * _rows(hidden, activation) // MULTIPLICATIONS
     second = choices * hidden * out // MULTIPLICATIONS
-    of_8_bits = places[4] or places[6]  # their scales
-    at = entries(of_8_bits != 0), entry(round_rows) if of_8_bits else 0
+    at = entries(places[4] != 0 or places[6] != 0)  # scales, of 8 bits
     if first + second < WORTH_THREADS or torch.get_num_threads() == 1:
-        _experts(0, hidden + out + choices, *at, _SORT, _PHASES, *sizes, activation, adds, *places)
+        _experts(0, hidden + out + choices, at, _SORT, _PHASES, *sizes, activation, adds, *places)
         return
     for phase, tasks, cost in (
         (_SORT, 1, 0),
@@ -112,7 +110,7 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
         (_SECOND, -(-out // COLUMNS), second),
     ):
         if activation != LINEAR or phase in (_SORT, _SECOND):
-            run(_experts, tasks, cost, *at, phase, phase + 1, *sizes, activation, adds, *places)
+            run(_experts, tasks, cost, at, phase, phase + 1, *sizes, activation, adds, *places)
 
 
 def prepare(
@@ -254,8 +252,7 @@ def _add(row: int, shift: int, first: int, last: int) -> None:
 def _experts(
     first: int,
     last: int,
-    table: int,
-    rounding: int,
+    at: Entries,
     begin_phase: int,
     end_phase: int,
     tokens: int,
@@ -301,11 +298,11 @@ def _experts(
                 for c in range(d):
                     target[c] = source[c]
             if up_scale if up else down_scale:
-                round_rows(rounding, 0, starts[n_experts], choices, d, sorted_, 4 * d, levels)
+                rounded(at, 0, starts[n_experts], choices, d, sorted_, 4 * d, levels)
         elif phase == _ROUND and up:
             if down_scale:
-                round_rows(
-                    rounding,
+                rounded(
+                    at,
                     first * ROWS,
                     min(last * ROWS, starts[n_experts]),
                     choices,
@@ -321,10 +318,10 @@ def _experts(
                 if count:
                     a, b = sorted_, between + 4 * begin * rows
                     w, scale = _of_expert(e, up, up_scale, rows, d)
-                    multiply(table, start, end, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
+                    multiply(at, start, end, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
                     if activation >= _GATED:
                         halves = hidden + start, hidden + end
-                        multiply(table, *halves, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
+                        multiply(at, *halves, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
                     for j in range(count):
                         row = b + 4 * j * rows
                         if up_bias:
@@ -341,7 +338,7 @@ def _experts(
                 if count:
                     a, b = source_rows, returned + 4 * begin * out
                     w, scale = _of_expert(e, down, down_scale, out, hidden)
-                    multiply(table, start, end, begin, count, choices, hidden, a, step, w, scale, levels, b, 4 * out)
+                    multiply(at, start, end, begin, count, choices, hidden, a, step, w, scale, levels, b, 4 * out)
                     for j in range(count if down_bias else 0):
                         _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
             total = np.empty(end - start, np.float32)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import expect
-from ..kit.cpu import LOG2E, TILE, by_channel, entry, located, new, paired, run
-from ..kit.cpu.packed import room, round_rows
+from ..kit.cpu import LOG2E, TILE, by_channel, located, new, paired, run
+from ..kit.cpu.packed import room
 from ..kit.cpu.product import MULTIPLICATIONS, entries
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
@@ -123,10 +123,10 @@ def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
     scales = places[2], places[6], places[12]  # 0 of projections in float32
-    at = entries(any(scales)), entry(round_rows) if any(scales) else 0
+    at = entries(any(scales))
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
-        step(0, width + d + rows, *at, 0, PHASES, *sizes, adds, eps, *places)
+        step(0, width + d + rows, at, 0, PHASES, *sizes, adds, eps, *places)
         return
     costs = {CONVOLVE: 2 * d, CHOOSE: r + 2 * n, SCAN: r + MULTIPLICATIONS * n, OUT: d}
     tiles = -(-width // TILE)
@@ -135,7 +135,7 @@ def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
         if needed(phase, eps, *scales):
             tasks, cost = shares.get(phase, rows), costs.get(phase, 1)
             work = rows * width * cost // MULTIPLICATIONS
-            run(step, tasks, work, *at, phase, phase + 1, *sizes, adds, eps, *places)
+            run(step, tasks, work, at, phase, phase + 1, *sizes, adds, eps, *places)
 
 
 def prepare(

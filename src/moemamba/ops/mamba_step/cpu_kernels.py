@@ -6,8 +6,7 @@ import numpy as np
 
 from ..kit.cpu import TILE, exact, exact_kernel, floats, fma, gated, next_state, silu, softplus
 from ..kit.cpu.lanes import tile
-from ..kit.cpu.packed import round_rows
-from ..kit.cpu.product import multiply
+from ..kit.cpu.product import Entries, multiply, rounded
 
 SHARE = 16  # rows of a projection that are a task
 # Phases; most layers have no norms, and only weights of 8 bits read what is rounded.
@@ -114,8 +113,7 @@ def needed(phase: int, eps: float, in_scale: int, x_scale: int, out_scale: int) 
 def step(
     first: int,
     last: int,
-    table: int,
-    rounding: int,
+    at: Entries,
     begin_phase: int,
     end_phase: int,
     rows: int,
@@ -163,28 +161,27 @@ def step(
     levels = made + 4 * rows * d  # rows that are rounded
     across, wide, start, end = 4 * (r + 2 * n), 8 * width, first * TILE, min(last * TILE, width)
     spare = np.empty(width, np.float32)
+    at_spare = spare.ctypes.data
     for phase in range(begin_phase, end_phase):
         if not needed(phase, eps, in_scale, x_scale, out_scale):
             continue
         if phase == CONVOLVE:
-            multiply(table, start, end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
-            multiply(
-                table, width + start, width + end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide
-            )
+            multiply(at, start, end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
+            multiply(at, width + start, width + end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
             here = 4 * start
             for b in range(rows):
                 history = 4 * b * (k - 1) * width + here
                 u = floats(inner + b * wide + here, end - start)
                 _bring(conv_before + history, conv_after + history, k - 1, width, end - start)
                 window = conv_after + history
-                _convolve(u, spare[: end - start], width, k, conv_weight + here, conv_bias + here, window)
+                _convolve(u, floats(at_spare, end - start), width, k, conv_weight + here, conv_bias + here, window)
         elif phase == CHOOSE:
             low, high = first * SHARE, min(last * SHARE, r + 2 * n)
-            multiply(table, low, high, 0, rows, rows, width, inner, wide, x_proj, x_scale, levels, chosen, across)
+            multiply(at, low, high, 0, rows, rows, width, inner, wide, x_proj, x_scale, levels, chosen, across)
         elif phase == ROUND_X:
-            round_rows(rounding, first, min(last, rows), rows, d, x, 4 * d, levels)
+            rounded(at, first, min(last, rows), rows, d, x, 4 * d, levels)
         elif phase in (ROUND_INNER, ROUND_SCANNED):
-            round_rows(rounding, first, min(last, rows), rows, width, inner, wide, levels)
+            rounded(at, first, min(last, rows), rows, width, inner, wide, levels)
         elif phase == NORMS:
             for b in range(rows):
                 row, epsilon = chosen + b * across, np.float32(eps)
@@ -192,23 +189,33 @@ def step(
                 _normalise(row + 4 * r, n, B_norm, epsilon, spare)
                 _normalise(row + 4 * (r + n), n, C_norm, epsilon, spare)
         elif phase == SCAN:
-            multiply(table, start, end, 0, rows, rows, r, chosen, across, dt_proj, 0, 0, step, 4 * width)
+            multiply(at, start, end, 0, rows, rows, r, chosen, across, dt_proj, 0, 0, step, 4 * width)
             size, here = end - start, 4 * start
             shift = floats(dt_bias + here, size)
             for b in range(rows):
-                dt, own = floats(step + 4 * b * width + here, size), floats(chosen + b * across, r + 2 * n)
+                dt, shares = floats(step + 4 * b * width + here, size), chosen + b * across + 4 * r
                 u, z = floats(inner + b * wide + here, size), floats(inner + b * wide + 4 * width + here, size)
                 for c in range(size):
                     dt[c] = softplus(dt[c] + shift[c])
-                state, rest = 4 * b * n * width + here, (own[r : r + n], own[r + n :])
+                state = 4 * b * n * width + here
                 _bring(ssm_before + state, ssm_after + state, n, width, size)
-                _scan(u, dt, spare[:size], rest[0], rest[1], width, decay + here, D + here, ssm_after + state)
+                _scan(
+                    u,
+                    dt,
+                    floats(at_spare, size),
+                    floats(shares, n),
+                    floats(shares + 4 * n, n),
+                    width,
+                    decay + here,
+                    D + here,
+                    ssm_after + state,
+                )
                 for c in range(size):
                     u[c] = gated(u[c], z[c])
         else:
             low, high = first * SHARE, min(last * SHARE, d)
             place = made if adds else y
-            multiply(table, low, high, 0, rows, rows, width, inner, wide, out_proj, out_scale, levels, place, 4 * d)
+            multiply(at, low, high, 0, rows, rows, width, inner, wide, out_proj, out_scale, levels, place, 4 * d)
             if adds:
                 for b in range(rows):
                     place = 4 * (b * d + low)

@@ -5,6 +5,7 @@ from .lanes import fma
 from .memory import (
     TILE,
     Rows,
+    Streams,
     address,
     by_channel,
     bytes_at,
@@ -23,6 +24,7 @@ from .memory import (
     rows,
     store_columns,
     store_tile,
+    streaming,
     summed,
     write,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "LOG2E",
     "TILE",
     "Rows",
+    "Streams",
     "address",
     "apart",
     "by_channel",
@@ -66,6 +69,7 @@ __all__ = [
     "softplus",
     "store_columns",
     "store_tile",
+    "streaming",
     "summed",
     "write",
 ]
