@@ -67,8 +67,8 @@ def products(tall: int, wide: int) -> Callable[..., None]:
     """A function for kernels, `product(first, last, rows, k, x, x_step, w, w_step, y, y_step)`:
 
     y[r, j] = sum over k of x[r, k] w[j, k] for all rows r and the weight rows j from first to last - 1. Addresses, and
-    bytes from row to row. It takes tiles of up to `tall` rows and `wide` weights; results do not depend on that. `multiply` is for more than
-    the caches hold.
+    bytes from row to row. It takes tiles of up to `tall` rows and `wide` weights; results do not depend on that.
+    `multiply` is for more than the caches hold.
     """
     highest, pair, single = (_strip(rows, wide) for rows in (tall, 2, 1))
 
@@ -159,8 +159,8 @@ def multiply(
     y: int,
     y_step: int,
 ) -> None:
-    """The product of rows from `begin` on with float32 weights; those of 8 bits have a `scale`, and then `levels` are the
-    `count` rows that there are, rounded by `round_rows`. y is that of the first of these rows; see `entries`."""
+    """The product of rows from `begin` on with float32 weights. Those of 8 bits have a `scale`, and then `levels` are
+    the `count` rows that there are, rounded by `rounded`. y is that of the first of these rows; see `entries`."""
     if scale:
         _packed(at[1], first, last, begin, rows, count, k, levels, w, scale, y, y_step)
     else:
