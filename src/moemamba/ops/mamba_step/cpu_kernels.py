@@ -1,4 +1,4 @@
-"""The kernel of `cpu.py`: one position of a Mamba layer for any number of rows, in four phases, or seven."""
+"""The kernel of `cpu.py`: one position of a Mamba layer for any number of rows, in four phases, or eight."""
 
 from typing import Any
 
