@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from .device import find_device
 from .host import files, memory
 from .host.files import FileError, check_regular, expanded, new_directory, write_json
 from .layers.quantised import NO_GRADIENT, keep_scales, misfit, quantise, quantised
-from .model import MoEMamba
+from .model import MoEMamba, foreign_parts
 from .reading import from_dict
 from .tensors import CHECKSUMS, TensorFile, differences, not_finite, write_tensors
 from .text import NoTokenizer, Tokenizer, load_tokenizer, tokenizer_config
@@ -91,10 +92,11 @@ def load(
         _require_own(stored)
     model = outline(config, stored) if into is None else into
     packed = stored.metadata.get(WEIGHTS) == INT8
-    if packed and not quantised(model):
-        quantise(model)
-    check_tensors(stored, model_tensors(model))
+    rounds = packed and not quantised(model)
+    check_tensors(stored, model_tensors(_rounded(model) if rounds else model))
     verify(stored)
+    if rounds:
+        quantise(model)
     if dtype is not None:
         model.to(dtype=dtype)
         keep_scales(model)
@@ -204,19 +206,6 @@ def model_tensors(model: MoEMamba) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
-def foreign_parts(model: MoEMamba) -> dict[str, str]:
-    """The modules of a model that moemamba would not build from its configuration: {"layers.1.branches.0.router":
-    "mine.HashRouter"}, without those inside of one."""
-    with torch.device("meta"):
-        expected = {name: type(module) for name, module in MoEMamba(model.config).named_modules()}
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{part}.") for part in found)
-        if type(module) is not expected.get(name) and not inside:
-            found[name or "model"] = f"{type(module).__module__}.{type(module).__qualname__}"
-    return found
-
-
 def unwrapped(model: torch.nn.Module) -> MoEMamba:
     """The model inside what `torch.compile`, DataParallel and DistributedDataParallel make of it.
 
@@ -290,6 +279,14 @@ def write_model(
         write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer))
         files.replace(folder / "tokenizer.json", tokenizer.to_json())
     write_tensors(folder / "model.safetensors", tensors, about)
+
+
+def _rounded(model: MoEMamba) -> MoEMamba:
+    """On the meta device what a model is with weights of 8 bits; the model stays as it is."""
+    own = {id(each): torch.nn.Parameter(each.detach().to("meta")) for each in model.parameters()}
+    found = deepcopy(model, own | {id(each): each.to("meta") for each in model.buffers()})
+    quantise(found)
+    return found
 
 
 def open_weights(folder: Path, name: str = "model.safetensors") -> TensorFile:

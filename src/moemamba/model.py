@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         router: list[RouterStats] = []
         parts = self.parts
         if parts is not None:
-            parts.begin(x, seq_idx, state)
+            parts.begin(x, seq_idx, state, (parameter.requires_grad for parameter in self.parameters()))
         for number, layer in enumerate(self.layers):
             before = None if state is None else state.mixers[len(mixers) :]
             if parts is not None:
@@ -304,6 +304,19 @@ class MoEMamba(Backbone):
             if not hasattr(module, "update_balance_bias"):
                 raise ValueError(f"bias_rate is {experts.bias_rate}, but the router of {name} has no bias; set it to 0")
             module.update_balance_bias(stats.load, experts.bias_rate)  # type: ignore[operator]
+
+
+def foreign_parts(model: MoEMamba) -> dict[str, str]:
+    """The modules of a model that moemamba would not build from its configuration: {"layers.1.branches.0.router":
+    "mine.HashRouter"}, without those inside of one."""
+    with torch.device("meta"):
+        expected = {name: type(module) for name, module in MoEMamba(model.config).named_modules()}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{part}.") for part in found)
+        if type(module) is not expected.get(name) and not inside:
+            found[name or "model"] = f"{type(module).__module__}.{type(module).__qualname__}"
+    return found
 
 
 class _Forgotten:

@@ -10,6 +10,7 @@ from groups import enter, start
 from moemamba import ModelConfig, MoEMamba, State
 from moemamba.config import AttentionConfig, ExpertsConfig, MambaConfig, RoutedMambaConfig
 from moemamba.distributed import split_sequences
+from moemamba.layers import parts as passing
 from moemamba.layers.parts import Parts
 
 FEW = ExpertsConfig(4, top_k=2, capacity_factor=0.6)
@@ -119,16 +120,50 @@ def test_parts_are_the_whole(name, size, folder):
                 torch.testing.assert_close(getattr(theirs, field), tensor.detach(), **close)
 
 
-def unequal(rank, size, folder):
-    enter(rank, size, folder / "store-unequal")
+def refused(rank, size, folder):
+    enter(rank, size, folder / "store-refused")
     model = MoEMamba(CONFIG)
     said = "2 rows of 3 tokens, without seq_idx and 2 rows of 4 tokens"
     with pytest.raises(ValueError, match=said), split_sequences(model):
         model(torch.zeros(2, 3 + rank, dtype=torch.int64))
     assert model.parts is None and all(getattr(module, "parts", None) is None for module in model.modules())
+    model.layers[3].branches[0].router = model.layers[1].branches[0].router
+    with pytest.raises(ValueError, match="serves other layers too, and has a capacity"), split_sequences(model):
+        pass
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_unequal_parts(tmp_path):
-    start(2, unequal, tmp_path)
+def test_what_is_refused(tmp_path):
+    start(2, refused, tmp_path)
+
+
+def changing(rank, size, folder):
+    """Calls that send other tensors than the one before: of a state that the first part alone is given, and of
+    parameters that are frozen for a while."""
+    enter(rank, size, folder / "store-changing")
+    torch.manual_seed(0)
+    model = MoEMamba(CONFIG.replace(pattern="MEA", n_blocks=1)).double().eval()
+    tokens = torch.randint(50, (ROWS, 6 + 4 * size))
+    own = slice(6 + 4 * rank, 10 + 4 * rank)
+    passing.KEPT = 3  # so that some are forgotten, too
+    with split_sequences(model, Parts()) as parts:
+        for first in (6, 0, 3, 6, *range(6), 6):
+            model.parts = None
+            with torch.no_grad():
+                state = model(tokens[:, first:6]).state if first < 6 else None
+                whole = model(tokens[:, first:]).logits[:, own.start - first : own.stop - first]
+                model.parts = parts
+                torch.testing.assert_close(model(tokens[:, own], state if rank == 0 else None).logits, whole)
+        for trained in (model, model.head, model):
+            model.requires_grad_(False)
+            trained.requires_grad_(True)
+            model.zero_grad()
+            model(tokens[:, own]).logits.sum().backward()
+            assert all((p.grad is not None) == p.requires_grad for p in model.head.parameters())
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_is_sent_changes(tmp_path):
+    start(3, changing, tmp_path)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from comparisons import comparison
+from comparisons import MODELS, comparison
 
 from moemamba.cli import run
 from moemamba.cli.outcome import tell
@@ -18,7 +18,7 @@ from moemamba.experiments.page import html as report
 from moemamba.experiments.page.chart import Chart, Line
 from moemamba.experiments.page.html import FAILED
 from moemamba.experiments.page.svg import line_chart
-from moemamba.experiments.results import read_results
+from moemamba.experiments.results import History, RunResult, read_results, summarise
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 COMMAND = re.compile(r"`moemamba report\s+docs/results/\{([\w,-]+)\} --out docs/results/results\.html`")
@@ -169,3 +169,17 @@ def test_the_report_is_written_at_once_or_not_at_all(tmp_path: Path, monkeypatch
         run(["report", str(tmp_path), "--out", str(page)])
     assert page.read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "results.json"]
+
+
+def test_a_baseline_counts_with_the_lower_of_its_weights_and_their_average():
+    def run(model, seed, loss, averaged):
+        train = [{"step": 10, "loss": loss, "tokens_per_second": 1.0}]
+        line = {"step": 10, "tokens": 64, "seconds": 1.0, "bits_per_byte": 2.0, "accuracy": 0.25}
+        history = History(train, [line | {"loss": loss, "averaged": averaged}], [])
+        return RunResult.condensed(model, seed, "finished", history, 15)
+
+    runs = [run("mamba", 0, 3.0, 2.9), run("mamba", 1, 3.0, 3.2), run("experts-4", 0, 2.8, 2.7)]
+    runs.append(run("experts-4", 1, 2.8, 2.85))
+    first, second = summarise(runs, {name: MODELS[name] for name in ("mamba", "experts-4")}, 32)
+    assert first.averaged_difference.values == (0.0, 0.2)
+    assert second.averaged_difference.values == pytest.approx((-0.2, -0.15))

@@ -115,7 +115,11 @@ def test_where_answers_may_depend_on_others():
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast is on" in refused(fine)
     fine.layers[0].norm.register_forward_hook(lambda *_: None)
-    assert "layers.0.norm" in refused(fine)
+    assert "layers.0.norm has a forward hook" in refused(fine)
+    other = copy.deepcopy(MODELS["ME"])
+    other.layers[0].branches[0].out_proj = torch.nn.Linear(*other.layers[0].branches[0].out_proj.weight.T.shape)
+    assert "out_proj is torch.nn.modules.linear.Linear" in refused(other)
+    Engine(MoEMamba(fine.config.replace(n_shared_experts=1)), 2, batch_invariant=True)
     with pytest.raises(ValueError, match="batch_invariant does not hold here"):
         engine.renew(fine)
 

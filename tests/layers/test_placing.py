@@ -83,6 +83,25 @@ def test_a_state_goes_on_in_the_dtype():
     torch.testing.assert_close(one, whole[:, :1], atol=0.02, rtol=0.02)
 
 
+def test_whole_numbers_stay_what_they_are():
+    class Table(layers.BaseRouter):
+        def __init__(self):
+            super().__init__(4)
+            self.register_buffer("table", torch.arange(7) % 4)
+            self.register_buffer("bias", torch.zeros(4))
+            self.register_buffer("on", torch.tensor(True))
+
+        def forward(self, x, seq_idx=None):
+            indices = self.table[: x.shape[1]].expand(len(x), -1)[..., None]
+            return self.routed(indices, torch.ones(indices.shape), seq_idx)
+
+    layer = layers.MoE(D, 4, router=Table(), dtype=torch.bfloat16)
+    kept = {name: buffer.dtype for name, buffer in layer.router.named_buffers()}
+    assert kept == {"table": torch.int64, "bias": torch.float32, "on": torch.bool}
+    y, _ = layer(torch.randn(2, 7, D, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+
+
 def test_a_layer_of_ones_own_takes_them():
     class Twice(layers.Layer):
         @placing.placed

@@ -155,3 +155,27 @@ def test_commands(folders, capsys, monkeypatch):
     stored = json.loads(call("info", str(folders / "int8"), "--json"))["bytes"]["stored"]
     assert stored["int8"] > stored["float32"] > 0
     assert "int8" in call("info", str(folders / "int8")) and "int8" not in call("info", str(folders / "float"))
+
+
+def test_a_model_that_is_not_loaded_stays_as_it_is(folders):
+    """One that `load(into=...)` or `quantise` refuses has its weights, in float32, and can be trained."""
+
+    def untouched(model):
+        found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        expected = dict(build().named_parameters())
+        return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+    spread, damaged, other = build(), build(), MoEMamba(replace(build().config, d_model=8))
+    spread.layers[0].branches[1].experts.group = object()
+    with pytest.raises(ValueError, match="spread over several processes"):
+        quantise(spread)
+    with pytest.raises(CheckpointError, match="of another model"):
+        load(folders / "int8", into=other)
+    file = folders / "int8" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 0xFF
+    file.write_bytes(bytes(data))
+    with pytest.raises(Damaged):
+        load(folders / "int8", into=damaged)
+    assert untouched(spread) and untouched(damaged)
+    assert not quantised(other) and all(parameter.requires_grad for parameter in other.parameters())

@@ -67,6 +67,24 @@ def test_it_equals_the_reference(backend, rows, shape, base):
     assert_equal(backend, make(lengths, padding, heads, groups, width, 97, base))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_further_apart_than_32_bits_count(backend):
+    qkv, keys, values, *others = make((5,), (0,), heads=5, groups=5, room=8, dtype=torch.float16)
+    apart, groups, width = (
+        2**29 + 2**20,
+        keys.shape[1],
+        keys.shape[3],
+    )  # of memory that is asked for, and hardly touched
+    far = torch.empty(groups * apart, dtype=keys.dtype, device=DEVICE)
+    far = far.as_strided(keys.shape, (groups * apart, apart, width, 1)).copy_(keys)
+    near = [qkv, keys, values, *others]
+    expected = outcome(backend, near)["y"]
+    with torch.no_grad(), ops.backend(backend):
+        y = ops.attention_step(qkv, far, *copied([values, *others]))
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_not_of_the_sequence_never_reaches_it(backend):
     arguments = make()

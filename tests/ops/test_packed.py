@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moemamba import ops
-from moemamba.ops.kit.cpu import exact, packed
+from moemamba.ops.kit.cpu import entry, exact, packed
 from moemamba.ops.kit.packed import LARGEST, pack
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -100,12 +100,12 @@ def test_every_machine_has_the_same_bits(instruction, monkeypatch):
     round_rows = packed.round_rows
 
     @exact
-    def kernel(rows: int, k: int, columns: int, x: int, levels: int, w: int, scale: int, y: int) -> None:
-        round_rows(0, rows, rows, k, x, 4 * k, levels)
+    def kernel(at: int, rows: int, k: int, columns: int, x: int, levels: int, w: int, scale: int, y: int) -> None:
+        round_rows(at, 0, rows, rows, k, x, 4 * k, levels)
         product(0, columns, 0, rows, rows, k, levels, w, scale, y, 4 * columns)
 
     levels, y = torch.empty(3 * packed.room(77)), torch.empty(3, 6)
-    kernel(3, 77, 6, *(t.data_ptr() for t in (x, levels, *weight, y)))
+    kernel(entry(round_rows), 3, 77, 6, *(t.data_ptr() for t in (x, levels, *weight, y)))
     assert torch.equal(y, expected)
 
 

@@ -31,9 +31,18 @@ def split_sequences(model: MoEMamba, parts: Parts | dist.ProcessGroup | None = N
 
     Args:
         parts: made before, or the processes that have parts, in the order of their ranks; all processes if None.
+    Raises:
+        ValueError: layers have one router with a capacity, whose choices of earlier parts are counted for one alone.
     """
     made = parts if isinstance(parts, Parts) else Parts(parts)
-    found = [module for module in routers(model).values() if isinstance(module, BaseRouter)]
+    places = {name: module for name, module in routers(model).items() if isinstance(module, BaseRouter)}
+    found = list(places.values())
+    for name, router in places.items():
+        if router.capacity_factor is not None and found.count(router) > 1:
+            raise ValueError(
+                f"the router of {name} serves other layers too, and has a capacity; with sequences over several "
+                "processes give each layer its own, or set capacity_factor to None"
+            )
     model.parts = made
     for router in found:
         router.parts = made

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import foreign_parts
 from ..config import ExpertsConfig, ModelConfig, RoutedMambaConfig
 from ..layers import routers
 from ..layers.moe.experts import Experts, LinearExperts
 from ..layers.quantised import expect_full
 from ..letters import LETTERS
-from ..model import MoEMamba
+from ..model import MoEMamba, foreign_parts
 
 Chosen = Sequence[int] | Tensor
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..layers.plain import reasons
-from ..model import MoEMamba
+from ..layers.plain import why_not_plain
+from ..model import MoEMamba, foreign_parts
 
 NOT_FINITE = (
     "the model's output is not finite (infinity, or not a number) after {} new tokens: its weights are damaged, or its "
@@ -38,7 +38,12 @@ def why_varies(model: MoEMamba) -> str | None:
         return "autocast is on, which computes in another type; leave it"
     if ops.choose("mamba_step", weight) != "cpu":
         return ops.why_not("cpu", "cpu") or "another backend is asked for; leave ops.backend"
-    return next((f"{reason}, which may compute anything" for reason in reasons(model)), None)
+    for name, kind in foreign_parts(model).items():
+        return f"{name} is {kind}, which may compute anything"
+    for name, module in model.named_modules():
+        if reason := why_not_plain(module, type(module)):
+            return f"{name or 'the model'} {reason}, which may compute anything"
+    return None
 
 
 def _view(module: nn.Module, views: dict[int, nn.Module]) -> nn.Module:

@@ -10,8 +10,9 @@ Routers add up: who is dropped for want of capacity depends on how many choices 
 likewise), and the balance loss on the load of all parts, which is summed once, behind the last sub-layer.
 """
 
+import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 AXES = 4  # of a tensor of a state, at most
 ENTRIES = 2 + AXES  # that a tensor has in a letter's head: dtype, whether it has a gradient, shape
 TENSORS = 64  # of the mixers of one sub-layer, at most
+KEPT = 64  # kinds of calls of which it is remembered what is sent
 
 
 class _Form(NamedTuple):
@@ -46,21 +48,22 @@ class Parts:
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        self._forms: dict[Any, list[_Form]] = {}
+        self._known: dict[tuple[int, ...], dict[Any, list[_Form]]] = {}
+        self._forms: dict[Any, list[_Form]] = {}  # of this kind of call: what is sent to whom
         self._under_way: list[tuple[dist.Work, Tensor]] = []
         self._continues: Tensor | None = None
         self._tokens: Tensor | None = None
         self._earlier: dict[int, Tensor] = {}
         self._arrived: deque[Tensor] = deque()
-        self._key: tuple[Any, ...] = ()
 
-    def begin(self, x: Tensor, seq_idx: Tensor | None, state: Any) -> None:
+    def begin(self, x: Tensor, seq_idx: Tensor | None, state: Any, trained: Iterable[bool] = ()) -> None:
         """At the bottom of the model: whether the first sequence of each row goes on from the part before.
 
         Args:
             x: (b, l, d), what every process has so much of.
             seq_idx: (b, l) of this part; the same sequence has the same number in every part.
             state: which continues the first sequence of each row: heeded in the first part alone.
+            trained: of each parameter, whether it has a gradient.
         Raises:
             ValueError: the processes have unequal parts.
         """
@@ -69,14 +72,15 @@ class Parts:
         self._arrived.clear()
         self._continues = self._tokens = None
         rows, length = x.shape[:2]
-        lengths = None if state is None else [mixer[0].shape for mixer in state.mixers]
-        autocast = torch.is_autocast_enabled(x.device.type)
-        self._key = (rows, length, x.dtype, str(lengths), autocast, torch.is_grad_enabled(), seq_idx is None)
-        own = torch.tensor([rows, length, seq_idx is not None], device=x.device)
-        everyone = self._gathered(own).tolist()
-        if any(each != everyone[0] for each in everyone):
-            what = [f"{b} rows of {n} tokens, {'with' if s else 'without'} seq_idx" for b, n, s in everyone]
+        own = [rows, length, seq_idx is not None, _digest(x, state, trained)]
+        everyone = self._gathered(torch.tensor(own, device=x.device)).tolist()
+        if any(each[:3] != everyone[0][:3] for each in everyone):
+            what = [f"{b} rows of {n} tokens, {'with' if s else 'without'} seq_idx" for b, n, s, _ in everyone]
             raise ValueError(f"the parts of a sequence are {' and '.join(what)}; they must be alike, so pad the last")
+        key = (*everyone[0][:3], *(each[3] for each in everyone))  # what one sends depends on what all earlier ones got
+        self._forms = self._known.setdefault(key, {})
+        if len(self._known) > KEPT:  # in the same order on all processes
+            del self._known[next(iter(self._known))]
         if seq_idx is None:
             return
         valid, _ = boundaries(seq_idx)
@@ -128,7 +132,7 @@ class Parts:
                 self._arrived.append(self._receive(self.rank - 1, x.new_empty(shape, dtype=torch.int64)))
         if not kinds:
             return states
-        key, source = ("from", layer, *self._key), self.rank - 1
+        key, source = ("from", layer), self.rank - 1
         if key not in self._forms:
             self._forms[key] = _read(self._receive(source, x.new_empty(1 + TENSORS * ENTRIES, dtype=torch.int64)))
         forms = self._forms[key]
@@ -146,7 +150,7 @@ class Parts:
         of this process comes."""
         if not states or self.rank + 1 == self.size:
             return y, list(states)
-        key, target = ("to", layer, *self._key), self.rank + 1
+        key, target = ("to", layer), self.rank + 1
         tensors = [tensor for state in states for tensor in state]
         if key not in self._forms:
             self._forms[key] = [_Form(each.dtype, each.requires_grad, tuple(each.shape)) for each in tensors]
@@ -191,6 +195,16 @@ class Parts:
 
     def _process(self, part: int) -> int:
         return part if self.group is None else dist.get_global_rank(self.group, part)
+
+
+def _digest(x: Tensor, state: Any, trained: Iterable[bool]) -> int:
+    """Of what the forms of the states of a call depend on besides its size."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    tensors = [] if state is None else [tensor for mixer in state.mixers for tensor in mixer]
+    given = [(tensor.dtype, tuple(tensor.shape), tensor.requires_grad) for tensor in tensors]
+    own = (x.dtype, x.requires_grad, torch.is_grad_enabled(), autocast, state is None, given, list(trained))
+    return zlib.crc32(repr(own).encode())
 
 
 def _written(forms: Sequence[_Form]) -> Tensor:

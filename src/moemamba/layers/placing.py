@@ -17,7 +17,8 @@ def placed(build: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Do what a layer's `__init__` says of `device` and `dtype`, for all that is inside of it.
 
     Everything is made on the device, "meta" included. Of the dtype are all parameters but those that are read in
-    float32 whatever the precision (`roles`), which stay float32 at least, as buffers do: routers, dt, A and D.
+    float32 whatever the precision (`roles`), which stay float32 at least, as buffers do: routers, dt, A and D. Whole
+    numbers and marks, as a router of one's own may have, stay what they are.
     """
 
     @wraps(build)
@@ -41,4 +42,5 @@ def cast(layer: nn.Module, dtype: torch.dtype) -> None:
     for name, parameter in layer.named_parameters():
         parameter.data = parameter.data.to(wide if role[name].float32 else dtype)
     for buffer in layer.buffers():
-        buffer.data = buffer.data.to(wide)
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.to(wide)

@@ -31,13 +31,15 @@ def quantise(model: nn.Module) -> None:
         ValueError: its experts are spread over processes.
     """
     role, wanted = roles(model), dict(model.named_parameters())
-    for path, module in list(model.named_modules()):
+    modules = dict(model.named_modules())
+    for path, module in modules.items():  # before anything is changed
+        if _may(module) and getattr(module, "group", None) is not None:
+            raise ValueError(f"{path} is spread over several processes; weights of 8 bits are for one")
+    for path, module in modules.items():
         for name in _may(module):
             full = f"{path}.{name}" if path else name
             if full not in wanted or role[full].float32 or not role[full].decays:
                 continue
-            if getattr(module, "group", None) is not None:
-                raise ValueError(f"{path} is spread over several processes; weights of 8 bits are for one")
             values, scale = pack(wanted[full])
             delattr(module, name)
             module.register_buffer(name, values)

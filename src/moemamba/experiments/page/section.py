@@ -153,7 +153,7 @@ def _results(found: Comparison) -> Grid:
             *("model", *own),
             *(("paper", "paper's difference") if paper else ()),
             *(("drop gap", "with capacity", "vs its capacity") if gaps else ()),
-            *(("averaged", "vs its averaged") if averaged else ()),
+            *(("averaged", "vs its lower of two") if averaged else ()),
             *more,
         ),
         [
@@ -206,7 +206,7 @@ def reported_tests(found: Comparison) -> list[str | Grid]:
             )
         )
     more = [*(("with capacity", "vs its capacity") if capped else ())]
-    more += ["averaged weights", "vs its averaged"] if averaged else []
+    more += ["averaged weights", "vs its lower of two"] if averaged else []
     blocks = len(next(test for test in tested[0].tests if test).blocks)
     return [Grid(("model", "tokens", "test loss", "vs baseline", *more), rows), TEST_NOTES.format(blocks=blocks)]
 

@@ -43,7 +43,7 @@ class Row:
     averaged: Spread
     """held-out loss of the averaged weights (`TrainConfig.average`); empty without any"""
     averaged_difference: Spread
-    """that loss minus the baseline's of its averaged weights, with the same seed"""
+    """that loss minus the lower of the baseline's two, of its weights and of their average, with the same seed"""
     difference: Spread
     """loss minus the baseline's with the same seed, so on the same batches in the same order"""
     steps_to_baseline: tuple[float | None, ...]
@@ -75,7 +75,7 @@ class Row:
     capped_test_difference: Spread = NONE
     """the same with the capacity limits of training"""
     averaged_test_difference: Spread = NONE
-    """the same with averaged weights on both sides"""
+    """that of averaged weights there, minus the lower of the baseline's two"""
 
     @property
     def test(self) -> Spread:
@@ -172,7 +172,7 @@ def _row(name: str, config: ModelConfig, every: list[RunResult], baseline: dict[
         accuracy=_last(runs, "accuracy"),
         drop_gap=_last(runs, "drop_gap"),
         averaged=_last(runs, "averaged"),
-        averaged_difference=_difference([(_averaged(ours), _averaged(theirs)) for ours, theirs in pairs]),
+        averaged_difference=_difference([(_averaged(ours), _lower(theirs)) for ours, theirs in pairs]),
         difference=_difference([(ours.curve, theirs.curve) for ours, theirs in pairs]),
         steps_to_baseline=steps,
         speed_up=ratios,
@@ -188,7 +188,7 @@ def _row(name: str, config: ModelConfig, every: list[RunResult], baseline: dict[
         test_difference=Spread(tuple(round(a.loss - b.loss, 6) for a, b in _tests(pairs))),
         averaged_test_difference=Spread(
             tuple(
-                round(a.averaged - b.averaged, 6)
+                round(a.averaged - min(b.loss, b.averaged), 6)
                 for a, b in _tests(pairs)
                 if a.averaged is not None and b.averaged is not None
             )
@@ -215,6 +215,11 @@ def _capped(run: RunResult) -> Curve:
 def _averaged(run: RunResult) -> Curve:
     """Held-out loss of averaged weights, by step; empty without any."""
     return [(line["step"], line["averaged"]) for line in run.evaluation if "averaged" in line]
+
+
+def _lower(run: RunResult) -> Curve:
+    """The lower of two held-out losses, of weights and of their average, by step; empty without an average."""
+    return [(line["step"], min(line["loss"], line["averaged"])) for line in run.evaluation if "averaged" in line]
 
 
 def _difference(pairs: Sequence[tuple[Curve, Curve]]) -> Spread:

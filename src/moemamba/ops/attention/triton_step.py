@@ -79,7 +79,7 @@ def share_kernel(
     SHARED: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The queries of one head of keys over a share of the row's keys: what comes out, or its part of that."""
-    share, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    share, group, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     shares = tl.num_programs(0)
     head, column = tl.arange(0, H), tl.arange(0, W)
     ready(PDL)

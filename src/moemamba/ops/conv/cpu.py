@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kit.cpu import (
     TILE,
     Rows,
+    Streams,
     address,
     by_channel,
     bytes_at,
@@ -37,6 +38,7 @@ from ..kit.cpu import (
     silu,
     store_columns,
     store_tile,
+    streaming,
     summed,
     write,
 )
@@ -86,6 +88,7 @@ def _convolve(out: Any, j: int, bias: Any, taps: Any, window: Any, row: int) -> 
 def _conv(
     first: int,
     last: int,
+    at: Streams,
     shape: Rows,
     x: Rows,
     y: Rows,
@@ -112,7 +115,7 @@ def _conv(
         load_tile(window[: k - 1], initial_state + history if initial_state else 0, width, channel, count)
         for start in range(0, length, _CHUNK):
             size = min(_CHUNK, length - start)
-            read(block[:size], x, b, start, channel, count)
+            read(at, block, 0, size, x, b, start, channel, count)
             top = k - 1  # rows of the window that are filled
             for j in range(size):
                 if marks and mark[b, start + j] == PADDING:
@@ -132,16 +135,16 @@ def _conv(
                 for j in range(size):
                     for c in range(TILE):
                         out[j, c] = silu(out[j, c])
-            write(out[:size], y, b, start, channel, count)
+            write(at, out, 0, size, y, b, start, channel, count)
         store_tile(final_state + history, width, channel, count, window[: k - 1])
 
 
 @inner
-def _flush(dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int, count: int) -> None:
+def _flush(at: Streams, dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int, count: int) -> None:
     """Hand over finished gradients: of the input at position `place`, or of column `-1 - place` of the history."""
     for j in range(place.shape[0]):
         if place[j] >= 0:
-            write(dwindow[j : j + 1], dx, b, place[j], first, count)
+            write(at, dwindow, j, 1, dx, b, place[j], first, count)
         elif place[j] != _NOWHERE:
             for c in range(count):
                 dhistory[b, -1 - place[j], first + c] = dwindow[j, c]
@@ -151,6 +154,7 @@ def _flush(dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int
 def _conv_backward(
     first: int,
     last: int,
+    at: Streams,
     shape: Rows,
     x: Rows,
     weight: int,
@@ -192,15 +196,15 @@ def _conv_backward(
             place[j] = -1 - j
         for start in range(0, length, _CHUNK):
             size = min(_CHUNK, length - start)
-            read(block[:size], x, b, start, channel, count)
-            read(g[:size], dy, b, start, channel, count)
+            read(at, block, 0, size, x, b, start, channel, count)
+            read(at, g, 0, size, dy, b, start, channel, count)
             top = k - 1
             for j in range(size):
                 if marks and mark[b, start + j] == PADDING:
-                    write(nothing, dx, b, start + j, channel, count)
+                    write(at, nothing, 0, 1, dx, b, start + j, channel, count)
                     continue
                 if marks and mark[b, start + j] == BEGIN:
-                    _flush(dwindow, place[:top], dx, dhistory, b, channel, count)
+                    _flush(at, dwindow, place[:top], dx, dhistory, b, channel, count)
                     top = k - 1
                     clear(window, 0, top)
                     clear(dwindow, 0, top)
@@ -224,7 +228,7 @@ def _conv_backward(
                 for c in range(TILE):
                     dshift[0, c] += g[j, c]
             keep = top - (k - 1)  # the rows that later positions still see
-            _flush(dwindow, place[:keep], dx, dhistory, b, channel, count)
+            _flush(at, dwindow, place[:keep], dx, dhistory, b, channel, count)
             for j in range(k - 1):
                 for c in range(TILE):
                     window[j, c] = window[keep + j, c]
@@ -233,7 +237,7 @@ def _conv_backward(
         for j in range(k - 1):
             for c in range(count):
                 dwindow[j, c] += dfinal[b, j, channel + c]
-        _flush(dwindow, place[: k - 1], dx, dhistory, b, channel, count)
+        _flush(at, dwindow, place[: k - 1], dx, dhistory, b, channel, count)
         store_columns(dweight, b * width + channel, count, dtaps)
         store_columns(dbias, b * width + channel, count, dshift)
 
@@ -255,6 +259,7 @@ def _forward(
         _conv,
         batch * -(-width // TILE),
         x.numel() * k,
+        streaming(),
         (*x.shape, k),
         rows(x, *x.shape),
         rows(y, *x.shape),
@@ -287,6 +292,7 @@ def _backward(
         _conv_backward,
         batch * -(-width // TILE),
         x.numel() * k,
+        streaming(),
         (*x.shape, k),
         rows(x, *x.shape),
         address(weight, width, k),

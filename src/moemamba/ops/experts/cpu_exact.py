@@ -11,9 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, exact, exact_kernel, exp2, floats, fma, integers, located, new, paired, run, sigmoid, silu
-from ..kit.cpu.packed import ROWS, room, round_rows
-from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, multiply
+from ..kit.cpu import (
+    LOG2E,
+    exact,
+    exact_kernel,
+    exp2,
+    floats,
+    fma,
+    integers,
+    located,
+    new,
+    paired,
+    run,
+    sigmoid,
+    silu,
+)
+from ..kit.cpu.packed import ROWS, room
+from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, Entries, entries, multiply, rounded
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.packed import Weight
 
@@ -21,7 +35,7 @@ LINEAR, _RELU, _GELU, _SILU, _RELU2, _GELU_ERF, _SWIGLU, _GEGLU = range(8)
 ACTIVATIONS = {"relu": _RELU, "gelu": _GELU, "silu": _SILU, "relu2": _RELU2, "gelu_erf": _GELU_ERF}
 ACTIVATIONS |= {"swiglu": _SWIGLU, "geglu": _GEGLU}
 _GATED = _SWIGLU  # those from here on
-_ROUND = 3  # a phase that weights of 8 bits have between the matrices
+_SORT, _FIRST, _ROUND, _SECOND, _PHASES = range(5)  # phases, of which weights of 8 bits alone have that of rounding
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _TWICE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 sqrt(2 / pi), and that of the tanh form
 # erf x = 1 - (e1 t + ... + e5 t^5) exp(-x^2) with t = 1 / (1 + p x), to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
@@ -85,17 +99,18 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
     choices = tokens * top_k
     first = choices * d * _rows(hidden, activation) // MULTIPLICATIONS
     second = choices * hidden * out // MULTIPLICATIONS
+    at = entries(places[4] != 0 or places[6] != 0)  # scales, of 8 bits
     if first + second < WORTH_THREADS or torch.get_num_threads() == 1:
-        _alone(0, 1, *sizes, activation, adds, *places)
+        _experts(0, hidden + out + choices, at, _SORT, _PHASES, *sizes, activation, adds, *places)
         return
     for phase, tasks, cost in (
-        (0, 1, 0),
-        (1, -(-hidden // COLUMNS), first),
+        (_SORT, 1, 0),
+        (_FIRST, -(-hidden // COLUMNS), first),
         (_ROUND, -(-choices // ROWS), choices * hidden // MULTIPLICATIONS),
-        (2, -(-out // COLUMNS), second),
+        (_SECOND, -(-out // COLUMNS), second),
     ):
-        if activation != LINEAR or phase in (0, 2):
-            run(_experts, tasks, cost, phase, *sizes, activation, adds, *places)
+        if activation != LINEAR or phase in (_SORT, _SECOND):
+            run(_experts, tasks, cost, at, phase, phase + 1, *sizes, activation, adds, *places)
 
 
 def prepare(
@@ -237,7 +252,9 @@ def _add(row: int, shift: int, first: int, last: int) -> None:
 def _experts(
     first: int,
     last: int,
-    phase: int,
+    at: Entries,
+    begin_phase: int,
+    end_phase: int,
     tokens: int,
     top_k: int,
     n_experts: int,
@@ -258,10 +275,11 @@ def _experts(
     work: int,
     y: int,
 ) -> None:
-    """A share of a phase: sorting; the first matrices with the activation; the second, and the sums, added to y or not.
+    """A share of a phase, or all of some: sorting; the first matrices with the activation; the second, and the sums,
+    added to y or not.
 
     Without `up` there is one matrix, and `hidden` is d. Matrices of 8 bits have a scale; what they read is rounded, in
-    phase 0 for the first and _ROUND for the second, whose shares are choices.
+    _SORT for the first and _ROUND for the second, whose shares are choices.
     """
     choices = tokens * top_k
     rows = 2 * hidden if activation >= _GATED else hidden if up else 0
@@ -272,88 +290,66 @@ def _experts(
     between = sorted_ + 4 * choices * d  # (choices, rows)
     returned = between + 4 * choices * rows  # (choices, out)
     levels = returned + 4 * choices * out  # (choices, room)
-    if phase == 0:
-        _sort(integers(indices, (choices,)), starts, order, place)
-        for j in range(starts[n_experts]):
-            source, target = floats(x + 4 * d * (order[j] // top_k), (d,)), floats(sorted_ + 4 * d * j, (d,))
-            for c in range(d):
-                target[c] = source[c]
-        if up_scale if up else down_scale:
-            round_rows(0, starts[n_experts], choices, d, sorted_, 4 * d, levels)
-    elif phase == _ROUND and up:
-        if down_scale:
-            round_rows(first * ROWS, min(last * ROWS, starts[n_experts]), choices, hidden, between, 4 * rows, levels)
-    elif phase == 1 and up:
-        start, end = first * COLUMNS, min(last * COLUMNS, hidden)
-        for e in range(n_experts):
-            count, begin = starts[e + 1] - starts[e], starts[e]
-            if count:
-                a, b = sorted_, between + 4 * begin * rows
-                w, scale = _of_expert(e, up, up_scale, rows, d)
-                multiply(start, end, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
-                if activation >= _GATED:
-                    halves = hidden + start, hidden + end
-                    multiply(*halves, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
-                for j in range(count):
-                    row = b + 4 * j * rows
-                    if up_bias:
-                        shift = up_bias + 4 * e * rows
-                        _add(row, shift, start, end)
-                        if activation >= _GATED:
-                            _add(row, shift, hidden + start, hidden + end)
-                    activate(row, hidden, activation, start, end)
-    elif phase == 2:
-        start, end = first * COLUMNS, min(last * COLUMNS, out)
-        source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
-        for e in range(n_experts):
-            count, begin = starts[e + 1] - starts[e], starts[e]
-            if count:
-                a, b = source_rows, returned + 4 * begin * out
-                w, scale = _of_expert(e, down, down_scale, out, hidden)
-                multiply(start, end, begin, count, choices, hidden, a, step, w, scale, levels, b, 4 * out)
-                for j in range(count if down_bias else 0):
-                    _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
-        total = np.empty(end - start, np.float32)
-        for token in range(tokens):
-            mine = place[token * top_k : (token + 1) * top_k]
-            shares = floats(gates + 4 * token * top_k if gates else gates, (top_k,))
-            _sum_choices(total, shares, gates != 0, mine, returned + 4 * start, 4 * out)
-            target = floats(y + 4 * (out * token + start), end - start)
-            if adds:
-                for c in range(end - start):
-                    target[c] += total[c]
-            else:
-                for c in range(end - start):
-                    target[c] = total[c]
-
-
-@exact_kernel
-def _alone(
-    first: int,
-    last: int,
-    tokens: int,
-    top_k: int,
-    n_experts: int,
-    d: int,
-    hidden: int,
-    out: int,
-    activation: int,
-    adds: bool,
-    indices: int,
-    x: int,
-    gates: int,
-    up: int,
-    up_scale: int,
-    down: int,
-    down_scale: int,
-    up_bias: int,
-    down_bias: int,
-    work: int,
-    y: int,
-) -> None:
-    """All phases one after the other."""
-    for phase in (0, 1, _ROUND, 2):
-        _experts(
-            0, hidden + out + tokens * top_k, phase, tokens, top_k, n_experts, d, hidden, out, activation, adds,
-            indices, x, gates, up, up_scale, down, down_scale, up_bias, down_bias, work, y,
-        )  # fmt: skip
+    for phase in range(begin_phase, end_phase):
+        if phase == _SORT:
+            _sort(integers(indices, (choices,)), starts, order, place)
+            for j in range(starts[n_experts]):
+                source, target = floats(x + 4 * d * (order[j] // top_k), (d,)), floats(sorted_ + 4 * d * j, (d,))
+                for c in range(d):
+                    target[c] = source[c]
+            if up_scale if up else down_scale:
+                rounded(at, 0, starts[n_experts], choices, d, sorted_, 4 * d, levels)
+        elif phase == _ROUND and up:
+            if down_scale:
+                rounded(
+                    at,
+                    first * ROWS,
+                    min(last * ROWS, starts[n_experts]),
+                    choices,
+                    hidden,
+                    between,
+                    4 * rows,
+                    levels,
+                )
+        elif phase == _FIRST and up:
+            start, end = first * COLUMNS, min(last * COLUMNS, hidden)
+            for e in range(n_experts):
+                count, begin = starts[e + 1] - starts[e], starts[e]
+                if count:
+                    a, b = sorted_, between + 4 * begin * rows
+                    w, scale = _of_expert(e, up, up_scale, rows, d)
+                    multiply(at, start, end, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
+                    if activation >= _GATED:
+                        halves = hidden + start, hidden + end
+                        multiply(at, *halves, begin, count, choices, d, a, 4 * d, w, scale, levels, b, 4 * rows)
+                    for j in range(count):
+                        row = b + 4 * j * rows
+                        if up_bias:
+                            shift = up_bias + 4 * e * rows
+                            _add(row, shift, start, end)
+                            if activation >= _GATED:
+                                _add(row, shift, hidden + start, hidden + end)
+                        activate(row, hidden, activation, start, end)
+        elif phase == _SECOND:
+            start, end = first * COLUMNS, min(last * COLUMNS, out)
+            source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
+            for e in range(n_experts):
+                count, begin = starts[e + 1] - starts[e], starts[e]
+                if count:
+                    a, b = source_rows, returned + 4 * begin * out
+                    w, scale = _of_expert(e, down, down_scale, out, hidden)
+                    multiply(at, start, end, begin, count, choices, hidden, a, step, w, scale, levels, b, 4 * out)
+                    for j in range(count if down_bias else 0):
+                        _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
+            total = np.empty(end - start, np.float32)
+            for token in range(tokens):
+                mine = place[token * top_k : (token + 1) * top_k]
+                shares = floats(gates + 4 * token * top_k if gates else gates, (top_k,))
+                _sum_choices(total, shares, gates != 0, mine, returned + 4 * start, 4 * out)
+                target = floats(y + 4 * (out * token + start), end - start)
+                if adds:
+                    for c in range(end - start):
+                        target[c] += total[c]
+                else:
+                    for c in range(end - start):
+                        target[c] = total[c]

@@ -14,12 +14,12 @@ from torch import Tensor
 from ..arguments import expect
 from ..kit.cpu import LOG2E, TILE, by_channel, located, new, paired, run
 from ..kit.cpu.packed import room
-from ..kit.cpu.product import MULTIPLICATIONS
+from ..kit.cpu.product import MULTIPLICATIONS, entries
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from ..kit.packed import Weight, unpacked
 from . import reference
-from .cpu_kernels import NORMS, ROUND_INNER, ROUND_X, SHARE, all_phases, needed, normalise, step
+from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, needed, normalise, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -123,16 +123,19 @@ def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
     scales = places[2], places[6], places[12]  # 0 of projections in float32
+    at = entries(any(scales))
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
-        all_phases(0, 1, *sizes, adds, eps, *places)
+        step(0, width + d + rows, at, 0, PHASES, *sizes, adds, eps, *places)
         return
-    costs = {0: 2 * d, 1: r + 2 * n, 2: r + MULTIPLICATIONS * n, 3: d}
-    shares = {0: -(-width // TILE), 1: -(-(r + 2 * n) // SHARE), NORMS: 1, 2: -(-width // TILE), 3: -(-d // SHARE)}
-    for phase in (ROUND_X, 0, ROUND_INNER, 1, NORMS, 2, ROUND_INNER, 3):
+    costs = {CONVOLVE: 2 * d, CHOOSE: r + 2 * n, SCAN: r + MULTIPLICATIONS * n, OUT: d}
+    tiles = -(-width // TILE)
+    shares = {CONVOLVE: tiles, CHOOSE: -(-(r + 2 * n) // SHARE), NORMS: 1, SCAN: tiles, OUT: -(-d // SHARE)}
+    for phase in range(PHASES):
         if needed(phase, eps, *scales):
             tasks, cost = shares.get(phase, rows), costs.get(phase, 1)
-            run(step, tasks, rows * width * cost // MULTIPLICATIONS, phase, *sizes, adds, eps, *places)
+            work = rows * width * cost // MULTIPLICATIONS
+            run(step, tasks, work, at, phase, phase + 1, *sizes, adds, eps, *places)
 
 
 def prepare(

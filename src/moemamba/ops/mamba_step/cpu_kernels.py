@@ -1,4 +1,4 @@
-"""The kernel of `cpu.py`: one position of a Mamba layer for any number of rows, in four phases, or seven."""
+"""The kernel of `cpu.py`: one position of a Mamba layer for any number of rows, in four phases, or eight."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from ..kit.cpu import TILE, exact, exact_kernel, floats, fma, gated, next_state, silu, softplus
 from ..kit.cpu.lanes import tile
-from ..kit.cpu.packed import round_rows
-from ..kit.cpu.product import multiply
+from ..kit.cpu.product import Entries, multiply, rounded
 
 SHARE = 16  # rows of a projection that are a task
-NORMS, ROUND_X, ROUND_INNER = 4, 5, 6  # phases that most layers have not
+# Phases; most layers have no norms, and only weights of 8 bits read what is rounded.
+ROUND_X, CONVOLVE, ROUND_INNER, CHOOSE, NORMS, SCAN, ROUND_SCANNED, OUT, PHASES = range(9)
 
 _ONE = np.float32(1)
 _dot = tile(1, 1)
@@ -104,7 +104,7 @@ def needed(phase: int, eps: float, in_scale: int, x_scale: int, out_scale: int) 
     """Whether a layer with such norms and projections has a phase."""
     if phase == ROUND_X:
         return in_scale != 0
-    if phase == ROUND_INNER:
+    if phase in (ROUND_INNER, ROUND_SCANNED):
         return x_scale != 0 or out_scale != 0
     return phase != NORMS or eps >= 0
 
@@ -113,7 +113,9 @@ def needed(phase: int, eps: float, in_scale: int, x_scale: int, out_scale: int) 
 def step(
     first: int,
     last: int,
-    phase: int,
+    at: Entries,
+    begin_phase: int,
+    end_phase: int,
     rows: int,
     d: int,
     width: int,
@@ -145,9 +147,10 @@ def step(
     work: int,
     y: int,
 ) -> None:
-    """A share of a phase: into the convolution; what dt, B and C are chosen from; the scan; out, added to y or not.
-    Where `eps` is not negative, all of the phase NORMS comes before the scan; where a projection is of 8 bits, and so
-    has a scale, a phase that rounds what it reads, whose shares are rows: ROUND_X, or ROUND_INNER for those after.
+    """A share of a phase, or all of some, since calls take as long as the arithmetic of one row: into the convolution;
+    what dt, B and C are chosen from; the scan; out, added to y or not. Where `eps` is not negative, all of the phase
+    NORMS comes before the scan; where a projection is of 8 bits, and so has a scale, a phase that rounds what it reads,
+    whose shares are rows.
 
     States are (b, k - 1, i) and (b, n, i), those after may be those before; `conv_weight` is (k, i), `decay` (n, i).
     """
@@ -158,95 +161,64 @@ def step(
     levels = made + 4 * rows * d  # rows that are rounded
     across, wide, start, end = 4 * (r + 2 * n), 8 * width, first * TILE, min(last * TILE, width)
     spare = np.empty(width, np.float32)
-    if phase == 0:
-        multiply(start, end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
-        multiply(width + start, width + end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
-        here = 4 * start
-        for b in range(rows):
-            history = 4 * b * (k - 1) * width + here
-            u = floats(inner + b * wide + here, end - start)
-            _bring(conv_before + history, conv_after + history, k - 1, width, end - start)
-            window = conv_after + history
-            _convolve(u, spare[: end - start], width, k, conv_weight + here, conv_bias + here, window)
-    elif phase == 1:
-        first, last = first * SHARE, min(last * SHARE, r + 2 * n)
-        multiply(first, last, 0, rows, rows, width, inner, wide, x_proj, x_scale, levels, chosen, across)
-    elif phase == ROUND_X:
-        round_rows(first, min(last, rows), rows, d, x, 4 * d, levels)
-    elif phase == ROUND_INNER:
-        round_rows(first, min(last, rows), rows, width, inner, wide, levels)
-    elif phase == NORMS:
-        for b in range(rows):
-            row, epsilon = chosen + b * across, np.float32(eps)
-            _normalise(row, r, dt_norm, epsilon, spare)
-            _normalise(row + 4 * r, n, B_norm, epsilon, spare)
-            _normalise(row + 4 * (r + n), n, C_norm, epsilon, spare)
-    elif phase == 2:
-        multiply(start, end, 0, rows, rows, r, chosen, across, dt_proj, 0, 0, step, 4 * width)
-        size, here = end - start, 4 * start
-        shift = floats(dt_bias + here, size)
-        for b in range(rows):
-            dt, own = floats(step + 4 * b * width + here, size), floats(chosen + b * across, r + 2 * n)
-            u, z = floats(inner + b * wide + here, size), floats(inner + b * wide + 4 * width + here, size)
-            for c in range(size):
-                dt[c] = softplus(dt[c] + shift[c])
-            state, rest = 4 * b * n * width + here, (own[r : r + n], own[r + n :])
-            _bring(ssm_before + state, ssm_after + state, n, width, size)
-            _scan(u, dt, spare[:size], rest[0], rest[1], width, decay + here, D + here, ssm_after + state)
-            for c in range(size):
-                u[c] = gated(u[c], z[c])
-    else:
-        first, last = first * SHARE, min(last * SHARE, d)
-        place = made if adds else y
-        multiply(first, last, 0, rows, rows, width, inner, wide, out_proj, out_scale, levels, place, 4 * d)
-        if adds:
+    at_spare = spare.ctypes.data
+    for phase in range(begin_phase, end_phase):
+        if not needed(phase, eps, in_scale, x_scale, out_scale):
+            continue
+        if phase == CONVOLVE:
+            multiply(at, start, end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
+            multiply(at, width + start, width + end, 0, rows, rows, d, x, 4 * d, in_proj, in_scale, levels, inner, wide)
+            here = 4 * start
             for b in range(rows):
-                place = 4 * (b * d + first)
-                source, target = floats(made + place, last - first), floats(y + place, last - first)
-                for c in range(last - first):
-                    target[c] += source[c]
-
-
-@exact_kernel
-def all_phases(
-    first: int,
-    last: int,
-    rows: int,
-    d: int,
-    width: int,
-    n: int,
-    k: int,
-    r: int,
-    adds: bool,
-    eps: float,
-    x: int,
-    in_proj: int,
-    in_scale: int,
-    conv_weight: int,
-    conv_bias: int,
-    x_proj: int,
-    x_scale: int,
-    dt_proj: int,
-    dt_bias: int,
-    decay: int,
-    D: int,
-    out_proj: int,
-    out_scale: int,
-    dt_norm: int,
-    B_norm: int,
-    C_norm: int,
-    conv_before: int,
-    conv_after: int,
-    ssm_before: int,
-    ssm_after: int,
-    work: int,
-    y: int,
-) -> None:
-    """All phases one after the other: for one row calls would take as long as the arithmetic."""
-    for phase in (ROUND_X, 0, ROUND_INNER, 1, NORMS, 2, ROUND_INNER, 3):
-        if needed(phase, eps, in_scale, x_scale, out_scale):
-            step(
-                0, width + d + rows, phase, rows, d, width, n, k, r, adds, eps, x, in_proj, in_scale, conv_weight,
-                conv_bias, x_proj, x_scale, dt_proj, dt_bias, decay, D, out_proj, out_scale, dt_norm, B_norm, C_norm,
-                conv_before, conv_after, ssm_before, ssm_after, work, y,
-            )  # fmt: skip
+                history = 4 * b * (k - 1) * width + here
+                u = floats(inner + b * wide + here, end - start)
+                _bring(conv_before + history, conv_after + history, k - 1, width, end - start)
+                window = conv_after + history
+                _convolve(u, floats(at_spare, end - start), width, k, conv_weight + here, conv_bias + here, window)
+        elif phase == CHOOSE:
+            low, high = first * SHARE, min(last * SHARE, r + 2 * n)
+            multiply(at, low, high, 0, rows, rows, width, inner, wide, x_proj, x_scale, levels, chosen, across)
+        elif phase == ROUND_X:
+            rounded(at, first, min(last, rows), rows, d, x, 4 * d, levels)
+        elif phase in (ROUND_INNER, ROUND_SCANNED):
+            rounded(at, first, min(last, rows), rows, width, inner, wide, levels)
+        elif phase == NORMS:
+            for b in range(rows):
+                row, epsilon = chosen + b * across, np.float32(eps)
+                _normalise(row, r, dt_norm, epsilon, spare)
+                _normalise(row + 4 * r, n, B_norm, epsilon, spare)
+                _normalise(row + 4 * (r + n), n, C_norm, epsilon, spare)
+        elif phase == SCAN:
+            multiply(at, start, end, 0, rows, rows, r, chosen, across, dt_proj, 0, 0, step, 4 * width)
+            size, here = end - start, 4 * start
+            shift = floats(dt_bias + here, size)
+            for b in range(rows):
+                dt, shares = floats(step + 4 * b * width + here, size), chosen + b * across + 4 * r
+                u, z = floats(inner + b * wide + here, size), floats(inner + b * wide + 4 * width + here, size)
+                for c in range(size):
+                    dt[c] = softplus(dt[c] + shift[c])
+                state = 4 * b * n * width + here
+                _bring(ssm_before + state, ssm_after + state, n, width, size)
+                _scan(
+                    u,
+                    dt,
+                    floats(at_spare, size),
+                    floats(shares, n),
+                    floats(shares + 4 * n, n),
+                    width,
+                    decay + here,
+                    D + here,
+                    ssm_after + state,
+                )
+                for c in range(size):
+                    u[c] = gated(u[c], z[c])
+        else:
+            low, high = first * SHARE, min(last * SHARE, d)
+            place = made if adds else y
+            multiply(at, low, high, 0, rows, rows, width, inner, wide, out_proj, out_scale, levels, place, 4 * d)
+            if adds:
+                for b in range(rows):
+                    place = 4 * (b * d + low)
+                    source, target = floats(made + place, high - low), floats(y + place, high - low)
+                    for c in range(high - low):
+                        target[c] += source[c]

@@ -7,7 +7,7 @@ dB and dC are summed over a tile's channels in the kernel and over tiles afterwa
 import torch
 from torch import Tensor
 
-from ..kit.cpu import address, by_channel, cast, new, plain, readable, rows, run, summed
+from ..kit.cpu import address, by_channel, cast, new, plain, readable, rows, run, streaming, summed
 from ..kit.op import gradient, op, wants_grad, where_given
 from ..packing import position_marks
 from .cpu_kernels import CHUNK, kernels, lanes
@@ -76,7 +76,7 @@ def _forward(
     states = (address(initial_state, batch, n, width), address(final_state, batch, n, width))
     tasks, work = batch * tiles, u.numel() * n
     rest = (address(marks, batch, length, dtype=torch.int8), address(kept, *kept.shape) if keep else 0)
-    run(kernels(tile).scan, tasks, work, shape, *streams, *parameters, *states, *rest)
+    run(kernels(tile).scan, tasks, work, streaming(), shape, *streams, *parameters, *states, *rest)
     return y, final_state, kept
 
 
@@ -109,6 +109,7 @@ def _backward(
         kernels(kept.shape[-1]).backward,
         batch * tiles,
         u.numel() * n,
+        streaming(),
         (batch, length, width, n),
         *[rows(t, *u.shape) for t in (u, dt)],
         *[rows(t, batch, length, n) for t in (B, C)],

@@ -16,6 +16,7 @@ from ..kit.cpu import (
     LOG2E,
     TILE,
     Rows,
+    Streams,
     bytes_at,
     clear,
     exact_kernel,
@@ -75,6 +76,7 @@ def kernels(lanes: int) -> Kernels:
     def scan(
         first: int,
         last: int,
+        at: Streams,
         shape: Rows,
         u: Rows,
         dt: Rows,
@@ -124,10 +126,10 @@ def kernels(lanes: int) -> Kernels:
                     for s in range(n):
                         for c in range(lanes):
                             checkpoints[b, tile, chunk, s, c] = h[s, c]
-                read(x[:size], u, b, start, channel, count)
-                read(step[:size], dt, b, start, channel, count)
-                read(Bt[:size], B, b, start, 0, n)
-                read(Ct[:size], C, b, start, 0, n)
+                read(at, x, 0, size, u, b, start, channel, count)
+                read(at, step, 0, size, dt, b, start, channel, count)
+                read(at, Bt, 0, size, B, b, start, 0, n)
+                read(at, Ct, 0, size, C, b, start, 0, n)
                 if dt_softplus:
                     for j in range(size):
                         for c in range(lanes):
@@ -149,7 +151,7 @@ def kernels(lanes: int) -> Kernels:
                             h[s, c] = next_state(h[s, c], step[j, c], decay[s, c], drive[c], Bt[j, s])
                             out[j, c] = fma(Ct[j, s], h[s, c], out[j, c])
                 if z[0]:
-                    read(gate[:size], z, b, start, channel, count)
+                    read(at, gate, 0, size, z, b, start, channel, count)
                     for j in range(size):
                         for c in range(lanes):
                             out[j, c] = gated(out[j, c], gate[j, c])
@@ -157,7 +159,7 @@ def kernels(lanes: int) -> Kernels:
                     for j in range(size):
                         if mark[b, start + j] == PADDING:
                             clear(out, j, j + 1)
-                write(out[:size], y, b, start, channel, count)
+                write(at, out, 0, size, y, b, start, channel, count)
             store_tile(final_state + state, width, channel, count, h)
 
     @kernel
@@ -165,6 +167,7 @@ def kernels(lanes: int) -> Kernels:
     def scan_backward(
         first: int,
         last: int,
+        at: Streams,
         shape: Rows,
         u: Rows,
         dt: Rows,
@@ -231,10 +234,10 @@ def kernels(lanes: int) -> Kernels:
                 for s in range(n):
                     for c in range(lanes):
                         h[0, s, c] = checkpoints[b, tile, chunk, s, c]
-                read(x[:size], u, b, start, channel, count)
-                read(step[:size], dt, b, start, channel, count)
-                read(Bt[:size], B, b, start, 0, n)
-                read(Ct[:size], C, b, start, 0, n)
+                read(at, x, 0, size, u, b, start, channel, count)
+                read(at, step, 0, size, dt, b, start, channel, count)
+                read(at, Bt, 0, size, B, b, start, 0, n)
+                read(at, Ct, 0, size, C, b, start, 0, n)
                 _steps(step[:size], slope, bias[0], dt_softplus)
                 for j in range(size):
                     if marks and mark[b, start + j] == PADDING:
@@ -253,9 +256,9 @@ def kernels(lanes: int) -> Kernels:
                             a[j, s, c] = keep * exp2(step[j, c] * decay[s, c])
                             h[j + 1, s, c] = a[j, s, c] * before[s, c] + drive[c] * Bt[j, s]
                             out[j, c] += Ct[j, s] * h[j + 1, s, c]
-                read(g[:size], dy, b, start, channel, count)
+                read(at, g, 0, size, dy, b, start, channel, count)
                 if z[0]:
-                    read(gate[:size], z, b, start, channel, count)
+                    read(at, gate, 0, size, z, b, start, channel, count)
                     for j in range(size):
                         for c in range(lanes):
                             open_ = sigmoid(gate[j, c])
@@ -265,7 +268,7 @@ def kernels(lanes: int) -> Kernels:
                         for j in range(size):
                             if mark[b, start + j] == PADDING:
                                 clear(dx, j, j + 1)
-                    write(dx[:size], dz, b, start, channel, count)
+                    write(at, dx, 0, size, dz, b, start, channel, count)
                 for j in range(size - 1, -1, -1):
                     clear(dx, j, j + 1)
                     clear(dstep, j, j + 1)
@@ -298,8 +301,8 @@ def kernels(lanes: int) -> Kernels:
                         dstep[j, c] = (LN2 * dstep[j, c] + dx[j, c] * x[j, c]) * slope[j, c]
                         dbias[0, c] += dstep[j, c]
                         dx[j, c] = dx[j, c] * step[j, c] + skip[0, c] * g[j, c]
-                write(dx[:size], du, b, start, channel, count)
-                write(dstep[:size], ddt, b, start, channel, count)
+                write(at, dx, 0, size, du, b, start, channel, count)
+                write(at, dstep, 0, size, ddt, b, start, channel, count)
             store_columns(dA, b * width + channel, count, ddecay)
             store_columns(dD, b * width + channel, count, dskip)
             store_columns(ddt_bias, b * width + channel, count, dbias)

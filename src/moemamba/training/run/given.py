@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint import CheckpointError, foreign_parts, model_tensors
+from ...checkpoint import CheckpointError, model_tensors
 from ...host.files import FileError, read_json, write_json
 from ...layers.quantised import expect_full
-from ...model import MoEMamba
+from ...model import MoEMamba, foreign_parts
 from .directory import RunDirectory
 
 GIVEN = "given.json"

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint import AVERAGED, checkpoints, foreign_parts, model_tensors, write_model
+from ...checkpoint import AVERAGED, checkpoints, model_tensors, write_model
 from ...config import ModelConfig
 from ...distributed import Processes, gathered, sharded
 from ...host.files import new_directory, write_json
-from ...model import MoEMamba
+from ...model import MoEMamba, foreign_parts
 from ...state import State
 from ...tensors import write_tensors
 from ...text import Tokenizer

@@ -5,6 +5,7 @@ from .lanes import fma
 from .memory import (
     TILE,
     Rows,
+    Streams,
     address,
     by_channel,
     bytes_at,
@@ -23,21 +24,25 @@ from .memory import (
     rows,
     store_columns,
     store_tile,
+    streaming,
     summed,
     write,
 )
-from .run import exact, exact_kernel, inner, kernel, named, run
+from .run import apart, entry, exact, exact_kernel, inner, kernel, named, run
 
 __all__ = [
     "LN2",
     "LOG2E",
     "TILE",
     "Rows",
+    "Streams",
     "address",
+    "apart",
     "by_channel",
     "bytes_at",
     "cast",
     "clear",
+    "entry",
     "exact",
     "exact_kernel",
     "exp2",
@@ -64,6 +69,7 @@ __all__ = [
     "softplus",
     "store_columns",
     "store_tile",
+    "streaming",
     "summed",
     "write",
 ]

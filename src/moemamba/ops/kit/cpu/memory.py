@@ -5,6 +5,7 @@ argument, and so that a call costs microseconds (it is made for every token). Ke
 to `located` are the only ones that make tensors for them and hand them over, whatever torch's default dtype and device.
 """
 
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,11 +17,13 @@ from torch.autograd import forward_ad
 
 from ..packed import Packed, Weight
 from .arithmetic import FLOAT, bits, from_bits, instruction
-from .run import exact, inner, kernel
+from .run import apart, entry, exact, inner, kernel
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 
 Rows = tuple[int, int, int, int]
+Streams = tuple[int, int]
+"""see `streaming`"""
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 _ZERO = np.float32(0)
@@ -193,38 +196,62 @@ def bytes_at(address: int, shape: Any) -> Any:
     return carray(_byte_pointer(address), shape)
 
 
-@inner
-def read(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) -> None:
-    """block[j, :count] = tensor[b, start + j, first : first + count] as float32, for every row j of the block."""
-    address, batch, time, size = tensor
-    for j in range(block.shape[0]):
-        place = address + b * batch + (start + j) * time + first * size
+@apart
+def _read(block: int, step: int, count: int, place: int, time: int, size: int, columns: int) -> None:
+    for j in range(count):
+        target = floats(block + j * step, columns)
         if size == 4:
-            source = carray(_float_pointer(place), count)
-            for c in range(count):
-                block[j, c] = source[c]
+            source = floats(place + j * time, columns)
+            for c in range(columns):
+                target[c] = source[c]
         else:
-            halves = carray(_half_pointer(place), count)
-            for c in range(count):
-                block[j, c] = from_bits(np.uint32(halves[c]) << np.uint32(16))
+            halves = carray(_half_pointer(place + j * time), columns)
+            for c in range(columns):
+                target[c] = from_bits(np.uint32(halves[c]) << np.uint32(16))
+
+
+@apart
+def _write(block: int, step: int, count: int, place: int, time: int, size: int, columns: int) -> None:
+    for j in range(count):
+        source = floats(block + j * step, columns)
+        if size == 4:
+            target = floats(place + j * time, columns)
+            for c in range(columns):
+                target[c] = source[c]
+        else:
+            halves = carray(_half_pointer(place + j * time), columns)
+            for c in range(columns):
+                raw = bits(source[c])
+                rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                halves[c] = np.uint16(rounded if source[c] == source[c] else np.uint32(0x7FC0))
+
+
+@cache
+def streaming() -> Streams:
+    """What kernels hand on to `read` and `write`."""
+    return entry(_read), entry(_write)
 
 
 @inner
-def write(block: Any, tensor: Rows, b: int, start: int, first: int, count: int) -> None:
+def read(
+    at: Streams, block: Any, row: int, rows: int, tensor: Rows, b: int, start: int, first: int, count: int
+) -> None:
+    """block[row + j, :count] = tensor[b, start + j, first : first + count] as float32, for each of so many rows."""
+    address, batch, time, size = tensor
+    step = 4 * block.shape[1]
+    place = address + b * batch + start * time + first * size
+    _read(at[0], block.ctypes.data + row * step, step, rows, place, time, size, count)
+
+
+@inner
+def write(
+    at: Streams, block: Any, row: int, rows: int, tensor: Rows, b: int, start: int, first: int, count: int
+) -> None:
     """The inverse of `read`, rounding to the nearest bfloat16, ties to even."""
     address, batch, time, size = tensor
-    for j in range(block.shape[0]):
-        place = address + b * batch + (start + j) * time + first * size
-        if size == 4:
-            target = carray(_float_pointer(place), count)
-            for c in range(count):
-                target[c] = block[j, c]
-        else:
-            halves = carray(_half_pointer(place), count)
-            for c in range(count):
-                raw = bits(block[j, c])
-                rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                halves[c] = np.uint16(rounded if block[j, c] == block[j, c] else np.uint32(0x7FC0))
+    step = 4 * block.shape[1]
+    place = address + b * batch + start * time + first * size
+    _write(at[1], block.ctypes.data + row * step, step, rows, place, time, size, count)
 
 
 @exact

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from .arithmetic import bits, from_bits, nearest
 from .lanes import LANES, TILE_SHAPE, Tile, function, indices, masked_load, sum_lanes
 from .memory import floats, shorts
-from .run import exact, named
+from .run import apart, exact, named
 
 TOGETHER = 2 * LANES  # numbers that are read at once: rounded rows are filled up with zeros to a multiple
 ROWS = 16  # of a task of rounding
@@ -115,7 +115,7 @@ def _places(levels: int, k: int, count: int) -> Any:
     return levels + count * step, step
 
 
-@exact
+@apart
 def round_rows(first: int, last: int, count: int, k: int, x: int, x_step: int, levels: int) -> None:
     """Round rows first .. last - 1 of `count`, of k entries each, into `levels` (count * `room(k)`)."""
     scales, step = _places(levels, k, count)

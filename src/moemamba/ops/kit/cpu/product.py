@@ -16,11 +16,15 @@ from ..packed import Packed, Weight, unpacked
 from .lanes import TILE_SHAPE, tile
 from .memory import floats, located, new, paired
 from .packed import ROWS, packed_product, room, round_rows
-from .run import exact, exact_kernel, named, run
+from .run import apart, entry, exact, exact_kernel, named, run
 
 COLUMNS = 16  # weight rows of a task
 MULTIPLICATIONS = 8  # that take as long as one inner iteration of `WORTH_THREADS`
 NEAR, FAR = 1 << 14, 1 << 19  # bytes of weights that stay in the first cache, and of rows in the second
+
+
+Entries = tuple[int, int, int]
+"""see `entries`"""
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -46,9 +50,16 @@ def launch(
     """A product over as many threads as it is worth. See `_linear` for what lies where."""
     work = rows * width_in * width_out // MULTIPLICATIONS
     if scale:
-        run(_round, -(-rows // ROWS), rows * width_in // MULTIPLICATIONS, rows, width_in, x, x_step, levels)
+        cost = rows * width_in // MULTIPLICATIONS
+        run(_round, -(-rows // ROWS), cost, entries(True), rows, width_in, x, x_step, levels)
     sizes = (rows, width_in, width_out, x, x_step, weight, scale, levels)
-    run(_linear, -(-width_out // COLUMNS), work, *sizes, *places)
+    run(_linear, -(-width_out // COLUMNS), work, entries(scale != 0), *sizes, *places)
+
+
+@cache
+def entries(of_8_bits: bool) -> Entries:
+    """For `multiply` and `rounded`: what is for weights of 8 bits is compiled only where there are some."""
+    return entry(_dense), *((entry(_packed), entry(round_rows)) if of_8_bits else (0, 0))
 
 
 @cache
@@ -57,12 +68,13 @@ def products(tall: int, wide: int) -> Callable[..., None]:
 
     y[r, j] = sum over k of x[r, k] w[j, k] for all rows r and the weight rows j from first to last - 1. Addresses, and
     bytes from row to row. It takes tiles of up to `tall` rows and `wide` weights; results do not depend on that.
+    `multiply` is for more than the caches hold.
     """
     highest, pair, single = (_strip(rows, wide) for rows in (tall, 2, 1))
 
     @exact
     @named(tall, wide)
-    def block(
+    def product(
         first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
     ) -> None:
         row = 0
@@ -74,18 +86,6 @@ def products(tall: int, wide: int) -> Callable[..., None]:
             row += 2
         if row < rows:
             single(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
-
-    @exact
-    @named(tall, wide)
-    def product(
-        first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
-    ) -> None:
-        near, far = max(wide, NEAR // (4 * k) // wide * wide), max(4 * tall, FAR // (4 * k) // tall * tall)
-        for row in range(0, rows, far):
-            count = min(far, rows - row)
-            for start in range(first, last, near):
-                end = min(last, start + near)
-                block(start, end, count, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
 
     return product
 
@@ -108,11 +108,43 @@ def _strip(rows: int, wide: int) -> Callable[..., None]:
     return strip
 
 
-product = products(*TILE_SHAPE)
+_TALL, _WIDE = TILE_SHAPE
+product = products(_TALL, _WIDE)
+
+
+@apart
+def _dense(
+    first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
+) -> None:
+    """A product in blocks of weights and of rows that stay in the caches."""
+    near, far = max(_WIDE, NEAR // (4 * k) // _WIDE * _WIDE), max(4 * _TALL, FAR // (4 * k) // _TALL * _TALL)
+    for row in range(0, rows, far):
+        count = min(far, rows - row)
+        for start in range(first, last, near):
+            end = min(last, start + near)
+            product(start, end, count, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+
+
+@apart
+def _packed(
+    first: int,
+    last: int,
+    begin: int,
+    rows: int,
+    count: int,
+    k: int,
+    levels: int,
+    w: int,
+    scale: int,
+    y: int,
+    y_step: int,
+) -> None:
+    packed_product(first, last, begin, rows, count, k, levels, w, scale, y, y_step)
 
 
 @exact
 def multiply(
+    at: Entries,
     first: int,
     last: int,
     begin: int,
@@ -127,24 +159,31 @@ def multiply(
     y: int,
     y_step: int,
 ) -> None:
-    """`product` of rows from `begin` on with float32 weights; those of 8 bits have a `scale`, and then `levels` are the
-    `count` rows that there are, rounded by `round_rows`. y is that of the first of these rows."""
+    """The product of rows from `begin` on with float32 weights. Those of 8 bits have a `scale`, and then `levels` are
+    the `count` rows that there are, rounded by `rounded`. y is that of the first of these rows; see `entries`."""
     if scale:
-        packed_product(first, last, begin, rows, count, k, levels, w, scale, y, y_step)
+        _packed(at[1], first, last, begin, rows, count, k, levels, w, scale, y, y_step)
     else:
-        product(first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
+        _dense(at[0], first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
+
+
+@exact
+def rounded(at: Entries, first: int, last: int, count: int, k: int, x: int, x_step: int, levels: int) -> None:
+    """See `round_rows`."""
+    round_rows(at[2], first, last, count, k, x, x_step, levels)
 
 
 @exact_kernel
-def _round(first: int, last: int, rows: int, k: int, x: int, x_step: int, levels: int) -> None:
+def _round(first: int, last: int, at: Entries, rows: int, k: int, x: int, x_step: int, levels: int) -> None:
     """Rows, ROWS a task."""
-    round_rows(first * ROWS, min(last * ROWS, rows), rows, k, x, x_step, levels)
+    rounded(at, first * ROWS, min(last * ROWS, rows), rows, k, x, x_step, levels)
 
 
 @exact_kernel
 def _linear(
     first: int,
     last: int,
+    at: Entries,
     rows: int,
     width_in: int,
     width_out: int,
@@ -158,7 +197,7 @@ def _linear(
 ) -> None:
     """Columns of y, COLUMNS a task."""
     start, end = first * COLUMNS, min(last * COLUMNS, width_out)
-    multiply(start, end, 0, rows, rows, width_in, x, x_step, weight, scale, levels, y, 4 * width_out)
+    multiply(at, start, end, 0, rows, rows, width_in, x, x_step, weight, scale, levels, y, 4 * width_out)
     if bias:
         shift = floats(bias + 4 * start, end - start)
         for row in range(rows):

@@ -6,6 +6,7 @@ same for every number of threads.
 """
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,10 @@ from typing import Any
 
 import numba
 import torch
-from numba.core import event
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, event
+from numba.extending import intrinsic
 
 from ....host.files import cache_folder, expanded, keep_recent, used, writable
 from ....host.terminal import say
@@ -90,6 +94,40 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
+def apart(function: Callable[..., None]) -> Any:
+    """An `exact` function of integers that is compiled by itself, once, instead of into each kernel that calls it.
+
+    Kernels call it as `function(address, *arguments)`: the address is `entry(function)`, which they get as an argument,
+    since they come from the disk as they were and it is another in each process.
+    """
+    compiled: Any = exact_kernel(function)
+    described = types.void(*[types.int64] * len(inspect.signature(function).parameters))
+
+    def describe(context: Any, address: Any, *arguments: Any) -> Any:
+        def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kinds = [target.get_value_type(kind) for kind in (described.return_type, *described.args)]
+            pointer = builder.inttoptr(values[0], ir.FunctionType(kinds[0], kinds[1:]).as_pointer())
+            builder.call(pointer, cgutils.unpack_tuple(builder, values[1]))
+            return target.get_dummy_value()
+
+        return types.void(types.int64, types.StarArgTuple(described.args)), emit
+
+    @cache
+    def found() -> int:
+        compiled.compile(described)
+        made = compiled.overloads[described.args]
+        return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)  # type: ignore[no-any-return]
+
+    called = intrinsic(describe)
+    _entries[called] = found
+    return called
+
+
+def entry(function: Any) -> int:
+    """Where a function that is compiled `apart` begins. It is compiled at the first call."""
+    return _entries[function]()
+
+
 def named(*values: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Below `exact`, `kernel` and their like, for a function that is made several times, once for these values.
 
@@ -105,6 +143,7 @@ def named(*values: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 _kernels: set[str] = set()
+_entries: dict[Any, Callable[[], int]] = {}
 _PACKAGE = __name__.removesuffix("kit.cpu.run")
 
 
