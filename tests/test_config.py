@@ -131,7 +131,7 @@ def test_patterns():
         (lambda: ModelConfig("M(E"), "lacks a closing parenthesis"),
         (lambda: ModelConfig(""), "has no layer"),
         (lambda: ModelConfig(d_model=-5), "d_model is -5; it must be greater than 0"),
-        (lambda: ModelConfig(d_model=2.5), "d_model is 2.5; expected int"),
+        (lambda: ModelConfig(d_model=2.5), "d_model is 2.5; expected a whole number"),
         (lambda: ModelConfig(norm="batch"), "norm is 'batch'; expected one of 'rmsnorm', 'layernorm'"),
         (lambda: ModelConfig("A", d_model=100, attention=AttentionConfig(3)), "n_heads is 3"),
         (lambda: preset("mamba-tiny", expand=0.001), "expand is 0.001, of which d_model = 128 leaves no channel"),

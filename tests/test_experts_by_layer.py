@@ -116,7 +116,7 @@ def test_replacing_knows_pattern_and_blocks():
         ),
         (lambda: ExpertsConfig(()), "n_experts is empty; give one number or more"),
         (lambda: ExpertsConfig((4, 0)), r"n_experts is \(4, 0\); it must be greater than 0"),
-        (lambda: ExpertsConfig((4, 2.5)), r"n_experts\[1\] is 2.5; expected int"),
+        (lambda: ExpertsConfig((4, 2.5)), r"n_experts\[1\] is 2.5; expected a whole number"),
         (lambda: ExpertsConfig((4, 2), top_k=3), "top_k is 3, more than n_experts = 2"),
         (lambda: ModelConfig("M", 2).replace(n_experts=(2, 4)), "no letter of the pattern 'M' uses it"),
     ],

@@ -12,6 +12,17 @@ from .host.files import read_json
 
 LARGEST = 1e300  # of a number that a field can hold; infinity and what is not a number are none
 
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+}
+
 Config = TypeVar("Config")
 _KNOWN: dict[Any, dict[str, Any]] = {}
 
@@ -66,6 +77,11 @@ def _written(config: Any, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def in_words(kind: Any) -> str:
+    """What a value of a type is, for people who write JSON or options."""
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
@@ -98,7 +114,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where} is {value}; expected a number below 2^63")
     if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
-    expected = f"one of {', '.join(map(repr, args))}" if origin is Literal else getattr(hint, "__name__", str(hint))
+    expected = f"one of {', '.join(map(repr, args))}" if origin is Literal else in_words(origin or hint)
     raise ValueError(f"{where} is {shown(value)}; expected {expected}")
 
 

@@ -166,7 +166,7 @@ def test_a_text_in_any_field_is_refused_or_shown_as_text(strings: bool, content:
 @pytest.mark.parametrize(
     ("way", "value", "message"),
     [
-        (("runs", 0, "seed"), "<script>", r"runs\[0\].seed is '<script>'; expected int"),
+        (("runs", 0, "seed"), "<script>", r"runs\[0\].seed is '<script>'; expected a whole number"),
         (("runs", 0, "seed"), -1, "seed is -1"),
         (("runs", 0, "state"), "done", "expected one of 'finished'"),
         (("runs", 0, "model"), "other", "runs names 'other', which is none of its models"),
@@ -183,10 +183,10 @@ def test_a_text_in_any_field_is_refused_or_shown_as_text(strings: bool, content:
         (("models", 1, "config", "n_blocks"), 10**9, "over 10,000 layers"),
         (("models", 1, "config", "d_model"), "wide", "d_model is 'wide'"),
         (("settings", "steps"), 0, "settings.steps is 0; it must be greater than 0"),
-        (("settings", "context"), "long", "settings.context is 'long'; expected int"),
+        (("settings", "context"), "long", "settings.context is 'long'; expected a whole number"),
         (("paper", "claims", 0, "better"), "other", "paper.claims names 'other'"),
         (("paper", "tunings", "mamba", "losses"), {"fast": 1.0}, "losses names 'fast'; expected a learning rate"),
-        (("environment", "torch"), 2, "environment.torch is 2; expected str"),
+        (("environment", "torch"), 2, "environment.torch is 2; expected text"),
         (("recipes",), {"other": {}}, "recipes names 'other'"),
         (("format",), [MARK], "its format is"),
     ],

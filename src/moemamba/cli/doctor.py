@@ -32,23 +32,28 @@ def main(arguments: Sequence[str]) -> None:
         return
     show(versions())
     print()
-    show(
-        [
-            row
-            for op in ops()
-            for row in (
-                (op["op"], op["device"], op["backend"], op["computes"]),
-                *(("", "", door, why) for door, why in op["other doors"].items()),
-            )
-        ],
-        ("op", "device", "backend", "computes, or why not"),
-    )
+    show_ops(ops())
     if asked.model:
         print()
         if slow:
             show(slow.items(), (f"layer of {asked.model}", "why its step is no single kernel"))
         else:
             line(f"The kernels of a step know every option of the layers of {asked.model}.")
+
+
+def show_ops(found: Sequence[dict[str, Any]]) -> None:
+    """A row for each op, and each reason once, below."""
+    reasons: dict[str, int] = {}
+    rows = []
+    for op in found:
+        others = (
+            f"{backend} [{reasons.setdefault(why, len(reasons) + 1)}]" for backend, why in op["other doors"].items()
+        )
+        rows.append((op["op"], op["device"], op["backend"], op["computes"], ", ".join(others)))
+    show(rows, ("op", "device", "backend", "computes", "not used, and why"))
+    if reasons:
+        print()
+        show([(f"[{number}]", why) for why, number in reasons.items()])
 
 
 def slower(source: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """`moemamba info`: what a model is and costs, from its configuration alone."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,12 @@ def find_config(source: str) -> ModelConfig:
         raise ValueError(
             f"there is no model at {source}; name a run directory, a checkpoint, a config.json or a preset"
         )
-    if source in PRESETS or not file.is_file():
+    if source in PRESETS:
         return preset(source)
+    if not file.is_file():
+        near = difflib.get_close_matches(source, PRESETS, 1, 0.6)
+        hint = f"did you mean {near[0]}?" if near else "moemamba --help lists the presets"
+        raise ValueError(f"there is no preset, run or file {source!r}; {hint}")
     check_regular(file)
     if path.suffix.lower() not in ("", ".json") or _is_text(file):
         raise ValueError(f"{source} is no configuration; a text to train on goes to --data {source}")

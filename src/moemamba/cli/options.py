@@ -132,7 +132,8 @@ def _converted(hint: Any, text: str, name: str) -> Any:
         for choice in typing.get_args(kind):
             if str(choice) == text:
                 return choice
-        raise ValueError(f"{name} is {text!r}; choose one of {', '.join(map(str, typing.get_args(kind)))}")
+        choices = [str(choice) for choice in typing.get_args(kind)]
+        raise ValueError(f"{name} is {text!r}; choose {'one of ' * (len(choices) > 1)}{', '.join(choices)}")
     if kind in KINDS:
         try:
             return kind(text)

@@ -201,6 +201,7 @@ def _train(
     saver = Saver()
     model.train()
     report.begin("training", config.steps, position.step)
+    begins = position.step
     with signals, _closing(report, run, saver):
         for step in range(position.step + 1, last + 1):
             rate = learning_rate(config, step - 1, position.warmup)
@@ -250,7 +251,9 @@ def _train(
         if position.step == config.steps and config.test != NO_TEST:
             tested = tested_once(run, report, model, average, corpora.test, config, dtype, processes)
     processes.wait()  # nobody leaves before all is written
-    report.note(f"step {position.step:,} is saved in {run.path}")
+    done = begins == config.steps
+    end = "; nothing was left to do, and more steps go on with it" if done else ""
+    report.note(f"step {position.step:,} is saved in {run.path}{end}")
     return TrainResult(run.path, model.eval(), position.step, position.loss, position.evaluation, tested)
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from ...inference import Sampling
-from ...reading import from_dict, shown
+from ...reading import from_dict, in_words, shown
 from ..refusal import invalid
 
 Body = TypeVar("Body")
@@ -232,7 +232,7 @@ def _object(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise invalid(f"the body is not JSON ({error}); send a JSON object") from error
     if not isinstance(values, dict):
-        raise invalid(f"the body is {type(values).__name__}; send a JSON object")
+        raise invalid(f"the body is {in_words(type(values))}; send a JSON object")
     return values
 
 
