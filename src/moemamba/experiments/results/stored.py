@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ...config import ModelConfig
-from ...reading import from_dict, shown
+from ...reading import from_dict, in_words, shown
 from .claims import Claim
 
 Status = Literal["finished", "diverged", "unfinished"]  # of a run
@@ -296,7 +296,7 @@ def check_settings(where: str, settings: dict[str, Any], needed: Sequence[str]) 
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         flat = not any(isinstance(each, list | dict) for each in inside)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not flat:
-            raise ValueError(f"{where}.{name} is {shown(value)}; expected {' or '.join(k.__name__ for k in kinds)}")
+            raise ValueError(f"{where}.{name} is {shown(value)}; expected {' or '.join(map(in_words, kinds))}")
         if name in COUNTS and isinstance(value, int) and not 0 < value < SIZE[1]:
             raise ValueError(f"{where}.{name} is {shown(value)}; it must be greater than 0")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...reading import shown
+from ...reading import in_words, shown
 
 Value = TypeVar("Value", int, float, bool, str)
 
@@ -34,7 +34,7 @@ class Keys:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise ValueError(f"{self.where}: {name} is {shown(value)}; expected {kind.__name__}")
+            raise ValueError(f"{self.where}: {name} is {shown(value)}; expected {in_words(kind)}")
         return value  # type: ignore[return-value]
 
     def must(self, name: str, expected: Any, default: Any, why: str) -> None:
