@@ -133,7 +133,10 @@ def test_no_words_end_in_anything_but_a_sentence(words):
         (["train", "--steps", "3", "mamba-tiny"], "'mamba-tiny' belongs to no option"),
         (["train", "text.txt"], "text.txt is no configuration; a text to train on goes to --data text.txt"),
         (["train", "words"], "words is no configuration; a text to train on goes to --data words"),
-        (["train", "moe-mamba-tinny"], "there is no preset, run or file 'moe-mamba-tinny'; did you mean moe-mamba-tiny?"),
+        (
+            ["train", "moe-mamba-tinny"],
+            "there is no preset, run or file 'moe-mamba-tinny'; did you mean moe-mamba-tiny?",
+        ),
         (["train", "nested.json"], "nested.json.experts: top_k is 257, more than n_experts = 4"),
         (["train", "--learning-rate", "inf"], "learning_rate is inf; expected a finite number"),
         (["train", "--start", ""], "start is '', which names no model; name one, or leave it out"),
