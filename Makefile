@@ -24,7 +24,7 @@ test: .venv/developing  ## the tests that need no GPU, without the slow ones, in
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not slow"
 
 test-all: test  ## and the slow ones
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not gpu"
 
 test-gpu: .venv/developing
 	$(BIN)/python -m pytest -m gpu
