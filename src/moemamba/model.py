@@ -285,9 +285,8 @@ class MoEMamba(Backbone):
         """
         settings = torch._dynamo.config
         settings.optimize_ddp = False  # a layer is one graph, not cut where DistributedDataParallel's buckets end
-        settings.recompile_limit = max(
-            settings.recompile_limit, 8 * len(set(self.config.sublayers()))
-        )  # of one function
+        kinds = len(set(self.config.sublayers()))
+        settings.recompile_limit = max(settings.recompile_limit, 8 * kinds)  # of one function
         for layer in self.layers:
             layer.compile(**options)
 

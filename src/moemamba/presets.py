@@ -81,6 +81,12 @@ def presets() -> list[str]:
     return list(PRESETS)
 
 
+def hint(name: str) -> str:
+    """What to say of a name that no preset has."""
+    near = difflib.get_close_matches(name, PRESETS, 1, 0.6)
+    return f"did you mean {near[0]}?" if near else "moemamba --help lists them, and so does moemamba.presets()"
+
+
 def preset(name: str, **changes: Any) -> ModelConfig:
     """A named model, with fields changed if wanted: `preset("moe-mamba-25m", n_experts=32)`.
 
@@ -88,7 +94,5 @@ def preset(name: str, **changes: Any) -> ModelConfig:
         ValueError: no preset has that name, or a change is not a field.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else "moemamba --help lists them, and so does moemamba.presets()"
-        raise ValueError(f"there is no preset {name!r}; {hint}")
+        raise ValueError(f"there is no preset {name!r}; {hint(name)}")
     return PRESETS[name].replace(**changes)

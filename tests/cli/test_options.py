@@ -151,7 +151,7 @@ def test_no_words_end_in_anything_but_a_sentence(words):
             ["info", "runs/none"],
             "there is no model at runs/none; name a run directory, a checkpoint, a config.json or a",
         ),
-        (["info", "nothing"], "there is no preset, run or file 'nothing'; moemamba --help lists the presets"),
+        (["info", "nothing"], "there is no preset, run or file 'nothing'; moemamba --help lists them"),
         (["report", "runs/none"], "there is no comparison at runs/none; name the folder of one, or its results.json"),
         (["generate", "run", "more"], "'more' belongs to no option; moemamba generate --help lists them"),
         (["info", "mamba-tiny", "--context", "x\x1b[31m"], "--context is 'x\\x1b[31m'; expected a whole number"),

@@ -113,3 +113,8 @@ def test_the_former_name_warns():
         assert former.load_tokenizer("bytes").vocab_size == 257
     with pytest.raises(AttributeError):
         former.nothing  # noqa: B018
+    import moemamba.training.progress as former_progress
+    from moemamba.host.progress import Report
+
+    with pytest.warns(DeprecationWarning, match="import Report from there"):
+        assert former_progress.Report is Report

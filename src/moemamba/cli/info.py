@@ -1,6 +1,5 @@
 """`moemamba info`: what a model is and costs, from its configuration alone."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from ..counting import count_parameters, flops_per_token, memory, state_bytes, s
 from ..counting import size as size
 from ..host.files import check_regular, expanded
 from ..integrations.portability import FORMATS, obstacles, remark
-from ..presets import PRESETS, preset
+from ..presets import PRESETS, hint, preset
 from ..reading import read_config, to_dict, validate
 from .options import Place, Positional
 from .terminal import line, parse, show, show_json
@@ -67,9 +66,7 @@ def find_config(source: str) -> ModelConfig:
     if source in PRESETS:
         return preset(source)
     if not file.is_file():
-        near = difflib.get_close_matches(source, PRESETS, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else "moemamba --help lists the presets"
-        raise ValueError(f"there is no preset, run or file {source!r}; {hint}")
+        raise ValueError(f"there is no preset, run or file {source!r}; {hint(source)}")
     check_regular(file)
     if path.suffix.lower() not in ("", ".json") or _is_text(file):
         raise ValueError(f"{source} is no configuration; a text to train on goes to --data {source}")

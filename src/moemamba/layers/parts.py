@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops.packing import boundaries
-from .moe.routing import BaseRouter, Open, RouterStats, completed
+from .moe.routing import BaseRouter, Open, RouterStats, completed, gathered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 AXES = 4  # of a tensor of a state, at most
@@ -47,7 +47,10 @@ class Parts:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None):
-        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        group = group or dist.group.WORLD
+        if group is None:
+            raise ValueError("there are no processes that share sequences; start several with torchrun")
+        self.group, self.rank, self.size = group, group.rank(), group.size()
         self._known: dict[tuple[int, ...], dict[Any, list[_Form]]] = {}
         self._forms: dict[Any, list[_Form]] = {}  # of this kind of call: what is sent to whom
         self._under_way: list[tuple[dist.Work, Tensor]] = []
@@ -73,7 +76,7 @@ class Parts:
         self._continues = self._tokens = None
         rows, length = x.shape[:2]
         own = [rows, length, seq_idx is not None, _digest(x, state, trained)]
-        everyone = self._gathered(torch.tensor(own, device=x.device)).tolist()
+        everyone = gathered(torch.tensor(own, device=x.device), self.group).tolist()
         if any(each[:3] != everyone[0][:3] for each in everyone):
             what = [f"{b} rows of {n} tokens, {'with' if s else 'without'} seq_idx" for b, n, s, _ in everyone]
             raise ValueError(f"the parts of a sequence are {' and '.join(what)}; they must be alike, so pad the last")
@@ -88,7 +91,7 @@ class Parts:
         first = torch.where(valid, time, length).amin(1).clamp(max=max(0, length - 1))
         last = torch.where(valid, time, -1).amax(1).clamp(min=0)
         ids = (seq_idx.gather(1, place[:, None])[:, 0] for place in (first, last))
-        parts = self._gathered(torch.stack([valid.sum(1), there, *ids]).long())  # (parts, 4, b)
+        parts = gathered(torch.stack([valid.sum(1), there, *ids]).long(), self.group)  # (parts, 4, b)
         self._tokens = parts[:, 0].sum(0)
         before, begun = parts[0, 3], parts[0, 1].bool()
         goes_on = torch.ones_like(begun)
@@ -177,11 +180,6 @@ class Parts:
             work.wait()
         self._under_way.clear()
 
-    def _gathered(self, own: Tensor) -> Tensor:
-        everyone = own.new_empty(self.size, *own.shape)
-        dist.all_gather(list(everyone.unbind()), own.contiguous(), group=self.group)
-        return everyone
-
     def _send(self, part: int, tensor: Tensor) -> None:
         tensor = tensor.contiguous()
         work = dist.isend(tensor, self._process(part), group=self.group)
@@ -194,7 +192,7 @@ class Parts:
         return tensor
 
     def _process(self, part: int) -> int:
-        return part if self.group is None else dist.get_global_rank(self.group, part)
+        return dist.get_global_rank(self.group, part)
 
 
 def _digest(x: Tensor, state: Any, trained: Iterable[bool]) -> int:

@@ -43,7 +43,6 @@ class Runner:
         parameters.cache_type_k = parameters.cache_type_v = single
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(parameters)
-        self._choice([0], 1)  # its loop runs then: a server that ends before would be waited for without end
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text; names of special tokens in it are text."""
@@ -56,10 +55,6 @@ class Runner:
 
     def complete(self, prompt: Sequence[int], tokens: int, likeliest: int = 5) -> list[dict[str, Any]]:
         """The likeliest token at each step: {"id", "top_logprobs": [{"id", "logprob"}, ...]}."""
-        return list(self._choice(prompt, tokens, likeliest)["logprobs"]["content"])
-
-    def _choice(self, prompt: Sequence[int], tokens: int, likeliest: int = 0) -> dict[str, Any]:
-        """An answer as llama.cpp gives it: without logprobs where it is but a part of a character."""
         asked = {
             "prompt": list(prompt),
             "n_predict": tokens,
@@ -70,7 +65,7 @@ class Runner:
             "ignore_eos": True,
         }
         choice: dict[str, Any] = self._server.handle_completions(asked)["choices"][0]
-        return choice
+        return list(choice["logprobs"]["content"])
 
 
 def compare(file: Path, own: "Tokenizer", text: str = SAMPLE) -> bool | None:
@@ -120,8 +115,14 @@ def _asked(file: Path, calls: list[Any]) -> Any:
 
 
 if __name__ == "__main__":
-    runner = Runner(Path(sys.argv[1]))
-    answers = [getattr(runner, name)(*arguments) for name, *arguments in json.load(sys.stdin)]
-    sys.stdout.write(json.dumps(answers) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # before the server is closed
+    status = 1
+    try:
+        runner = Runner(Path(sys.argv[1]))
+        answers = [getattr(runner, name)(*arguments) for name, *arguments in json.load(sys.stdin)]
+        sys.stdout.write(json.dumps(answers) + "\n")
+        status = 0
+    except Exception as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+    finally:
+        sys.stdout.flush()
+        os._exit(status)  # before the server is closed

@@ -107,10 +107,10 @@ def settled(chosen: Routed, batch: int, valid: Tensor | None, rules: Rules, rout
     earlier, share = None, 1
     if across is not None:
         which = indices[..., None] == torch.arange(n_experts, device=indices.device)  # (t, k, e)
-        there = _gather(which.view(batch, length, -1, n_experts).sum((0, 2)), across)  # (processes, l, e)
+        there = gathered(which.view(batch, length, -1, n_experts).sum((0, 2)), across)  # (processes, l, e)
         earlier, share = _earlier_elsewhere(there, across.rank()), across.size()
         load = there.sum((0, 1))[None].to(own.dtype)
-        tokens = _gather(tokens, across).sum(0)
+        tokens = gathered(tokens, across).sum(0)
     before = None
     if parts is not None:
         tokens, share = parts.tokens(tokens, groups), parts.size
@@ -356,7 +356,7 @@ def _earlier_elsewhere(counts: Tensor, process: int) -> Tensor:
     return others.cumsum(0) - others + counts[:process].sum(0)
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(processes, ...): x of every process; without gradient."""
     everyone = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(everyone.unbind()), x.contiguous(), group=group)
