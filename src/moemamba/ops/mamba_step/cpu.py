@@ -198,9 +198,8 @@ def step_of(
         expect("conv_state", conv_state, (batch, width, window))
         expect("ssm_state", ssm_state, (batch, width, n))
         made, places = held[0]
-        if not (
-            torch.equal(conv_weight, made[0]) and torch.equal(A_log, made[1])
-        ):  # `.data` leaves versions as they are
+        # By value, since writing to `.data` leaves versions as they are.
+        if not (torch.equal(conv_weight, made[0]) and torch.equal(A_log, made[1])):
             made = derived()
             places = places_of(*made[2:])  # type: ignore[assignment]
             held[0] = made, places
