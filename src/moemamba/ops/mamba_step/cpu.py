@@ -132,7 +132,7 @@ def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     tiles = -(-width // TILE)
     shares = {CONVOLVE: tiles, CHOOSE: -(-(r + 2 * n) // SHARE), NORMS: 1, SCAN: tiles, OUT: -(-d // SHARE)}
     for phase in range(PHASES):
-        if needed(phase, eps, *scales):
+        if needed.py_func(phase, eps, *scales):
             tasks, cost = shares.get(phase, rows), costs.get(phase, 1)
             work = rows * width * cost // MULTIPLICATIONS
             run(step, tasks, work, at, phase, phase + 1, *sizes, adds, eps, *places)

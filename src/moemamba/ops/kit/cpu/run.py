@@ -30,6 +30,8 @@ WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes
 # `contract` lets multiplication and addition fuse; nothing that could change what infinities and NaN do.
 FAST = {"contract", "nsz"}
 
+_CALLED = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
 _config: Any = numba.config
 _OPS = Path(__file__).parents[2]
 
@@ -85,13 +87,13 @@ def kernel_sources() -> list[Path]:
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call. Without numba's check for division by zero, which would keep loops scalar."""
-    return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return numba.njit(fastmath=FAST, **_CALLED)(function)  # type: ignore[no-any-return]
 
 
 def exact(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call, with the roundings that are written and no others: the same bits wherever LLVM puts
     it. What is to be fused is written `fma`."""
-    return numba.njit(error_model="numpy")(function)  # type: ignore[no-any-return]
+    return numba.njit(**_CALLED)(function)  # type: ignore[no-any-return]
 
 
 def apart(function: Callable[..., None]) -> Any:
