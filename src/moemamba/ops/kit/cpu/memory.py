@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types  # type: ignore[attr-defined]  # carray is public, but not in __all__
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..packed import Packed, Weight
-from .arithmetic import FLOAT, bits, from_bits, instruction
+from .arithmetic import bits, from_bits
 from .run import apart, entry, exact, inner, kernel
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
@@ -157,43 +160,36 @@ def summed(parts: Tensor) -> Tensor:
 
 # --- inside kernels ---
 
-_float_pointer = instruction(types.int64, types.CPointer(types.float32), lambda b, x: b.inttoptr(x, FLOAT.as_pointer()))
-_half_pointer = instruction(
-    types.int64, types.CPointer(types.uint16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
-)
-_short_pointer = instruction(
-    types.int64, types.CPointer(types.int16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
-)
-_integer_pointer = instruction(
-    types.int64, types.CPointer(types.int64), lambda b, x: b.inttoptr(x, ir.IntType(64).as_pointer())
-)
-_byte_pointer = instruction(
-    types.int64, types.CPointer(types.uint8), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer())
-)
+def _array_of(number: Any) -> Any:
+    """A function for kernels: the contiguous array of such numbers at an address, of one length or several.
+
+    Made of instructions, since of numba's own each shape would be compiled as a function.
+    """
+
+    def describe(context: Any, address: Any, shape: Any) -> Any:
+        several = isinstance(shape, types.BaseTuple)
+        lengths = types.UniTuple(types.int64, len(shape)) if several else types.int64
+        kind = types.Array(number, len(shape) if several else 1, "C")
+
+        def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+            address, shape = values
+            made, sizes = make_array(kind)(target, builder), cgutils.unpack_tuple(builder, shape) if several else [shape]
+            strides = [ir.IntType(64)(target.get_abi_sizeof(target.get_data_type(number)))]
+            for size in reversed(sizes[1:]):
+                strides.insert(0, builder.mul(strides[0], size))
+            populate_array(made, builder.inttoptr(address, made.data.type), sizes, strides, strides[-1], None)
+            return made._getvalue()
+
+        return kind(types.int64, lengths), emit
+
+    return intrinsic(describe)
 
 
-@inner
-def floats(address: int, shape: Any) -> Any:
-    """A contiguous float32 array at an address."""
-    return carray(_float_pointer(address), shape)
-
-
-@inner
-def shorts(address: int, shape: Any) -> Any:
-    """A contiguous int16 array at an address."""
-    return carray(_short_pointer(address), shape)
-
-
-@inner
-def integers(address: int, shape: Any) -> Any:
-    """A contiguous int64 array at an address."""
-    return carray(_integer_pointer(address), shape)
-
-
-@inner
-def bytes_at(address: int, shape: Any) -> Any:
-    """A contiguous uint8 array at an address (of int8, where no number is negative)."""
-    return carray(_byte_pointer(address), shape)
+floats = _array_of(types.float32)
+shorts = _array_of(types.int16)
+integers = _array_of(types.int64)
+bytes_at = _array_of(types.uint8)  # of int8 too, where no number is negative
+_halves = _array_of(types.uint16)
 
 
 @apart
@@ -205,7 +201,7 @@ def _read(block: int, step: int, count: int, place: int, time: int, size: int, c
             for c in range(columns):
                 target[c] = source[c]
         else:
-            halves = carray(_half_pointer(place + j * time), columns)
+            halves = _halves(place + j * time, columns)
             for c in range(columns):
                 target[c] = from_bits(np.uint32(halves[c]) << np.uint32(16))
 
@@ -219,7 +215,7 @@ def _write(block: int, step: int, count: int, place: int, time: int, size: int, 
             for c in range(columns):
                 target[c] = source[c]
         else:
-            halves = carray(_half_pointer(place + j * time), columns)
+            halves = _halves(place + j * time, columns)
             for c in range(columns):
                 raw = bits(source[c])
                 rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
