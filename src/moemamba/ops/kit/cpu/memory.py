@@ -25,7 +25,7 @@ from .run import apart, entry, exact, inner, kernel
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 
 Rows = tuple[int, int, int, int]
-Streams = tuple[int, int]
+Streams = tuple[int, int, int, int]
 """see `streaming`"""
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -192,62 +192,102 @@ bytes_at = _array_of(types.uint8)  # of int8 too, where no number is negative
 _halves = _array_of(types.uint16)
 
 
-@apart
-def _read(block: int, step: int, count: int, place: int, time: int, size: int, columns: int) -> None:
-    for j in range(count):
-        target = floats(block + j * step, columns)
+@apart(0)
+def read(
+    block: int,
+    across: int,
+    rows: int,
+    place: int,
+    batch: int,
+    time: int,
+    size: int,
+    b: int,
+    start: int,
+    first: int,
+    count: int,
+) -> None:
+    """block[j, :count] = tensor[b, start + j, first : first + count] as float32, for each of so many rows.
+
+    The block has rows of `across` numbers, the tensor is one of `Rows`.
+    """
+    for j in range(rows):
+        target, source = floats(block + 4 * across * j, count), place + b * batch + (start + j) * time + first * size
         if size == 4:
-            source = floats(place + j * time, columns)
-            for c in range(columns):
-                target[c] = source[c]
+            numbers = floats(source, count)
+            for c in range(count):
+                target[c] = numbers[c]
         else:
-            halves = _halves(place + j * time, columns)
-            for c in range(columns):
+            halves = _halves(source, count)
+            for c in range(count):
                 target[c] = from_bits(np.uint32(halves[c]) << np.uint32(16))
 
 
-@apart
-def _write(block: int, step: int, count: int, place: int, time: int, size: int, columns: int) -> None:
-    for j in range(count):
-        source = floats(block + j * step, columns)
+@apart(1)
+def write(
+    block: int,
+    across: int,
+    rows: int,
+    place: int,
+    batch: int,
+    time: int,
+    size: int,
+    b: int,
+    start: int,
+    first: int,
+    count: int,
+) -> None:
+    """The inverse of `read`, rounding to the nearest bfloat16, ties to even."""
+    for j in range(rows):
+        source, target = floats(block + 4 * across * j, count), place + b * batch + (start + j) * time + first * size
         if size == 4:
-            target = floats(place + j * time, columns)
-            for c in range(columns):
-                target[c] = source[c]
+            numbers = floats(target, count)
+            for c in range(count):
+                numbers[c] = source[c]
         else:
-            halves = _halves(place + j * time, columns)
-            for c in range(columns):
+            halves = _halves(target, count)
+            for c in range(count):
                 raw = bits(source[c])
                 rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
                 halves[c] = np.uint16(rounded if source[c] == source[c] else np.uint32(0x7FC0))
 
 
+@apart(2)
+def load(tile: int, across: int, matrix: int, down: int, right: int, m: int, count: int) -> None:
+    """tile (m, across) = the first `count` columns of a float32 matrix, and zeros; nothing but zeros if it is absent.
+
+    Its entries lie `down` bytes below each other and `right` beside each other: a transpose has them exchanged.
+    """
+    for j in range(m):
+        target, source = floats(tile + 4 * across * j, across), matrix + down * j
+        for c in range(across):
+            target[c] = _ZERO
+        if matrix and right == 4:
+            row = floats(source, count)
+            for c in range(count):
+                target[c] = row[c]
+        elif matrix:
+            for c in range(count):
+                target[c] = floats(source + right * c, 1)[0]
+
+
+@apart(3)
+def store(tile: int, across: int, matrix: int, down: int, right: int, m: int, count: int) -> None:
+    """The inverse of `load`."""
+    for j in range(m):
+        source, target = floats(tile + 4 * across * j, across), matrix + down * j
+        if right == 4:
+            row = floats(target, count)
+            for c in range(count):
+                row[c] = source[c]
+        else:
+            for c in range(count):
+                floats(target + right * c, 1)[0] = source[c]
+
+
 @cache
 def streaming() -> Streams:
-    """What kernels hand on to `read` and `write`."""
-    return entry(_read), entry(_write)
-
-
-@inner
-def read(
-    at: Streams, block: Any, row: int, rows: int, tensor: Rows, b: int, start: int, first: int, count: int
-) -> None:
-    """block[row + j, :count] = tensor[b, start + j, first : first + count] as float32, for each of so many rows."""
-    address, batch, time, size = tensor
-    step = 4 * block.shape[1]
-    place = address + b * batch + start * time + first * size
-    _read(at[0], block.ctypes.data + row * step, step, rows, place, time, size, count)
-
-
-@inner
-def write(
-    at: Streams, block: Any, row: int, rows: int, tensor: Rows, b: int, start: int, first: int, count: int
-) -> None:
-    """The inverse of `read`, rounding to the nearest bfloat16, ties to even."""
-    address, batch, time, size = tensor
-    step = 4 * block.shape[1]
-    place = address + b * batch + start * time + first * size
-    _write(at[1], block.ctypes.data + row * step, step, rows, place, time, size, count)
+    """Where `read`, `write`, `load` and `store` are, for kernels that call them."""
+    return entry(read), entry(write), entry(load), entry(store)
 
 
 @exact
@@ -256,50 +296,6 @@ def clear(block: Any, first: int, last: int) -> None:
     for j in range(first, last):
         for c in range(block.shape[1]):
             block[j, c] = _ZERO
-
-
-@inner
-def load_tile(tile: Any, matrix: int, width: int, first: int, count: int) -> None:
-    """tile (m, TILE) = columns first .. first + count - 1 of a float32 (m, width) matrix; zero if absent."""
-    clear(tile, 0, tile.shape[0])
-    if matrix:
-        m = tile.shape[0]
-        source = floats(matrix, (m, width))
-        for j in range(m):
-            for c in range(count):
-                tile[j, c] = source[j, first + c]
-
-
-@inner
-def store_tile(matrix: int, width: int, first: int, count: int, tile: Any) -> None:
-    """The inverse of `load_tile`."""
-    m = tile.shape[0]
-    target = floats(matrix, (m, width))
-    for j in range(m):
-        for c in range(count):
-            target[j, first + c] = tile[j, c]
-
-
-@inner
-def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
-    """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
-    clear(tile, 0, tile.shape[0])
-    if matrix:
-        m = tile.shape[0]
-        source = floats(matrix + 4 * m * first, (count, m))
-        for j in range(m):
-            for c in range(count):
-                tile[j, c] = source[c, j]
-
-
-@inner
-def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
-    """The inverse of `load_columns`."""
-    m = tile.shape[0]
-    target = floats(matrix + 4 * m * first, (count, m))
-    for c in range(count):
-        for j in range(m):
-            target[c, j] = tile[j, c]
 
 
 @kernel

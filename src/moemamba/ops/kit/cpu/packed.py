@@ -115,7 +115,7 @@ def _places(levels: int, k: int, count: int) -> Any:
     return levels + count * step, step
 
 
-@apart
+@apart(2)
 def round_rows(first: int, last: int, count: int, k: int, x: int, x_step: int, levels: int) -> None:
     """Round rows first .. last - 1 of `count`, of k entries each, into `levels` (count * `room(k)`)."""
     scales, step = _places(levels, k, count)

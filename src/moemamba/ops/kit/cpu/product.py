@@ -112,7 +112,7 @@ _TALL, _WIDE = TILE_SHAPE
 product = products(_TALL, _WIDE)
 
 
-@apart
+@apart(0)
 def _dense(
     first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
 ) -> None:
@@ -125,7 +125,7 @@ def _dense(
             product(start, end, count, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
 
 
-@apart
+@apart(1)
 def _packed(
     first: int,
     last: int,
@@ -162,15 +162,15 @@ def multiply(
     """The product of rows from `begin` on with float32 weights. Those of 8 bits have a `scale`, and then `levels` are
     the `count` rows that there are, rounded by `rounded`. y is that of the first of these rows; see `entries`."""
     if scale:
-        _packed(at[1], first, last, begin, rows, count, k, levels, w, scale, y, y_step)
+        _packed(at, first, last, begin, rows, count, k, levels, w, scale, y, y_step)
     else:
-        _dense(at[0], first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
+        _dense(at, first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
 
 
 @exact
 def rounded(at: Entries, first: int, last: int, count: int, k: int, x: int, x_step: int, levels: int) -> None:
     """See `round_rows`."""
-    round_rows(at[2], first, last, count, k, x, x_step, levels)
+    round_rows(at, first, last, count, k, x, x_step, levels)
 
 
 @exact_kernel

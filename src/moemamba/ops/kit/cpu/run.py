@@ -9,7 +9,8 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from ....host.files import cache_folder, expanded, keep_recent, used, writable
 from ....host.terminal import say
@@ -33,6 +35,7 @@ FAST = {"contract", "nsz"}
 _CALLED = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 _config: Any = numba.config
+_INTEGER = ir.IntType(64)
 _OPS = Path(__file__).parents[2]
 
 
@@ -96,33 +99,53 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(**_CALLED)(function)  # type: ignore[no-any-return]
 
 
-def apart(function: Callable[..., None]) -> Any:
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An `exact` function that numba writes into each that calls it, before it compiles that: for those in which LLVM
+    has much to do, which it otherwise does once for the function and once for every caller. Of `exact_kernel`s only,
+    since there it has the roundings of its caller."""
+    return numba.njit(inline="always", **_CALLED)(function)  # type: ignore[no-any-return]
+
+
+def apart(place: int) -> Callable[[Callable[..., None]], Any]:
     """An `exact` function of integers that is compiled by itself, once, instead of into each kernel that calls it.
 
-    Kernels call it as `function(address, *arguments)`: the address is `entry(function)`, which they get as an argument,
-    since they come from the disk as they were and it is another in each process.
+    Kernels call it as `function(at, *arguments)`: `at` are addresses, that at `place` is `entry(function)`. They get
+    them as an argument, since they come from the disk as they were and functions lie elsewhere in each process. In the
+    place of integers there may be an array, which stands for its address, and a tuple of integers, for all of them.
     """
-    compiled: Any = exact_kernel(function)
-    described = types.void(*[types.int64] * len(inspect.signature(function).parameters))
 
-    def describe(context: Any, address: Any, *arguments: Any) -> Any:
-        def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-            kinds = [target.get_value_type(kind) for kind in (described.return_type, *described.args)]
-            pointer = builder.inttoptr(values[0], ir.FunctionType(kinds[0], kinds[1:]).as_pointer())
-            builder.call(pointer, cgutils.unpack_tuple(builder, values[1]))
-            return target.get_dummy_value()
+    def declare(function: Callable[..., None]) -> Any:
+        compiled: Any = exact_kernel(function)
+        described = types.void(*[types.int64] * len(inspect.signature(function).parameters))
 
-        return types.void(types.int64, types.StarArgTuple(described.args)), emit
+        def describe(context: Any, at: Any, *arguments: Any) -> Any:
+            kinds = [each if isinstance(each, types.Array | types.UniTuple) else types.int64 for each in arguments]
 
-    @cache
-    def found() -> int:
-        compiled.compile(described)
-        made = compiled.overloads[described.args]
-        return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)  # type: ignore[no-any-return]
+            def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+                given = []
+                for kind, value in zip(kinds, cgutils.unpack_tuple(builder, values[1]), strict=True):
+                    if isinstance(kind, types.Array):
+                        given.append(builder.ptrtoint(make_array(kind)(target, builder, value).data, _INTEGER))
+                    else:
+                        given += cgutils.unpack_tuple(builder, value) if isinstance(kind, types.UniTuple) else [value]
+                called = ir.FunctionType(ir.VoidType(), [_INTEGER] * len(given)).as_pointer()
+                address = builder.extract_value(values[0], place)
+                builder.call(builder.inttoptr(address, called), given)
+                return target.get_dummy_value()
 
-    called = intrinsic(describe)
-    _entries[called] = found
-    return called
+            return types.void(at, types.StarArgTuple(kinds)), emit
+
+        @cache
+        def found() -> int:
+            compiled.compile(described)
+            made = compiled.overloads[described.args]
+            return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)  # type: ignore[no-any-return]
+
+        called = intrinsic(describe)
+        _entries[called] = found
+        return called
+
+    return declare
 
 
 def entry(function: Any) -> int:
@@ -167,17 +190,43 @@ class _Announce(event.Listener):  # type: ignore[misc]
 event.register("numba:compile", _Announce())
 
 
-def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
-    threads = min(torch.get_num_threads(), tasks)
-    if threads == 1 or work < WORTH_THREADS:
-        compiled(0, tasks, *arguments)
+def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any, space: int = 0) -> None:
+    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it.
+
+    With `space`, each thread has room for so many numbers, whose address the kernel gets behind `first` and `last`.
+    """
+    threads = min(torch.get_num_threads(), tasks) if work >= WORTH_THREADS else 1
+    apart = -(-space // 16) * 16  # 64 bytes: no two threads write to one line of a cache
+    spare = torch.empty(threads * apart, dtype=torch.float32, device="cpu") if space else None
+    places = [() if spare is None else (spare.data_ptr() + 4 * apart * i,) for i in range(threads)]
+    if threads == 1:
+        compiled(0, tasks, *places[0], *arguments)
         return
     bounds = [tasks * i // threads for i in range(threads + 1)]
-    others = [_pool().submit(compiled, *bounds[i : i + 2], *arguments) for i in range(1, threads)]
-    compiled(*bounds[:2], *arguments)
-    for other in others:
-        other.result()
+    own, *shares = [(*bounds[i : i + 2], *places[i], *arguments) for i in range(threads)]
+    others: list[Future[None]] = [Future() for _ in shares]
+    try:
+        for other, share in zip(others, shares, strict=True):
+            _pool().submit(_do, other, compiled, *share)
+        compiled(*own)
+        for other in others:
+            other.result()
+    except BaseException:  # KeyboardInterrupt, as a rule; the caller frees what the others write to
+        while not all(other.cancel() or other.done() for other in others):
+            with suppress(BaseException):  # of those that interrupt the waiting the first one counts
+                wait(others)
+        raise
+
+
+def _do(share: Future[None], compiled: Callable[..., None], *arguments: Any) -> None:
+    """A thread's share, unless it has been called off."""
+    if share.set_running_or_notify_cancel():
+        try:
+            compiled(*arguments)
+        except BaseException as mistake:
+            share.set_exception(mistake)
+        else:
+            share.set_result(None)
 
 
 @cache
