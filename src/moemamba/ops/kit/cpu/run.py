@@ -195,13 +195,16 @@ def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any, s
 
     With `space`, each thread has room for so many numbers, whose address the kernel gets behind `first` and `last`.
     """
-    threads = min(torch.get_num_threads(), tasks) if work >= WORTH_THREADS else 1
-    apart = -(-space // 16) * 16  # 64 bytes: no two threads write to one line of a cache
-    spare = torch.empty(threads * apart, dtype=torch.float32, device="cpu") if space else None
-    places = [() if spare is None else (spare.data_ptr() + 4 * apart * i,) for i in range(threads)]
-    if threads == 1:
-        compiled(0, tasks, *places[0], *arguments)
+    threads = 1 if work < WORTH_THREADS else min(torch.get_num_threads(), tasks)
+    if threads == 1 and not space:
+        compiled(0, tasks, *arguments)  # at once, for it is done for every token
         return
+    apart = -(-space // 16) * 16  # 64 bytes: no two threads write to one line of a cache
+    spare = torch.empty(threads * apart, dtype=torch.float32, device="cpu")
+    if threads == 1:
+        compiled(0, tasks, spare.data_ptr(), *arguments)
+        return
+    places = [(spare.data_ptr() + 4 * apart * i,) if space else () for i in range(threads)]
     bounds = [tasks * i // threads for i in range(threads + 1)]
     own, *shares = [(*bounds[i : i + 2], *places[i], *arguments) for i in range(threads)]
     others: list[Future[None]] = [Future() for _ in shares]
