@@ -152,7 +152,9 @@ def _conv(
 
 
 @inner
-def _flush(at: Streams, done: int, place: Any, rows: int, dx: Rows, history: Rows, b: int, first: int, count: int) -> None:
+def _flush(
+    at: Streams, done: int, place: Any, rows: int, dx: Rows, history: Rows, b: int, first: int, count: int
+) -> None:
     """Hand over the finished gradients in the first `rows` of the window: of the input at position `place`, or of
     column `-1 - place` of the history."""
     for j in range(rows):

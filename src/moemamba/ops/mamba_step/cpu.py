@@ -19,7 +19,7 @@ from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from ..kit.packed import Weight, unpacked
 from . import reference
-from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, needed, normalise, step
+from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, needed, normalise, parts, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -116,26 +116,26 @@ def decays(A_log: Tensor) -> Tensor:
 def space(sizes: Sizes) -> int:
     """Numbers that a step keeps on the way."""
     rows, d, width, n, _, r = sizes
-    return rows * (3 * width + r + 2 * n + d + room(max(d, width)))
+    return rows * (3 * width + r + 2 * n + d + room(max(d, width))) + width + 2
 
 
 def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
     scales = places[2], places[6], places[12]  # 0 of projections in float32
-    at = entries(any(scales))
+    at, within, phases = entries(any(scales)), parts(eps >= 0), needed(eps, *scales)
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
-        step(0, width + d + rows, at, 0, PHASES, *sizes, adds, eps, *places)
+        step(0, width + d + rows, at, within, phases, *sizes, adds, eps, *places)
         return
     costs = {CONVOLVE: 2 * d, CHOOSE: r + 2 * n, SCAN: r + MULTIPLICATIONS * n, OUT: d}
     tiles = -(-width // TILE)
     shares = {CONVOLVE: tiles, CHOOSE: -(-(r + 2 * n) // SHARE), NORMS: 1, SCAN: tiles, OUT: -(-d // SHARE)}
     for phase in range(PHASES):
-        if needed.py_func(phase, eps, *scales):
+        if phases >> phase & 1:
             tasks, cost = shares.get(phase, rows), costs.get(phase, 1)
             work = rows * width * cost // MULTIPLICATIONS
-            run(step, tasks, work, at, phase, phase + 1, *sizes, adds, eps, *places)
+            run(step, tasks, work, at, within, 1 << phase, *sizes, adds, eps, *places)
 
 
 def prepare(
@@ -213,7 +213,7 @@ def step_of(
         *read, weight = places
         if norm is not None:
             normed = spare + 4 * space(sizes)
-            normalise(batch, d, norm[1], source, weight, normed)
+            normalise(parts(True), batch, d, norm[1], source, weight, spare, normed)
             source = normed
         launch(sizes, norm is not None, eps, source, *read, conv, conv, ssm, ssm, spare, target)
         return y

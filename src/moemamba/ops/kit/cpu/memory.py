@@ -160,6 +160,7 @@ def summed(parts: Tensor) -> Tensor:
 
 # --- inside kernels ---
 
+
 def _array_of(number: Any) -> Any:
     """A function for kernels: the contiguous array of such numbers at an address, of one length or several.
 
@@ -173,7 +174,10 @@ def _array_of(number: Any) -> Any:
 
         def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
             address, shape = values
-            made, sizes = make_array(kind)(target, builder), cgutils.unpack_tuple(builder, shape) if several else [shape]
+            made, sizes = (
+                make_array(kind)(target, builder),
+                cgutils.unpack_tuple(builder, shape) if several else [shape],
+            )
             strides = [ir.IntType(64)(target.get_abi_sizeof(target.get_data_type(number)))]
             for size in reversed(sizes[1:]):
                 strides.insert(0, builder.mul(strides[0], size))
