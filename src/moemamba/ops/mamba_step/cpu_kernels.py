@@ -109,7 +109,7 @@ def _scan(
 
 @apart(2)
 def _normalise(x: int, size: int, weight: int, eps: int) -> None:
-    """As `ops.rms_norm` does, in place; without weights they are ones. At `eps` is that number, and room for another."""
+    """As `ops.rms_norm` does, in place; without weights they are ones. At `eps` is this number and room for another."""
     _dot(size, x, 0, x, 0, eps + 4, 0)
     own, given = floats(x, size), floats(eps, 2)
     scale = _ONE / np.sqrt(given[1] / np.float32(size) + given[0])
@@ -170,10 +170,10 @@ def step(
     work: int,
     y: int,
 ) -> None:
-    """A share of one of the `phases`, or all of several, since calls take as long as the arithmetic of one row: into the
-    convolution; what dt, B and C are chosen from; the scan; out, added to y or not. Where there are norms, all of the
-    phase NORMS comes before the scan; where a projection is of 8 bits, and so has a scale, a phase that rounds what it
-    reads, whose shares are rows.
+    """A share of one of the `phases`, or all of several, since calls take as long as the arithmetic of one row: into
+    the convolution; what dt, B and C are chosen from; the scan; out, added to y or not. Where there are norms, all of
+    the phase NORMS comes before the scan; where a projection is of 8 bits, and so has a scale, a phase that rounds what
+    it reads, whose shares are rows.
 
     States are (b, k - 1, i) and (b, n, i), those after may be those before; `conv_weight` is (k, i), `decay` (n, i).
     """

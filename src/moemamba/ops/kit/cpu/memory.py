@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from ..packed import Packed, Weight
 from .arithmetic import bits, from_bits
-from .run import apart, entry, exact, inner, kernel
+from .run import apart, entry, exact, kernel
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 

@@ -5,6 +5,7 @@ work was cut into. The cut depends on the shapes alone and tasks share no output
 same for every number of threads.
 """
 
+import gc
 import hashlib
 import inspect
 import os
@@ -57,7 +58,6 @@ def _compiled(function: Callable[..., None], fast: set[str]) -> Callable[..., No
         compiled = numba.njit(cache=bool(folder), **options)(function)
     finally:
         _config.CACHE_DIR = before
-    _kernels.add(function.__qualname__)
     return compiled  # type: ignore[no-any-return]
 
 
@@ -167,27 +167,37 @@ def named(*values: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return rename
 
 
-_kernels: set[str] = set()
 _entries: dict[Any, Callable[[], int]] = {}
 _PACKAGE = __name__.removesuffix("kit.cpu.run")
 
 
-class _Announce(event.Listener):  # type: ignore[misc]
-    """Say what the pause is when a kernel has to be compiled; one that is read from the cache stays silent."""
+class _Compiling(event.Listener):  # type: ignore[misc]
+    """Say what the pause is when a kernel has to be compiled; one that is read from the cache stays silent.
 
-    said = False
+    Meanwhile no garbage is collected: that would be searched for ten times in all that torch and numba hold.
+    """
+
+    said, depth, collects = False, 0, False
 
     def on_start(self, event: Any) -> None:
-        function = event.data["dispatcher"].py_func
-        if not self.said and function.__module__.startswith(_PACKAGE) and function.__qualname__ in _kernels:
+        if self.depth == 0 and not event.data["dispatcher"].py_func.__module__.startswith(_PACKAGE):
+            return  # somebody else's
+        if not self.said:
             self.said = True
-            say("moemamba: compiling the CPU kernels, once (10 s to a minute)")
+            say("moemamba: compiling the CPU kernels, once (some seconds)")
+        if self.depth == 0:
+            self.collects = gc.isenabled()
+            gc.disable()
+        self.depth += 1
 
     def on_end(self, event: Any) -> None:
-        pass
+        if self.depth:
+            self.depth -= 1
+            if self.depth == 0 and self.collects:
+                gc.enable()
 
 
-event.register("numba:compile", _Announce())
+event.register("numba:compile", _Compiling())
 
 
 def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any, space: int = 0) -> None:
