@@ -1,10 +1,14 @@
 """The CPU backend against the reference: outputs and every gradient by name, in memory that starts out as NaN."""
 
+import gc
 import itertools
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,6 +384,85 @@ def test_first_use_is_announced_and_cached(tmp_path):
         )
         assert result.stdout == "same\n", result.stderr
         assert ("compiling the CPU kernels" in result.stderr) == announced
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("who", ["caller", "thread"])
+def test_no_thread_works_on_when_a_kernel_is_interrupted(who, stop):
+    """What threads write to is freed by the caller: those that have begun are waited for, the others do not begin."""
+    first, began, ended = threading.Barrier(2), [], []
+    in_other = threading.Event()
+
+    def compiled(start, end):
+        began.append(start)
+        if start < 2:
+            first.wait(5)  # both at work
+        if start == (0 if who == "caller" else 1):
+            raise stop
+        time.sleep(0.2)
+        ended.append(start)
+
+    pool = ThreadPoolExecutor(2)
+    busy = pool.submit(in_other.wait, 10)  # so that one thread is left, and the last share has to wait
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(stop):
+            patch.setattr(cpu_kernel, "_pool", lambda: pool)
+            cpu_kernel.run(compiled, 3, 1 << 30)
+        at_once = list(began), list(ended)
+        in_other.set()
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+    assert busy.result() and (began, ended) == at_once  # nothing begins or ends afterwards
+    assert (1 if who == "caller" else 0) in ended
+
+
+def test_interrupted_while_it_waits():
+    """A second interrupt does not end the waiting either, and the first is the one that is raised."""
+    both, leaving, ended = threading.Barrier(2), threading.Event(), []
+
+    def compiled(start, end):
+        both.wait(5)
+        if start == 0:
+            raise KeyboardInterrupt("first")
+        leaving.wait(5)
+        ended.append(start)
+
+    def impatient(others):
+        if not leaving.is_set():
+            leaving.set()
+            raise KeyboardInterrupt("second")
+        return wait(others)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="first"):
+            patch.setattr(cpu_kernel, "wait", impatient)
+            cpu_kernel.run(compiled, 2, 1 << 30)
+    finally:
+        torch.set_num_threads(before)
+    assert ended == [1]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_garbage_is_collected_again_after_compiling(before, monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "say", lambda text: None)
+    listener, found = cpu_kernel._Compiling(), []
+    own, others = (SimpleNamespace(data={"dispatcher": SimpleNamespace(py_func=f)}) for f in (ops.linear, os.walk))
+    steps = [(listener.on_start, others), (listener.on_end, others), (listener.on_start, own)]
+    steps += [(listener.on_start, others), (listener.on_end, others), (listener.on_end, own)]
+    if not before:
+        gc.disable()
+    try:
+        for step, event in steps:
+            step(event)
+            found.append(gc.isenabled())
+    finally:
+        gc.enable()
+    assert found == ([True, True, False, False, False, True] if before else [False] * 6)
 
 
 def test_nowhere_to_write(monkeypatch):

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moemamba import ops
-from moemamba.ops.kit.cpu import entry, exact, packed
+from moemamba.ops.kit.cpu import entry, exact_kernel, packed
+from moemamba.ops.kit.cpu.product import blocks
 from moemamba.ops.kit.packed import LARGEST, pack
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -96,16 +97,16 @@ def test_every_machine_has_the_same_bits(instruction, monkeypatch):
     x, weight = random(3, 77), pack(random(6, 77))
     expected = ops.linear(x, weight)
     monkeypatch.setattr(packed, "_PAIRS", instruction)
-    product = packed.packed_products.__wrapped__(2, 2)
-    round_rows = packed.round_rows
+    product, round_rows = blocks(2, 2, packed.PackedTile), packed.round_rows
 
-    @exact
-    def kernel(at: int, rows: int, k: int, columns: int, x: int, levels: int, w: int, scale: int, y: int) -> None:
+    @exact_kernel
+    def kernel(at: tuple, rows: int, k: int, columns: int, x: int, levels: int, w: int, scale: int, y: int) -> None:
         round_rows(at, 0, rows, rows, k, x, 4 * k, levels)
-        product(0, columns, 0, rows, rows, k, levels, w, scale, y, 4 * columns)
+        scales, step = packed.places(levels, k, rows)
+        product(0, columns, rows, k, levels, step, w, k, y, 4 * columns, scales, scale)
 
     levels, y = torch.empty(3 * packed.room(77)), torch.empty(3, 6)
-    kernel(entry(round_rows), 3, 77, 6, *(t.data_ptr() for t in (x, levels, *weight, y)))
+    kernel((0, 0, entry(round_rows)), 3, 77, 6, *(t.data_ptr() for t in (x, levels, *weight, y)))
     assert torch.equal(y, expected)
 
 

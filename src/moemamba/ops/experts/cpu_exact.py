@@ -23,6 +23,7 @@ from ..kit.cpu import (
     fma,
     integers,
     located,
+    named,
     new,
     paired,
     run,
@@ -45,7 +46,7 @@ _TWICE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 s
 _SQRT_HALF, _P = np.float32(0.7071067811865476), np.float32(0.3275911)
 _E1, _E2, _E3, _E4, _E5 = map(np.float32, (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
 
-Parts = tuple[int, int, int]
+Parts = tuple[int, int, int, int]
 """see `_parts`"""
 Sizes = tuple[int, int, int, int, int, int]
 """tokens, top_k, n_experts, d, width between the two matrices, width of the output"""
@@ -87,7 +88,9 @@ def activated(x: Tensor, activation: int) -> Tensor | None:
     if places is None or wide == 0:
         return None
     rows = x.numel() // wide
-    run(_activated, rows, 16 * y.numel() // MULTIPLICATIONS, _parts(), wide, width, activation, *places, space=wide)
+    run(
+        _activated, rows, 16 * y.numel() // MULTIPLICATIONS, _parts(activation, False), wide, width, *places, space=wide
+    )
     return y
 
 
@@ -104,7 +107,8 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
     choices = tokens * top_k
     first = choices * d * _rows(hidden, activation) // MULTIPLICATIONS
     second = choices * hidden * out // MULTIPLICATIONS
-    at, within = entries(places[4] != 0 or places[6] != 0), _parts()  # scales, of 8 bits
+    scales, biases = places[4] != 0 or places[6] != 0, places[7] != 0 or places[8] != 0
+    at, within = entries(scales), _parts(activation, biases)
     if first + second < WORTH_THREADS or torch.get_num_threads() == 1:
         _experts(0, hidden + out + choices, at, within, _SORT, _PHASES, *sizes, activation, adds, *places)
         return
@@ -161,55 +165,64 @@ def _gelu(x: Any) -> Any:
 
 
 @cache
-def _parts() -> Parts:
-    """For kernels, where the functions below are."""
-    return entry(_activate), entry(_sort), entry(_sum_choices)
+def _parts(activation: int, biases: bool) -> Parts:
+    """For kernels, where the functions below are. What a layer does not have is not compiled."""
+    activate = 0 if activation == LINEAR else entry(_activation(activation))
+    return activate, entry(_sort), entry(_sum_choices), entry(_add) if biases else 0
 
 
 # Loops begin at zero: numba takes other numbers for possibly negative, and counts those from the end, one by one.
 
 
-@apart(0)
-def _activate(row: int, width: int, activation: int, first: int, last: int) -> None:
-    """Entries first .. last - 1 of a row, in place; gated ones are of its first `width`, times those behind them."""
-    size = last - first
-    x = floats(row + 4 * first, size)
-    if activation == _RELU:
-        for c in range(size):
-            x[c] = _ZERO if x[c] < _ZERO else x[c]
-    elif activation == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
-        for c in range(size):
-            x[c] = x[c] * sigmoid(_TWICE * fma(_CUBIC * x[c] * x[c], x[c], x[c]))
-    elif activation == _SILU:
-        for c in range(size):
-            x[c] = silu(x[c])
-    elif activation == _RELU2:
-        for c in range(size):
-            x[c] = _ZERO if x[c] < _ZERO else x[c] * x[c]
-    elif activation == _GELU_ERF:
-        for c in range(size):
-            x[c] = _gelu(x[c])
-    elif activation == _GEGLU:
-        other = floats(row + 4 * (width + first), size)
-        for c in range(size):
-            x[c] = _gelu(x[c]) * other[c]
-    else:
-        other = floats(row + 4 * (width + first), size)
-        for c in range(size):
-            x[c] = silu(x[c]) * other[c]
+@cache
+def _activation(kind: int) -> Any:
+    """A function for kernels: entries first .. last - 1 of a row, in place; gated ones are of its first `width`, times
+    those behind them."""
+
+    @apart(0)
+    @named(kind)
+    def activate(row: int, width: int, first: int, last: int) -> None:
+        size = last - first
+        x = floats(row + 4 * first, size)
+        if kind == _RELU:
+            for c in range(size):
+                x[c] = _ZERO if x[c] < _ZERO else x[c]
+        elif kind == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
+            for c in range(size):
+                x[c] = x[c] * sigmoid(_TWICE * fma(_CUBIC * x[c] * x[c], x[c], x[c]))
+        elif kind == _SILU:
+            for c in range(size):
+                x[c] = silu(x[c])
+        elif kind == _RELU2:
+            for c in range(size):
+                x[c] = _ZERO if x[c] < _ZERO else x[c] * x[c]
+        elif kind == _GELU_ERF:
+            for c in range(size):
+                x[c] = _gelu(x[c])
+        elif kind == _GEGLU:
+            other = floats(row + 4 * (width + first), size)
+            for c in range(size):
+                x[c] = _gelu(x[c]) * other[c]
+        else:
+            other = floats(row + 4 * (width + first), size)
+            for c in range(size):
+                x[c] = silu(x[c]) * other[c]
+
+    return activate
+
+
+_activate = _activation(_RELU)  # for kernels, which call any of them, whose address they have
 
 
 @exact_kernel
-def _activated(
-    first: int, last: int, row: int, within: Parts, wide: int, width: int, activation: int, x: int, y: int
-) -> None:
+def _activated(first: int, last: int, row: int, within: Parts, wide: int, width: int, x: int, y: int) -> None:
     """Rows first .. last - 1; `row` is room for one."""
     own = floats(row, wide)
     for r in range(first, last):
         source, target = floats(x + 4 * wide * r, wide), floats(y + 4 * width * r, width)
         for c in range(wide):
             own[c] = source[c]
-        _activate(within, row, width, activation, 0, width)
+        _activate(within, row, width, 0, width)
         for c in range(width):
             target[c] = own[c]
 
@@ -266,7 +279,7 @@ def _of_expert(e: int, weight: int, scale: int, rows: int, k: int) -> Any:
     return (weight + e * rows * k, scale + 4 * e * rows) if scale else (weight + 4 * e * rows * k, 0)
 
 
-@exact
+@apart(3)
 def _add(row: int, shift: int, first: int, last: int) -> None:
     """To entries first .. last - 1 of a row those of a shift."""
     x, other = floats(row + 4 * first, last - first), floats(shift + 4 * first, last - first)
@@ -355,10 +368,10 @@ def _experts(
                         row = b + 4 * j * rows
                         if up_bias:
                             shift = up_bias + 4 * e * rows
-                            _add(row, shift, start, end)
+                            _add(within, row, shift, start, end)
                             if activation >= _GATED:
-                                _add(row, shift, hidden + start, hidden + end)
-                        _activate(within, row, hidden, activation, start, end)
+                                _add(within, row, shift, hidden + start, hidden + end)
+                        _activate(within, row, hidden, start, end)
         elif phase == _SECOND:
             start, end = first * COLUMNS, min(last * COLUMNS, out)
             source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
@@ -369,7 +382,7 @@ def _experts(
                     w, scale = _of_expert(e, down, down_scale, out, hidden)
                     multiply(at, start, end, begin, count, choices, hidden, a, step, w, scale, levels, b, 4 * out)
                     for j in range(count if down_bias else 0):
-                        _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
+                        _add(within, b + 4 * j * out, down_bias + 4 * e * out, start, end)
             for token in range(tokens):
                 first_choice = token * top_k
                 shares = gates + 4 * first_choice if gates else 0

@@ -62,7 +62,6 @@ def entries(of_8_bits: bool) -> Entries:
     return entry(_dense), *((entry(_packed), entry(round_rows)) if of_8_bits else (0, 0))
 
 
-@cache
 def products(tall: int, wide: int, kind: type[Tile] = Tile) -> Callable[..., None]:
     """A function for kernels, `product(first, last, rows, k, x, x_step, w, w_step, y, y_step, x_scale, w_scale)`:
 
@@ -134,7 +133,6 @@ def _strip(rows: int, wide: int, kind: type[Tile]) -> Callable[..., None]:
     return strip
 
 
-@cache
 def blocks(tall: int, wide: int, kind: type[Tile]) -> Callable[..., None]:
     """A function for kernels: a product, in blocks of weights and of rows that stay in the caches."""
     product = products(tall, wide, kind)

@@ -33,7 +33,8 @@ WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes
 # `contract` lets multiplication and addition fuse; nothing that could change what infinities and NaN do.
 FAST = {"contract", "nsz"}
 
-_CALLED = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Functions that kernels call are compiled without wrappers for Python and C, which take most of the time.
+_CALLED: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 _config: Any = numba.config
 _INTEGER = ir.IntType(64)
