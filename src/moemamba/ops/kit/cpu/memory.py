@@ -2,7 +2,8 @@
 
 Tensors are handed over as addresses, so that each kernel is compiled exactly once, for every dtype, layout and absent
 argument, and so that a call costs microseconds (it is made for every token). Kernels see nothing else: the functions up
-to `located` are the only ones that make tensors for them and hand them over, whatever torch's default dtype and device.
+to `located` make tensors for them and hand them over, as `run` does with room that they work in, whatever torch's
+default dtype and device.
 """
 
 from functools import cache

@@ -129,6 +129,8 @@ def apart(place: int) -> Callable[[Callable[..., None]], Any]:
                         given.append(builder.ptrtoint(make_array(kind)(target, builder, value).data, _INTEGER))
                     else:
                         given += cgutils.unpack_tuple(builder, value) if isinstance(kind, types.UniTuple) else [value]
+                if len(given) != len(described.args):
+                    raise TypeError(f"{function.__name__} takes {len(described.args)} integers, and gets {len(given)}")
                 called = ir.FunctionType(ir.VoidType(), [_INTEGER] * len(given)).as_pointer()
                 address = builder.extract_value(values[0], place)
                 builder.call(builder.inttoptr(address, called), given)
