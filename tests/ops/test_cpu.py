@@ -18,6 +18,7 @@ from moemamba import ops
 from moemamba.layers import Router
 from moemamba.ops.experts import ACTIVATIONS, GATED
 from moemamba.ops.head import cpu as cpu_cross_entropy
+from moemamba.ops.kit import cpu as kit
 
 cpu_kernel = sys.modules["moemamba.ops.kit.cpu.run"]  # `run` is a function of the package too
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -384,6 +385,28 @@ def test_first_use_is_announced_and_cached(tmp_path):
         )
         assert result.stdout == "same\n", result.stderr
         assert ("compiling the CPU kernels" in result.stderr) == announced
+
+
+def test_a_function_compiled_apart():
+    """It is called by its address; arrays stand for theirs, tuples for what they hold; the number is seen to."""
+
+    @kit.apart(1)
+    def put(target: int, a: int, b: int, c: int) -> None:
+        kit.integers(target, 1)[0] = a + 10 * b + 100 * c
+
+    @kit.exact_kernel
+    def right(at: tuple, place: int, several: tuple) -> None:
+        put(at, kit.integers(place, 1), several, 3)
+
+    @kit.exact_kernel
+    def wrong(at: tuple, place: int, several: tuple) -> None:
+        put(at, place, several)
+
+    y, at = torch.zeros(1, dtype=torch.int64), (0, kit.entry(put))
+    right(at, y.data_ptr(), (1, 2))
+    assert y.item() == 321
+    with pytest.raises(Exception, match="put takes 4 integers, and gets 3"):
+        wrong(at, y.data_ptr(), (1, 2))
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
