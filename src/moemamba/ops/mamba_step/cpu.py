@@ -5,6 +5,7 @@ convolution's taps. What takes several threads is cut by channels, in four phase
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from ..arguments import expect
 from ..kit.cpu import LOG2E, TILE, by_channel, located, new, paired, run
 from ..kit.cpu.packed import room
-from ..kit.cpu.product import MULTIPLICATIONS, entries
+from ..kit.cpu.product import MULTIPLICATIONS, Entries, entries
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from ..kit.packed import Weight, unpacked
 from . import reference
-from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, needed, normalise, parts, step
+from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, Parts, needed, normalise, parts, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -119,11 +120,17 @@ def space(sizes: Sizes) -> int:
     return rows * (3 * width + r + 2 * n + d + room(max(d, width))) + width + 2
 
 
+@cache
+def _plan(norms: bool, *of_8_bits: bool) -> tuple[Entries, Parts, int]:
+    """What a layer's step calls, and its phases; it is asked for with every token."""
+    return entries(any(of_8_bits)), parts(norms), needed(norms, *of_8_bits)
+
+
 def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
-    scales = places[2], places[6], places[12]  # 0 of projections in float32
-    at, within, phases = entries(any(scales)), parts(eps >= 0), needed(eps, *scales)
+    # Of projections in float32 the scale is 0.
+    at, within, phases = _plan(eps >= 0, places[2] != 0, places[6] != 0, places[12] != 0)
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
         step(0, width + d + rows, at, within, phases, *sizes, adds, eps, *places)

@@ -19,11 +19,11 @@ _ONE = np.float32(1)
 _dot = tile(1, 1)
 
 
-def needed(eps: float, in_scale: int, x_scale: int, out_scale: int) -> int:
-    """The phases of a layer with such norms and projections, a bit each."""
+def needed(norms: bool, of_in: bool, of_x: bool, of_out: bool) -> int:
+    """The phases of a layer with norms or without, whose projections may be of 8 bits; a bit each."""
     always = 1 << CONVOLVE | 1 << CHOOSE | 1 << SCAN | 1 << OUT
-    inside = 1 << ROUND_INNER | 1 << ROUND_SCANNED if x_scale or out_scale else 0
-    return always | inside | (in_scale != 0) << ROUND_X | (eps >= 0) << NORMS
+    inside = 1 << ROUND_INNER | 1 << ROUND_SCANNED if of_x or of_out else 0
+    return always | inside | of_in << ROUND_X | norms << NORMS
 
 
 @cache
