@@ -186,6 +186,15 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def vacant(place: str | Path) -> Path:
+    """Where a command is to write, with `~` as the home folder, asked before hours are spent; raises FileExistsError if
+    there is something."""
+    path = expanded(place)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another place (--out), or remove it")
+    return path
+
+
 def flush(path: Path) -> None:
     """Wait until a file or directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
