@@ -125,7 +125,7 @@ def tuning(folder: Path, base: TrainConfig, most: int, share: float, seeds: int)
     found: dict[str, object] = {"questions": [len(choose.questions), len(judge.questions)]}
     found |= {"answers_before": per_token(before.answers), "text_before": per_token(before.text)}
     print(json.dumps(found), flush=True)
-    for number, replay in enumerate((None, f"{share:g}")):
+    for number, replay in enumerate((f"{share:g}", None)):
         judged: dict[str, list[Measured]] = {}
         for method, rates in METHODS:
 
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="d_model; the preset's if not given")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--questions", type=int, default=1500)
-    parser.add_argument("--share", type=float, default=0.5, help="of the rows, that are replayed")
+    parser.add_argument("--share", type=float, default=0.25, help="of the rows, that are replayed")
     parser.add_argument("--base")
     parser.add_argument("--dense", default="mamba-tiny", help="preset that is upcycled")
     parser.add_argument("--only", choices=("tuning", "sparse"))

@@ -19,7 +19,7 @@ from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from ..kit.packed import Weight, unpacked
 from . import reference
-from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, needed, normalise, step
+from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, alike, needed, normalise, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -187,26 +187,27 @@ def step_of(
         return located(*read, norm and norm[0])
 
     made = derived()
-    places = places_of(*made[2:])
-    if places is None or A_log.dtype != torch.float32:
+    places, now = places_of(*made[2:]), located(conv_weight, A_log)
+    if places is None or now is None:
         return None
-    held = [(made, places)]  # changed as one, since several threads may be here
+    held = [(made, places, located(*made[:2]))]  # changed as one, since several threads may be here
+    counts = conv_weight.numel(), A_log.numel()
 
     def take(x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor | None:
-        batch = len(x)
+        batch = x.shape[0]
         expect("x", x, (batch, 1, d))
-        expect("conv_state", conv_state, (batch, width, window))
-        expect("ssm_state", ssm_state, (batch, width, n))
-        made, places = held[0]
+        expect("conv_state", conv_state, (batch, window, width))
+        expect("ssm_state", ssm_state, (batch, n, width))
+        made, places, then = held[0]
         # By value, since writing to `.data` leaves versions as they are.
-        if not (torch.equal(conv_weight, made[0]) and torch.equal(A_log, made[1])):
+        if not alike(now[0], then[0], counts[0], now[1], then[1], counts[1]):
             made = derived()
-            places = places_of(*made[2:])  # type: ignore[assignment]
-            held[0] = made, places
+            places, then = places_of(*made[2:]), located(*made[:2])
+            held[0] = made, places, then
         sizes = (batch, d, width, n, window + 1, r)
         y = torch.empty_like(x) if norm is None else x.clone()
         work = new(space(sizes) + batch * d)
-        found = located(x, conv_state.transpose(1, 2), ssm_state.transpose(1, 2), work, y)
+        found = located(x, conv_state, ssm_state, work, y)
         if found is None:
             return None
         source, conv, ssm, spare, target = found

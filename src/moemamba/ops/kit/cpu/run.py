@@ -39,12 +39,12 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     return _compiled(function, FAST | {"reassoc"})
 
 
-def exact_kernel(function: Callable[..., None]) -> Callable[..., None]:
+def exact_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `kernel`, of `exact` functions: no sum is taken in another order than is written."""
     return _compiled(function, set())
 
 
-def _compiled(function: Callable[..., None], fast: set[str]) -> Callable[..., None]:
+def _compiled(function: Callable[..., Any], fast: set[str]) -> Callable[..., Any]:
     folder = _cache_folder()
     before, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
