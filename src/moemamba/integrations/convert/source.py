@@ -173,5 +173,5 @@ def _downloaded(name: str) -> Path:
         if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
             raise
         raise OSError(
-            f"{HUB}{name} cannot be fetched from the Hugging Face hub: {str(error).splitlines()[0]}"
+            f"{HUB}{name} cannot be fetched from the Hugging Face hub: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
