@@ -172,6 +172,5 @@ def _downloaded(name: str) -> Path:
     except Exception as error:  # its other errors derive from those of an HTTP library; or the disk is full
         if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
             raise
-        raise OSError(
-            f"{HUB}{name} cannot be fetched from the Hugging Face hub: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{HUB}{name} cannot be fetched from the Hugging Face hub: {said}") from error

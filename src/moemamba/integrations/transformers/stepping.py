@@ -40,16 +40,16 @@ class Step:
             return None
         if ops.choose("mamba_step", x) != "cpu":
             return _copying(x, cached, _squeezed(weights)) if norm is None else None
-        normed = (norm._parameters["weight"], norm.variance_epsilon) if norm else (None, None)
-        inner = weights[9] or ()
-        tensors = (*weights[:9], *inner[:3], normed[0])
+        normed = (norm._parameters["weight"], norm.variance_epsilon) if norm else None
+        inner, outer = weights[9] or (), normed or ()
+        tensors = (*weights[:9], *inner[:3], *outer[:1])
         places: list[Any] = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
-        places += (normed[1], *inner[3:])
+        places += (*inner[3:], *outer[1:])
         made, take = self.made
         if places != made:
             weights, take = _squeezed(weights), None
             if ops.fuses_mamba_step(x, *weights):
-                take = ops.mamba_step_of(weights, mixer.conv_kernel_size, normed if norm else None)
+                take = ops.mamba_step_of(weights, mixer.conv_kernel_size, normed)
             self.made = places, take
         return None if take is None else take(x, _by_channel(cached.conv_states), _by_channel(cached.recurrent_states))
 

@@ -190,7 +190,8 @@ def step_of(
     places, now = places_of(*made[2:]), located(conv_weight, A_log)
     if places is None or now is None:
         return None
-    held = [(made, places, located(*made[:2]))]  # changed as one, since several threads may be here
+    # Changed as one, since several threads may be here.
+    held: list[tuple[Any, Any, Any]] = [(made, places, located(*made[:2]))]
     counts = conv_weight.numel(), A_log.numel()
 
     def take(x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor | None:
