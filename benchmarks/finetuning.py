@@ -3,10 +3,11 @@
 The set is of Python's own standard library: asked is what a function is called and takes, answered the first line of
 its docstring. A small model is trained on the library first. Then:
 
-- LoRA beside all weights, with and without replay of the library. Of three learning rates each that one counts that
-  does best on one half of the held-out questions and of the library's held-out text: the lowest loss of answers among
-  those that raise the loss of the text by 0.03 at most, or among all if none does. What is shown was measured on the
-  other halves, as the mean over seeds; standard errors are over questions, and over parts of the text, paired.
+- LoRA beside all weights, with the library replayed (`--share`, 0 for no replay). Of three learning rates each that
+  one counts that does best on one half of the held-out questions and of the library's held-out text: the lowest loss of
+  answers among those that raise the loss of the text by 0.03 at most, or among all if none does. What is shown was
+  measured on the other halves, as the mean over seeds; standard errors are over questions, and over parts of the text,
+  paired.
 - From a dense model, its mixture trained on beside the dense model trained on, for as many steps, paired by seeds.
 
     python benchmarks/finetuning.py --steps 900 --width 64
@@ -125,33 +126,29 @@ def tuning(folder: Path, base: TrainConfig, most: int, share: float, seeds: int)
     found: dict[str, object] = {"questions": [len(choose.questions), len(judge.questions)]}
     found |= {"answers_before": per_token(before.answers), "text_before": per_token(before.text)}
     print(json.dumps(found), flush=True)
-    for number, replay in enumerate((f"{share:g}", None)):
-        judged: dict[str, list[Measured]] = {}
-        for method, rates in METHODS:
+    judged: dict[str, list[Measured]] = {}
+    for method, rates in METHODS:
 
-            def tuned(rate: float, seed: int, method: Literal["lora", "all"] = method) -> Path:
-                out = folder / f"{method}-{number}-{rate}-{seed}"  # noqa: B023
-                how = {"epochs": EPOCHS, "batch_size": 8, "context": CONTEXT, "held_out": 0.0}
-                config = FinetuneConfig(str(folder / "learn.jsonl"), method, **how)  # type: ignore[arg-type]
-                config = replace(config, learning_rate=rate, replay=replay, seed=seed)  # noqa: B023
-                return finetune(base.run, out, config, SILENT).out
+        def tuned(rate: float, seed: int, method: Literal["lora", "all"] = method) -> Path:
+            how = {"epochs": EPOCHS, "batch_size": 8, "context": CONTEXT, "held_out": 0.0}
+            config = FinetuneConfig(str(folder / "learn.jsonl"), method, **how)  # type: ignore[arg-type]
+            config = replace(config, learning_rate=rate, replay=f"{share:g}" if share else None, seed=seed)
+            return finetune(base.run, folder / f"{method}-{rate}-{seed}", config, SILENT).out
 
-            name = f"{method}{', replayed' if replay else ''}"
-            rate = best(name, rates, lambda rate: measure(tuned(rate, 0), choose), chosen_before)
-            places = [folder / f"{method}-{number}-{rate}-0", *(tuned(rate, seed) for seed in range(1, seeds))]
-            judged[method] = [measure(place, judge) for place in places]
-            mean_of = together(judged[method])
-            found[name] = {
-                "rate": rate,
-                "answers": per_token(mean_of.answers),
-                "text_more": per_token((mean_of - before).text),
-                "answers_of_seeds": [per_token(each.answers)[0] for each in judged[method]],
-                "text_more_of_seeds": [per_token((each - before).text)[0] for each in judged[method]],
-            }
-            print(name, json.dumps(found[name]), flush=True)
-        apart = together(judged["lora"]) - together(judged["all"])
-        found[f"lora minus all{', replayed' if replay else ''}"] = per_token(apart.answers)
-    return found
+        rate = best(method, rates, lambda rate: measure(tuned(rate, 0), choose), chosen_before)
+        places = [folder / f"{method}-{rate}-0", *(tuned(rate, seed) for seed in range(1, seeds))]
+        judged[method] = [measure(place, judge) for place in places]
+        over_seeds = together(judged[method])
+        found[method] = {
+            "rate": rate,
+            "answers": per_token(over_seeds.answers),
+            "text_more": per_token((over_seeds - before).text),
+            "answers_of_seeds": [per_token(each.answers)[0] for each in judged[method]],
+            "text_more_of_seeds": [per_token((each - before).text)[0] for each in judged[method]],
+        }
+        print(method, json.dumps(found[method]), flush=True)
+    apart = together(judged["lora"]) - together(judged["all"])
+    return found | {"share": share, "lora_minus_all": per_token(apart.answers)}
 
 
 def best(name: str, rates: tuple[float, ...], tried: Callable[[float], Measured], before: Measured) -> float:
@@ -170,12 +167,12 @@ def best(name: str, rates: tuple[float, ...], tried: Callable[[float], Measured]
     return min(found)[2]
 
 
-def trained(name: str, steps: int, width: int | None, folder: Path) -> TrainConfig:
+def trained(name: str, steps: int, width: int | None, batch: int, folder: Path) -> TrainConfig:
     config = TrainConfig(
         model=preset(name, d_model=width) if width else preset(name),
         run=str(folder / name),
         steps=steps,
-        batch_size=8,
+        batch_size=batch,
         context=256,
         eval_every=10**6,
         save_every=steps,
@@ -192,8 +189,10 @@ def text_loss(config: TrainConfig, folder: str | Path) -> float:
     return evaluate(model, text, context=CONTEXT, batch_size=16, most=TEXT).loss
 
 
-def sparse(folder: Path, dense: str, steps: int, more: int, width: int | None, seeds: int) -> dict[str, object]:
-    base = trained(dense, steps, width, folder)
+def sparse(
+    folder: Path, dense: str, steps: int, more: int, width: int | None, batch: int, seeds: int
+) -> dict[str, object]:
+    base = trained(dense, steps, width, batch, folder)
     done = upcycle(base.run, folder / "sparse", 8)
     differences = []
     for seed in range(seeds):
@@ -222,9 +221,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--more", type=int, help="steps of the dense model and of its mixture; as many if not given")
     parser.add_argument("--width", type=int, help="d_model; the preset's if not given")
+    parser.add_argument("--batch", type=int, default=8, help="rows of 256 bytes in a step of training")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--questions", type=int, default=1500)
-    parser.add_argument("--share", type=float, default=0.25, help="of the rows, that are replayed")
+    parser.add_argument("--share", type=float, default=0.25, help="of the rows, that is replayed; 0 for none")
     parser.add_argument("--base")
     parser.add_argument("--dense", default="mamba-tiny", help="preset that is upcycled")
     parser.add_argument("--only", choices=("tuning", "sparse"))
@@ -236,12 +236,12 @@ def main() -> None:
             base = (
                 read_run(Path(asked.base) / "train.json")
                 if asked.base
-                else trained("moe-mamba-tiny", asked.steps, asked.width, place)
+                else trained("moe-mamba-tiny", asked.steps, asked.width, asked.batch, place)
             )
             found |= tuning(place, replace(base, run=asked.base or base.run), asked.questions, asked.share, asked.seeds)
         if asked.only != "tuning":
             more = asked.more or asked.steps
-            found |= sparse(place, asked.dense, asked.steps, more, asked.width, asked.seeds)
+            found |= sparse(place, asked.dense, asked.steps, more, asked.width, asked.batch, asked.seeds)
     print(json.dumps(found))
 
 
