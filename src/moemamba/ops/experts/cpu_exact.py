@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kit.cpu import (
     LOG2E,
+    address,
     exact,
     exact_kernel,
     exp2,
@@ -128,7 +129,7 @@ def prepare(
     (rows, top_k), (n_experts, out, hidden), d = indices.shape, down.shape, x.shape[1]
     work = new(space((rows, top_k, n_experts, d, hidden, out), activation))
     tensors = (x, gates, *_matrices(up, down), up_bias, down_bias, work, y)
-    places, chosen = located(*tensors), indices.data_ptr()
+    places, chosen = located(*tensors), address(indices, rows, top_k, dtype=torch.int64)
     if places is None:
         return None
 
