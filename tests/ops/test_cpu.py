@@ -3,6 +3,7 @@
 import _thread
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -314,8 +315,12 @@ def test_an_interrupt_waits_for_other_threads(when, monkeypatch):
             time.sleep(0.1)
             done.append(True)
 
-    with pytest.raises(KeyboardInterrupt):
-        cpu_kernel.run(share, 2, cpu_kernel.WORTH_THREADS)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu_kernel.run(share, 2, cpu_kernel.WORTH_THREADS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done
 
 
