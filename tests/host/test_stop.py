@@ -1,7 +1,9 @@
 """Work that cannot be interrupted, and a wait for it that can."""
 
 import _thread
+import os
 import signal
+import sys
 import threading
 import time
 
@@ -60,3 +62,42 @@ def test_nobody_waits_after_an_interrupt():
         signal.signal(signal.SIGINT, before)
     goes_on.set()
     assert ended.wait(60) and handed == [0, 1]
+
+
+WAITS = """
+import os, sys, time
+from moemamba.host.stop import Stop
+if sys.argv[1:]:
+    if child := os.fork():
+        sys.exit(os.waitpid(child, 0)[1])
+    os.setpgrp()
+with Stop() as stop:
+    print("ready", os.getpid(), "it is", flush=True)
+    while not stop.number:
+        time.sleep(0.01)
+print("stopped by", stop.name, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="terminals differ")
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_person_is_told_what_to_wait_for(beside):
+    """At once, in the terminal where Ctrl-C was pressed, by the process that it is for; others, who are passed it on,
+    say nothing."""
+    import pty
+
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-c", WAITS, *["beside"] * beside])
+    shown = b""
+    while b"it is" not in shown:
+        shown += os.read(terminal, 1000)
+    if beside:
+        os.kill(int(shown.split()[1]), signal.SIGINT)
+    else:
+        os.write(terminal, b"\x03")
+    while b"stopped by SIGINT" not in shown:
+        shown += os.read(terminal, 1000)
+    os.waitpid(child, 0)
+    os.close(terminal)
+    assert (b"stopping after this step" in shown) != beside

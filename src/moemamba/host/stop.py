@@ -1,5 +1,6 @@
 """Signals that end a run in good order: the step is finished, saved, and said how to go on from."""
 
+import os
 import signal
 import threading
 import time
@@ -65,6 +66,15 @@ def interruptible(work: Callable[[Iterable[Item]], Result], items: Iterable[Item
         raise
 
 
+def _tell(text: str) -> None:
+    """To the person at the terminal, by the one process of theirs that answers it: a step may be long."""
+    if not hasattr(os, "tcgetpgrp") or os.environ.get("RANK", "0") != "0":
+        return
+    with suppress(OSError):  # there is no terminal
+        if os.tcgetpgrp(2) == os.getpgrp():
+            os.write(2, text.encode())  # not by `print`, amidst which the signal may have come
+
+
 class Stop:
     """While entered, the first signal is remembered in `number`, and a second one does what it would have done.
 
@@ -95,6 +105,8 @@ class Stop:
     def _receive(self, number: int, _: FrameType | None) -> None:
         if not self.number:
             self.number, self._first = number, time.monotonic()
+            if number == signal.SIGINT:
+                _tell("\nstopping after this step; Ctrl-C again stops at once, without saving\n")
         elif number == signal.SIGINT or time.monotonic() - self._first > SAME:
             self.__exit__()
             signal.raise_signal(number)
