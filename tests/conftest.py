@@ -13,11 +13,6 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from torch.utils._device import _device_constructors
-
-# torch lists its constructors at the first `with torch.device(...)` and keeps that list. It must not be made while a
-# test has replaced one: a model on the meta device would hold memory that nobody fills, in every test that follows.
-_device_constructors()
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def test_what_is_poisoned_here_is_whole_again_later(monkeypatch):
-    """See tests/conftest.py: torch keeps a list of functions, its own and not ours, whoever needs it first."""
+    """Torch keeps a list of the functions that make tensors, from the first time that it is asked for one."""
     with torch.device("meta"):
         torch.zeros(1)
     monkeypatch.undo()
