@@ -168,7 +168,7 @@ event.register("numba:compile", _Announce())
 def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
     """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
     threads = min(torch.get_num_threads(), tasks)
-    if threads == 1 or work < WORTH_THREADS:
+    if threads <= 1 or work < WORTH_THREADS:
         compiled(0, tasks, *arguments)
         return
     bounds = [tasks * i // threads for i in range(threads + 1)]
