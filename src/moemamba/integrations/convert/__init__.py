@@ -59,10 +59,10 @@ def convert(source: str, out: str | Path, tokenizer: str | None = None) -> Conve
             f"the tokenizer has {own.vocab_size:,} tokens, more than the {config.vocab_size:,} of the model; "
             "name the one that belongs to it with --tokenizer"
         )
-    tensors = gather(kind, config, found)
+    tensors, template = gather(kind, config, found), found.chat_template()
     with new_directory(place) as folder:
         write_model(folder, config, tensors, own)
-        if template := found.chat_template():
+        if template:
             replace(folder / TEMPLATE, template)
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()]
     return Converted(kind, config, len(found), max(set(dtypes), key=dtypes.count), tokenizer or str(found.folder))

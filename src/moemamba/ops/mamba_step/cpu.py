@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import expect
 from ..kit.cpu import LOG2E, TILE, by_channel, located, new, paired, run
-from ..kit.cpu.packed import room
+from ..kit.cpu.packed import room_of
 from ..kit.cpu.product import MULTIPLICATIONS, entries
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
@@ -88,7 +88,7 @@ def _fused(
     taps, decay = by_taps(conv_weight), decays(A_log)
     sizes, y = (batch, d, width, n, k, r), new(*x.shape)
     weights = _read(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, inner)
-    work = new(space(sizes))
+    work = new(space(sizes, in_proj, x_proj, out_proj))
     places = located(x, *weights, before[0], after[0], before[1], after[1], work, y)
     if places is None:
         return None
@@ -113,10 +113,10 @@ def decays(A_log: Tensor) -> Tensor:
     return (-torch.exp(A_log)).t().contiguous().mul_(float(LOG2E))
 
 
-def space(sizes: Sizes) -> int:
+def space(sizes: Sizes, *projections: Weight) -> int:
     """Numbers that a step keeps on the way."""
     rows, d, width, n, _, r = sizes
-    return rows * (3 * width + r + 2 * n + d + room(max(d, width)))
+    return rows * (3 * width + r + 2 * n + d + room_of(max(d, width), *projections))
 
 
 def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
@@ -150,7 +150,7 @@ def prepare(
         return None  # it could not be seen that they have changed
     taps, decay = by_taps(conv_weight), decays(A_log)
     (rows, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
-    work = new(space((rows, d, width, n, k, r)))
+    work = new(space((rows, d, width, n, k, r), in_proj, x_proj, out_proj))
     read = (x, *_read(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, inner))
     eps = -1.0 if inner is None else inner.eps
     tensors = (*read, before[0], before[0], before[1], before[1], work, y)
@@ -207,14 +207,15 @@ def step_of(
             held[0] = made, places, then
         sizes = (batch, d, width, n, window + 1, r)
         y = torch.empty_like(x) if norm is None else x.clone()
-        work = new(space(sizes) + batch * d)
+        size = space(sizes, in_proj, x_proj, out_proj)
+        work = new(size + batch * d)
         found = located(x, conv_state, ssm_state, work, y)
         if found is None:
             return None
         source, conv, ssm, spare, target = found
         *read, weight = places
         if norm is not None:
-            normed = spare + 4 * space(sizes)
+            normed = spare + 4 * size
             normalise(batch, d, norm[1], source, weight, normed)
             source = normed
         launch(sizes, norm is not None, eps, source, *read, conv, conv, ssm, ssm, spare, target)
