@@ -11,6 +11,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
+from ..packed import Packed, Weight
 from .arithmetic import bits, from_bits, nearest
 from .lanes import LANES, Tile, function, indices, masked_load, sum_lanes
 from .memory import floats, shorts
@@ -86,6 +87,11 @@ class PackedTile(Tile):
 def room(k: int) -> int:
     """Numbers of 4 bytes that a rounded row of k takes, with what it is multiplied by."""
     return (k + TOGETHER - 1) // TOGETHER * LANES + 1
+
+
+def room_of(k: int, *weights: Weight | None) -> int:
+    """That of rows which one of these weights multiplies: none where none of them has 8 bits."""
+    return room(k) if any(isinstance(weight, Packed) for weight in weights) else 0
 
 
 @exact

@@ -46,12 +46,12 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     return _compiled(function, FAST | {"reassoc"})
 
 
-def exact_kernel(function: Callable[..., None]) -> Callable[..., None]:
+def exact_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `kernel`, of `exact` functions: no sum is taken in another order than is written."""
     return _compiled(function, set())
 
 
-def _compiled(function: Callable[..., None], fast: set[str]) -> Callable[..., None]:
+def _compiled(function: Callable[..., Any], fast: set[str]) -> Callable[..., Any]:
     folder = _cache_folder()
     before, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
@@ -208,7 +208,7 @@ def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any, s
 
     With `space`, each thread has room for so many numbers, whose address the kernel gets behind `first` and `last`.
     """
-    threads = 1 if work < WORTH_THREADS else min(torch.get_num_threads(), tasks)
+    threads = 1 if work < WORTH_THREADS else max(1, min(torch.get_num_threads(), tasks))
     if threads == 1 and not space:
         compiled(0, tasks, *arguments)  # at once, for it is done for every token
         return
