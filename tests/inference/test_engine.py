@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from moemamba import ModelConfig, MoEMamba, generate, ops
 from moemamba.config import AttentionConfig
-from moemamba.inference import Engine, Request, Sampling, engine
+from moemamba.inference import Engine, Request, Sampling, engine, prepared
 from moemamba.inference.prefill import alike
-from moemamba.inference.prepared import PreparedStep, _Beside
+from moemamba.inference.prepared import _Beside
 from moemamba.inference.scheduler import Part
 from moemamba.inference.slots import Slots
 from moemamba.layers import Attention, RoutedMamba
@@ -125,12 +125,14 @@ def test_where_answers_may_depend_on_others():
         engine.renew(fine)
 
 
-@pytest.mark.parametrize("pattern", ["ME", "AR", "M(FE)", "(MA)E"])
+@pytest.mark.parametrize("pattern", ["ME", "AR", "M(FE)", "(MA)E", "ME hooked"])
 def test_prompts_are_read_with_the_rows_that_decode(pattern, monkeypatch):
     """The same bits as apart: tokens, scores, routing, states and load, of several prompts with padding."""
-    model, found = build(pattern), []
-    mix = _Beside.mix
-    monkeypatch.setattr(_Beside, "mix", lambda self, *given: found.append(self.group) or mix(self, *given))
+    model, found = build(pattern.removesuffix(" hooked")), []
+    if "hooked" in pattern:  # so that it may look at whole sequences
+        model.layers[1].branches[0].router.register_forward_hook(lambda *_: None)
+    read = _Beside.read
+    monkeypatch.setattr(_Beside, "read", lambda self, *given: found.append(self.group) or read(self, *given))
 
     def answers():
         made = Engine(model, 5, chunk=12)
@@ -148,7 +150,7 @@ def test_prompts_are_read_with_the_rows_that_decode(pattern, monkeypatch):
     together, load = answers()
     assert any(group.seq_idx is not None for group in found) and any(group.state is not None for group in found)
     found.clear()
-    monkeypatch.setattr(PreparedStep, "alike", False)
+    monkeypatch.setattr(prepared, "TOGETHER", 0)
     apart, expected = answers()
     assert not found
     for one, other in zip(together, apart, strict=True):

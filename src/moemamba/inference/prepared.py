@@ -4,7 +4,7 @@ A token of a small model takes a millisecond. To ask each module for each token 
 would take another.
 
 What a step and a short part of a prompt cost is above all reading the weights of experts. So where both are due, layers
-without a state are given the positions of both at once; those with one go on from each its own.
+that look at each position by itself are given those of both at once; the others go on from each its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,6 @@ from ..layers.plain import plain
 from ..layers.residual import Residual
 from ..model import MoEMamba
 from ..state import State
-from .evaluation import why_varies
 from .prefill import Group, Read
 from .slots import Slots
 
@@ -34,60 +33,60 @@ class PreparedStep:
 
     def __init__(self, model: MoEMamba, slots: Slots):
         weight, mixers = model.embedding.weight, iter(slots.mixers)
-        self.model, self.embedding, self.moved = model, weight, slots.moved
+        self.embedding, self.moved = weight, slots.moved
         self.x, self.h, self.hidden = (weight.new_empty(slots.rows + TOGETHER, weight.shape[1]) for _ in range(3))
-        self.layers: list[tuple[Callable[[int], None], list[tuple[type[Layer], nn.Module, Prepared]]]] = []
+        self.layers: list[tuple[Callable[[int], None], list[_Branch]]] = []
         for layer in model.layers:
             assert isinstance(layer, Residual)
             kinds = [LAYERS[letter] for letter in layer.letters]
             own = [next(mixers) for kind in kinds if kind.state_type is not None]
             normalise, steps = layer.prepare(own, self.x, self.h, slots.rows)
-            self.layers.append((normalise, list(zip(kinds, layer.branches, steps, strict=True))))
+            self.layers.append((normalise, list(map(_Branch, kinds, layer.branches, steps))))
         self.normalise = prepare_norm(model.norm, self.x, self.hidden)
-        self._alike: bool | None = None
 
     def __call__(self, tokens: Tensor, room: int, place: Tensor, groups: Sequence[Group] = ()) -> Tensor:
         """Tokens (b,) -> hidden (b, d), which the next step overwrites. See `Layer.prepare` for `room` and `place`.
 
-        Of the groups it reads those for which there are rows, where a position's bits do not depend on the others.
+        Of the groups it reads those for which there are rows.
         """
         live = end = len(tokens)
         torch.index_select(self.embedding, 0, tokens, out=self.x[:live])
         beside: list[_Beside] = []
-        for group in groups if groups and self.alike else ():
+        for group in groups:
             if end + group.count <= len(self.x):
                 beside.append(_Beside(group, end))
                 end += group.count
                 torch.index_select(self.embedding, 0, beside[-1].tokens, out=self.x[beside[-1].rows])
         for normalise, branches in self.layers:
             normalise(end)
-            for kind, layer, step in branches:
-                if beside and kind.state_type is None:
-                    self._through(kind, layer, end, beside)
+            for branch in branches:
+                if beside and branch.positionwise:
+                    self._through(branch, end, beside)
                     continue
-                step(live, room, place)
+                branch.step(live, room, place)
                 for each in beside:
-                    each.mix(kind, layer, self.h, self.x)
+                    each.read(branch, self.h, self.x)
         self.normalise(end)
         for each in beside:
             each.group.found = Read(each.laid(self.hidden), State(tuple(each.mixers)), tuple(each.load))
         return self.hidden[:live]
 
-    @property
-    def alike(self) -> bool:
-        """Whether a position's bits depend on nothing but what comes before it."""
-        if self._alike is None:
-            self._alike = why_varies(self.model) is None
-        return self._alike
-
-    def _through(self, kind: type[Layer], layer: nn.Module, end: int, beside: list["_Beside"]) -> None:
-        """A layer without a state, of the first `end` rows."""
+    def _through(self, branch: "_Branch", end: int, beside: list["_Beside"]) -> None:
+        """The first `end` rows, as one sequence."""
         record: list[Choice] = []
-        y, _, stats = kind.call(layer, self.h[None, :end], record=record)
+        y, _, stats = branch.kind.call(branch.layer, self.h[None, :end], record=record)
         self.x[:end] += y[0]
         for choice, own in zip(record, stats, strict=True):
             for each in beside:
                 each.note(choice, len(own.load))
+
+
+class _Branch:
+    """A layer, or what has been put in its place, and its step."""
+
+    def __init__(self, kind: type[Layer], layer: nn.Module, step: Prepared):
+        self.kind, self.layer, self.step = kind, layer, step
+        self.positionwise = isinstance(layer, kind) and layer.positionwise()
 
 
 class _Beside:
@@ -118,12 +117,13 @@ class _Beside:
         padded[self._real] = own
         return padded
 
-    def mix(self, kind: type[Layer], layer: nn.Module, h: Tensor, x: Tensor) -> None:
-        """Add to rows of x (n, d) what a layer with a state makes of those of h."""
-        before = None if self.group.state is None else self.group.state.mixers[len(self.mixers)]
-        y, after, stats = kind.call(layer, self.laid(h), before, self.group.seq_idx, self.group.record)
+    def read(self, branch: _Branch, h: Tensor, x: Tensor) -> None:
+        """Add to these rows of x (n, d) what a layer makes of those of h, as sequences."""
+        group, remembers = self.group, branch.kind.state_type is not None
+        before = None if group.state is None or not remembers else group.state.mixers[len(self.mixers)]
+        y, after, stats = branch.kind.call(branch.layer, self.laid(h), before, group.seq_idx, group.record)
         x[self.rows] += self._flat(y)
-        self.mixers.append(after)
+        self.mixers += [after] if remembers else []
         self.load += [own.load for own in stats]
 
     def note(self, choice: Choice, n_experts: int) -> None:
