@@ -72,7 +72,7 @@ def compared(model: Any, asked: Asked, slots: int, engine: Any) -> dict[str, Any
             }
             return {
                 "greedy tokens as ours, of " + str(COMPARED * SHORT): {
-                    side: sum(a == b for own, other in zip(expected, found, strict=True) for a, b in zip(own, other))
+                    side: sum(a == b for a, b in zip(sum(expected, []), sum(found, []), strict=True))
                     for side, found in equal.items()
                 },
                 "requests": len(asked),

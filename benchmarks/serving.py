@@ -46,11 +46,11 @@ REQUESTS, TOKENS, CLIENTS = 400, 32, 16
 def build(name: str, weights: str = "float32") -> MoEMamba:
     torch.manual_seed(0)
     model = MoEMamba(preset(name, vocab_size=VOCABULARY)).eval().requires_grad_(False)
-    if weights == "float32":
+    if weights != "int8":
         return model
     with tempfile.TemporaryDirectory() as folder:
         save(f"{folder}/model", model, ByteTokenizer())
-        return load(f"{folder}/model", weights=weights)[0].eval()
+        return load(f"{folder}/model", weights="int8")[0].eval()
 
 
 def tokens(draw: random.Random, count: int) -> list[int]:
