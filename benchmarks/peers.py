@@ -15,6 +15,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def compared(model: Any, asked: Asked, slots: int, engine: Any) -> dict[str, Any
             }
             return {
                 "greedy tokens as ours, of " + str(COMPARED * SHORT): {
-                    side: sum(a == b for a, b in zip(sum(expected, []), sum(found, []), strict=True))
+                    side: sum(a == b for a, b in zip(chain(*expected), chain(*found), strict=True))
                     for side, found in equal.items()
                 },
                 "requests": len(asked),
