@@ -86,6 +86,16 @@ def test_missing_weights_are_drawn_as_in_a_new_model(tmp_path):
     assert 0.015 < model.lm_head.weight.std() < 0.025 and same(model.model, build().model)
 
 
+def test_missing_weights_are_drawn_wherever_the_model_is_built(tmp_path, monkeypatch):
+    """Not on the meta device, but in memory: what takes the place of a drawn weight is not drawn."""
+    build().model.save_pretrained(tmp_path)
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch.utils._device, "_device_constructors", set)
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+    model = MoEMambaForCausalLM.from_pretrained(tmp_path)
+    assert 0.015 < model.lm_head.weight.std() < 0.025 and same(model.model, build().model)
+
+
 def test_half_precision_keeps_what_needs_float32(tmp_path):
     build("ME", experts=ExpertsConfig(4, router_bias=True)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)

@@ -54,7 +54,7 @@ class Emulated:
 
 
 @pytest.fixture(autouse=True)
-def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def emulation(monkeypatch: pytest.MonkeyPatch, poisoned: None, tmp_path: Path) -> Iterator[None]:
     Emulated.folder = tmp_path
     caches = (cuda_scan._module, cuda_kit.processors, cuda_conv._module, cuda_conv._parts)
     for cache in caches:
@@ -63,8 +63,6 @@ def emulation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     monkeypatch.setattr(cuda_conv, "Module", Emulated)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=8))
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     yield
     for cache in caches:
         cache.cache_clear()

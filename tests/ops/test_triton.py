@@ -24,22 +24,6 @@ def full_precision() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is not initialised holds NaN, so that a kernel which leaves some unwritten is found out."""
-
-    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: object, **kwargs: object) -> Tensor:
-            tensor = make(*args, **kwargs)
-            with torch.no_grad():  # the reference's checkpointing makes an empty leaf
-                return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-        return made
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-
-
 def _packed(batch: int, length: int) -> Tensor:
     """Sequences of random lengths, with padding before, after, between and inside them."""
     seq_idx = torch.randint(0, 5, (batch, length), device=DEVICE).sort(1).values

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from doors import reference
-from torch import Tensor
 
 from moemamba import ops
 
@@ -17,19 +16,10 @@ from moemamba.ops.router import linear_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gpu = pytest.mark.gpu
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in")  # numpy's, of rows that belong to nobody
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that no kernel has written is NaN."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**20))
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.* encountered in"),  # numpy's, of rows that belong to nobody
+]
 
 
 def make(

@@ -18,19 +18,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's products take bfloat16 for what its bits are as integers.
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered")  # numpy's, of nonsense
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that no kernel has written is NaN, or a place that is far outside."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-
-    def poison(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.* encountered"),  # numpy's, of nonsense
+]
 
 
 @pytest.fixture

@@ -17,18 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that no kernel has written is NaN."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-
-    def poison(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**20))
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def make(batch, d=24, width=40, n=16, taps=4, rank=3, norm="rmsnorm", dtype=torch.float32):

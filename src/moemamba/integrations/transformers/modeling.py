@@ -29,9 +29,12 @@ class MoEMambaPreTrainedModel(Folder, PreTrainedModel):  # type: ignore[misc]
     }
 
     def drawn(self) -> None:
-        """Say that the constructor has drawn all weights, but for what lies on the meta device and waits for a file."""
-        for module in self.modules():
-            module._is_hf_initialized = not any(p.is_meta for p in module.parameters(recurse=False))
+        """Say that the constructor has drawn all weights, but for what lies on the meta device and waits for a file.
+
+        Of the tensors and not of their modules: transformers may put another in the place of one, which is not drawn.
+        """
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
