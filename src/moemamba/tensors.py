@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .host.files import FileError, check_regular, parse_json, replacing
+from .host.files import FileError, check_regular, parse_json, reading, replacing
 
 DTYPES = {
     "F64": torch.float64,
@@ -59,7 +59,8 @@ class Stored:
         kind = f"<i{self.dtype.itemsize}"  # numpy has no bfloat16, and only the bytes matter
         if not self.nbytes:
             return torch.from_numpy(np.empty(self.shape, kind)[index]).view(self.dtype)
-        whole = np.memmap(self.file, kind, "r", self.first, self.shape)
+        with reading(self.file):
+            whole = np.memmap(self.file, kind, "r", self.first, self.shape)
         return torch.from_numpy(np.array(whole[index])).view(self.dtype)
 
 

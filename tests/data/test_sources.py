@@ -1,14 +1,20 @@
 """Texts from parquet, compressed JSON lines and a hub; and the paper's sampling of documents."""
 
+import errno
 import gzip
+import io
 import itertools
+import json
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import moemamba
 from moemamba import TrainConfig, train
 from moemamba.data.batches import Batches, SampledDocuments, Tokens, Windows
 from moemamba.data.documents import Documents
@@ -174,3 +180,77 @@ def test_a_run_samples_documents_and_resumes(tmp_path):
 def test_resets_do_not_go_with_sampled_documents():
     with pytest.raises(ValueError, match='reset_state goes with sampling = "windows" alone'):
         TrainConfig(sampling="documents", reset_state=True)
+
+
+class FailingDisk:
+    """Of all reads of files below a folder, the one of this number fails."""
+
+    def __init__(self, folder, number):
+        self.folder, self.left, self.failed, self.open = folder, number, None, Path.open
+
+    def opening(self):
+        def opened(path, *how, **named):
+            stream = self.open(path, *how, **named)
+            return io.BufferedReader(_Read(stream, path, self), 256) if self.folder in path.parents else stream
+
+        return opened
+
+
+class _Read(io.RawIOBase):
+    def __init__(self, stream, path, disk):
+        self.stream, self.path, self.disk = stream, path, disk
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.disk.left -= 1
+        if self.disk.left == 0:
+            self.disk.failed = self.path
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self.stream.readinto(buffer)
+
+    def close(self):
+        self.stream.close()
+        super().close()
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl", "json", "u16.bin", "utf16.txt"])
+def test_what_cannot_be_read_is_not_said_to_be_written(kind, tmp_path, monkeypatch):
+    """Whichever read fails: of the name, the head, the size or the text, in a file alone or in a folder."""
+    text = "one line and another\n" * 100
+    content = {
+        "txt.gz": gzip.compress(text.encode()),
+        "jsonl": b'{"text": "a text"}\n' * 100,
+        "json": json.dumps([{"text": "a text"}] * 100).encode(),
+        "u16.bin": np.array([*b"some text", 256] * 100, "<u2").tobytes(),
+        "utf16.txt": text.encode("utf-16"),
+    }.get(kind, text.encode())
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / f"a.{kind}").write_bytes(content)
+    number = failures = 0
+    while True:
+        number += 1
+        disk, cache = FailingDisk(source, number), tmp_path / f"cache-{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", disk.opening())
+            try:
+                prepare(source if number % 2 else source / f"a.{kind}", ByteTokenizer(), cache)
+                break
+            except OSError as error:
+                assert str(error) == f"cannot read {disk.failed}: {os.strerror(errno.EIO)}; " + (
+                    "make it readable, or name another"
+                )
+        failures += 1
+        assert not list(cache.iterdir())
+    assert failures > 3
+
+
+def test_what_a_caller_cannot_read_is_his(tmp_path):
+    def documents():
+        yield "a text"
+        raise ConnectionResetError(errno.ECONNRESET, "connection reset")
+
+    with pytest.raises(OSError, match="cannot read documents from Python: connection reset"):
+        moemamba.prepare(documents(), tmp_path / "tokens")

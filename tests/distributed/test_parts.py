@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +10,11 @@ from groups import enter, start
 
 from moemamba import ModelConfig, MoEMamba, State
 from moemamba.config import AttentionConfig, ExpertsConfig, MambaConfig, RoutedMambaConfig
-from moemamba.distributed import split_sequences
+from moemamba.data.batches import Tokens
+from moemamba.distributed import Processes, split_sequences
 from moemamba.layers import parts as passing
 from moemamba.layers.parts import Parts
+from moemamba.training.evaluate import evaluate
 
 FEW = ExpertsConfig(4, top_k=2, capacity_factor=0.6)
 CONFIG = ModelConfig(
@@ -83,8 +86,27 @@ def part_of(rank, size, folder):
                 with torch.no_grad():
                     logits = model(tokens[:, own], state, marks).logits
         results[name] = (language.nan_to_num(0), *rest, logits, out.state.detach())
+    seen = watch_lengths(model)
+    processes = Processes(torch.device("cpu"), rank, size, distributed=True)
+    results["evaluated"] = [*evaluated(model, processes, Parts()), max(seen)]
     torch.save(results, folder / f"{size}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def watch_lengths(model):
+    """Of the rows that a model is given."""
+    seen = []
+    model.embedding.register_forward_hook(lambda module, given, made: seen.append(made.shape[1]))
+    return seen
+
+
+def evaluated(model, processes=None, sequence=None):
+    """A text of six windows and a tail that neither two nor three processes divide, in batches that are no multiple,
+    with the state reset and without."""
+    ids = torch.randint(50, (6 * LENGTH + 8,), generator=torch.Generator().manual_seed(3)).numpy()
+    text = Tokens(ids, np.array([17, 30, len(ids)]), bytes=200)
+    how = {"context": LENGTH, "batch_size": 4, "drop_gap": True, "blocks": 3, "processes": processes}
+    return [evaluate(model, text, **how, reset_state=reset, sequence=sequence) for reset in (False, True)]
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +189,19 @@ def changing(rank, size, folder):
 @pytest.mark.slow
 def test_what_is_sent_changes(tmp_path):
     start(3, changing, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_evaluates_its_part(size, folder):
+    """Of every window, as of training: none reads a whole one, and all have the figures of one process."""
+    expected = evaluated(model_of(list(CASES)[-1])[0])
+    assert expected[0].drop_gap and expected[0] != expected[1]
+    for rank in range(size):
+        *found, longest = torch.load(folder / f"{size}-{rank}.pt", weights_only=False)["evaluated"]
+        assert longest == LENGTH // size
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.tokens == theirs.tokens == 6 * LENGTH + 7
+            for name in ("loss", "accuracy", "drop_gap", "bits_per_byte", "standard_error"):
+                assert getattr(ours, name) == pytest.approx(getattr(theirs, name), rel=1e-6, abs=1e-6), name
+            assert np.array(ours.blocks) == pytest.approx(np.array(theirs.blocks), rel=1e-6)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 
 import comparisons
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from moemamba import count_parameters, preset
 from moemamba.cli import run
+from moemamba.experiments import law
 from moemamba.experiments.law import Anchor, Fitted, Law, Point, fit, plans, points, read_law, write_law
 from moemamba.experiments.law.planning import CONTEXT, shaped
 from moemamba.experiments.law.points import expansion
@@ -159,12 +161,20 @@ def test_the_command_plans(tmp_path, capsys):
     assert expansion(trained.model) == pytest.approx(8)
     assert trained.steps * trained.batch_size * trained.context == pytest.approx(1e10, rel=0.01)
     for words, said in (
-        (["plan"], "no scaling law comes with this version"),
+        (["plan"], "none comes with this version: fit one to comparisons of your own .*--law law.json"),
         (["plan", *where, "--active", "big"], "active is 'big'"),
         (["plan", "--fit", str(tmp_path)], "--fit needs comparisons, and --law"),
     ):
         with pytest.raises(ValueError, match=said):
             run(words)
+
+
+def test_help_promises_no_law_that_is_not_there(capsys):
+    assert not list(Path(law.__file__).parent.glob("*.json"))
+    with pytest.raises(SystemExit):
+        run(["plan", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "none comes with this package" in shown and "has to be given" in shown and "package's own" not in shown
 
 
 def test_the_command_fits(tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def test_a_run_that_fails_leaves_the_others_alone(base: TrainConfig, tmp_path: P
     with pytest.raises(RuntimeError, match="broken: "):
         carry_out(tasks, 2, silent=True)
     assert read_history(tmp_path / "well").evaluation[-1]["step"] == 4
+
+
+class Early(Task):
+    """Is there when Ctrl-C is, which the terminal sends to all processes: before its process can bear it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _interrupted, (self.config, self.resume, self.label)
+
+
+def _interrupted(*task: Any) -> Task:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored by what a shell starts in the background
+    os.kill(os.getpid(), signal.SIGINT)
+    return Task(*task)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_an_early_interrupt_says_nothing_of_its_own(
+    base: TrainConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        carry_out([Early(replace(base, run=str(tmp_path / "run")), False, "early")], 2, silent=True)
+    assert capfd.readouterr().err == "" and not (tmp_path / "run").exists()
 
 
 def test_what_is_impossible_is_said_once(base: TrainConfig, tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from moemamba import ModelConfig, MoEMamba, cli, generate, load, save
+from moemamba import ModelConfig, MoEMamba, Report, TrainConfig, cli, generate, load, save, train
 from moemamba.config import AttentionConfig, ExpertsConfig, RoutedMambaConfig
 from moemamba.finetuning.config import FinetuneConfig
 from moemamba.finetuning.examples import Example, pieces_of, read_examples
 from moemamba.finetuning.lora import attach, matrices, merge
-from moemamba.finetuning.packing import pack
+from moemamba.finetuning.packing import Rows, pack
+from moemamba.finetuning.replay import Replay
 from moemamba.finetuning.sft import answer_loss, finetune
 from moemamba.finetuning.template import PLAIN, Template
 from moemamba.text import ByteTokenizer, TrainedTokenizer, train_bpe
@@ -242,3 +245,118 @@ def test_what_is_done_twice_is_the_same(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     with pytest.raises(FileExistsError):
         finetune(tmp_path / "run", tmp_path / "b", config)
+
+
+# Replay
+
+
+TEXT = "".join(f"{n} and {n + 1} make {2 * n + 1}.\n<|endoftext|>\n" for n in range(400))
+SILENT = Report(silent=True)
+
+
+def replay_of(tmp_path, share):
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = FinetuneConfig(replay=f"{share}:{tmp_path / 'text.txt'}", context=32, batch_size=2, seed=3)
+    return Replay(tmp_path, ByteTokenizer(), config, SILENT)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("replay")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.01, 0.9), st.lists(st.integers(1, 5), min_size=1, max_size=8))
+def test_replayed_rows_have_their_share_and_begin_anew(place, share, sizes):
+    replay, read, others = replay_of(place, share), [], 0
+    for size in sizes:
+        own = Rows(torch.full((size, 20), 7), torch.full((size, 20), -100), torch.zeros(size, 20, dtype=torch.long))
+        found, others = replay.beside(own), others + size
+        assert all(part[:size, :20].equal(mine) for part, mine in zip(found, own, strict=True))
+        assert (found.targets[:size, 20:] == -100).all() and (found.seq_idx[:size, 20:] == -1).all()
+        read.append(Rows(*(part[size:] for part in found)))
+    rows = (
+        Rows(*map(torch.cat, zip(*(part for part in read if len(part.tokens)), strict=True))) if replay.count else None
+    )
+    wanted = others * share / (1 - share)
+    assert wanted - 1.001 < replay.count < wanted + 0.001
+    if rows is None:
+        return
+    assert rows.tokens.shape == (replay.count, 32) and (rows.targets >= 0).all()
+    again = replay_of(place, share)
+    whole = again.beside(Rows(*(torch.zeros(others, 32, dtype=torch.long) for _ in range(3))))
+    assert all(part[others:].equal(mine) for part, mine in zip(whole, rows, strict=True))  # however it was cut
+    spelled = rows.tokens[:, 1:] == rows.targets[:, :-1]
+    ends = rows.tokens[:, :-1] == ByteTokenizer().end_of_text
+    assert spelled.all() and (rows.seq_idx.diff() == ends).all()
+
+
+def test_what_is_replayed_is_learnt_too(tmp_path, monkeypatch, capsys):
+    """From the run's own text, the same every time; its held-out part shows what was forgotten."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    run = TrainConfig(
+        model=ModelConfig("ME", 1, 16, experts=ExpertsConfig(2)),
+        data=str(tmp_path / "text.txt"),
+        run=str(tmp_path / "run"),
+        steps=1,
+        batch_size=2,
+        context=32,
+        eval_tokens=256,
+    )
+    train(run, report=SILENT)
+    questions(tmp_path / "chat.jsonl", 24)
+    words = ["finetune", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl"), "--replay", "0.5"]
+    words += ["--method", "all", "--learning-rate", "0.01", "--epochs", "2", "--batch-size", "4", "--context", "32"]
+    for name in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["moemamba", *words, "--out", str(tmp_path / name)])
+        cli.main()
+    assert "nats a token of text that was held out of what was replayed" in capsys.readouterr().out
+    a, b = (load(tmp_path / name)[0].state_dict() for name in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    told = json.loads((tmp_path / "a" / "finetune.json").read_text())
+    assert told["replay"] == "0.5" and told["replayed_text"] == [str(tmp_path / "text.txt")]
+    assert told["text_after"] < 0.8 * told["text_before"]
+    without = FinetuneConfig(
+        str(tmp_path / "chat.jsonl"), "all", epochs=2, batch_size=4, context=32, learning_rate=0.01
+    )
+    found = finetune(tmp_path / "run", tmp_path / "c", without, SILENT)
+    steps = len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines())
+    assert found.text is None and found.steps == steps
+    rows = 4 * steps  # of examples, but for the last of an epoch
+    assert rows - 8 < told["replayed_rows"] <= rows
+
+
+@pytest.mark.parametrize(
+    ("replay", "said"),
+    [
+        ("1.5:books", "the share must be greater than 0 and less than 1"),
+        ("0", "the share must be greater than 0 and less than 1"),
+        ("-0.1:books", "replay is '-0.1:books', whose weight is -0.1; write a number above 0"),
+        ("", "replay is '', which names no text"),
+    ],
+)
+def test_replays_that_cannot_be(replay, said):
+    with pytest.raises(ValueError, match=said):
+        FinetuneConfig(replay=replay)
+    assert FinetuneConfig(replay="books/").replayed == (0.25, "books/")
+    assert FinetuneConfig(replay="0.1:hf:allenai/c4:en").replayed == (0.1, "hf:allenai/c4:en")
+
+
+def test_a_model_alone_does_not_say_what_it_read(tmp_path):
+    save(tmp_path / "model", MoEMamba(ModelConfig("M", 1, 16)), ByteTokenizer())
+    questions(tmp_path / "chat.jsonl", 12)
+    config = FinetuneConfig(str(tmp_path / "chat.jsonl"), replay="0.2")
+    with pytest.raises(ValueError, match=r"was trained on is not known; name a text behind the share, 0\.2:TEXT"):
+        finetune(tmp_path / "model", tmp_path / "out", config, SILENT)
+
+
+def test_what_is_quickly_seen_is_said_first_in_the_order_of_the_words(tmp_path):
+    save(tmp_path / "model", MoEMamba(ModelConfig("M", 1, 16)), ByteTokenizer())
+    missing = FinetuneConfig(str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match="there is no model at"):
+        finetune(tmp_path / "none", tmp_path / "model", missing)
+    with pytest.raises(FileNotFoundError, match="there are no examples at"):
+        finetune(tmp_path / "model", tmp_path / "model", missing)
+    questions(tmp_path / "chat.jsonl", 12)
+    with pytest.raises(FileExistsError, match=r"model exists already; choose another place \(--out\)"):
+        finetune(tmp_path / "model", tmp_path / "model", FinetuneConfig(str(tmp_path / "chat.jsonl")))

@@ -387,3 +387,34 @@ def test_a_chat_template_comes_along(tmp_path):
     (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     convert(str(tmp_path / "theirs"), tmp_path / "ours")
     assert (tmp_path / "ours" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("error", "offline", "said"),
+    [
+        ("LocalEntryNotFoundError", False, "there is no way to it through the network, and no copy is on this machine"),
+        ("LocalEntryNotFoundError", True, "HF_HUB_OFFLINE forbids it, and no copy is on this machine"),
+        ("GatedRepoError", False, "only for those whom its owner admits; ask for it at huggingface.co/a/b"),
+        ("RepositoryNotFoundError", False, "shows no model a/b; check the name"),
+        ("HfHubHTTPError", False, "cannot be fetched from the Hugging Face hub: HfHubHTTPError"),
+    ],
+)
+def test_the_hub_fails_in_a_sentence(error, offline, said, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    kind = getattr(hub.errors, error)
+
+    def fail(*args, **kwargs):
+        raise kind.__new__(kind, "words of theirs\nand more")  # made without a response, it says nothing
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises((OSError, ValueError), match=said) as raised:
+        convert("hf:a/b", tmp_path / "ours")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_that_no_model_of_the_hub_has(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    for name in ("a/b/c", "x y/z", ""):
+        with pytest.raises(ValueError, match="names no model of the Hugging Face hub; write hf:OWNER/NAME"):
+            convert(f"hf:{name}", tmp_path / "ours")

@@ -191,7 +191,15 @@ def forwarded(model):
             module.forward = lambda x: 0.9 * x
 
 
+def looser(model):
+    for module in model.modules():
+        for name in ("variance_epsilon", "eps"):
+            if hasattr(module, name):
+                setattr(module, name, 0.3)
+
+
 CHANGES = {
+    "eps of norms": looser,
     "renewed": renewed,
     "written": written,
     "moved": moved,

@@ -1,9 +1,13 @@
 """The CPU backend against the reference: outputs and every gradient by name, in memory that starts out as NaN."""
 
+import _thread
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -292,6 +296,42 @@ def test_calls_from_several_threads(name, inputs):
         jobs = [pool.submit(outputs_and_gradients, getattr(cpu, name), inputs) for _ in range(8)]
     for job, key in itertools.product(jobs, expected):
         assert torch.equal(job.result()[key], expected[key]), key
+
+
+@pytest.mark.parametrize("when", ["in its own share", "as it waits"])
+def test_an_interrupt_waits_for_other_threads(when, monkeypatch):
+    """They write to memory that is free once the call is left."""
+    done, begun = [], threading.Event()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def share(first, last):
+        if first == 0 and when == "in its own share":
+            begun.wait()
+            raise KeyboardInterrupt
+        if first == 1:
+            begun.set()
+            if when == "as it waits":
+                _thread.interrupt_main()
+            time.sleep(0.1)
+            done.append(True)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cpu_kernel.run(share, 2, cpu_kernel.WORTH_THREADS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done
+
+
+def test_integers_and_masks_of_other_dtypes():
+    """Kernels read what they are told an address holds: int64 and bool here."""
+    x, place = torch.randn(2, 3, 5, 8), torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(ops.rotary(x, place.int(), 1e4), ops.rotary(x, place, 1e4))
+        visible = torch.ones(2, 5, 5).tril().bool()
+        added = torch.zeros(2, 5, 5).masked_fill(~visible, -torch.inf)
+        torch.testing.assert_close(ops.attention(x, x, x, added), ops.attention(x, x, x, visible))
 
 
 @pytest.mark.parametrize("name,inputs", COMPILED, ids=[name for name, _ in COMPILED])

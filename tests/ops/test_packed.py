@@ -1,13 +1,20 @@
 """Weights of 8 bits: what they stand for, and kernels beside dense products in float64."""
 
+import math
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moemamba import ops
+from moemamba.ops.experts import cpu_exact
 from moemamba.ops.kit.cpu import entry, exact, packed
 from moemamba.ops.kit.packed import LARGEST, pack
+from moemamba.ops.mamba_step import cpu as mamba_step
+
+running = sys.modules["moemamba.ops.kit.cpu.run"]  # `run` is a function of the package too
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 SIZES = st.integers(1, 90)
@@ -167,3 +174,46 @@ def test_other_dtypes_and_backends_read_them_dense():
     assert torch.allclose(double, x.double() @ weight.dense(torch.float64).T, rtol=1e-12)
     with pytest.raises(ValueError, match="weight"):
         ops.linear(torch.randn(2, 5), weight)
+
+
+@needs_cpu
+@pytest.mark.parametrize("threads", [1, 2])
+@SETTINGS
+@given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 70), st.data())
+def test_steps_reserve_what_they_write(threads, rows, d, width, drawn):
+    """Nothing is written behind what is reserved, and rows are rounded in no room where nothing is of 8 bits."""
+    of_8_bits = drawn.draw(st.lists(st.booleans(), min_size=5, max_size=5))
+    n, k, r, n_experts, top_k = 3, 4, 2, 3, 2
+    shapes = (2 * width, d), (r + 2 * n, width), (d, width), (n_experts, width, d), (n_experts, d, width)
+    made_of = zip(of_8_bits, shapes, strict=True)
+    in_proj, x_proj, out_proj, up, down = (
+        pack(random(*shape)) if packs else random(*shape) for packs, shape in made_of
+    )
+    weights = [in_proj, random(width, k), random(width), x_proj, random(width, r), random(width)]
+    weights += [torch.rand(width, n), random(width), out_proj]
+    state = random(rows, width, k - 1).mT.contiguous().mT, random(rows, width, n).mT.contiguous().mT
+    x, y, indices = random(rows, 1, d), torch.zeros(rows, 1, d), torch.randint(0, n_experts + 1, (rows, top_k))
+    made = []
+
+    def new(*shape, dtype=torch.float32):
+        size = math.prod(shape)
+        made.append(torch.full((size + 64,), 7, dtype=dtype))
+        return made[-1][:size].view(shape)
+
+    with pytest.MonkeyPatch.context() as patch, ops.backend("cpu"):
+        for module in (mamba_step, cpu_exact, running):
+            patch.setattr(module, "WORTH_THREADS", 0)
+        for module in (mamba_step, cpu_exact):
+            patch.setattr(module, "new", new)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        ops.mamba_step(x, *state, *weights)
+        ops.prepare_mamba_step(x[:, 0], *state, (*weights, None), y[:, 0])(rows)
+        step, one = made[-1], len(made)
+        ops.expert_feedforward(x[:, 0], indices, torch.rand(rows, top_k), up, down)
+        ops.prepare_experts(x[:, 0], indices, torch.rand(rows, top_k), up, down, y[:, 0], activation="relu")(rows)
+        experts = made[-1]
+    assert len(made) > one > 1 and all((each[-64:] == 7).all() for each in made)
+    room = packed.room(max(d, width))
+    assert len(step) - 64 == rows * (3 * width + r + 2 * n + d + room * any(of_8_bits[:3]))
+    choices = rows * top_k
+    assert len(experts) - 64 == 2 * (n_experts + 1) + choices * (4 + 2 * d + width + room * any(of_8_bits[3:]))

@@ -204,12 +204,12 @@ def test_weights_prepared_alone(rows, spare, inner, normed):
             with ops.backend("reference"):
                 norm = (scale, None) if normed else (None, None)
                 y, conv, expected_ssm = ops.mamba_step(now, conv, expected_ssm, *weights, *norm, eps=1e-3)
-            found = step(now, window, ssm)
+            found = step(now, *(state.transpose(1, 2) for state in (window, ssm)))
             for value, wanted in ((found, y), (own, conv), (ssm, expected_ssm)):
                 torch.testing.assert_close(value, wanted, atol=2e-5, rtol=2e-5)
-        assert step(now.transpose(0, 2).contiguous().transpose(0, 2).double(), window, ssm) is None
+        assert step(now.double(), window.transpose(1, 2), ssm.transpose(1, 2)) is None
         with pytest.raises(ValueError, match="conv_state has shape"):
-            step(now, window[..., 1:], ssm)
+            step(now, window[..., 1:].transpose(1, 2), ssm.transpose(1, 2))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -22,6 +22,15 @@ pytestmark = [
 ]
 
 
+def test_what_is_poisoned_here_is_whole_again_later(monkeypatch):
+    """Torch keeps a list of the functions that make tensors, from the first time that it is asked for one."""
+    with torch.device("meta"):
+        torch.zeros(1)
+    monkeypatch.undo()
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta and torch.zeros(1).is_meta
+
+
 def make(
     tokens=37, n_experts=4, top_k=1, d=24, f=40, o=24, activation="relu", dtype=torch.float32, dropped=0.2, seed=0
 ):

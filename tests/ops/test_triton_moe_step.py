@@ -12,6 +12,7 @@ from moemamba.layers.norm import make_norm
 pytest.importorskip("triton")
 
 from moemamba.ops.kit.triton_step import Cut
+from moemamba.ops.moe_step import CHOICES, EXPERTS
 from moemamba.ops.moe_step import triton as moe_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,6 +100,11 @@ def test_hot_and_empty_experts(searched, small_tiles, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 20])
+def test_as_many_experts_and_choices_as_there_may_be(batch):
+    assert_equal(make(batch, d=12, e=EXPERTS, f=9, top_k=CHOICES, norm="rmsnorm"))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
 def test_equal_experts_give_the_first(batch):
     """A router of zeros chooses the first two, with equal gates."""
     given = make(batch, top_k=2, norm="none")
@@ -153,6 +159,10 @@ def test_it_says_what_it_cannot_do():
     assert "its router" in ops.why_not_moe_step(arguments[0], arguments[1].half(), *arguments[2:])
     assert "1 to 1024 rows" in ops.why_not_moe_step(torch.zeros(1025, 1, 24), *arguments[1:])
     assert "16 choices" in ops.why_not_moe_step(*arguments[:5], 17)
+    most = list(make(3, d=4, e=EXPERTS, f=4).values())[:6]
+    assert ops.why_not_moe_step(*most) is None
+    many = list(make(3, d=4, e=EXPERTS + 1, f=4).values())[:6]
+    assert ops.why_not_moe_step(*many) == "it has 129 experts, and the kernels hold the scores of up to 128"
     assert ops.choose("moe_step", x) == "reference"  # until it has been measured
 
 

@@ -32,7 +32,7 @@ COMMANDS = {
     "eval": "RUN                  loss, perplexity and bits per byte on a text",
     "look": "RUN                  which experts each token of a text visits, and how steps and gates go",
     "info": "PRESET|RUN|FILE      layers, parameters, operations and memory of a model",
-    "plan": "                     which model to train, by a scaling law; and the law, from comparisons",
+    "plan": "                     a scaling law from your comparisons, and by it which model to train",
     "doctor": "[PRESET|RUN|FILE]    versions, devices, and which backend each op uses and why",
 }
 PRINTS = {

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..counting import count_parameters
-from ..host.files import expanded
 from .options import Place, Positional
 from .terminal import line, parse, show
 
@@ -24,8 +23,6 @@ class Convert:
 
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Convert, arguments, "convert")
-    if expanded(asked.out).exists():  # before gigabytes are read
-        raise FileExistsError(f"{asked.out} exists already; choose another place (--out), or remove it")
     from ..integrations.convert import convert
 
     found = convert(asked.source, asked.out, asked.tokenizer)

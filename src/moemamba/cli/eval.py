@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..data.config import DataConfig
 from ..host.files import expanded
 from ..reading import validate
+from ..training.config import run_of
 from .loading import Loading
 from .options import Merged, Place, Positional
 from .terminal import parse, show, show_json
-from .train import begun
 
 if TYPE_CHECKING:
     from ..data.batches import Tokens
@@ -88,8 +88,7 @@ def main(arguments: Sequence[str]) -> None:
 
     model, tokenizer = asked.loading.load(asked.run)
     path = expanded(asked.run)
-    above = (path, *path.resolve().parents)[:4]  # a run, a checkpoint of one, its averaged weights; else a model alone
-    run = next(filter(None, map(begun, above)), None)
+    run = run_of(path)
     own = run.reads() if run else DataConfig()
     config = replace(
         own,

@@ -27,8 +27,6 @@ class Export:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Export, arguments, "export")
     out = expanded(asked.out or f"{asked.run.rstrip('/')}-{asked.to}")
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another place (--out), or remove it")
     from ..integrations.export import export
 
     found = export(asked.run, asked.to, out)

@@ -23,13 +23,20 @@ class Finetune:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Finetune, arguments, "finetune")
     out = expanded(asked.out or f"{asked.run.rstrip('/')}-finetuned")
-    if out.exists():  # before hours are spent
-        raise FileExistsError(f"{out} exists already; choose another place (--out), or remove it")
     from ..finetuning.sft import finetune
 
     found = finetune(asked.run, out, asked.config)
     rows = [("steps", f"{found.steps:,}", f"of {found.examples:,} examples")]
     if found.before is not None and found.after is not None:
         rows.append(("held out", f"{found.after:.4f}", f"nats a token of an answer; {found.before:.4f} before"))
+    if found.text is not None:
+        before, after = found.text
+        rows.append(
+            (
+                "text",
+                f"{after:.4f}",
+                f"nats a token of text that was held out of what was replayed; {before:.4f} before",
+            )
+        )
     show(rows)
     line(f"written to {found.out}", apart=True)

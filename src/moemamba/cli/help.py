@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..marks import texts
 from .options import Option, options
 
-FEW = 24  # options that one page shows at once
+FEW = 18  # options that are shown at once, where not all are among what most people set
 COLUMN = 28  # where the texts begin
 
 

@@ -2,11 +2,23 @@
 
 import contextlib
 import sys
+import textwrap
 from pathlib import Path
 
-from ..experiments.page import HEADER, STEPS_NOTES, Grid, Measure, cells, loss_notes, reported_tests, says, verdict
+from ..experiments.page import (
+    HEADER,
+    LEAST,
+    STEPS_NOTES,
+    Grid,
+    Measure,
+    cells,
+    loss_notes,
+    reported_tests,
+    says,
+    verdict,
+)
 from ..experiments.results import Comparison
-from .terminal import show
+from .terminal import show, width
 
 
 def tell(found: Comparison, out: Path) -> None:
@@ -25,20 +37,28 @@ def tell(found: Comparison, out: Path) -> None:
 
 def _print(found: Comparison, out: Path) -> None:
     print()
-    show(cells(found.rows), HEADER)
-    print(f"\n{loss_notes(found.seeds)} {STEPS_NOTES}\n")
+    left_out = show(cells(found.rows), HEADER, LEAST)
+    print()
+    _note(f"{loss_notes(found.seeds)} {STEPS_NOTES}")
     for block in reported_tests(found):
         if isinstance(block, Grid):
-            show(block.rows, block.header)
+            left_out += show(block.rows, block.header, reversed(block.header[4:]))
             print()
         else:
-            print(f"{block}\n")
+            _note(block)
     if found.paper:
         measure: Measure = "test" if all(row.test.values for row in found.rows) else "loss"
         where = "on the test text" if measure == "test" else "here"
         show([(says(claim), verdict(claim, found.rows, measure)) for claim in found.paper.claims], ("claim", where))
         print()
+    if left_out:
+        _note(f"For want of room here, in the report alone: {', '.join(dict.fromkeys(left_out))}.")
     print(f"report: {out / 'results.md'}, {out / 'report.html'}", flush=True)
+
+
+def _note(text: str) -> None:
+    """A paragraph, and an empty line."""
+    print(textwrap.fill(text, width(), break_on_hyphens=False, break_long_words=False), end="\n\n")
 
 
 def _aside(text: str) -> None:

@@ -1,8 +1,7 @@
-"""`moemamba plan`: which model to train, by a scaling law; and the law, from comparisons."""
+"""`moemamba plan`: a scaling law from comparisons, and by it which model to train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,14 +16,14 @@ if TYPE_CHECKING:
     from ..experiments.law import Plan as Planned
 
 REACHED = 0.35  # of the speed of a large product, by training: 0.3 to 0.4 on an H100 (docs/performance.md)
-OWN = "law.json"  # beside the code of laws, once there is one
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan a model by a scaling law: for so many active parameters and tokens the expected loss with more and more
-    experts, rate, batch, time and memory on this machine, and the command that trains it. Or fit a law (--fit) to
-    comparisons of models of several sizes, tokens and numbers of experts."""
+    """First fit a scaling law (--fit) to comparisons that you have run, of models of several sizes, tokens and numbers
+    of experts; none comes with this package. Then plan a model by it (--law): for so many active parameters and tokens
+    the expected loss with more and more experts, rate, batch, time and memory on this machine, and the command that
+    trains it."""
 
     active: str = "25M"
     """parameters that a token passes through, without embedding and head: 25M"""
@@ -33,9 +32,10 @@ class Plan:
     experts: tuple[int, ...] | None = None
     """experts for each that a token visits, 1 for none; what the law has seen if None"""
     law: Place | None = None
-    """file of the law, which --fit writes; the package's own if None, once there is one"""
+    """file of the law, which --fit writes and a plan reads; has to be given"""
     fit: tuple[Place, ...] | None = None
-    """fit the law to these comparisons, folders that `moemamba compare` or `paper` wrote, and write it to --law"""
+    """fit the law to these comparisons, folders that `moemamba compare` or `paper` wrote, of ten models or more (needs
+    scipy), and write it to --law"""
     speed: float | None = None
     """tera-operations a second that training reaches here; measured from a large product if None"""
     device: str = "auto"
@@ -80,16 +80,13 @@ def _loss(plan: "Planned") -> float:
 
 
 def _file(asked: Plan) -> Path:
-    """Where the law is; raises ValueError if there is none yet."""
-    if asked.law is not None:
-        return expanded(asked.law)
-    own = Path(str(files("moemamba.experiments.law").joinpath(OWN)))
-    if not own.is_file():
+    """Where the law is."""
+    if asked.law is None:
         raise ValueError(
-            "no scaling law comes with this version; name one with --law FILE, or fit one to comparisons of your own: "
-            "moemamba plan --fit runs/a runs/b --law law.json"
+            "a plan needs a scaling law, and none comes with this version: fit one to comparisons of your own "
+            "(moemamba plan --fit runs/a runs/b --law law.json), then name it with --law law.json"
         )
-    return own
+    return expanded(asked.law)
 
 
 def _fit(asked: Plan) -> None:

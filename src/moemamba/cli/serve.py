@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..host.terminal import say
+from ..marks import option
 from ..reading import validate
-from ..serving.config import Limits
+from ..serving.config import ACCESS, FIRST, PACE, Limits
 from .loading import Loading
 from .options import Merged, Place, Positional, Repeated
 from .terminal import parse
@@ -21,24 +22,24 @@ class Serve:
 
     run: Positional[Place]
     """a run directory or a checkpoint"""
-    host: str = "127.0.0.1"
+    host: str = option("127.0.0.1", FIRST)
     """address to answer at; 0.0.0.0 lets the network in, which asks for --api-key"""
-    port: int = 8000
+    port: int = option(8000, FIRST)
     """port to answer at; 0 takes one that is free, which is shown"""
-    served_model_name: str | None = None
+    served_model_name: str | None = option(None, FIRST)
     """what clients call the model; the name of the run's folder if None"""
-    api_key: str | None = None
+    api_key: str | None = option(None, FIRST)
     """a key that clients must send; or MOEMAMBA_API_KEY in the environment, which no list of processes shows"""
-    allow_host: Repeated[tuple[str, ...]] = ()
+    allow_host: Repeated[tuple[str, ...]] = option((), ACCESS)
     """a name by which the server may be called, besides localhost; give the option again for more than one"""
-    allow_origin: Repeated[tuple[str, ...]] = ()
+    allow_origin: Repeated[tuple[str, ...]] = option((), ACCESS)
     """a site whose pages may use the server, such as https://example.org; give the option again for more than one"""
-    chat_template: Place | None = None
+    chat_template: Place | None = option(None, FIRST)
     """a Jinja file that makes a prompt of a conversation; that of the model if None"""
     limits: Merged[Limits] = field(default_factory=Limits)
-    drain: float = 30.0
+    drain: float = option(30.0, PACE)
     """seconds that answers under way get once the server has to stop (SIGTERM or Ctrl-C)"""
-    loading: Merged[Loading] = field(default_factory=Loading)
+    loading: Merged[Loading] = option(factory=Loading, group=FIRST, shows=("device", "weights"))
 
     def __post_init__(self) -> None:
         validate(self, not_negative=("drain",))

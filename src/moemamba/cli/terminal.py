@@ -1,6 +1,7 @@
 """What the commands share: reading arguments into a dataclass, printing a table, saying what an interruption left."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from ..host.terminal import display, say, visible
 from .options import options, read
 
 Arguments = TypeVar("Arguments")
+WIDTH = 120  # characters of a table where there is no terminal
 NAMES = "--option-names"  # asks a command for the names of its options, for the completion of shells
 
 
@@ -35,23 +37,44 @@ def parse(
     return read(kind, arguments, command, default)
 
 
-def show(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """Print a table: ruled on a terminal, plain columns elsewhere. Columns of figures lie right, words left."""
-    rows = [[visible(cell, line=True) for cell in row] for row in rows]
-    header = [visible(cell, line=True) for cell in header]
-    columns = list(zip(*rows, strict=True))
-    right = [all(cell[:1] in "0123456789<>−+–× " for cell in column) for column in columns]
-    if display().isatty():
-        _ruled(rows, header, right)
-        return
-    lines = [header, *rows] if header else rows
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [
-            cell.rjust(width) if flush_right else cell.ljust(width)
-            for cell, width, flush_right in zip(line, widths, right, strict=True)
-        ]
-        _print("  ".join(cells).rstrip())
+def show(rows: Iterable[Sequence[str]], header: Sequence[str] = (), least: Iterable[str] = ()) -> list[str]:
+    """Print a table: ruled on a terminal, plain columns elsewhere. Columns of figures lie right, words left.
+
+    Args:
+        least: columns that are left out one by one, in this order, while the table is wider than the terminal, or than
+            WIDTH where there is none.
+    Returns:
+        those that were left out, in the order of the header.
+    """
+    lines = [[visible(cell, line=True) for cell in row] for row in [*([header] if header else []), *rows]]
+    columns = [[str(cell) for cell in column] for column in zip(*lines, strict=True)]
+    ruled = display().isatty()
+    gap = 3 if ruled else 2
+    room = width() + gap
+    left_out: set[str] = set()
+    for name in least:
+        if sum(max(map(len, column)) + gap for column in columns) <= room:
+            break
+        left_out.add(name)
+        columns = [column for column in columns if column[0] != name]
+    body = [column[1:] if header else column for column in columns]
+    right = [all(cell[:1] in "0123456789<>−+–× " for cell in column) for column in body]
+    if ruled:
+        _ruled(list(zip(*body, strict=True)), [column[0] for column in columns] if header else (), right)
+    else:
+        for cells in zip(*map(_aligned, columns, right), strict=True):
+            _print("  ".join(cells).rstrip())
+    return [name for name in header if name in left_out]
+
+
+def _aligned(column: Sequence[str], right: bool) -> list[str]:
+    room = max(map(len, column))
+    return [cell.rjust(room) if right else cell.ljust(room) for cell in column]
+
+
+def width() -> int:
+    """Characters of a line: those of the terminal, WIDTH where there is none."""
+    return shutil.get_terminal_size((WIDTH, 0)).columns if display().isatty() else WIDTH
 
 
 def _ruled(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[bool]) -> None:

@@ -40,8 +40,6 @@ class Upcycle:
 def main(arguments: Sequence[str]) -> None:
     asked = parse(Upcycle, arguments, "upcycle")
     out = expanded(asked.out or f"{asked.run.rstrip('/')}-upcycled")
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another place (--out), or remove it")
     from ..finetuning.upcycling import upcycle
 
     how = (asked.experts, asked.top_k, asked.granularity, asked.d_expert, asked.router_std, asked.seed)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..host.files import FileError, expanded
+from ..host.files import FileError, expanded, reading
 from .config import HUB
 from .encoding import encoding_of, text_bytes
 from .hub import HubTexts
@@ -161,11 +161,12 @@ def hash_of(document: bytes) -> int:
 def _text_size(file: Path, most: int) -> int:
     """The size of a file's text as UTF-8, as far as that is text; at most `most`."""
     try:
-        packed = packing_of(file)
-        with unpacked(file) as stream:
-            encoding = encoding_of(stream.read(most if packed else 1 << 12))
-        if packed or encoding != ("utf-8", 0):
-            return text_bytes(file, most)
+        with reading(file):
+            packed = packing_of(file)
+            with unpacked(file) as stream:
+                encoding = encoding_of(stream.read(most if packed else 1 << 12))
+            if packed or encoding != ("utf-8", 0):
+                return text_bytes(file, most)
     except FileError:  # which is said when the file is read
         pass
     return min(file.stat().st_size, most)

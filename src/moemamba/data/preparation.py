@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..host.files import cache_folder, expanded, keep_recent, new_directory, replace, used, writable, write_json
+from ..host.files import (
+    cache_folder,
+    expanded,
+    keep_recent,
+    new_directory,
+    reading,
+    replace,
+    used,
+    writable,
+    write_json,
+)
 from ..reading import to_dict
 from ..text import Tokenizer
 from .documents import Documents, hash_of
@@ -93,7 +103,9 @@ def write_tokens(
     with new_directory(folder) as beside:
         _write(beside, documents, tokenizer, held_out, show)
         replace(beside / "tokenizer.json", tokenizer.to_json())
-        if documents.fingerprint() != found:
+        with reading(documents.name):
+            again = documents.fingerprint()
+        if again != found:
             raise ValueError(f"{documents.name} changed while it was read; start again when it is complete")
     for leftover in folder.parent.glob(f".{folder.name}.*"):  # of processes that were killed, or slower
         shutil.rmtree(leftover, ignore_errors=True)
@@ -191,7 +203,7 @@ def _write_split(
     done = shown = 0
     measured = _Measured(tokenizer)
     with _Writer(folder, "train", tokenizer) as train, _Writer(folder, "validation", tokenizer) as validation:
-        for document in _encoded(documents, tokenizer, measured):
+        for document in _read(documents, tokenizer, measured):
             number = hash_of(document.text)
             low, high = min(low, number), max(high, number)
             (validation if number < bound else train).add(document)
@@ -222,6 +234,12 @@ def _warnings(index: Index, share: float) -> list[str]:
             "(validation)"
         ]
     return []
+
+
+def _read(documents: Source, tokenizer: Tokenizer, measured: _Measured) -> Iterator[_Encoded]:
+    """What fails in here has not to do with the files that are being written."""
+    with reading(documents.name):
+        yield from _encoded(documents, tokenizer, measured)
 
 
 def _encoded(documents: Source, tokenizer: Tokenizer, measured: _Measured) -> Iterator[_Encoded]:

@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..host.files import FileError
+from ..host.files import FileError, reading
 from .encoding import as_utf8, decode
 from .kinds import TOKENS, Kind, kind_of
 from .packing import seekable, unpacked
@@ -39,16 +39,18 @@ class Records:
     """
 
     def __init__(self, file: Path, size: int):
-        self.file, self.kind, self._size = file, kind_of(file), size
+        with reading(file):
+            self.file, self.kind, self._size = file, kind_of(file), size
         self.mended = 0
         self.first_mended = ""
 
     def __iter__(self) -> Iterator[str]:
-        if self.kind is Kind.TEXT:
-            return _text(self.file, self._size)
-        if self.kind is Kind.PARQUET:
-            return self._clean(_parquet(self.file))
-        return self._clean(_json_lines(self.file) if self.kind is Kind.LINES else _json_values(self.file))
+        with reading(self.file):
+            if self.kind is Kind.TEXT:
+                yield from _text(self.file, self._size)
+            else:
+                found = {Kind.PARQUET: _parquet, Kind.LINES: _json_lines}.get(self.kind, _json_values)
+                yield from self._clean(found(self.file))
 
     def _clean(self, found: Iterator[tuple[str, Any]]) -> Iterator[str]:
         """The one rule for texts of records: null and empty ones do not count, half a character becomes U+FFFD."""
@@ -64,7 +66,7 @@ class Records:
         """Blocks of TOKEN_BLOCK tokens, the last perhaps shorter."""
         assert self.kind in TOKENS
         dtype = np.dtype("<u2" if self.kind is Kind.U16 else "<u4")
-        with unpacked(self.file) as stream:
+        with reading(self.file), unpacked(self.file) as stream:
             while block := _exactly(stream, TOKEN_BLOCK * dtype.itemsize):
                 if len(block) % dtype.itemsize:
                     raise FileError(

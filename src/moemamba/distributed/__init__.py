@@ -2,7 +2,7 @@
 
 from .agreement import Agreement
 from .processes import Processes, join, sources
-from .sequences import sharing, split_sequences
+from .sequences import sharing, split_sequences, splitting
 from .sharding import (
     divide_gradients,
     fill,
@@ -34,5 +34,6 @@ __all__ = [
     "sharing",
     "sources",
     "split_sequences",
+    "splitting",
     "summing",
 ]

@@ -1,7 +1,7 @@
 """Sequences that lie on several processes, a part on each: who has which, and the model told so."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,6 +19,11 @@ def sharing(processes: Processes, parts: int) -> Parts | None:
     shape, names = (processes.size // parts, parts), ("reader", "part")
     mesh = processes.limit(init_device_mesh(processes.device.type, shape, mesh_dim_names=names))
     return Parts(mesh["part"].get_group())
+
+
+def splitting(model: MoEMamba, parts: Parts | None) -> AbstractContextManager[Parts | None]:
+    """`split_sequences` among these; nothing where each process has its sequences alone."""
+    return nullcontext() if parts is None else split_sequences(model, parts)
 
 
 @contextmanager

@@ -1,9 +1,14 @@
 """How a model is fine-tuned. No torch here."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..data.config import weighted
 from ..reading import validate
+
+REPLAYED = 0.25
+"""share of the rows if a text to replay is named alone"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,9 @@ class FinetuneConfig:
     """learn what the assistant says, or the completion, alone; otherwise all of it"""
     held_out: float = 0.05
     """share of the examples that is kept to measure with, chosen by a hash of their content"""
+    replay: str | None = None
+    """text to read again beside the examples, so that less of it is forgotten: a share of the rows, 0.25, for what the
+    run was trained on; with a text behind it, 0.25:books/, for another, of the kinds that --data of train takes"""
     template: str | None = None
     """a Jinja file that writes messages as text; that of the model, or a plain one, if None"""
     warmup: float = 0.05
@@ -56,6 +64,22 @@ class FinetuneConfig:
             raise ValueError("held_out must be less than 1, and warmup 1 at most")
         if self.context < 2:
             raise ValueError("context is 1; a row needs a token and the one after it: choose 2 or more")
+        if self.replayed and not 0 < self.replayed[0] < 1:
+            raise ValueError(f"replay is {self.replay!r}; the share must be greater than 0 and less than 1")
+
+    @property
+    def replayed(self) -> tuple[float, str | None] | None:
+        """The share of the rows that are replayed and their text, None for what the run was trained on; None for no
+        replay."""
+        if self.replay is None:
+            return None
+        if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", self.replay):
+            return float(self.replay), None
+        try:
+            ((text, share),) = weighted(self.replay)
+        except ValueError as error:
+            raise ValueError(str(error).replace("data", "replay", 1)) from error
+        return REPLAYED if share is None else share, text
 
     @property
     def rate(self) -> float:

@@ -34,7 +34,7 @@ def read_examples(file: str, template: Template, answers_only: bool, held_out: f
         OSError: it cannot be read.
     """
     found = []
-    for where, line, values in _lines(expanded(file)):
+    for where, line, values in _lines(find_examples(file)):
         try:
             pieces = pieces_of(values, template, answers_only)
         except ValueError as error:
@@ -93,11 +93,17 @@ def _text(values: dict[str, Any], name: str) -> str:
     return text
 
 
+def find_examples(file: str) -> Path:
+    """The file of examples; raises OSError if there is none."""
+    path = expanded(file)
+    if not path.exists():
+        raise FileNotFoundError(f"there are no examples at {path}; name a file of JSON lines with data (--data)")
+    check_regular(path)
+    return path
+
+
 def _lines(file: Path) -> Iterator[tuple[str, bytes, Any]]:
     """Where a line is, the line, and what it holds."""
-    if not file.exists():
-        raise FileNotFoundError(f"there are no examples at {file}; name a file of JSON lines with data (--data)")
-    check_regular(file)
     with file.open("rb") as stream:
         number = 0
         while line := stream.readline(LINE_LIMIT):

@@ -14,15 +14,16 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..checkpoint import find_model, load, saveable, write_model
-from ..host.files import expanded, new_directory, read_text, replace
+from ..host.files import expanded, new_directory, read_text, replace, vacant
 from ..host.progress import Report
 from ..layers import roles
 from ..layers.quantised import expect_full
 from ..model import MoEMamba
 from .config import FinetuneConfig
-from .examples import Example, read_examples
+from .examples import Example, find_examples, read_examples
 from .lora import attach, merge
 from .packing import Rows, pack
+from .replay import Replay
 from .template import PLAIN, Template
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -38,6 +39,8 @@ class Finetuned:
     before: float | None
     """loss of the held-out answers, in nats a token; None if none are held out"""
     after: float | None
+    text: tuple[float, float] | None = None
+    """loss of the held-out part of the text that was replayed, before and after; None if none was"""
 
 
 def finetune(run: str | Path, out: str | Path, config: FinetuneConfig, report: Report | None = None) -> Finetuned:
@@ -50,6 +53,9 @@ def finetune(run: str | Path, out: str | Path, config: FinetuneConfig, report: R
         OSError: it cannot be read or written.
     """
     report = report or Report()
+    find_model(expanded(run))  # all that is quickly seen, before a model is loaded and hours are spent
+    find_examples(config.data)
+    place = vacant(out)
     model, tokenizer = load(run, config.device)
     expect_full(model)
     template = Template(find_template(expanded(run), config.template), tokenizer)
@@ -57,16 +63,19 @@ def finetune(run: str | Path, out: str | Path, config: FinetuneConfig, report: R
     train, held = ([e for e in examples if e.held_out is kept] for kept in (False, True))
     counted = sum(int(e.learnt[1:].sum()) for e in train)
     report.note(f"{'data':10}{len(train):,} examples, {counted:,} tokens to learn, {len(held):,} held out")
-    before = answer_loss(model, held, config)
-    lines = list(_train(model, train, config, report))
-    after = answer_loss(model, held, config)
-    with new_directory(expanded(out)) as folder:
+    replay = Replay(expanded(run), tokenizer, config, report) if config.replayed else None
+    before, known = answer_loss(model, held, config), replay and replay.loss(model)
+    lines = list(_train(model, train, replay, config, report))
+    after, knows = answer_loss(model, held, config), replay and replay.loss(model)
+    with new_directory(place) as folder:
         write_model(folder, model.config, saveable(model), tokenizer)
         replace(folder / CHAT_TEMPLATE, template.source)
         replace(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         told = asdict(config) | {"run": str(run), "loss_before": before, "loss_after": after}
+        told |= replay.told(known, knows) if replay and known and knows else {}
         replace(folder / "finetune.json", json.dumps(told, indent=2) + "\n")
-    return Finetuned(expanded(out), len(lines), len(train), before, after)
+    text = (known.loss, knows.loss) if known and knows else None
+    return Finetuned(place, len(lines), len(train), before, after, text)
 
 
 def find_template(run: Path, asked: str | None) -> str:
@@ -93,7 +102,7 @@ def answer_loss(model: MoEMamba, examples: Sequence[Example], config: FinetuneCo
 
 
 def _train(
-    model: MoEMamba, examples: Sequence[Example], config: FinetuneConfig, report: Report
+    model: MoEMamba, examples: Sequence[Example], replay: Replay | None, config: FinetuneConfig, report: Report
 ) -> Iterator[dict[str, Any]]:
     """Steps, each with what was measured in it."""
     device = next(model.parameters()).device
@@ -108,6 +117,7 @@ def _train(
     for step, rows in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = config.rate * _share(step, len(batches), config.warmup)
+        rows = replay.beside(rows) if replay else rows
         loss, auxiliary = _gradients(model, Rows(*(part.to(device) for part in rows)))
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         if not (math.isfinite(loss) and bool(norm.isfinite())):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checkpoint import load, model_tensors, write_model
 from ..config import ExpertsConfig, ModelConfig, parse_pattern
-from ..host.files import expanded, new_directory
+from ..host.files import new_directory, vacant
 from ..layers.quantised import expect_full
 from ..model import MoEMamba
 
@@ -58,6 +58,7 @@ def upcycle(
         FileExistsError: there is something at `out`.
         OSError: it cannot be read or written.
     """
+    place = vacant(out)
     dense, tokenizer = load(run)
     expect_full(dense)
     config = upcycled_config(dense.config, n_experts, top_k, granularity, d_expert)
@@ -70,7 +71,7 @@ def upcycle(
             if name in tensors:
                 tensor.copy_(tensors[name])
     difference, spread = compare(dense, sparse, seed)
-    with new_directory(expanded(out)) as folder:
+    with new_directory(place) as folder:
         write_model(folder, config, model_tensors(sparse), tokenizer)
     return Upcycled(dense.config, config, difference, spread)
 

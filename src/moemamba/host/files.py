@@ -33,6 +33,13 @@ class FileError(ValueError):
     """What a file holds is not what it must be; the message names the file and what would help."""
 
 
+class ReadError(OSError):
+    """A file cannot be read; the message says which, why, and what would help."""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
 class WriteError(OSError):
     """A file cannot be written; the message says which, why, and what would help."""
 
@@ -146,11 +153,24 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Says of an OSError raised inside what could not be read, and keeps it from passing for a failure to write, where
+    one file is read while another is written."""
+    try:
+        yield
+    except ReadError:
+        raise
+    except OSError as error:
+        why = f"cannot read {source}: {error.strerror}; make it readable, or name another" if error.strerror else error
+        raise ReadError(error.errno, str(why)) from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Says of an OSError raised inside which file could not be written, and of a full disk what would help."""
     try:
         yield
-    except (FileExistsError, FileError):
+    except (FileExistsError, ReadError):
         raise
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "choose another place")
@@ -184,6 +204,15 @@ def new_directory(path: Path) -> Iterator[Path]:
             flush(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def vacant(place: str | Path) -> Path:
+    """Where a command is to write, with `~` as the home folder, asked before hours are spent; raises FileExistsError if
+    there is something."""
+    path = expanded(place)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another place (--out), or remove it")
+    return path
 
 
 def flush(path: Path) -> None:

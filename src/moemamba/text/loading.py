@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from ..host.files import check_regular, expanded, parse_json, read_json, read_text
+from ..host.stop import interruptible
 from .foreign import LARGEST_VOCABULARY, check_ids, refusal
 from .tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, TrainedTokenizer, byte_level
 
@@ -90,7 +91,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    interruptible(lambda handed: inner.train_from_iterator(handed, trainer), texts)
     return TrainedTokenizer(inner)
 
 

@@ -264,3 +264,11 @@ def read_run(file: Path) -> TrainConfig:
         OSError: it is missing or cannot be read.
     """
     return from_dict(TrainConfig, {"test": NO_TEST} | read_json(file), str(file))
+
+
+def run_of(place: Path) -> TrainConfig | None:
+    """How the run was begun that a model belongs to: a run, a checkpoint of one, its averaged weights, or a model that
+    lies in a run's folder; None for a model alone."""
+    above = (place, *place.resolve().parents)[:4]
+    file = next((path / "train.json" for path in above if (path / "train.json").is_file()), None)
+    return read_run(file) if file else None

@@ -14,8 +14,9 @@ from ..data.batches import Batch, Tokens
 from ..data.preparation import cache_directory, prepare
 from ..data.prepared import Corpus, is_prepared
 from ..data.windows import LOST, HeldOut, predicted_bytes, sequential, windows
-from ..distributed import Processes
+from ..distributed import Processes, splitting
 from ..layers import BaseRouter, routers
+from ..layers.parts import Parts
 from ..model import MoEMamba
 from ..text import Tokenizer, load_tokenizer
 from .blocks import standard_error
@@ -70,6 +71,7 @@ def evaluate(
     group: int | None = None,
     processes: Processes | None = None,
     blocks: int | None = None,
+    sequence: Parts | None = None,
 ) -> Evaluation:
     """Predict the tokens of a text, in its own order, in windows that begin from an empty state.
 
@@ -90,11 +92,13 @@ def evaluate(
         group: windows that are routed together for the drop gap, which depends on it; batch_size if None.
         processes: that share the work, each with the same model; every one returns the whole result.
         blocks: tell the losses of about so many parts of the text apart, and the standard error of their mean.
+        sequence: those of the processes that share each window with this one, of which each computes its part.
     Raises:
         ValueError: the text does not fill one window, or has tokens that the model does not.
     """
     processes = processes or Processes(next(model.parameters()).device)
-    rows = min(batch_size, max(1, LOGITS // (context * model.config.vocab_size)))
+    own_context = -(-context // (sequence.size if sequence else 1))
+    rows = min(batch_size, max(1, LOGITS // (own_context * model.config.vocab_size)))
     texts = _texts(data, tokenizer)
     apart: dict[str, float] = {}
     parts: list[tuple[float, float]] = []
@@ -109,17 +113,18 @@ def evaluate(
             rows: int, name: str = name, text: Tokens = text, own: int | None = own, half: int | None = half
         ) -> Iterator[_Numbered]:
             found = _within(sequential(text, rows, context, own, reset_state, half), model.config.vocab_size, name)
-            return _dealt(found, processes)
+            return _dealt(found, processes, sequence)
 
         total = len(starts) + (tail > 0)
-        sums = _sums_of_blocks(model, False, batches(rows), total, count, dtype, processes)
+        sums = _sums_of_blocks(model, False, batches(rows), total, count, dtype, processes, sequence)
         apart[name], right, counted = _mean(sums, 0), _mean(sums, 1), int(sum(block[2] for block in sums))
         loss, accuracy, tokens = loss + share * apart[name], accuracy + share * right, tokens + counted
         parts += [(share * block[2] / counted, block[0] / block[2]) for block in sums]
         token_bytes += share * predicted_bytes(text, context, own, half) / counted
         if drop_gap:
             group_batches = batches(group or batch_size)
-            limited += share * _mean(_sums_of_blocks(model, True, group_batches, total, 1, dtype, processes), 0)
+            found = _sums_of_blocks(model, True, group_batches, total, 1, dtype, processes, sequence)
+            limited += share * _mean(found, 0)
     spelled = token_bytes > 0 and not any(text.tokens.lost > LOST for text in texts)
     return Evaluation(
         loss,
@@ -166,6 +171,7 @@ def _sums_of_blocks(
     blocks: int,
     dtype: torch.dtype,
     processes: Processes,
+    sequence: Parts | None,
 ) -> list[list[float]]:
     """[loss, right, tokens] of each block that has some, summed; with `capacity` a batch is one group, and of the
     block of its first window.
@@ -177,7 +183,7 @@ def _sums_of_blocks(
     model.train(capacity)
     sums = torch.zeros(blocks, 3, dtype=torch.float64, device=processes.device)
     try:
-        with one_group(model):
+        with one_group(model), splitting(model, sequence):
             for first, batch in batches:
                 batch = batch.to(processes.device)
                 with mixed_precision(processes.device, dtype):
@@ -235,17 +241,36 @@ def _within(batches: Iterable[Batch], vocab_size: int, name: str) -> Iterator[Ba
         yield batch
 
 
-def _dealt(batches: Iterable[Batch], processes: Processes) -> Iterator[_Numbered]:
-    """Every process's share; as many for each, since sharded layers need all: where one has no more, padding."""
+def _dealt(batches: Iterable[Batch], processes: Processes, sequence: Parts | None) -> Iterator[_Numbered]:
+    """Every process's share; as many for each, since sharded layers need all: where one has no more, padding. Those
+    that share their sequences have the same share, and parts of it that are equally long."""
+    together = sequence.size if sequence else 1
+    reader, readers = processes.rank // together, processes.size // together
     last, first = None, 0
     for number, batch in enumerate(batches):
-        if number % processes.size == processes.rank:
-            yield first, batch
+        if number % readers == reader:
+            yield first, _part(batch, sequence)
         first += len(batch.tokens)
         last = (number, batch)
-    if last is not None and processes.rank > last[0] % processes.size:
+    if last is not None and reader > last[0] % readers:
         tokens, targets = last[1][:2]
-        yield 0, Batch(tokens, torch.full_like(targets, -100), torch.full_like(tokens, -1, dtype=torch.int32))
+        padding = Batch(tokens, torch.full_like(targets, -100), torch.full_like(tokens, -1, dtype=torch.int32))
+        yield 0, _part(padding, sequence)
+
+
+def _part(batch: Batch, sequence: Parts | None) -> Batch:
+    """This process's part of each row, of which the last is filled up with padding."""
+    if sequence is None:
+        return batch
+    tokens, targets, seq_idx, _ = batch
+    missing = -tokens.shape[1] % sequence.size
+    if missing and seq_idx is None:
+        seq_idx = torch.zeros_like(tokens, dtype=torch.int32)
+
+    def own(rows: Tensor, fill: int) -> Tensor:
+        return nn.functional.pad(rows, (0, missing), value=fill).chunk(sequence.size, 1)[sequence.rank]
+
+    return Batch(own(tokens, 0), own(targets, -100), None if seq_idx is None else own(seq_idx, -1))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from ..data.windows import HeldOut
 from ..distributed import Processes
 from ..host.progress import Report
+from ..layers.parts import Parts
 from ..model import MoEMamba
 from .config import TrainConfig
 from .evaluate import BLOCKS, Evaluation, evaluate
@@ -23,6 +24,7 @@ def measured(
     config: TrainConfig,
     dtype: torch.dtype,
     processes: Processes,
+    sequence: Parts | None,
     most: int | None,
     blocks: int | None = None,
 ) -> Evaluation:
@@ -42,6 +44,7 @@ def measured(
             group=min(rows, config.batch_size // routing_groups(config, processes.size)),
             processes=processes,
             blocks=blocks,
+            sequence=sequence,
         )
 
     found = one(any(experts.capacity_factor is not None for experts in config.model.routers), blocks)
@@ -60,6 +63,7 @@ def tested_once(
     config: TrainConfig,
     dtype: torch.dtype,
     processes: Processes,
+    sequence: Parts | None,
 ) -> Evaluation | None:
     """Test a finished run, once, on all of a text that nothing was chosen by, or on `test_tokens` of it; None if that
     has been done, or if what is held out has no two windows."""
@@ -68,7 +72,7 @@ def tested_once(
     if not texts:
         run.log("test", step=config.steps, text="what is held out has too few windows for two halves")
         return None
-    found = measured(model, average, texts, config, dtype, processes, config.test_tokens, BLOCKS)
+    found = measured(model, average, texts, config, dtype, processes, sequence, config.test_tokens, BLOCKS)
     run.log("test", step=config.steps, **found.to_dict())
     error = "" if found.standard_error is None else f" ± {found.standard_error:.4f} over its parts"
     smooth = "" if found.averaged is None else f", {found.averaged:.4f} with averaged weights"

@@ -225,7 +225,8 @@ def _train(
             if lost := report.lost():
                 run.log("note", step=step, text=f"progress is no longer shown ({lost}); the run goes on")
             if evaluates:
-                found = measured(model, average, corpora.validation, config, dtype, processes, config.eval_tokens)
+                texts, most = corpora.validation, config.eval_tokens
+                found = measured(model, average, texts, config, dtype, processes, sequence, most)
                 if not math.isfinite(found.loss):
                     what = f"the held-out loss is not finite after step {step:,}"
                     processes.once(partial(diverged, run, every_rank, step, what))
@@ -249,7 +250,7 @@ def _train(
             meter.restart()
         tested = None
         if position.step == config.steps and config.test != NO_TEST:
-            tested = tested_once(run, report, model, average, corpora.test, config, dtype, processes)
+            tested = tested_once(run, report, model, average, corpora.test, config, dtype, processes, sequence)
     processes.wait()  # nobody leaves before all is written
     done = begins == config.steps
     end = "; nothing was left to do, and more steps go on with it" if done else ""

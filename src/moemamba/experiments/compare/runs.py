@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 
@@ -130,7 +130,7 @@ def _in_process(task: Task, silent: bool, environment: Mapping[str, str], living
     spawn = get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_child, args=(task, silent, theirs))
-    with _spawning, _changed(environment):  # a GPU must be chosen before anything asks CUDA for its devices
+    with _spawning, _changed(environment), _deaf():  # a GPU must be chosen before anything asks CUDA for its devices
         process.start()
     theirs.close()
     living.add(process)
@@ -155,6 +155,7 @@ def _child(task: Task, silent: bool, outcome: connection.Connection) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     error: BaseException | None = None
     try:
+        _listen()
         _train(task, Report(task.label, silent, plain=True))
     except (ValueError, OSError, KeyboardInterrupt) as caught:
         error = caught
@@ -166,6 +167,25 @@ def _child(task: Task, silent: bool, outcome: connection.Connection) -> None:
     except Exception:
         error = RuntimeError(f"{task.label}: {error}")
     outcome.send(error)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A process that starts meanwhile hears Ctrl-C when it listens, and does not die of it amidst its imports."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # else it is started meanwhile, and lets SIGINT through when it is
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _listen() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _leave_with_parent() -> None:

@@ -5,10 +5,11 @@ from .markdown import markdown
 from .plots import require_matplotlib, write_figures
 from .section import STEPS_NOTES, Grid, loss_notes, reported_tests
 from .tokens import routing_page
-from .wording import HEADER, Measure, cells, count, says, signed, times, verdict
+from .wording import HEADER, LEAST, Measure, cells, count, says, signed, times, verdict
 
 __all__ = [
     "HEADER",
+    "LEAST",
     "STEPS_NOTES",
     "Grid",
     "Measure",

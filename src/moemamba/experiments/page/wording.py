@@ -26,6 +26,20 @@ HEADER = (
     "speed-up with it",
     "speed-up in time",
 )
+LEAST = (
+    "speed-up with it",
+    "with capacity",
+    "speed-up by it",
+    "training loss",
+    "tokens/s",
+    "speed-up in time",
+    "bits/byte",
+    "accuracy",
+    "steps to its loss",
+    "parameters",
+    "speed-up",
+)
+"""columns of the table that a narrow terminal does without, first those that it misses least"""
 
 
 def cells(rows: list[Row]) -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...checkpoint import write_model
 from ...config import ModelConfig
-from ...host.files import expanded, new_directory, replace
+from ...host.files import new_directory, replace, vacant
 from .blackmamba import BlackMamba
 from .format import Format
 from .gathering import gather, scatter
@@ -48,6 +48,7 @@ def convert(source: str, out: str | Path, tokenizer: str | None = None) -> Conve
         FileExistsError: there is something at `out`.
         OSError: it cannot be read or written.
     """
+    place = vacant(out)  # before gigabytes are read
     found = Source(source)
     keys = Keys(found.config, found.folder / "config.json")
     kind = find_format(keys)
@@ -58,10 +59,10 @@ def convert(source: str, out: str | Path, tokenizer: str | None = None) -> Conve
             f"the tokenizer has {own.vocab_size:,} tokens, more than the {config.vocab_size:,} of the model; "
             "name the one that belongs to it with --tokenizer"
         )
-    tensors = gather(kind, config, found)
-    with new_directory(expanded(out)) as folder:
+    tensors, template = gather(kind, config, found), found.chat_template()
+    with new_directory(place) as folder:
         write_model(folder, config, tensors, own)
-        if template := found.chat_template():
+        if template:
             replace(folder / TEMPLATE, template)
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()]
     return Converted(kind, config, len(found), max(set(dtypes), key=dtypes.count), tokenizer or str(found.folder))

@@ -147,14 +147,30 @@ def _mappable(file: Path) -> bool:
 
 def _downloaded(name: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, errors, snapshot_download
     except ImportError as error:
         raise ValueError(f"{HUB}{name} needs huggingface_hub; pip install 'moemamba[hf]'") from error
     try:
         return Path(snapshot_download(name, allow_patterns=WANTED))
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be fetched from the hub: {error}") from error
-    except OSError:
-        raise
-    except Exception as error:  # its errors derive from those of an HTTP library
-        raise OSError(f"{name!r} cannot be fetched from the hub: {str(error).splitlines()[0]}") from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{HUB}{name} names no model of the Hugging Face hub; write {HUB}OWNER/NAME") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        why = "HF_HUB_OFFLINE forbids it" if constants.HF_HUB_OFFLINE else "there is no way to it through the network"
+        raise OSError(
+            f"{HUB}{name} cannot be fetched from the Hugging Face hub: {why}, and no copy is on this machine; name a "
+            "folder with the model"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise OSError(
+            f"{HUB}{name} is only for those whom its owner admits; ask for it at huggingface.co/{name}, then log in "
+            "with: hf auth login"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the Hugging Face hub shows no model {name}; check the name, or log in with: hf auth login"
+        ) from error
+    except Exception as error:  # its other errors derive from those of an HTTP library; or the disk is full
+        if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{HUB}{name} cannot be fetched from the Hugging Face hub: {said}") from error

@@ -7,7 +7,7 @@ import torch
 
 from ...checkpoint import load, model_tensors
 from ...config import ModelConfig
-from ...host.files import expanded, new_directory
+from ...host.files import new_directory, vacant
 from ...layers.quantised import expect_full
 from ...model import MoEMamba
 from ..portability import FORMATS, expect_portable, remark, served
@@ -41,13 +41,14 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
     """
     if to not in FORMATS:
         raise ValueError(f"there is no format {to!r}; choose one of {', '.join(FORMATS)}")
+    place = vacant(out)
     model, tokenizer = load(run)
     expect_full(model)
     expect_portable(to, model.config)
     _expect_unbiased(to, model)
     from .folder import write_tokenizer
 
-    with new_directory(expanded(out)) as folder:
+    with new_directory(place) as folder:
         match to:
             case "hf":
                 from ..transformers import MoEMambaForCausalLM
@@ -78,7 +79,7 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
                 from .folder import for_vllm, write_folder
 
                 write_folder(folder, served(model.config), *for_vllm(model.config, model_tensors(model)), tokenizer)
-    return Exported(model.config, expanded(out), remark(to, model.config))
+    return Exported(model.config, place, remark(to, model.config))
 
 
 def _expect_unbiased(to: str, model: MoEMamba) -> None:

@@ -40,13 +40,15 @@ class Step:
             return None
         if ops.choose("mamba_step", x) != "cpu":
             return _copying(x, cached, _squeezed(weights)) if norm is None else None
-        tensors = [*weights[:9], *(weights[9][:3] if weights[9] else ()), *([norm.weight] if norm else ())]
-        places = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
+        normed = (norm._parameters["weight"], norm.variance_epsilon) if norm else None
+        inner, outer = weights[9] or (), normed or ()
+        tensors = (*weights[:9], *inner[:3], *outer[:1])
+        places: list[Any] = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
+        places += (*inner[3:], *outer[1:])
         made, take = self.made
         if places != made:
             weights, take = _squeezed(weights), None
             if ops.fuses_mamba_step(x, *weights):
-                normed = (norm.weight, norm.variance_epsilon) if norm else None
                 take = ops.mamba_step_of(weights, mixer.conv_kernel_size, normed)
             self.made = places, take
         return None if take is None else take(x, _by_channel(cached.conv_states), _by_channel(cached.recurrent_states))
@@ -95,11 +97,12 @@ def _squeezed(weights: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _by_channel(states: dict[int, Tensor]) -> Tensor:
-    """The state of a layer's cache, which from now on lies in memory as kernels of the CPU read it."""
+    """The state of a layer's cache with channels last, as it lies in memory from now on."""
     state = states[0].transpose(1, 2)
     if not state.is_contiguous():
-        states[0] = state.contiguous().transpose(1, 2)
-    return states[0]
+        state = state.contiguous()
+        states[0] = state.transpose(1, 2)
+    return state
 
 
 def _copying(x: Tensor, cached: Any, weights: tuple[Any, ...]) -> Tensor | None:

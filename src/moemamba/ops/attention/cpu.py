@@ -46,7 +46,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor
 
 def rotary(x: Tensor, place: Tensor, base: float) -> Tensor:
     """See `moemamba.ops.rotary`."""
-    if traced(x) or x.stride(-1) != 1 or x.dtype != torch.float32:
+    if traced(x) or x.stride(-1) != 1 or x.dtype != torch.float32 or place.dtype != torch.int64:
         return reference.rotary(x, place, base)
     (batch, heads, length, width), y = x.shape, new(*x.shape)
     frequency = reference.frequencies(width, base, x.device)
@@ -82,7 +82,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor |
     """By the kernel; None where it cannot read what it is given."""
     (batch, heads, length, width), keys = q.shape, k.shape[2]
     y = new(*q.shape)
-    if located(*(t[..., :0] for t in (q, k, v)), y) is None:
+    if located(*(t[..., :0] for t in (q, k, v)), y) is None or (visible is not None and visible.dtype != torch.bool):
         return None
     marks, spans = None, new(batch, length, 2, dtype=torch.int64)
     if visible is not None:

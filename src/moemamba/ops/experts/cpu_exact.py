@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kit.cpu import (
     LOG2E,
+    address,
     exact,
     exact_kernel,
     exp2,
@@ -26,7 +27,7 @@ from ..kit.cpu import (
     sigmoid,
     silu,
 )
-from ..kit.cpu.packed import ROWS, room
+from ..kit.cpu.packed import ROWS, room_of
 from ..kit.cpu.product import COLUMNS, MULTIPLICATIONS, Entries, entries, multiply, rounded
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.packed import Weight
@@ -60,7 +61,7 @@ def experts(
     n_experts, out, hidden = down.shape
     sizes = (*indices.shape, n_experts, x.shape[1], hidden, out)
     x = x.contiguous()  # bound here, lest it be freed before it is read
-    work, y = new(space(sizes, activation)), new(x.shape[0], out)
+    work, y = new(space(sizes, activation, up, down)), new(x.shape[0], out)
     places = located(x, gates, *_matrices(up, down), up_bias, down_bias, work, y)
     if places is None or indices.dtype != torch.int64 or not indices.is_contiguous():
         return None
@@ -86,11 +87,11 @@ def activated(x: Tensor, activation: int) -> Tensor | None:
     return y
 
 
-def space(sizes: Sizes, activation: int) -> int:
+def space(sizes: Sizes, activation: int, up: Weight | None, down: Weight) -> int:
     """Numbers that are kept on the way, integers counted as two."""
     tokens, top_k, n_experts, d, hidden, out = sizes
     between = _rows(hidden, activation)
-    return 2 * (n_experts + 1) + tokens * top_k * (4 + d + between + out + room(max(d, hidden)))
+    return 2 * (n_experts + 1) + tokens * top_k * (4 + d + between + out + room_of(max(d, hidden), up, down))
 
 
 def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
@@ -126,9 +127,9 @@ def prepare(
 ) -> Callable[[int], None] | None:
     """See `moemamba.ops.prepare_experts`."""
     (rows, top_k), (n_experts, out, hidden), d = indices.shape, down.shape, x.shape[1]
-    work = new(space((rows, top_k, n_experts, d, hidden, out), activation))
+    work = new(space((rows, top_k, n_experts, d, hidden, out), activation, up, down))
     tensors = (x, gates, *_matrices(up, down), up_bias, down_bias, work, y)
-    places, chosen = located(*tensors), indices.data_ptr()
+    places, chosen = located(*tensors), address(indices, rows, top_k, dtype=torch.int64)
     if places is None:
         return None
 

@@ -111,9 +111,9 @@ def mamba_step_of(
         window: how many last inputs of the convolution a state holds, k - 1 or more.
         norm: weight (d,) and eps; with it the function is the residual sub-layer `x + layer(norm(x))`.
     Returns:
-        a function of x (b, 1, d), conv_state (b, i, window) and ssm_state (b, i, n), which lie by channel in memory and
-        are overwritten: it returns y (b, 1, d), or None where it cannot read these and has done nothing. None where
-        there is no such function.
+        a function of x (b, 1, d), and of states with channels last, conv_state (b, window, i) and ssm_state (b, n, i),
+        which are overwritten: it returns y (b, 1, d), or None where it cannot read these and has done nothing. None
+        where there is no such function.
     """
     if choose("mamba_step", weights[0]) != "cpu":
         return None

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..arguments import expect
 from ..kit.cpu import LOG2E, TILE, by_channel, located, new, paired, run
-from ..kit.cpu.packed import room
+from ..kit.cpu.packed import room_of
 from ..kit.cpu.product import MULTIPLICATIONS, entries
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from ..kit.packed import Weight, unpacked
 from . import reference
-from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, needed, normalise, step
+from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, alike, needed, normalise, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -88,7 +88,7 @@ def _fused(
     taps, decay = by_taps(conv_weight), decays(A_log)
     sizes, y = (batch, d, width, n, k, r), new(*x.shape)
     weights = _read(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, inner)
-    work = new(space(sizes))
+    work = new(space(sizes, in_proj, x_proj, out_proj))
     places = located(x, *weights, before[0], after[0], before[1], after[1], work, y)
     if places is None:
         return None
@@ -113,10 +113,10 @@ def decays(A_log: Tensor) -> Tensor:
     return (-torch.exp(A_log)).t().contiguous().mul_(float(LOG2E))
 
 
-def space(sizes: Sizes) -> int:
+def space(sizes: Sizes, *projections: Weight) -> int:
     """Numbers that a step keeps on the way."""
     rows, d, width, n, _, r = sizes
-    return rows * (3 * width + r + 2 * n + d + room(max(d, width)))
+    return rows * (3 * width + r + 2 * n + d + room_of(max(d, width), *projections))
 
 
 def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
@@ -150,7 +150,7 @@ def prepare(
         return None  # it could not be seen that they have changed
     taps, decay = by_taps(conv_weight), decays(A_log)
     (rows, d), (width, n), k, r = x.shape, A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
-    work = new(space((rows, d, width, n, k, r)))
+    work = new(space((rows, d, width, n, k, r), in_proj, x_proj, out_proj))
     read = (x, *_read(in_proj, taps, conv_bias, x_proj, dt_proj, dt_bias, decay, D, out_proj, inner))
     eps = -1.0 if inner is None else inner.eps
     tensors = (*read, before[0], before[0], before[1], before[1], work, y)
@@ -187,32 +187,35 @@ def step_of(
         return located(*read, norm and norm[0])
 
     made = derived()
-    places = places_of(*made[2:])
-    if places is None or A_log.dtype != torch.float32:
+    places, now = places_of(*made[2:]), located(conv_weight, A_log)
+    if places is None or now is None:
         return None
-    held = [(made, places)]  # changed as one, since several threads may be here
+    # Changed as one, since several threads may be here.
+    held: list[tuple[Any, Any, Any]] = [(made, places, located(*made[:2]))]
+    counts = conv_weight.numel(), A_log.numel()
 
     def take(x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor | None:
-        batch = len(x)
+        batch = x.shape[0]
         expect("x", x, (batch, 1, d))
-        expect("conv_state", conv_state, (batch, width, window))
-        expect("ssm_state", ssm_state, (batch, width, n))
-        made, places = held[0]
+        expect("conv_state", conv_state, (batch, window, width))
+        expect("ssm_state", ssm_state, (batch, n, width))
+        made, places, then = held[0]
         # By value, since writing to `.data` leaves versions as they are.
-        if not (torch.equal(conv_weight, made[0]) and torch.equal(A_log, made[1])):
+        if not alike(now[0], then[0], counts[0], now[1], then[1], counts[1]):
             made = derived()
-            places = places_of(*made[2:])  # type: ignore[assignment]
-            held[0] = made, places
+            places, then = places_of(*made[2:]), located(*made[:2])
+            held[0] = made, places, then
         sizes = (batch, d, width, n, window + 1, r)
         y = torch.empty_like(x) if norm is None else x.clone()
-        work = new(space(sizes) + batch * d)
-        found = located(x, conv_state.transpose(1, 2), ssm_state.transpose(1, 2), work, y)
+        size = space(sizes, in_proj, x_proj, out_proj)
+        work = new(size + batch * d)
+        found = located(x, conv_state, ssm_state, work, y)
         if found is None:
             return None
         source, conv, ssm, spare, target = found
         *read, weight = places
         if norm is not None:
-            normed = spare + 4 * space(sizes)
+            normed = spare + 4 * size
             normalise(batch, d, norm[1], source, weight, normed)
             source = normed
         launch(sizes, norm is not None, eps, source, *read, conv, conv, ssm, ssm, spare, target)

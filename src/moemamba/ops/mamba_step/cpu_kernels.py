@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kit.cpu import TILE, exact, exact_kernel, floats, fma, gated, next_state, silu, softplus
+from ..kit.cpu import TILE, exact, exact_kernel, floats, fma, gated, next_state, shorts, silu, softplus
 from ..kit.cpu.lanes import tile
 from ..kit.cpu.product import Entries, multiply, rounded
 
@@ -42,6 +42,23 @@ def normalise(rows: int, d: int, eps: float, x: int, weight: int, y: int) -> Non
         for c in range(d):
             target[c] = source[c]
         _normalise(y + 4 * b * d, d, weight, np.float32(eps), total)
+
+
+@exact_kernel
+def alike(first: int, of_first: int, size: int, second: int, of_second: int, length: int) -> bool:
+    """Whether two vectors (size,) have the same bits, and two others (length,)."""
+    a, b, c, d = (
+        shorts(first, 2 * size),
+        shorts(of_first, 2 * size),
+        shorts(second, 2 * length),
+        shorts(of_second, 2 * length),
+    )
+    differ = np.int16(0)
+    for i in range(2 * size):
+        differ |= a[i] ^ b[i]
+    for i in range(2 * length):
+        differ |= c[i] ^ d[i]
+    return differ == 0
 
 
 @exact

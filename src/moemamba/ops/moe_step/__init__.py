@@ -13,6 +13,8 @@ from . import reference
 
 FASTEST = 1024
 """rows up to which the kernels are cut: more are worth sorting"""
+EXPERTS, CHOICES = 128, 16
+"""as many as the kernels were tried with: a program holds the scores of all experts at once"""
 
 
 def moe_step(
@@ -95,7 +97,9 @@ def _supports(x: Tensor, *arguments: Any) -> str | None:
         return "its weights are not contiguous"
     if not 0 < x.shape[0] <= FASTEST:
         return f"it has kernels for 1 to {FASTEST} rows"
-    return "it has kernels for up to 16 choices of a row" if top_k > 16 else None
+    if router.shape[0] > EXPERTS:
+        return f"it has {router.shape[0]} experts, and the kernels hold the scores of up to {EXPERTS}"
+    return f"it has kernels for up to {CHOICES} choices of a row" if top_k > CHOICES else None
 
 
 def _triton() -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, clear, exact, exact_kernel, exp2, floats, integers, located, new, sigmoid
+from ..kit.cpu import LOG2E, address, clear, exact, exact_kernel, exp2, floats, integers, located, new, sigmoid
 from ..kit.cpu.product import launch, linear
 from ..kit.op import traced
 from . import reference
@@ -101,7 +101,7 @@ def prepare(
     if places is None:
         return None
     at_x, at_weight, at_bias, at_logits, at_gates, logits = places
-    chosen = indices.data_ptr()
+    chosen = address(indices, rows, top_k, dtype=torch.int64)
 
     kept = (*tensors, indices)
 

@@ -3,8 +3,6 @@ which for small models took most of the time."""
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from ...distributed import (
     gradient_norm,
     last_part,
     sharded,
-    split_sequences,
+    splitting,
     summing,
 )
 from ...layers.parts import Parts
@@ -147,7 +145,7 @@ class Step:
         (everywhere,) = processes.sum([counted.sum()])
         shares = counted / everywhere  # of all positions that count
         for number, part in enumerate(batch):
-            with last_part(self.forward, number == len(batch) - 1), self._split():
+            with last_part(self.forward, number == len(batch) - 1), splitting(model, self.sequence):
                 with mixed_precision(processes.device, self.dtype):
                     state = None
                     if self.carried is not None and part.goes_on is not None:
@@ -176,9 +174,6 @@ class Step:
         # A load of 0 everywhere leaves the biases where they are.
         model.update_balance_bias(router_stats(list(torch._foreach_mul(total, (~failed).to(total[0].dtype)))))
         return total, norm, failed
-
-    def _split(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.sequence is None else split_sequences(self.model, self.sequence)
 
     def _beside(self, stream: torch.cuda.Stream, batch: list[Batch]) -> Taken:
         current = torch.cuda.current_stream(self.processes.device)

@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ..packed import Packed, Weight
 from .arithmetic import bits, from_bits, nearest
 from .lanes import LANES, TILE_SHAPE, Tile, function, indices, masked_load, sum_lanes
 from .memory import floats, shorts
@@ -106,6 +107,11 @@ def _tile(rows: int, columns: int) -> Callable[..., None]:
 def room(k: int) -> int:
     """Numbers of 4 bytes that a rounded row of k takes, with what it is multiplied by."""
     return (k + TOGETHER - 1) // TOGETHER * LANES + 1
+
+
+def room_of(k: int, *weights: Weight | None) -> int:
+    """That of rows which one of these weights multiplies: none where none of them has 8 bits."""
+    return room(k) if any(isinstance(weight, Packed) for weight in weights) else 0
 
 
 @exact

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,12 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     return _compiled(function, FAST | {"reassoc"})
 
 
-def exact_kernel(function: Callable[..., None]) -> Callable[..., None]:
+def exact_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """As `kernel`, of `exact` functions: no sum is taken in another order than is written."""
     return _compiled(function, set())
 
 
-def _compiled(function: Callable[..., None], fast: set[str]) -> Callable[..., None]:
+def _compiled(function: Callable[..., Any], fast: set[str]) -> Callable[..., Any]:
     folder = _cache_folder()
     before, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
@@ -168,14 +168,28 @@ event.register("numba:compile", _Announce())
 def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
     """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
     threads = min(torch.get_num_threads(), tasks)
-    if threads == 1 or work < WORTH_THREADS:
+    if threads <= 1 or work < WORTH_THREADS:
         compiled(0, tasks, *arguments)
         return
     bounds = [tasks * i // threads for i in range(threads + 1)]
-    others = [_pool().submit(compiled, *bounds[i : i + 2], *arguments) for i in range(1, threads)]
-    compiled(*bounds[:2], *arguments)
+    others: list[Future[None]] = []
+    try:
+        for i in range(1, threads):
+            others.append(_pool().submit(compiled, *bounds[i : i + 2], *arguments))
+        compiled(*bounds[:2], *arguments)
+    finally:
+        _join(others)
     for other in others:
         other.result()
+
+
+def _join(others: list[Future[None]]) -> None:
+    """Wait for other threads, Ctrl-C or not: whoever called the kernel frees what they are still writing to."""
+    try:
+        wait(others)
+    except BaseException:
+        _join(others)
+        raise
 
 
 @cache
