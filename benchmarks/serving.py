@@ -1,13 +1,15 @@
 """Serving on a CPU, in CPU time of one thread: `serving.py [--model moe-mamba-small] [--only poisson long ...]`.
 
-- **poisson**: requests come at random, 8 a second, with prompts of 32, 128 or 512 tokens and 32 to 128 new ones, and
-  are answered in 16 slots; beside it the same one after another, as `generate` does, and by transformers' `generate`
-  where the model is Mamba alone. The clock is virtual: the CPU time of the work, so that nothing else counts.
+- **poisson**: requests come at random, `--rate` a second, with prompts of 32, 128 or 512 tokens and 32 to 128 new ones,
+  and are answered in 16 slots; beside it the same one after another, as `generate` does. The clock is virtual: the CPU
+  time of the work, so that nothing else counts. No side can make more tokens a second than are asked for.
 - **long**: a prompt of 32,768 tokens arrives while 8 answers are under way: how long these wait for each token.
 - **again**: a prompt of 8,192 tokens, and the same once more: time to the first token.
 - **many**: 64 sequences of 32,768 tokens at once: bytes of their states, tokens a second.
 - **http**: what a request and a token cost besides, in a server of a small model: CPU time of its process with clients,
   less that of the engine alone with the same requests.
+- **peers**, with `--peers` or by name: the requests of poisson, all at once, in transformers and in llama.cpp with the
+  same weights (a `-portable` preset, or `mamba-small`); greedy tokens are compared first. See `peers.py`.
 
 Random weights, a vocabulary of 257. The last line is one JSON object.
 """
@@ -27,22 +29,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import compared
 
-from moemamba import MoEMamba, preset, save
+from moemamba import MoEMamba, load, preset, save
 from moemamba.inference import Engine, Request, Sampling, StateCache
 from moemamba.serving.config import Limits
 from moemamba.text import ByteTokenizer
 
 GREEDY = Sampling(temperature=0)
-RATE, COUNT, SLOTS, TURNS = 8.0, 32, 16, 3
+COUNT, SLOTS, TURNS = 96, 16, 3
 VOCABULARY = 257
 LONG, AGAIN, STREAMS, MANY = 32_768, 8_192, 8, 64
 REQUESTS, TOKENS, CLIENTS = 400, 32, 16
 
 
-def build(name: str) -> MoEMamba:
+def build(name: str, weights: str = "float32") -> MoEMamba:
     torch.manual_seed(0)
-    return MoEMamba(preset(name, vocab_size=VOCABULARY)).eval().requires_grad_(False)
+    model = MoEMamba(preset(name, vocab_size=VOCABULARY)).eval().requires_grad_(False)
+    if weights != "int8":
+        return model
+    with tempfile.TemporaryDirectory() as folder:
+        save(f"{folder}/model", model, ByteTokenizer())
+        return load(f"{folder}/model", weights="int8")[0].eval()
 
 
 def tokens(draw: random.Random, count: int) -> list[int]:
@@ -121,50 +129,21 @@ def played(engine: Engine, asked: Arrivals, most: int) -> dict[str, Any]:
     }
 
 
-def transformers_one_by_one(name: str, asked: Arrivals) -> dict[str, Any]:
-    """The same load through transformers' `generate`, which cannot batch a Mamba that comes at any time."""
-    from transformers import MambaConfig, MambaForCausalLM
-
-    config = preset(name, vocab_size=VOCABULARY)
-    theirs = MambaForCausalLM(
-        MambaConfig(
-            hidden_size=config.d_model,
-            num_hidden_layers=len(config.layers),
-            vocab_size=VOCABULARY,
-            state_size=config.mamba.d_state,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    ).eval()
-    clock, count, first = Clock(), 0, []
-    with torch.inference_mode():
-        for then, prompt, new in asked:
-            clock.wait_for(then)
-            ids = torch.tensor([prompt])
-            theirs.generate(ids, max_new_tokens=1, do_sample=False)
-            first.append(clock.now - then)
-            theirs.generate(ids[:, -1:], max_new_tokens=new - 1, do_sample=False)  # its time without the prompt again
-            count += new
-    return {"tokens/s": round(count / clock.now), "first token, ms": milliseconds(first, 0.5, 0.99)}
-
-
-def poisson(name: str, rate: float) -> dict[str, Any]:
-    model, asked = build(name), arrivals(rate)
+def poisson(model: MoEMamba, rate: float) -> dict[str, Any]:
+    asked = arrivals(rate)
     played(served(model), asked[:4], SLOTS)  # kernels
-    sides: dict[str, Any] = {}
+    sides: dict[str, Any] = {"asked for, tokens/s": round(sum(new for _, _, new in asked) / asked[-1][0])}
     for turn in range(TURNS):
         for side, slots in (("one after another", 1), ("engine", SLOTS)):
             found = played(served(model, slots), asked, slots)
             if turn == 0 or found["tokens/s"] > sides[side]["tokens/s"]:
                 sides[side] = found
-    if set(model.config.pattern) == {"M"}:
-        sides["transformers"] = transformers_one_by_one(name, asked)
     return sides
 
 
-def long_prompt(name: str) -> dict[str, Any]:
+def long_prompt(model: MoEMamba) -> dict[str, Any]:
     """Gaps between the tokens of answers under way, before a long prompt comes and while it is read."""
-    model, draw = build(name), random.Random(1)
+    draw = random.Random(1)
     engine = served(model, cache=StateCache(256 << 20))
     streams = {engine.submit(Request(tokens(draw, 32), 1 << 20, GREEDY)) for _ in range(STREAMS)}
     for _ in range(50):
@@ -186,8 +165,8 @@ def long_prompt(name: str) -> dict[str, Any]:
     return {**found, "first token of the prompt, s": round(time.process_time() - began, 2)}
 
 
-def same_again(name: str) -> dict[str, Any]:
-    model, draw = build(name), random.Random(2)
+def same_again(model: MoEMamba) -> dict[str, Any]:
+    draw = random.Random(2)
     engine = served(model, cache=StateCache(256 << 20))
     prompt, found = tokens(draw, AGAIN), {}
     for turn in ("first", "again", "again, with 5 tokens more"):
@@ -201,8 +180,8 @@ def same_again(name: str) -> dict[str, Any]:
     return found
 
 
-def many_long(name: str) -> dict[str, Any]:
-    model, draw = build(name), random.Random(3)
+def many_long(model: MoEMamba) -> dict[str, Any]:
+    draw = random.Random(3)
     engine = Engine(model, MANY, 512)
     engine.submit(Request(tokens(draw, LONG), 0, keep=True))
     (event,) = [event for _ in iter(lambda: engine.busy, False) for event in engine.step()]
@@ -294,19 +273,23 @@ def over_http() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="moe-mamba-small", help="a preset")
-    parser.add_argument("--rate", type=float, default=RATE, help="requests a second")
+    parser.add_argument("--weights", default="float32", choices=["float32", "int8"])
+    parser.add_argument("--rate", type=float, nargs="+", default=[8.0, 12.0], help="requests a second")
     parser.add_argument("--only", nargs="+", default=["poisson", "long", "again", "many", "http"])
+    parser.add_argument("--peers", action="store_true", help="transformers and llama.cpp too")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"model": options.model, "torch": torch.__version__}
+    model = build(options.model, options.weights)
+    results: dict[str, Any] = {"model": options.model, "weights": options.weights, "torch": torch.__version__}
     kinds = {
-        "poisson": lambda: poisson(options.model, options.rate),
-        "long": lambda: long_prompt(options.model),
-        "again": lambda: same_again(options.model),
-        "many": lambda: many_long(options.model),
+        "poisson": lambda: {f"{rate:g} a second": poisson(model, rate) for rate in options.rate},
+        "long": lambda: long_prompt(model),
+        "again": lambda: same_again(model),
+        "many": lambda: many_long(model),
         "http": over_http,
+        "peers": lambda: compared(build(options.model), [(p, n) for _, p, n in arrivals(1.0)[:32]], SLOTS, served),
     }
-    for kind in options.only:
+    for kind in dict.fromkeys([*options.only, *(["peers"] if options.peers else [])]):
         results[kind] = kinds[kind]()
         print(f"{kind}: {json.dumps(results[kind], indent=2)}", flush=True)
     print(json.dumps(results))

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from moemamba import ModelConfig, MoEMamba, generate, ops
 from moemamba.config import AttentionConfig
-from moemamba.inference import Engine, Request, Sampling, engine
+from moemamba.inference import Engine, Request, Sampling, engine, prepared
 from moemamba.inference.prefill import alike
+from moemamba.inference.prepared import _Beside
 from moemamba.inference.scheduler import Part
 from moemamba.inference.slots import Slots
 from moemamba.layers import Attention, RoutedMamba
@@ -122,6 +123,53 @@ def test_where_answers_may_depend_on_others():
     Engine(MoEMamba(fine.config.replace(n_shared_experts=1)), 2, batch_invariant=True)
     with pytest.raises(ValueError, match="batch_invariant does not hold here"):
         engine.renew(fine)
+
+
+@pytest.mark.parametrize("pattern", ["ME", "AR", "M(FE)", "(MA)E", "ME hooked"])
+def test_prompts_are_read_with_the_rows_that_decode(pattern, monkeypatch):
+    """The same bits as apart: tokens, scores, routing, states and load, of several prompts with padding."""
+    model, found = build(pattern.removesuffix(" hooked")), []
+    if "hooked" in pattern:  # so that it may look at whole sequences
+        model.layers[1].branches[0].router.register_forward_hook(lambda *_: None)
+    read = _Beside.read
+    monkeypatch.setattr(_Beside, "read", lambda self, *given: found.append(self.group) or read(self, *given))
+
+    def answers():
+        made = Engine(model, 5, chunk=12)
+        events = {made.submit(Request([3, 1], 30, GREEDY)): []}
+        for k, prompt in enumerate(PROMPTS):
+            if k % 3 == 0:
+                made.step()
+            asked = {"prompt_logprobs": 2, "routing": True} if k % 2 else {}
+            events[made.submit(Request(prompt * (1 + k), 5, seed=(k, 0), logprobs=1, keep=True, **asked))] = []
+        while made.busy:
+            for event in made.step():
+                events[event.request].append(event)
+        return list(events.values()), made.load
+
+    together, load = answers()
+    assert any(group.seq_idx is not None for group in found) and any(group.state is not None for group in found)
+    found.clear()
+    monkeypatch.setattr(prepared, "TOGETHER", 0)
+    apart, expected = answers()
+    assert not found
+    for one, other in zip(together, apart, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a._replace(reading=None) == b._replace(reading=None)
+            assert (a.reading is None) == (b.reading is None)
+            if a.reading is not None:
+                same(a.reading, b.reading)
+    assert all(torch.equal(a, b) for a, b in zip(load, expected, strict=True)) and len(load) == len(expected)
+
+
+def same(a, b):
+    """Two readings, bit for bit."""
+    assert a[:2] == b[:2] and (a.routing is None) == (b.routing is None)
+    for one, other in zip(a.routing or (), b.routing or (), strict=True):
+        assert all((mine == theirs).all() for mine, theirs in zip(one, other, strict=True))
+    assert torch.equal(a.snapshot.hidden, b.snapshot.hidden)
+    for one, other in zip(a.snapshot.state.mixers, b.snapshot.state.mixers, strict=True):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
 def test_what_is_refused():

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from moemamba import ModelConfig, MoEMamba, State, generate
 from moemamba.config import AttentionConfig
-from moemamba.inference import Engine, Request, Sampling, Snapshot, StateCache, prefill
+from moemamba.inference import Engine, Request, Sampling, Snapshot, StateCache
 from moemamba.inference.choosing import Tilt
+from moemamba.inference.prefill import Reader
 from moemamba.inference.stopping import read_stops
 
 GREEDY = Sampling(temperature=0)
@@ -102,9 +103,21 @@ def test_a_state_goes_on(model):
         assert [score.logprob for score in event.reading.scores] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def lengths_read(monkeypatch):
+    """A list of how long the parts of prompts are that are read from now on."""
+    gather, seen = Reader.gather, []
+
+    def watched(self, parts, runs):
+        groups = gather(self, parts, runs)
+        seen.extend(part.last - part.first for group in groups for part in group.parts)
+        return groups
+
+    monkeypatch.setattr(Reader, "gather", watched)
+    return seen
+
+
 def test_what_is_known_is_not_read_again(model, monkeypatch):
-    read, seen = prefill.read, []
-    monkeypatch.setattr(prefill, "read", lambda m, rows, *rest: seen.extend(map(len, rows)) or read(m, rows, *rest))
+    seen = lengths_read(monkeypatch)
     engine = Engine(model, 4, cache=StateCache(1 << 20))
     (first,) = run(engine, Request(PROMPT, 8, seed=(4, 0)))
     assert seen == [len(PROMPT)] and first[0].reading.cached == 0
@@ -124,8 +137,7 @@ def test_what_is_known_is_not_read_again(model, monkeypatch):
 
 
 def test_samples_share_their_prompt(model, monkeypatch):
-    read, seen = prefill.read, []
-    monkeypatch.setattr(prefill, "read", lambda m, rows, *rest: seen.extend(map(len, rows)) or read(m, rows, *rest))
+    seen = lengths_read(monkeypatch)
     alone = [generate(model, PROMPT, 6, seed=[k]) for k in range(5)]
     seen.clear()
     requests = [Request(PROMPT, 6, seed=(k, 0)) for k in range(5)]

@@ -21,7 +21,7 @@ slow = pytest.mark.slow
 def test_the_page_is_small_and_plain():
     files = [file for file in PAGE.iterdir() if file.is_file()]
     assert {file.suffix for file in files} == {".html", ".css", ".js"}
-    assert sum(file.stat().st_size for file in files) <= 75_000
+    assert sum(file.stat().st_size for file in files) <= 61_000
     text = "".join(file.read_text(encoding="utf-8") for file in files)
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
     html = (PAGE / "index.html").read_text(encoding="utf-8")
@@ -166,6 +166,45 @@ def test_chat(browser, server):
         page.reload()
         page.wait_for_selector("#turns .assistant")
         assert page.text_content("#turns .user .prose") == "hello"
+
+
+@slow
+def test_answer_again(browser, server):
+    with opened(browser, server, "#write?max_tokens=12") as page:
+        page.click("#mode [value=chat]")
+        assert not page.is_visible("#again")
+        for said in ("hello", "more"):
+            page.fill("#prompt", said)
+            page.keyboard.press("Enter")
+            page.wait_for_selector(f"#turns li:nth-child({4 if said == 'more' else 2}) .token")
+            page.wait_for_selector("#go:text-is('Send')")
+        page.fill("#prompt", "a draft")
+        page.evaluate("document.querySelector('#turns li:last-child').dataset.old = 1")
+        page.click("#again")
+        page.wait_for_selector("#turns li:nth-child(4):not([data-old]) .token")
+        page.wait_for_selector("#go:text-is('Send')")
+        assert page.locator("#turns li").count() == 4 and page.input_value("#prompt") == "a draft"
+        assert page.locator("#turns .user .prose").all_text_contents() == ["hello", "more"]
+        page.reload()
+        page.wait_for_selector("#turns li:nth-child(4)")
+        assert page.locator("#turns li").count() == 4, "the link has what was answered last"
+
+
+@slow
+def test_skip_and_copy(browser, server):
+    permissions = ["clipboard-read", "clipboard-write"]
+    with opened(browser, server, permissions=permissions) as page:
+        assert page.locator("#skip").bounding_box()["x"] < 0
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == "skip" and page.locator("#skip").bounding_box()["x"] >= 0
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "main" and page.evaluate("location.hash") == "#write"
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('main') !== null"), "the head is behind"
+        page.click("#copy")
+        page.wait_for_selector("#copy:text-is('Copied')")
+        assert page.evaluate("navigator.clipboard.readText()") == page.url
+        page.wait_for_selector("#copy:text-is('Copy link')")
 
 
 @slow

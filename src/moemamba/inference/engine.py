@@ -15,7 +15,7 @@ from .cache import Snapshot, StateCache
 from .choosing import Chooser, Tilt
 from .evaluation import NOT_FINITE, in_evaluation, why_varies
 from .graph import Stepper, capturable, fingerprint
-from .prefill import Reader, score, scores
+from .prefill import Group, Reader, score, scores
 from .request import Event, Request, Run, Score
 from .scheduler import Part, Scheduler
 from .slots import Slots
@@ -219,10 +219,11 @@ class Engine:
             events, earlier = self._landed(earlier), []
         self._reader.admit(self._runs)
         parts = self._scheduler.plan()
+        groups = self._reader.gather(parts, self._runs)
         if self._live:
-            self._decode()
+            self._decode(groups)
         if parts:
-            self._read(parts)
+            self._read(parts, groups)
         if not self._ahead:
             earlier, self._flights = self._flights, []
         events += self._landed(earlier)
@@ -231,14 +232,14 @@ class Engine:
             events, self._events = events + self._events, []
         return events
 
-    def _decode(self) -> None:
-        """Launch the next token of the live rows."""
+    def _decode(self, groups: list[Group]) -> None:
+        """Launch the next token of the live rows, and read what prompts are cheaper to read with them."""
         assert self._model is not None
         if self._outlook is None:
             self._outlook = _Outlook(self._live)
         runs, left = self._outlook.runs, self._outlook.most
         greedy = self._ahead and self._outlook.greedy
-        hidden, logits = self._stepper.step(self._model, greedy, left)
+        hidden, logits = self._stepper.step(self._model, greedy, left, groups)
         if logits is not None:
             if self._chooser is None:
                 self._chooser = Chooser(runs, left, self._model.config.vocab_size, self._device)
@@ -251,11 +252,11 @@ class Engine:
         self._outlook.launch()
         self._launch(runs, self._rows.tokens[: len(runs)], output if looks else None, logits, self._outlook.scored)
 
-    def _read(self, parts: list[Part]) -> None:
+    def _read(self, parts: list[Part], groups: list[Group]) -> None:
         """Read parts of prompts, and launch the first token of those that end."""
         assert self._model is not None
         ready = []
-        for each in self._reader.read(parts, self._runs):
+        for each in self._reader.read(parts, groups, self._runs):
             self._close([run for run in each.runs if not run.request.max_new_tokens], each.hidden, each.runs)
             ready.append(each.select([row for row, run in enumerate(each.runs) if run.request.max_new_tokens]))
         ready = [each for each in ready if each.runs]

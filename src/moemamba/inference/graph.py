@@ -3,6 +3,7 @@
 A step of eager calls is bound by the host, which launches hundreds of small kernels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..layers.moe.experts import Experts
 from ..layers.plain import plain, why_not_plain
 from ..layers.residual import Residual
 from ..model import MoEMamba
+from .prefill import Group
 from .prepared import PreparedStep, prepared
 from .slots import Slots
 
@@ -49,12 +51,15 @@ class Stepper:
         self._pool: Any = None
         self._prepared: PreparedStep | None = None
 
-    def step(self, model: MoEMamba, greedy: bool, left: int) -> tuple[Tensor, Tensor | None]:
+    def step(
+        self, model: MoEMamba, greedy: bool, left: int, groups: Sequence[Group] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         """A token of each live row, whose state changes.
 
         Args:
             greedy: choose the most likely tokens for the slots to read next; otherwise return logits.
             left: most tokens that a live row still gets, this one included.
+            groups: of prompts that are to be read; those that it costs less to read in passing have been `found` then.
         Returns:
             hidden (live, d) that the head saw, and logits (live, v) or None. The next step may overwrite both.
         """
@@ -73,7 +78,7 @@ class Stepper:
             hidden, logits = done.hidden, done.logits
         else:
             self._seen[key] = self._seen.get(key, 0) + 1
-            hidden, logits = self._compute(model, *key)
+            hidden, logits = self._compute(model, *key, groups)
         self.slots.advance()
         return hidden[:live], None if logits is None else logits[:live]
 
@@ -84,7 +89,9 @@ class Stepper:
             return min((rows for rows, kind in self.graphs if kind == greedy and rows >= live), default=wanted)
         return wanted
 
-    def _compute(self, model: MoEMamba, rows: int, greedy: bool) -> tuple[Tensor, Tensor | None]:
+    def _compute(
+        self, model: MoEMamba, rows: int, greedy: bool, groups: Sequence[Group] = ()
+    ) -> tuple[Tensor, Tensor | None]:
         slots = self.slots
         tokens = slots.tokens[:rows]
         length = slots.room if self.padded else slots.longest + 1  # a graph knows no lengths
@@ -94,7 +101,7 @@ class Stepper:
         if self._prepared is None:
             hidden = _through(model, tokens, slots.seen(length), place)
         else:
-            hidden = self._prepared(tokens, length, place)
+            hidden = self._prepared(tokens, length, place, groups)
         slots.places[:rows] += 1
         if not greedy:
             return hidden, model.head(hidden)

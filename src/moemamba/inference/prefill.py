@@ -1,6 +1,7 @@
 """Reading prompts: parts of several at once, padded on the left."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,29 @@ class Read(NamedTuple):
     state: State
     load: tuple[Tensor, ...]
     """of each router (e,) choices that fell on each expert"""
+
+
+@dataclass
+class Group:
+    """Parts of prompts that are read as one batch."""
+
+    parts: list[Part]
+    runs: list[Run]
+    """whose prompts these are, row by row"""
+    tokens: Tensor
+    """(b, l), padded on the left"""
+    seq_idx: Tensor | None
+    """(b, l), -1 at padding; None without any"""
+    state: State | None
+    """before them; None: they begin"""
+    record: list[Choice] | None
+    """where choices of experts go, (b, l, k), if somebody asked for them"""
+    found: Read | None = None
+
+    @property
+    def count(self) -> int:
+        """Positions, without padding."""
+        return sum(part.last - part.first for part in self.parts)
 
 
 class Ready(NamedTuple):
@@ -74,9 +98,16 @@ class Reader:
             if not other.ended:
                 self._begin(other, held=True)
 
-    def read(self, parts: Sequence[Part], runs: Mapping[int, Run]) -> list[Ready]:
-        """Read parts of prompts; returns what those have left that are at their end."""
-        ready = [self._group(group, runs) for group in alike([p for p in parts if p.first < p.last])]
+    def gather(self, parts: Sequence[Part], runs: Mapping[int, Run]) -> list[Group]:
+        """What has to be read of parts of prompts."""
+        return [
+            self._group(group, [runs[part.request] for part in group])
+            for group in alike([part for part in parts if part.first < part.last])
+        ]
+
+    def read(self, parts: Sequence[Part], groups: Sequence[Group], runs: Mapping[int, Run]) -> list[Ready]:
+        """Read the groups that parts make and that have not been read; returns what prompts at their end have left."""
+        ready = [self._read(group) for group in groups]
         for part in parts:
             if part.first == part.last:  # all of it was known
                 run = runs[part.request]
@@ -114,10 +145,14 @@ class Reader:
         run.saves = frozenset(cuts)
         self._scheduler.begin(run.number, run.cached, cuts)
 
-    def _group(self, group: list[Part], runs: Mapping[int, Run]) -> Ready:
-        """Read parts as one batch."""
-        own = [runs[part.request] for part in group]
-        rows = [run.key[1][part.first : part.last] for run, part in zip(own, group, strict=True)]
+    def _group(self, parts: list[Part], own: list[Run]) -> Group:
+        rows = [run.key[1][part.first : part.last] for run, part in zip(own, parts, strict=True)]
+        longest, device = max(map(len, rows)), self.model.embedding.weight.device
+        tokens = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+        seq_idx = None
+        if any(len(row) < longest for row in rows):
+            marks = [[-1] * (longest - len(row)) + [0] * len(row) for row in rows]
+            seq_idx = torch.tensor(marks, device=device)
         like = next((run.state for run in own if run.state is not None), None)
         before = None
         if like is not None:  # who begins goes on from nothing, so that weights are read once for all
@@ -125,14 +160,20 @@ class Reader:
                 tuple(kind.allocate(1, 0, each) for kind, each in zip(self.kinds, like.mixers, strict=True))
             )
             before = joined(self.kinds, [run.state or nothing for run in own])
-        record: list[Choice] | None = [] if any(run.request.routing for run in own) else None
-        found = read(self.model, rows, before, record)
+        return Group(parts, own, tokens, seq_idx, before, [] if any(run.request.routing for run in own) else None)
+
+    def _read(self, group: Group) -> Ready:
+        """What a group leaves."""
+        if group.found is None:
+            hidden, state, router = self.model.backbone(group.tokens, group.state, group.seq_idx, group.record)
+            group.found = Read(hidden, state, tuple(stats.load for stats in router))
+        found = group.found
         self.load = [a + b for a, b in zip(self.load, found.load, strict=True)] if self.load else list(found.load)
-        for place, (run, part) in enumerate(zip(own, group, strict=True)):
-            self._note(run, part, place, found, record)
+        for place, (run, part) in enumerate(zip(group.runs, group.parts, strict=True)):
+            self._note(run, part, place, found, group.record)
             run.state = None if part.ends else found.state.select(slice(place, place + 1))
-        everyone = Ready(own, found.hidden[:, -1], found.state)
-        return everyone.select([place for place, part in enumerate(group) if part.ends])
+        everyone = Ready(group.runs, found.hidden[:, -1], found.state)
+        return everyone.select([place for place, part in enumerate(group.parts) if part.ends])
 
     def _note(self, run: Run, part: Part, place: int, found: Read, record: list[Choice] | None) -> None:
         """Keep what is asked for of a part."""
@@ -197,20 +238,6 @@ def alike(parts: Sequence[Part]) -> list[list[Part]]:
                 continue
         groups.append([part])
     return groups
-
-
-def read(
-    model: MoEMamba, rows: Sequence[Sequence[int]], state: State | None, record: list[Choice] | None = None
-) -> Read:
-    """Read tokens of several prompts after a state of as many rows; `record` as in `MoEMamba.forward`."""
-    device, longest = model.embedding.weight.device, max(map(len, rows))
-    tokens = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
-    seq_idx = None
-    if any(len(row) < longest for row in rows):
-        marks = [[-1] * (longest - len(row)) + [0] * len(row) for row in rows]
-        seq_idx = torch.tensor(marks, device=device)
-    hidden, state, router = model.backbone(tokens, state, seq_idx, record)
-    return Read(hidden, state, tuple(stats.load for stats in router))
 
 
 def joined(kinds: Sequence[type[Layer]], states: Sequence[State]) -> State:

@@ -74,6 +74,9 @@ class FeedForward(Layer):
         y: Tensor = self.down_proj(ops.activate(self.up_proj(x), self.activation))
         return y
 
+    def positionwise(self) -> bool:
+        return plain(self, FeedForward)
+
     def step_with_norm(self, x: Tensor, norm: nn.Module, buffers: Any, live: int, place: Tensor) -> Tensor | None:
         up, down = weights_of(self.up_proj), weights_of(self.down_proj)
         if not plain(self, FeedForward) or up is None or down is None:

@@ -140,6 +140,11 @@ class Layer(nn.Module):
         """
         return self.step_by_call(self, x, buffers, live, place)
 
+    def positionwise(self) -> bool:
+        """Whether `forward` makes of each position what it makes of it alone, so that those of any sequences may be
+        one batch."""
+        return False
+
     def prepare(self, buffers: Any, x: Tensor, y: Tensor) -> "Prepared":
         """`step` over and over for the first rows of x (rows, d), with what stays the same looked up beforehand.
 

@@ -1,6 +1,7 @@
 """One residual sub-layer: a norm and the letters that share it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,25 +83,27 @@ class Residual(nn.Module):
                 LAYERS[letter].store(each, next(new), live, place)
         return x + y
 
-    def prepare(self, buffers: Sequence[Any], x: Tensor, h: Tensor) -> list[Prepared] | None:
-        """`step` over and over for the first rows of x (rows, d), which it changes in place; see `Layer.prepare`.
+    def prepare(
+        self, buffers: Sequence[Any], x: Tensor, h: Tensor, rows: int
+    ) -> tuple[Callable[[int], None], list[Prepared]]:
+        """`step` over and over for the first rows of x (n, d), which it changes in place; see `Layer.prepare`.
+
+        It holds as long as this is what it was built as.
 
         Args:
             buffers: those of its mixers.
-            h: (rows, d) room.
+            h: (n, d) room.
+            rows: that steps are made of, n at most; of the others h can be had too.
         Returns:
-            functions to be called in turn; None where this is no longer what it was built as.
+            a function of how many rows, which makes h of x, and one for each letter, to be called in turn.
         """
-        if not plain(self, Residual):
-            return None
-        normalise, mixers = prepare_norm(self.norm, x, h), iter(buffers)
-        steps: list[Prepared] = [lambda live, room, place: normalise(live)]
+        mixers, steps, source, target = iter(buffers), [], h[:rows], x[:rows]
         for letter, layer in zip(self.letters, self.branches, strict=True):
             kind = LAYERS[letter]
             own = None if kind.state_type is None else next(mixers)
-            here = isinstance(layer, kind)
-            steps.append(layer.prepare(own, h, x) if here else kind.prepare_by_step(layer, own, h, x))  # type: ignore[operator]
-        return steps
+            prepare = layer.prepare if isinstance(layer, kind) else partial(kind.prepare_by_step, layer)
+            steps.append(prepare(own, source, target))
+        return prepare_norm(self.norm, x, h), steps
 
     def _step(self, x: Tensor, buffers: list[Any], live: int, place: Tensor) -> Tensor:
         """`step` of a sub-layer that is what it was built as, though its layers may not be."""

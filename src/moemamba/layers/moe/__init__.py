@@ -147,9 +147,13 @@ class MoE(Layer):
             y = y + (shared if seq_idx is None else shared.masked_fill(seq_idx[..., None] < 0, 0))
         return y, routing.stats
 
+    def positionwise(self) -> bool:
+        """In evaluation, where no expert is ever full; a router of one's own may look at whole sequences."""
+        return plain(self, MoE) and plain(self.router, Router)
+
     def step(self, x: Tensor, buffers: Any, live: int, place: Tensor) -> Tensor:
         """Without what the router did, where the layer is what it was built as."""
-        if plain(self, MoE) and plain(self.router, Router) and not autocasts(x.device.type):
+        if self.positionwise() and not autocasts(x.device.type):
             return self.serve(x)
         return super().step(x, buffers, live, place)
 

@@ -42,6 +42,16 @@ async function model() {
 }
 
 $("problem").lastElementChild.onclick = content;
+$("skip").onclick = (event) => {
+	event.preventDefault(); // the address is the view's
+	$("main").focus();
+};
+$("copy").hidden = !navigator.clipboard; // there is none without TLS, but on this machine
+$("copy").onclick = () => attempt(async () => {
+	await navigator.clipboard.writeText(location.href);
+	$("copy").textContent = "Copied";
+	setTimeout(() => { $("copy").textContent = "Copy link"; }, 1500);
+});
 
 try {
 	const found = await model();

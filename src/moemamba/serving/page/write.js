@@ -23,7 +23,7 @@ export function begin(model) {
 	inspect($("turns"));
 	$("prompt").addEventListener("input", link);
 	$("go").onclick = () => (writing ? writing.abort() : go());
-	$("again").onclick = () => write(now.base, null);
+	$("again").onclick = () => (now.chat ? answerAgain() : write(now.base, null));
 	$("edit").onclick = edit;
 	$("story").ondblclick = edit;
 	$("keep").onclick = () => attempt(keep);
@@ -75,7 +75,8 @@ function frame() {
 	$("prompt").placeholder = now.chat ? "Say something." : "Begin a text. The model goes on.";
 	$("go").textContent = writing ? "Stop" : now.chat ? "Send" : wrote ? "Write on" : "Write";
 	$("keep").hidden = $("route").hidden = Boolean(writing) || now.chat;
-	$("again").hidden = $("edit").hidden = $("keep").hidden || !wrote;
+	$("edit").hidden = $("keep").hidden || !wrote;
+	$("again").hidden = Boolean(writing) || (now.chat ? now.turns.at(-1)?.role !== "assistant" : !wrote);
 	chip($("after"), now.state, () => { now.state = null; frame(); link(); });
 	for (const each of $("mode").children) each.setAttribute("aria-pressed", (each.value === "chat") === now.chat);
 	$("write").classList.toggle("busy", Boolean(writing));
@@ -131,7 +132,7 @@ function say(text) {
 		const message = { role: "user", content: text };
 		now.turns.push(message);
 		$("turns").append(turn(message));
-		$("prompt").value = "";
+		if ($("prompt").value.trim() === text) $("prompt").value = "";
 		const answer = { role: "assistant", content: "" }, item = turn(answer), decoder = new TextDecoder();
 		$("turns").append(item);
 		const body = { ...asked, messages: [...now.turns], logprobs: true, top_logprobs: 5, ...after() };
@@ -150,6 +151,12 @@ function say(text) {
 		link();
 		$("prompt").focus();
 	});
+}
+
+function answerAgain() {
+	const [asked] = now.turns.splice(-2);
+	for (const each of [...$("turns").children].slice(-2)) each.remove();
+	return say(asked.content);
 }
 
 const after = () => (now.state ? { state: now.state } : {});

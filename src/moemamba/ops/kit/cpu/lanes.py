@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 
 LANES = 16  # as many as the widest registers hold; others take two or four for one of these
 _SIZE = 4 * LANES  # bytes
+_AHEAD = 1 << 14  # bytes of weights between what is read and what is fetched
+_SECOND = 2  # the cache that it is fetched to: memory answers it with more lines at a time than the first
 
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -77,7 +79,6 @@ class Tile:
         self.k, x, x_step, w, w_step, self.y, self.y_step, *self.besides = values
         self.x = [self._row(x, x_step, r) for r in range(rows)]
         self.w = [self._row(w, w_step, c) for c in range(columns)]
-        self.ahead = builder.mul(w_step, _INT64(columns))
 
     def write(self) -> None:
         b = self.b
@@ -156,8 +157,8 @@ class Tile:
         byte = ir.IntType(8).as_pointer()
         fetch = function(self.b, "llvm.prefetch.p0", ir.VoidType(), byte, _INT32, _INT32, _INT32)
         for row in self.w:
-            where = self.b.inttoptr(self.b.add(self.b.add(row, place), self.ahead), byte)
-            self.b.call(fetch, [where, _INT32(0), _INT32(3), _INT32(1)])
+            where = self.b.inttoptr(self.b.add(self.b.add(row, place), _INT64(_AHEAD)), byte)
+            self.b.call(fetch, [where, _INT32(0), _INT32(_SECOND), _INT32(1)])
 
     def _store(self, sums: list[Any]) -> None:
         """Add the lanes of each sum, of up to 16 sums at a time, and write them row by row."""
