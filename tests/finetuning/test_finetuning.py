@@ -112,7 +112,7 @@ def test_prompts_with_completions_and_texts():
         ('{"prompt": "x"}', "completion is None"),
         ('{"text": "x", "prompt": "y"}', "expected one of"),
         ("[1]", "expected one of"),
-        ("{", "is not JSON"),
+        ("{", 'is not JSON .*; write a JSON object with "messages"'),
     ],
 )
 def test_a_line_that_is_no_example_is_named(line, said, tmp_path):
@@ -329,8 +329,9 @@ def test_what_is_replayed_is_learnt_too(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("replay", "said"),
     [
-        ("1.5:books", "the share must be greater than 0 and less than 1"),
-        ("0", "the share must be greater than 0 and less than 1"),
+        ("1.5:books", "the share must be greater than 0 and at most 0.9"),
+        ("0.999999", "the share must be greater than 0 and at most 0.9"),
+        ("0", "the share must be greater than 0 and at most 0.9"),
         ("-0.1:books", "replay is '-0.1:books', whose weight is -0.1; write a number above 0"),
         ("", "replay is '', which names no text"),
     ],

@@ -234,3 +234,10 @@ def test_formats_are_those_of_the_command():
 
     choices = next(option for option in options(Export) if option.name == "--to").takes
     assert choices.split() == ["|".join(FORMATS)] or set(choices.strip().split("|")) == set(FORMATS)
+
+
+def test_an_export_shows_no_bars(tmp_path, capfd):
+    pytest.importorskip("transformers")
+    save(tmp_path / "run", build("M", 1), ByteTokenizer())
+    export(tmp_path / "run", "hf", tmp_path / "out")
+    assert capfd.readouterr() == ("", "")

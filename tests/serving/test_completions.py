@@ -215,6 +215,9 @@ def test_ways_to_choose(server):
     greedy = server.post("/v1/completions", **plain, temperature=0)["choices"][0]["text"]
     for other in ({"top_k": 1}, {"top_p": 0}, {"min_p": 1.0}):
         assert server.post("/v1/completions", **plain, **other)["choices"][0]["text"] == greedy
+    among_all = server.post("/v1/completions", **plain, seed=1)["choices"][0]["text"]
+    for all_of_them in ({"top_k": -1}, {"top_k": 0}, {"top_p": 1}, {"min_p": 0}):
+        assert server.post("/v1/completions", **plain, seed=1, **all_of_them)["choices"][0]["text"] == among_all
     biased = server.post("/v1/completions", **plain, temperature=0, logit_bias={"122": 100})["choices"][0]["text"]
     assert biased == "z" * 12
     less = server.post("/v1/completions", **plain, temperature=0, logit_bias={"122": 60}, frequency_penalty=2)

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import running, small
 
+from moemamba.serving.openai.bodies import Completion
+
 MODEL = small()
 
 
@@ -181,6 +183,17 @@ BODIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), JSON, max
 )
 STREAMING = {"/v1/completions", "/v1/chat/completions"}
 """elsewhere `stream` is a field that nobody knows"""
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    temperature=st.floats(0, 2), top_p=st.floats(0, 1), top_k=st.none() | st.integers(-1, 1 << 31),
+    min_p=st.none() | st.floats(0, 1), presence_penalty=st.floats(-2, 2), frequency_penalty=st.floats(-2, 2),
+)  # fmt: skip
+def test_what_a_body_may_say_can_be_sampled(**fields):
+    chosen = Completion(**fields).sampling
+    assert chosen.top_k is None or chosen.top_k == fields["top_k"]
+    assert chosen.temperature in (0.0, fields["temperature"])
 
 
 def objects(server, path, body):

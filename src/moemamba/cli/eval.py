@@ -120,7 +120,7 @@ def main(arguments: Sequence[str]) -> None:
         "" if found.standard_error is None else f", ± {found.standard_error:.4f} over {len(found.blocks or ())} parts"
     )
     rows = [
-        ("text", what, f"{found.tokens:,} tokens"),
+        ("text", f"{found.tokens:,}", f"tokens of {what}"),
         ("loss", f"{found.loss:.4f}", f"nats a token{error}"),
         *((f"  {name}", f"{loss:.4f}", "") for name, loss in (found.apart or {}).items()),
         ("perplexity", f"{found.perplexity:.3f}", ""),

@@ -188,5 +188,5 @@ def remarks(corpus: Corpus) -> list[str]:
 
 
 def _describe(name: str, tokens: Tokens) -> str:
-    size = f"{len(tokens.ends):,} documents, {len(tokens.ids):,} tokens, {tokens.bytes / 1e6:,.1f} MB"
-    return f"{size} of {name}"
+    size = f"{tokens.bytes / 1e6:,.1f} MB" if tokens.bytes >= 100_000 else f"{tokens.bytes / 1e3:,.1f} kB"
+    return f"{len(tokens.ends):,} documents, {len(tokens.ids):,} tokens, {size} of {name}"

@@ -9,6 +9,8 @@ from ..reading import validate
 
 REPLAYED = 0.25
 """share of the rows if a text to replay is named alone"""
+MOST_REPLAYED = 0.9
+"""nine rows beside each row of examples: they are one batch, which has to fit into memory"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ class FinetuneConfig:
             raise ValueError("held_out must be less than 1, and warmup 1 at most")
         if self.context < 2:
             raise ValueError("context is 1; a row needs a token and the one after it: choose 2 or more")
-        if self.replayed and not 0 < self.replayed[0] < 1:
-            raise ValueError(f"replay is {self.replay!r}; the share must be greater than 0 and less than 1")
+        if self.replayed and not 0 < self.replayed[0] <= MOST_REPLAYED:
+            raise ValueError(
+                f"replay is {self.replay!r}; the share must be greater than 0 and at most {MOST_REPLAYED:g}"
+            )
 
     @property
     def replayed(self) -> tuple[float, str | None] | None:

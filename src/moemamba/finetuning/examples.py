@@ -15,6 +15,7 @@ from .template import Piece, Template
 LINE_LIMIT = 1 << 26
 """bytes of a line"""
 ROLES = ("system", "user", "assistant", "tool")
+EXPECTED = 'write a JSON object with "messages", "prompt" and "completion", or "text" in each line'
 
 
 class Example(NamedTuple):
@@ -114,4 +115,4 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes, Any]]:
             except UnicodeDecodeError as error:
                 raise FileError(f"{where} is not UTF-8 text") from error
             if text:
-                yield where, line.strip(), parse_json(text, where)
+                yield where, line.strip(), parse_json(text, where, EXPECTED)

@@ -66,6 +66,8 @@ def finetune(run: str | Path, out: str | Path, config: FinetuneConfig, report: R
     replay = Replay(expanded(run), tokenizer, config, report) if config.replayed else None
     before, known = answer_loss(model, held, config), replay and replay.loss(model)
     lines = list(_train(model, train, replay, config, report))
+    if replay and not replay.count:
+        report.note(f"{'replay':10}nothing was read: beside so few rows of examples the share is less than one row")
     after, knows = answer_loss(model, held, config), replay and replay.loss(model)
     with new_directory(place) as folder:
         write_model(folder, model.config, saveable(model), tokenizer)

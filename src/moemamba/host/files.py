@@ -95,8 +95,8 @@ def read_text(file: Path, most: int = JSON_LIMIT) -> str:
         raise FileError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); restore it") from error
 
 
-def parse_json(text: str, where: str) -> Any:
-    """JSON values; `where` names the text in what is raised.
+def parse_json(text: str, where: str, mend: str = "restore it from a copy") -> Any:
+    """JSON values; `where` names the text in what is raised, and `mend` says what would help.
 
     Raises:
         FileError: it is not JSON, or nested too deeply to be read.
@@ -104,9 +104,9 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise FileError(f"{where} is nested too deeply; restore it from a copy") from error
+        raise FileError(f"{where} is nested too deeply; {mend}") from error
     except ValueError as error:
-        raise FileError(f"{where} is not JSON ({error}); restore it from a copy") from error
+        raise FileError(f"{where} is not JSON ({error}); {mend}") from error
 
 
 def read_json(file: Path, most: int = JSON_LIMIT) -> dict[str, Any]:

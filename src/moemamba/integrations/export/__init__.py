@@ -1,5 +1,7 @@
 """Models of ours in the formats of other programs: `export`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +55,8 @@ def export(run: str | Path, to: str, out: str | Path) -> Exported:
             case "hf":
                 from ..transformers import MoEMambaForCausalLM
 
-                MoEMambaForCausalLM.from_pretrained(run).save_pretrained(folder)
+                with _without_bars():
+                    MoEMambaForCausalLM.from_pretrained(run).save_pretrained(folder)
                 write_tokenizer(folder, tokenizer)
             case "onnx":
                 from .onnx import write_onnx
@@ -87,3 +90,17 @@ def _expect_unbiased(to: str, model: MoEMamba) -> None:
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("balance_bias")]
     if to not in ("hf", "onnx", "torch") and any(bool(torch.any(bias)) for bias in biases):
         raise ValueError(f"{to} has no selection bias of a router, and this model was balanced by one (bias_rate)")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows no progress bars, which end before one could read them and stay in a log."""
+    from transformers.utils import logging
+
+    showed = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if showed:
+            logging.enable_progress_bar()

@@ -65,7 +65,7 @@ class Asked:
         """How tokens are chosen. A top_p of 0 is the most likely token, and a top_k of 0 or -1 all of them."""
         return Sampling(
             temperature=self.temperature if self.top_p > 0 else 0.0,
-            top_k=self.top_k if self.top_k and self.temperature else None,
+            top_k=self.top_k if (self.top_k or 0) > 0 and self.temperature else None,
             top_p=self.top_p if 0 < self.top_p < 1 and self.temperature else None,
             min_p=self.min_p if self.min_p and self.temperature else None,
             presence_penalty=self.presence_penalty,

@@ -18,8 +18,8 @@ function half(bits) {
 	return exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction;
 }
 
-/** A space before a word keeps its place, without a mark. */
-const spelled = (text) => (/^ +\S/.test(text) ? " " : "") + shown(text.replace(/^ +(?=\S)/, ""));
+/** A space before a word keeps its place, without a mark; half a character is its bytes alone. */
+const spelled = (text) => (/^ +\S/.test(text) ? " " : "") + shown(text.replace(/^ +(?=\S)|^bytes:(?=\\x)/, ""));
 
 /** The colour of an expert: hues as far from each other as there are experts, all of one strength. */
 export function hue(expert, count) {

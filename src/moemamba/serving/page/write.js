@@ -212,7 +212,7 @@ function account({ began, first, tokens, finish, usage }) {
 	const cached = usage?.prompt_tokens_details.cached_tokens;
 	return [
 		many(usage?.completion_tokens ?? tokens, "token"),
-		first && tokens > 1 && `${count((1000 * (tokens - 1)) / (performance.now() - first + 1))} a second`,
+		tokens > 1 && `${count((1000 * tokens) / (performance.now() - began))} a second`, // what comes at once has no rate of its own
 		first && `first after ${count(first - began)} ms`,
 		cached && `${count(cached)} of ${count(usage.prompt_tokens)} before were known`,
 		finish === "stop" ? "ended by itself" : finish !== "length" && finish,
