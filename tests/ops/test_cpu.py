@@ -1,6 +1,7 @@
 """The CPU backend against the reference: outputs and every gradient by name, in memory that starts out as NaN."""
 
 import _thread
+import gc
 import itertools
 import os
 import signal
@@ -8,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from moemamba import ops
 from moemamba.layers import Router
 from moemamba.ops.experts import ACTIVATIONS, GATED
 from moemamba.ops.head import cpu as cpu_cross_entropy
+from moemamba.ops.kit import cpu as kit
 
 cpu_kernel = sys.modules["moemamba.ops.kit.cpu.run"]  # `run` is a function of the package too
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -420,6 +423,107 @@ def test_first_use_is_announced_and_cached(tmp_path):
         )
         assert result.stdout == "same\n", result.stderr
         assert ("compiling the CPU kernels" in result.stderr) == announced
+
+
+def test_a_function_compiled_apart():
+    """It is called by its address; arrays stand for theirs, tuples for what they hold; the number is seen to."""
+
+    @kit.apart(1)
+    def put(target: int, a: int, b: int, c: int) -> None:
+        kit.integers(target, 1)[0] = a + 10 * b + 100 * c
+
+    @kit.exact_kernel
+    def right(at: tuple, place: int, several: tuple) -> None:
+        put(at, kit.integers(place, 1), several, 3)
+
+    @kit.exact_kernel
+    def wrong(at: tuple, place: int, several: tuple) -> None:
+        put(at, place, several)
+
+    y, at = torch.zeros(1, dtype=torch.int64), (0, kit.entry(put))
+    right(at, y.data_ptr(), (1, 2))
+    assert y.item() == 321
+    with pytest.raises(Exception, match="put takes 4 integers, and gets 3"):
+        wrong(at, y.data_ptr(), (1, 2))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("who", ["caller", "thread"])
+def test_no_thread_works_on_when_a_kernel_is_interrupted(who, stop):
+    """What threads write to is freed by the caller: those that have begun are waited for, the others do not begin."""
+    first, began, ended = threading.Barrier(2), [], []
+    in_other = threading.Event()
+
+    def compiled(start, end):
+        began.append(start)
+        if start < 2:
+            first.wait(5)  # both at work
+        if start == (0 if who == "caller" else 1):
+            raise stop
+        time.sleep(0.2)
+        ended.append(start)
+
+    pool = ThreadPoolExecutor(2)
+    busy = pool.submit(in_other.wait, 10)  # so that one thread is left, and the last share has to wait
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(stop):
+            patch.setattr(cpu_kernel, "_pool", lambda: pool)
+            cpu_kernel.run(compiled, 3, 1 << 30)
+        at_once = list(began), list(ended)
+        in_other.set()
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+    assert busy.result() and (began, ended) == at_once  # nothing begins or ends afterwards
+    assert (1 if who == "caller" else 0) in ended
+
+
+def test_interrupted_while_it_waits():
+    """A second interrupt does not end the waiting either, and the first is the one that is raised."""
+    both, leaving, ended = threading.Barrier(2), threading.Event(), []
+
+    def compiled(start, end):
+        both.wait(5)
+        if start == 0:
+            raise KeyboardInterrupt("first")
+        leaving.wait(5)
+        ended.append(start)
+
+    def impatient(others):
+        if not leaving.is_set():
+            leaving.set()
+            raise KeyboardInterrupt("second")
+        return wait(others)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt, match="first"):
+            patch.setattr(cpu_kernel, "wait", impatient)
+            cpu_kernel.run(compiled, 2, 1 << 30)
+    finally:
+        torch.set_num_threads(before)
+    assert ended == [1]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_garbage_is_collected_again_after_compiling(before, monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "say", lambda text: None)
+    listener, found = cpu_kernel._Compiling(), []
+    own, others = (SimpleNamespace(data={"dispatcher": SimpleNamespace(py_func=f)}) for f in (ops.linear, os.walk))
+    steps = [(listener.on_start, others), (listener.on_end, others), (listener.on_start, own)]
+    steps += [(listener.on_start, others), (listener.on_end, others), (listener.on_end, own)]
+    if not before:
+        gc.disable()
+    try:
+        for step, event in steps:
+            step(event)
+            found.append(gc.isenabled())
+    finally:
+        gc.enable()
+    assert found == ([True, True, False, False, False, True] if before else [False] * 6)
 
 
 def test_nowhere_to_write(monkeypatch):

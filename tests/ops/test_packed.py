@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from moemamba import ops
 from moemamba.ops.experts import cpu_exact
-from moemamba.ops.kit.cpu import entry, exact, packed
+from moemamba.ops.kit.cpu import entry, exact_kernel, packed
+from moemamba.ops.kit.cpu.product import blocks
 from moemamba.ops.kit.packed import LARGEST, pack
 from moemamba.ops.mamba_step import cpu as mamba_step
 
@@ -103,16 +104,16 @@ def test_every_machine_has_the_same_bits(instruction, monkeypatch):
     x, weight = random(3, 77), pack(random(6, 77))
     expected = ops.linear(x, weight)
     monkeypatch.setattr(packed, "_PAIRS", instruction)
-    product = packed.packed_products.__wrapped__(2, 2)
-    round_rows = packed.round_rows
+    product, round_rows = blocks(2, 2, packed.PackedTile), packed.round_rows
 
-    @exact
-    def kernel(at: int, rows: int, k: int, columns: int, x: int, levels: int, w: int, scale: int, y: int) -> None:
+    @exact_kernel
+    def kernel(at: tuple, rows: int, k: int, columns: int, x: int, levels: int, w: int, scale: int, y: int) -> None:
         round_rows(at, 0, rows, rows, k, x, 4 * k, levels)
-        product(0, columns, 0, rows, rows, k, levels, w, scale, y, 4 * columns)
+        scales, step = packed.places(levels, k, rows)
+        product(0, columns, rows, k, levels, step, w, k, y, 4 * columns, scales, scale)
 
     levels, y = torch.empty(3 * packed.room(77)), torch.empty(3, 6)
-    kernel(entry(round_rows), 3, 77, 6, *(t.data_ptr() for t in (x, levels, *weight, y)))
+    kernel((0, 0, entry(round_rows)), 3, 77, 6, *(t.data_ptr() for t in (x, levels, *weight, y)))
     assert torch.equal(y, expected)
 
 
@@ -214,6 +215,6 @@ def test_steps_reserve_what_they_write(threads, rows, d, width, drawn):
         experts = made[-1]
     assert len(made) > one > 1 and all((each[-64:] == 7).all() for each in made)
     room = packed.room(max(d, width))
-    assert len(step) - 64 == rows * (3 * width + r + 2 * n + d + room * any(of_8_bits[:3]))
+    assert len(step) - 64 == rows * (3 * width + r + 2 * n + d + room * any(of_8_bits[:3])) + width + 2
     choices = rows * top_k
-    assert len(experts) - 64 == 2 * (n_experts + 1) + choices * (4 + 2 * d + width + room * any(of_8_bits[3:]))
+    assert len(experts) - 64 == 4 * (n_experts + 1) + d + choices * (4 + 2 * d + width + room * any(of_8_bits[3:]))

@@ -85,7 +85,7 @@ def test_tiles_of_any_shape(shape):
 
     @exact_kernel
     def compute(first, last, rows, k, width, x, weight, y):
-        product(0, width, rows, k, x, 4 * k, weight, 4 * k, y, 4 * width)
+        product(0, width, rows, k, x, 4 * k, weight, 4 * k, y, 4 * width, 0, 0)
 
     for rows, k, width in ((1, 5, 3), (3, 33, 9), (7, 64, 6)):
         torch.manual_seed(rows)

@@ -223,7 +223,7 @@ def _queries(
     base, where = acc.ctypes.data, scores.ctypes.data
     for start in range(0, counts[rows - 1], BLOCK):
         here = min(BLOCK, counts[rows - 1] - start)
-        product(0, here, rows, width, q, q_step, k + start * k_step, k_step, where, 4 * BLOCK)
+        product(0, here, rows, width, q, q_step, k + start * k_step, k_step, where, 4 * BLOCK, 0, 0)
         together = True
         for r in range(rows):
             count = min(max(counts[r] - start, 0), BLOCK)

@@ -19,15 +19,14 @@ from ..kit.cpu import (
     by_channel,
     bytes_at,
     cast,
-    clear,
     exact,
     exact_kernel,
     floats,
     fma,
     inner,
+    integers,
     kernel,
-    load_columns,
-    load_tile,
+    load,
     new,
     plain,
     read,
@@ -36,8 +35,7 @@ from ..kit.cpu import (
     run,
     sigmoid,
     silu,
-    store_columns,
-    store_tile,
+    store,
     streaming,
     summed,
     write,
@@ -74,20 +72,29 @@ def causal_conv1d(
 # compiles for seconds what it would say of shapes that do not fit.
 
 
+def _space(k: int, length: int, backward: bool) -> int:
+    """Numbers that a kernel keeps on the way."""
+    rows = min(_CHUNK, length)
+    if backward:
+        return (2 * k + 4 + 2 * rows + 2 * (k - 1 + rows)) * TILE + 2 * (k - 1 + rows)  # the last are integers
+    return (2 * k + 3 * rows) * TILE
+
+
 @exact
-def _convolve(out: Any, j: int, bias: Any, taps: Any, window: Any, row: int) -> None:
-    """out[j] = bias + sum_tap taps[tap] window[row + tap]."""
+def _convolve(out: Any, bias: Any, taps: Any, window: Any, row: int) -> None:
+    """out = bias + sum_tap taps[tap] window[row + tap]."""
     for c in range(TILE):
-        out[j, c] = bias[0, c]
+        out[c] = bias[c]
     for tap in range(taps.shape[0]):
         for c in range(TILE):
-            out[j, c] = fma(taps[tap, c], window[row + tap, c], out[j, c])
+            out[c] = fma(taps[tap, c], window[row + tap, c], out[c])
 
 
 @exact_kernel
 def _conv(
     first: int,
     last: int,
+    spare: int,
     at: Streams,
     shape: Rows,
     x: Rows,
@@ -102,32 +109,37 @@ def _conv(
     batch, length, width, k = shape
     tiles = (width + TILE - 1) // TILE
     mark = bytes_at(marks, (batch, length))
-    chunk = min(_CHUNK, length)
-    taps, shift = np.empty((k, TILE), np.float32), np.empty((1, TILE), np.float32)
-    block, out = np.zeros((chunk, TILE), np.float32), np.empty((chunk, TILE), np.float32)
-    window = np.empty((k - 1 + chunk, TILE), np.float32)
+    rows, line = min(_CHUNK, length), 4 * TILE
+    taps, shift = floats(spare, (k, TILE)), floats(spare + k * line, TILE)
+    outs = spare + (k + 1) * line
+    out, block = floats(outs, (rows, TILE)), floats(outs + rows * line, (rows, TILE))
+    window = floats(outs + 2 * rows * line, (k - 1 + rows, TILE))
     for task in range(first, last):
         b, channel = task // tiles, task % tiles * TILE
         count = min(TILE, width - channel)
-        load_columns(taps, weight, channel, count)
-        load_columns(shift, bias, channel, count)
-        history = 4 * (k - 1) * width * b
-        load_tile(window[: k - 1], initial_state + history if initial_state else 0, width, channel, count)
+        if count < TILE:
+            load(at, block, TILE, 0, 0, 0, rows, 0)  # zeros, for the idle lanes
+        load(at, taps, TILE, weight + 4 * k * channel, 4, 4 * k, k, count)
+        load(at, shift, TILE, bias + 4 * channel if bias else 0, 0, 4, 1, count)
+        history = 4 * ((k - 1) * width * b + channel)
+        load(at, window, TILE, initial_state + history if initial_state else 0, 4 * width, 4, k - 1, count)
         for start in range(0, length, _CHUNK):
             size = min(_CHUNK, length - start)
-            read(at, block, 0, size, x, b, start, channel, count)
+            read(at, block, TILE, size, x, b, start, channel, count)
             top = k - 1  # rows of the window that are filled
             for j in range(size):
+                own = floats(outs + j * line, TILE)
                 if marks and mark[b, start + j] == PADDING:
-                    clear(out, j, j + 1)  # and silu(0) = 0
+                    for c in range(TILE):
+                        own[c] = _ZERO  # and silu(0) = 0
                     continue
                 if marks and mark[b, start + j] == BEGIN:
                     top = k - 1
-                    clear(window, 0, top)
+                    load(at, window, TILE, 0, 0, 0, top, 0)
                 for c in range(TILE):
                     window[top, c] = block[j, c]
                 top += 1
-                _convolve(out, j, shift, taps, window, top - k)
+                _convolve(own, shift, taps, window, top - k)
             for j in range(k - 1):
                 for c in range(TILE):
                     window[j, c] = window[top - k + 1 + j, c]
@@ -135,25 +147,28 @@ def _conv(
                 for j in range(size):
                     for c in range(TILE):
                         out[j, c] = silu(out[j, c])
-            write(at, out, 0, size, y, b, start, channel, count)
-        store_tile(final_state + history, width, channel, count, window[: k - 1])
+            write(at, out, TILE, size, y, b, start, channel, count)
+        store(at, window, TILE, final_state + history, 4 * width, 4, k - 1, count)
 
 
 @inner
-def _flush(at: Streams, dwindow: Any, place: Any, dx: Rows, dhistory: Any, b: int, first: int, count: int) -> None:
-    """Hand over finished gradients: of the input at position `place`, or of column `-1 - place` of the history."""
-    for j in range(place.shape[0]):
+def _flush(
+    at: Streams, done: int, place: Any, rows: int, dx: Rows, history: Rows, b: int, first: int, count: int
+) -> None:
+    """Hand over the finished gradients in the first `rows` of the window: of the input at position `place`, or of
+    column `-1 - place` of the history."""
+    for j in range(rows):
         if place[j] >= 0:
-            write(at, dwindow, j, 1, dx, b, place[j], first, count)
+            write(at, done + 4 * TILE * j, TILE, 1, dx, b, place[j], first, count)
         elif place[j] != _NOWHERE:
-            for c in range(count):
-                dhistory[b, -1 - place[j], first + c] = dwindow[j, c]
+            write(at, done + 4 * TILE * j, TILE, 1, history, b, -1 - place[j], first, count)
 
 
 @kernel
 def _conv_backward(
     first: int,
     last: int,
+    spare: int,
     at: Streams,
     shape: Rows,
     x: Rows,
@@ -167,47 +182,52 @@ def _conv_backward(
     dx: Rows,
     dweight: int,
     dbias: int,
-    dinitial_state: int,
+    dinitial_state: Rows,
 ) -> None:
     """All gradients; those of weight and bias stay apart by row."""
     batch, length, width, k = shape
     tiles = (width + TILE - 1) // TILE
     mark = bytes_at(marks, (batch, length))
-    chunk = min(_CHUNK, length)
-    dhistory = floats(dinitial_state, (batch, k - 1, width))
-    dfinal = floats(dfinal_state, (batch, k - 1, width))
-    taps, dtaps = np.empty((k, TILE), np.float32), np.empty((k, TILE), np.float32)
-    shift, dshift = np.empty((1, TILE), np.float32), np.empty((1, TILE), np.float32)
-    block, g = np.zeros((chunk, TILE), np.float32), np.zeros((chunk, TILE), np.float32)
-    window, dwindow = np.empty((k - 1 + chunk, TILE), np.float32), np.empty((k - 1 + chunk, TILE), np.float32)
-    place = np.empty(k - 1 + chunk, np.int64)
-    out, nothing = np.empty((1, TILE), np.float32), np.zeros((1, TILE), np.float32)
+    rows, line = min(_CHUNK, length), 4 * TILE
+    taps, dtaps = floats(spare, (k, TILE)), floats(spare + k * line, (k, TILE))
+    rest = spare + 2 * k * line
+    shift, dshift = floats(rest, TILE), floats(rest + line, TILE)
+    out, nothing = floats(rest + 2 * line, TILE), rest + 3 * line
+    rest += 4 * line
+    block, g = floats(rest, (rows, TILE)), floats(rest + rows * line, (rows, TILE))
+    rest += 2 * rows * line
+    held = k - 1 + rows
+    window, dwindow, done = floats(rest, (held, TILE)), floats(rest + held * line, (held, TILE)), rest + held * line
+    place = integers(rest + 2 * held * line, held)
+    load(at, nothing, TILE, 0, 0, 0, 1, 0)
     for task in range(first, last):
         b, channel = task // tiles, task % tiles * TILE
         count = min(TILE, width - channel)
-        load_columns(taps, weight, channel, count)
-        load_columns(shift, bias, channel, count)
-        history = 4 * (k - 1) * width * b
-        load_tile(window[: k - 1], initial_state + history if initial_state else 0, width, channel, count)
-        clear(dtaps, 0, k)
-        clear(dshift, 0, 1)
-        clear(dwindow, 0, k - 1)
+        if count < TILE:
+            load(at, block, TILE, 0, 0, 0, 2 * rows, 0)  # and g: zeros, for the idle lanes
+        load(at, taps, TILE, weight + 4 * k * channel, 4, 4 * k, k, count)
+        load(at, shift, TILE, bias + 4 * channel if bias else 0, 0, 4, 1, count)
+        history = 4 * ((k - 1) * width * b + channel)
+        load(at, window, TILE, initial_state + history if initial_state else 0, 4 * width, 4, k - 1, count)
+        load(at, dtaps, TILE, 0, 0, 0, k, 0)
+        load(at, dshift, TILE, 0, 0, 0, 1, 0)
+        load(at, dwindow, TILE, 0, 0, 0, k - 1, 0)
         for j in range(k - 1):
             place[j] = -1 - j
         for start in range(0, length, _CHUNK):
             size = min(_CHUNK, length - start)
-            read(at, block, 0, size, x, b, start, channel, count)
-            read(at, g, 0, size, dy, b, start, channel, count)
+            read(at, block, TILE, size, x, b, start, channel, count)
+            read(at, g, TILE, size, dy, b, start, channel, count)
             top = k - 1
             for j in range(size):
                 if marks and mark[b, start + j] == PADDING:
-                    write(at, nothing, 0, 1, dx, b, start + j, channel, count)
+                    write(at, nothing, TILE, 1, dx, b, start + j, channel, count)
                     continue
                 if marks and mark[b, start + j] == BEGIN:
-                    _flush(at, dwindow, place[:top], dx, dhistory, b, channel, count)
+                    _flush(at, done, place, top, dx, dinitial_state, b, channel, count)
                     top = k - 1
-                    clear(window, 0, top)
-                    clear(dwindow, 0, top)
+                    load(at, window, TILE, 0, 0, 0, top, 0)
+                    load(at, dwindow, TILE, 0, 0, 0, top, 0)
                     for row in range(top):
                         place[row] = _NOWHERE
                 for c in range(TILE):
@@ -216,30 +236,32 @@ def _conv_backward(
                 place[top] = start + j
                 top += 1
                 if silu:
-                    _convolve(out, 0, shift, taps, window, top - k)
+                    _convolve(out, shift, taps, window, top - k)
                     for c in range(TILE):
-                        open_ = sigmoid(out[0, c])
-                        g[j, c] *= open_ * (_ONE + out[0, c] * (_ONE - open_))
+                        open_ = sigmoid(out[c])
+                        g[j, c] *= open_ * (_ONE + out[c] * (_ONE - open_))
                 for tap in range(k):
                     row = top - k + tap
                     for c in range(TILE):
                         dtaps[tap, c] += g[j, c] * window[row, c]
                         dwindow[row, c] += g[j, c] * taps[tap, c]
                 for c in range(TILE):
-                    dshift[0, c] += g[j, c]
+                    dshift[c] += g[j, c]
             keep = top - (k - 1)  # the rows that later positions still see
-            _flush(at, dwindow, place[:keep], dx, dhistory, b, channel, count)
+            _flush(at, done, place, keep, dx, dinitial_state, b, channel, count)
             for j in range(k - 1):
                 for c in range(TILE):
                     window[j, c] = window[keep + j, c]
                     dwindow[j, c] = dwindow[keep + j, c]
                 place[j] = place[keep + j]
         for j in range(k - 1):
+            dlast = floats(dfinal_state + history + 4 * width * j, count)
             for c in range(count):
-                dwindow[j, c] += dfinal[b, j, channel + c]
-        _flush(at, dwindow, place[: k - 1], dx, dhistory, b, channel, count)
-        store_columns(dweight, b * width + channel, count, dtaps)
-        store_columns(dbias, b * width + channel, count, dshift)
+                dwindow[j, c] += dlast[c]
+        _flush(at, done, place, k - 1, dx, dinitial_state, b, channel, count)
+        at_channel = 4 * (b * width + channel)
+        store(at, dtaps, TILE, dweight + k * at_channel, 4, 4 * k, k, count)
+        store(at, dshift, TILE, dbias + at_channel, 0, 4, 1, count)
 
 
 # --- what torch.compile and autograd see ---
@@ -268,6 +290,7 @@ def _forward(
         silu,
         *[address(t, batch, k - 1, width) for t in (history, final_state)],
         address(marks, *x.shape[:2], dtype=torch.int8),
+        space=_space(k, x.shape[1], backward=False),
     )
     return y, final_state
 
@@ -305,6 +328,7 @@ def _backward(
         rows(dx, *x.shape),
         address(dweight, batch, width, k),
         address(dbias, batch, width),
-        address(dhistory, batch, k - 1, width),
+        rows(dhistory, batch, k - 1, width),
+        space=_space(k, x.shape[1], backward=True),
     )
     return where_given((x, weight, bias, history), dx, summed(dweight), summed(dbias), dhistory)

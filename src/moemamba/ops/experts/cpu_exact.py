@@ -5,6 +5,7 @@ the order in which it chose them. What takes several threads is cut by columns, 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 from ..kit.cpu import (
     LOG2E,
     address,
+    apart,
+    entry,
     exact,
     exact_kernel,
     exp2,
@@ -21,6 +24,7 @@ from ..kit.cpu import (
     fma,
     integers,
     located,
+    named,
     new,
     paired,
     run,
@@ -43,6 +47,8 @@ _TWICE, _CUBIC = np.float32(2 * 0.7978845608028654), np.float32(0.044715)  # 2 s
 _SQRT_HALF, _P = np.float32(0.7071067811865476), np.float32(0.3275911)
 _E1, _E2, _E3, _E4, _E5 = map(np.float32, (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
 
+Parts = tuple[int, int, int, int]
+"""see `_parts`"""
 Sizes = tuple[int, int, int, int, int, int]
 """tokens, top_k, n_experts, d, width between the two matrices, width of the output"""
 
@@ -83,7 +89,9 @@ def activated(x: Tensor, activation: int) -> Tensor | None:
     if places is None or wide == 0:
         return None
     rows = x.numel() // wide
-    run(_activated, rows, 16 * y.numel() // MULTIPLICATIONS, wide, width, activation, *places)
+    run(
+        _activated, rows, 16 * y.numel() // MULTIPLICATIONS, _parts(activation, False), wide, width, *places, space=wide
+    )
     return y
 
 
@@ -91,7 +99,7 @@ def space(sizes: Sizes, activation: int, up: Weight | None, down: Weight) -> int
     """Numbers that are kept on the way, integers counted as two."""
     tokens, top_k, n_experts, d, hidden, out = sizes
     between = _rows(hidden, activation)
-    return 2 * (n_experts + 1) + tokens * top_k * (4 + d + between + out + room_of(max(d, hidden), up, down))
+    return 4 * (n_experts + 1) + out + tokens * top_k * (4 + d + between + out + room_of(max(d, hidden), up, down))
 
 
 def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
@@ -100,9 +108,10 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
     choices = tokens * top_k
     first = choices * d * _rows(hidden, activation) // MULTIPLICATIONS
     second = choices * hidden * out // MULTIPLICATIONS
-    at = entries(places[4] != 0 or places[6] != 0)  # scales, of 8 bits
+    scales, biases = places[4] != 0 or places[6] != 0, places[7] != 0 or places[8] != 0
+    at, within = entries(scales), _parts(activation, biases)
     if first + second < WORTH_THREADS or torch.get_num_threads() == 1:
-        _experts(0, hidden + out + choices, at, _SORT, _PHASES, *sizes, activation, adds, *places)
+        _experts(0, hidden + out + choices, at, within, _SORT, _PHASES, *sizes, activation, adds, *places)
         return
     for phase, tasks, cost in (
         (_SORT, 1, 0),
@@ -111,7 +120,7 @@ def launch(sizes: Sizes, activation: int, adds: bool, *places: int) -> None:
         (_SECOND, -(-out // COLUMNS), second),
     ):
         if activation != LINEAR or phase in (_SORT, _SECOND):
-            run(_experts, tasks, cost, at, phase, phase + 1, *sizes, activation, adds, *places)
+            run(_experts, tasks, cost, at, within, phase, phase + 1, *sizes, activation, adds, *places)
 
 
 def prepare(
@@ -156,83 +165,113 @@ def _gelu(x: Any) -> Any:
     return x * _HALF * (_ONE + (_ONE - beyond if x > _ZERO else beyond - _ONE))
 
 
+@cache
+def _parts(activation: int, biases: bool) -> Parts:
+    """For kernels, where the functions below are. What a layer does not have is not compiled."""
+    activate = 0 if activation == LINEAR else entry(_activation(activation))
+    return activate, entry(_sort), entry(_sum_choices), entry(_add) if biases else 0
+
+
 # Loops begin at zero: numba takes other numbers for possibly negative, and counts those from the end, one by one.
 
 
-@exact
-def activate(row: int, width: int, activation: int, first: int, last: int) -> None:
-    """Entries first .. last - 1 of a row, in place; gated ones are of its first `width`, times those behind them."""
-    size = last - first
-    x = floats(row + 4 * first, size)
-    if activation == _RELU:
-        for c in range(size):
-            x[c] = _ZERO if x[c] < _ZERO else x[c]
-    elif activation == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
-        for c in range(size):
-            x[c] = x[c] * sigmoid(_TWICE * fma(_CUBIC * x[c] * x[c], x[c], x[c]))
-    elif activation == _SILU:
-        for c in range(size):
-            x[c] = silu(x[c])
-    elif activation == _RELU2:
-        for c in range(size):
-            x[c] = _ZERO if x[c] < _ZERO else x[c] * x[c]
-    elif activation == _GELU_ERF:
-        for c in range(size):
-            x[c] = _gelu(x[c])
-    elif activation == _GEGLU:
-        other = floats(row + 4 * (width + first), size)
-        for c in range(size):
-            x[c] = _gelu(x[c]) * other[c]
-    else:
-        other = floats(row + 4 * (width + first), size)
-        for c in range(size):
-            x[c] = silu(x[c]) * other[c]
+@cache
+def _activation(kind: int) -> Any:
+    """A function for kernels: entries first .. last - 1 of a row, in place; gated ones are of its first `width`, times
+    those behind them."""
+
+    @apart(0)
+    @named(kind)
+    def activate(row: int, width: int, first: int, last: int) -> None:
+        size = last - first
+        x = floats(row + 4 * first, size)
+        if kind == _RELU:
+            for c in range(size):
+                x[c] = _ZERO if x[c] < _ZERO else x[c]
+        elif kind == _GELU:  # 0.5 (1 + tanh(y)) = sigmoid(2 y)
+            for c in range(size):
+                x[c] = x[c] * sigmoid(_TWICE * fma(_CUBIC * x[c] * x[c], x[c], x[c]))
+        elif kind == _SILU:
+            for c in range(size):
+                x[c] = silu(x[c])
+        elif kind == _RELU2:
+            for c in range(size):
+                x[c] = _ZERO if x[c] < _ZERO else x[c] * x[c]
+        elif kind == _GELU_ERF:
+            for c in range(size):
+                x[c] = _gelu(x[c])
+        elif kind == _GEGLU:
+            other = floats(row + 4 * (width + first), size)
+            for c in range(size):
+                x[c] = _gelu(x[c]) * other[c]
+        else:
+            other = floats(row + 4 * (width + first), size)
+            for c in range(size):
+                x[c] = silu(x[c]) * other[c]
+
+    return activate
+
+
+_activate = _activation(_RELU)  # for kernels, which call any of them, whose address they have
 
 
 @exact_kernel
-def _activated(first: int, last: int, wide: int, width: int, activation: int, x: int, y: int) -> None:
-    """Rows first .. last - 1."""
-    row = np.empty(wide, np.float32)
+def _activated(first: int, last: int, row: int, within: Parts, wide: int, width: int, x: int, y: int) -> None:
+    """Rows first .. last - 1; `row` is room for one."""
+    own = floats(row, wide)
     for r in range(first, last):
-        source, target = floats(x + 4 * wide * r, (wide,)), floats(y + 4 * width * r, (width,))
+        source, target = floats(x + 4 * wide * r, wide), floats(y + 4 * width * r, width)
         for c in range(wide):
-            row[c] = source[c]
-        activate(row.ctypes.data, width, activation, 0, width)
+            own[c] = source[c]
+        _activate(within, row, width, 0, width)
         for c in range(width):
-            target[c] = row[c]
+            target[c] = own[c]
 
 
-@exact
-def _sort(chosen: Any, starts: Any, order: Any, place: Any) -> None:
-    """Where each expert's choices start, the choices by expert, and the place of each, -1 of dropped ones."""
-    n_experts = starts.shape[0] - 1
+@apart(1)
+def _sort(indices: int, choices: int, n_experts: int, starts: int, filled: int, order: int, places: int) -> None:
+    """Where each expert's choices start, the choices by expert, and the place of each, -1 of dropped ones. `filled` is
+    room like that of `starts`, for one expert more than there are."""
+    chosen, start, end = integers(indices, choices), integers(starts, n_experts + 1), integers(filled, n_experts + 1)
+    sorted_, place = integers(order, choices), integers(places, choices)
     for e in range(n_experts + 1):
-        starts[e] = 0
-    for choice in range(chosen.shape[0]):
+        start[e] = 0
+    for choice in range(choices):
         if 0 <= chosen[choice] < n_experts:
-            starts[chosen[choice] + 1] += 1
+            start[chosen[choice] + 1] += 1
     for e in range(n_experts):
-        starts[e + 1] += starts[e]
-    filled = starts.copy()
-    for choice in range(chosen.shape[0]):
+        start[e + 1] += start[e]
+    for e in range(n_experts):
+        end[e] = start[e]
+    for choice in range(choices):
         e = chosen[choice]
         place[choice] = -1
         if 0 <= e < n_experts:
-            place[choice] = filled[e]
-            order[filled[e]] = choice
-            filled[e] += 1
+            place[choice] = end[e]
+            sorted_[end[e]] = choice
+            end[e] += 1
 
 
-@exact
-def _sum_choices(y: Any, gates: Any, gated: bool, place: Any, returned: int, step: int) -> None:
-    """y = sum_j gates_j returned[place_j] of one token, in the order of its choices; `step` bytes from row to row."""
-    for c in range(y.shape[0]):
-        y[c] = _ZERO
-    for j in range(place.shape[0]):
+@apart(2)
+def _sum_choices(
+    y: int, total: int, size: int, adds: int, gates: int, places: int, top_k: int, made: int, step: int
+) -> None:
+    """y = sum_j gates_j made[place_j] of one token, in the order of its choices, or y plus that; `step` bytes from row
+    to row, and `total` is room for a row."""
+    target, sums, place, shares = floats(y, size), floats(total, size), integers(places, top_k), floats(gates, top_k)
+    for c in range(size):
+        sums[c] = _ZERO
+    for j in range(top_k):
         if place[j] >= 0:
-            share, row = gates[j] if gated else _ONE, floats(returned + place[j] * step, y.shape[0])
-            for c in range(y.shape[0]):
-                y[c] = fma(share, row[c], y[c])
+            share, row = shares[j] if gates else _ONE, floats(made + place[j] * step, size)
+            for c in range(size):
+                sums[c] = fma(share, row[c], sums[c])
+    if adds:
+        for c in range(size):
+            target[c] += sums[c]
+    else:
+        for c in range(size):
+            target[c] = sums[c]
 
 
 @exact
@@ -241,7 +280,7 @@ def _of_expert(e: int, weight: int, scale: int, rows: int, k: int) -> Any:
     return (weight + e * rows * k, scale + 4 * e * rows) if scale else (weight + 4 * e * rows * k, 0)
 
 
-@exact
+@apart(3)
 def _add(row: int, shift: int, first: int, last: int) -> None:
     """To entries first .. last - 1 of a row those of a shift."""
     x, other = floats(row + 4 * first, last - first), floats(shift + 4 * first, last - first)
@@ -254,6 +293,7 @@ def _experts(
     first: int,
     last: int,
     at: Entries,
+    within: Parts,
     begin_phase: int,
     end_phase: int,
     tokens: int,
@@ -284,18 +324,20 @@ def _experts(
     """
     choices = tokens * top_k
     rows = 2 * hidden if activation >= _GATED else hidden if up else 0
-    starts = integers(work, (n_experts + 1,))
-    order = integers(work + 8 * (n_experts + 1), (choices,))
-    place = integers(work + 8 * (n_experts + 1 + choices), (choices,))
-    sorted_ = work + 8 * (n_experts + 1 + 2 * choices)  # (choices, d)
+    filled = work + 8 * (n_experts + 1)  # (n_experts + 1,) integers, as are those before, `starts`
+    orders = filled + 8 * (n_experts + 1)  # (choices,) integers
+    places = orders + 8 * choices  # (choices,) integers
+    starts, order = integers(work, n_experts + 1), integers(orders, choices)
+    sorted_ = places + 8 * choices  # (choices, d)
     between = sorted_ + 4 * choices * d  # (choices, rows)
     returned = between + 4 * choices * rows  # (choices, out)
-    levels = returned + 4 * choices * out  # (choices, room)
+    total = returned + 4 * choices * out  # (out,)
+    levels = total + 4 * out  # (choices, room)
     for phase in range(begin_phase, end_phase):
         if phase == _SORT:
-            _sort(integers(indices, (choices,)), starts, order, place)
+            _sort(within, indices, choices, n_experts, work, filled, orders, places)
             for j in range(starts[n_experts]):
-                source, target = floats(x + 4 * d * (order[j] // top_k), (d,)), floats(sorted_ + 4 * d * j, (d,))
+                source, target = floats(x + 4 * d * (order[j] // top_k), d), floats(sorted_ + 4 * d * j, d)
                 for c in range(d):
                     target[c] = source[c]
             if up_scale if up else down_scale:
@@ -327,10 +369,10 @@ def _experts(
                         row = b + 4 * j * rows
                         if up_bias:
                             shift = up_bias + 4 * e * rows
-                            _add(row, shift, start, end)
+                            _add(within, row, shift, start, end)
                             if activation >= _GATED:
-                                _add(row, shift, hidden + start, hidden + end)
-                        activate(row, hidden, activation, start, end)
+                                _add(within, row, shift, hidden + start, hidden + end)
+                        _activate(within, row, hidden, start, end)
         elif phase == _SECOND:
             start, end = first * COLUMNS, min(last * COLUMNS, out)
             source_rows, step = (between, 4 * rows) if up else (sorted_, 4 * d)
@@ -341,16 +383,10 @@ def _experts(
                     w, scale = _of_expert(e, down, down_scale, out, hidden)
                     multiply(at, start, end, begin, count, choices, hidden, a, step, w, scale, levels, b, 4 * out)
                     for j in range(count if down_bias else 0):
-                        _add(b + 4 * j * out, down_bias + 4 * e * out, start, end)
-            total = np.empty(end - start, np.float32)
+                        _add(within, b + 4 * j * out, down_bias + 4 * e * out, start, end)
             for token in range(tokens):
-                mine = place[token * top_k : (token + 1) * top_k]
-                shares = floats(gates + 4 * token * top_k if gates else gates, (top_k,))
-                _sum_choices(total, shares, gates != 0, mine, returned + 4 * start, 4 * out)
-                target = floats(y + 4 * (out * token + start), end - start)
-                if adds:
-                    for c in range(end - start):
-                        target[c] += total[c]
-                else:
-                    for c in range(end - start):
-                        target[c] = total[c]
+                first_choice = token * top_k
+                shares = gates + 4 * first_choice if gates else 0
+                target, mine = y + 4 * (out * token + start), places + 8 * first_choice
+                made, sums = returned + 4 * start, total + 4 * start
+                _sum_choices(within, target, sums, end - start, adds, shares, mine, top_k, made, 4 * out)

@@ -5,6 +5,7 @@ convolution's taps. What takes several threads is cut by channels, in four phase
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 from ..arguments import expect
 from ..kit.cpu import LOG2E, TILE, by_channel, located, new, paired, run
 from ..kit.cpu.packed import room_of
-from ..kit.cpu.product import MULTIPLICATIONS, entries
+from ..kit.cpu.product import MULTIPLICATIONS, Entries, entries
 from ..kit.cpu.run import WORTH_THREADS
 from ..kit.op import traced
 from ..kit.packed import Weight, unpacked
 from . import reference
-from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, alike, needed, normalise, step
+from .cpu_kernels import CHOOSE, CONVOLVE, NORMS, OUT, PHASES, SCAN, SHARE, Parts, alike, needed, normalise, parts, step
 
 Sizes = tuple[int, int, int, int, int, int]
 """rows, d, width, n, k, r"""
@@ -116,26 +117,32 @@ def decays(A_log: Tensor) -> Tensor:
 def space(sizes: Sizes, *projections: Weight) -> int:
     """Numbers that a step keeps on the way."""
     rows, d, width, n, _, r = sizes
-    return rows * (3 * width + r + 2 * n + d + room_of(max(d, width), *projections))
+    return rows * (3 * width + r + 2 * n + d + room_of(max(d, width), *projections)) + width + 2
+
+
+@cache
+def _plan(norms: bool, *of_8_bits: bool) -> tuple[Entries, Parts, int]:
+    """What a layer's step calls, and its phases; it is asked for with every token."""
+    return entries(any(of_8_bits)), parts(norms), needed(norms, *of_8_bits)
 
 
 def launch(sizes: Sizes, adds: bool, eps: float, *places: int) -> None:
     """A step over as many threads as it is worth. See `cpu_kernels.step` for what lies where."""
     rows, d, width, n, _, r = sizes
-    scales = places[2], places[6], places[12]  # 0 of projections in float32
-    at = entries(any(scales))
+    # Of projections in float32 the scale is 0.
+    at, within, phases = _plan(eps >= 0, places[2] != 0, places[6] != 0, places[12] != 0)
     whole = rows * width * (3 * d + 2 * r + 2 * n) // MULTIPLICATIONS + rows * width * n
     if whole < WORTH_THREADS or torch.get_num_threads() == 1:
-        step(0, width + d + rows, at, 0, PHASES, *sizes, adds, eps, *places)
+        step(0, width + d + rows, at, within, phases, *sizes, adds, eps, *places)
         return
     costs = {CONVOLVE: 2 * d, CHOOSE: r + 2 * n, SCAN: r + MULTIPLICATIONS * n, OUT: d}
     tiles = -(-width // TILE)
     shares = {CONVOLVE: tiles, CHOOSE: -(-(r + 2 * n) // SHARE), NORMS: 1, SCAN: tiles, OUT: -(-d // SHARE)}
     for phase in range(PHASES):
-        if needed(phase, eps, *scales):
+        if phases >> phase & 1:
             tasks, cost = shares.get(phase, rows), costs.get(phase, 1)
             work = rows * width * cost // MULTIPLICATIONS
-            run(step, tasks, work, at, phase, phase + 1, *sizes, adds, eps, *places)
+            run(step, tasks, work, at, within, 1 << phase, *sizes, adds, eps, *places)
 
 
 def prepare(
@@ -216,7 +223,7 @@ def step_of(
         *read, weight = places
         if norm is not None:
             normed = spare + 4 * size
-            normalise(batch, d, norm[1], source, weight, normed)
+            normalise(parts(True), batch, d, norm[1], source, weight, spare, normed)
             source = normed
         launch(sizes, norm is not None, eps, source, *read, conv, conv, ssm, ssm, spare, target)
         return y

@@ -6,16 +6,20 @@ are the same bits whatever tokens it is routed with.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..kit.cpu import LOG2E, address, clear, exact, exact_kernel, exp2, floats, integers, located, new, sigmoid
+from ..kit.cpu import LOG2E, address, apart, entry, exact, exact_kernel, exp2, floats, integers, located, new, sigmoid
 from ..kit.cpu.product import launch, linear
 from ..kit.op import traced
 from . import reference
+
+Parts = tuple[int, int, int]
+"""see `_parts`"""
 
 _ZERO, _ONE, _TINY = np.float32(0), np.float32(1), np.float32(1e-20)
 
@@ -76,11 +80,14 @@ def _route_logits(
     """Indices, gates, and the sums by group; None where the kernel cannot read what it is given."""
     tokens, n_experts = logits.shape
     indices, gates = new(tokens, top_k, dtype=torch.int64), new(tokens, top_k)
-    load, probabilities, sums = new(groups, n_experts), new(groups, n_experts), new(groups, 2)
-    places = located(logits, bias, valid, gates, load, probabilities, sums)
+    load, probabilities, sums = (new(groups, wide).zero_() for wide in (n_experts, n_experts, 2))
+    spare = new(2 * n_experts + 1)  # bound here, lest it be freed before it is written to
+    places = located(logits, bias, valid, gates, load, probabilities, sums, spare)
     if places is None:
         return None
-    _route(0, 1, tokens, n_experts, top_k, groups, scores == "sigmoid", indices.data_ptr(), *places)
+    _route(
+        _parts(scores == "sigmoid"), tokens, n_experts, top_k, groups, scores == "sigmoid", indices.data_ptr(), *places
+    )
     z, entropy = sums.unbind(1)
     return indices, gates, load, probabilities, z, entropy
 
@@ -96,11 +103,12 @@ def prepare(
 ) -> Callable[[int], None] | None:
     """See `moemamba.ops.prepare_router`."""
     (rows, d), n_experts, top_k = x.shape, weight.shape[0], indices.shape[1]
-    tensors, sigmoids = (x, weight, bias, logit_bias, gates, new(rows, n_experts)), scores == "sigmoid"
+    made = new(rows, n_experts), new(2 * n_experts + 1)
+    tensors, sigmoids = (x, weight, bias, logit_bias, gates, *made), scores == "sigmoid"
     places = located(*tensors)
     if places is None:
         return None
-    at_x, at_weight, at_bias, at_logits, at_gates, logits = places
+    at_x, at_weight, at_bias, at_logits, at_gates, logits, spare = places
     chosen = address(indices, rows, top_k, dtype=torch.int64)
 
     kept = (*tensors, indices)
@@ -108,47 +116,57 @@ def prepare(
     def step(live: int) -> None:
         assert kept  # and so are not freed
         launch(live, d, n_experts, at_x, 4 * d, at_weight, 0, 0, at_logits, logits)
-        _route(0, 1, live, n_experts, top_k, 1, sigmoids, chosen, logits, at_bias, 0, at_gates, 0, 0, 0)
+        _route(
+            _parts(sigmoids), live, n_experts, top_k, 1, sigmoids, chosen, logits, at_bias, 0, at_gates, 0, 0, 0, spare
+        )
 
     return step
 
 
-@exact
-def _softmax(x: Any, p: Any) -> Any:
-    """p = softmax(x); log sum exp x."""
+@cache
+def _parts(sigmoids: bool) -> Parts:
+    """For kernels, where the functions below are; what is for sigmoids is compiled only where they are asked for."""
+    return entry(_softmax), *((entry(_sigmoids), entry(_shares)) if sigmoids else (0, 0))
+
+
+@apart(0)
+def _softmax(logits: int, scores: int, n_experts: int, log_sum: int) -> None:
+    """The scores are softmax x; log sum exp x."""
+    x, p = floats(logits, n_experts), floats(scores, n_experts)
     top = x[0]
-    for e in range(x.shape[0]):
+    for e in range(n_experts):
         top = max(top, x[e])
-    for e in range(x.shape[0]):
+    for e in range(n_experts):
         p[e] = exp2(LOG2E * (x[e] - top))
     total = _ZERO
-    for e in range(x.shape[0]):
+    for e in range(n_experts):
         total += p[e]
-    for e in range(x.shape[0]):
+    for e in range(n_experts):
         p[e] /= total
-    return top + np.log(total)
+    floats(log_sum, 1)[0] = top + np.log(total)
 
 
-@exact
-def _sigmoids(x: Any, p: Any) -> Any:
-    """p = sigmoid(x), and its sum."""
-    total = _ZERO
-    for e in range(x.shape[0]):
+@apart(1)
+def _sigmoids(logits: int, scores: int, n_experts: int) -> None:
+    """The scores are sigmoid x."""
+    x, p = floats(logits, n_experts), floats(scores, n_experts)
+    for e in range(n_experts):
         p[e] = sigmoid(x[e])
+
+
+@apart(2)
+def _shares(scores: int, n_experts: int, sums: int, entropies: int) -> None:
+    """Adds the scores' shares of their sum to `sums`, and the entropy of these shares to `entropies`."""
+    p, totals, entropy = floats(scores, n_experts), floats(sums, n_experts), _ZERO
+    total = _ZERO
+    for e in range(n_experts):
         total += p[e]
-    return total
-
-
-@exact
-def _shares(p: Any, total: Any, sums: Any) -> Any:
-    """Adds p / total to `sums`; their entropy."""
-    entropy = _ZERO
-    for e in range(p.shape[0]):
+    for e in range(n_experts):
         share = p[e] / max(total, _TINY)
-        sums[e] += share
+        totals[e] += share
         if share > _ZERO:
             entropy -= share * np.log(share)
-    return entropy
+    floats(entropies, 1)[0] += entropy
 
 
 @exact
@@ -156,15 +174,14 @@ def _largest(p: Any, shift: Any, taken: Any) -> int:
     """Which of those not taken has the largest p + shift, the first of equal ones."""
     best = -1
     for e in range(p.shape[0]):
-        if not taken[e] and (best < 0 or p[e] + shift[e] > p[best] + shift[best]):
+        if taken[e] == _ZERO and (best < 0 or p[e] + shift[e] > p[best] + shift[best]):
             best = e
     return best
 
 
 @exact_kernel
 def _route(
-    first: int,
-    last: int,
+    within: Parts,
     tokens: int,
     n_experts: int,
     top_k: int,
@@ -178,41 +195,40 @@ def _route(
     load: int,
     probabilities: int,
     sums: int,
+    spare: int,
 ) -> None:
-    """All tokens; without `load` no sums."""
-    shift, counted = floats(bias, (n_experts,)), floats(valid, (tokens,))
-    chosen, shares = integers(indices, (tokens, top_k)), floats(gates, (tokens, top_k))
-    loads, totals = floats(load, (groups, n_experts)), floats(probabilities, (groups, n_experts))
-    others = floats(sums, (groups, 2))
-    p, taken = np.empty(n_experts, np.float32), np.empty(n_experts, np.bool_)
+    """All tokens; what is summed is added to what is there, and not without `load`. `spare` is room for two numbers an
+    expert, and one."""
+    shift, counted = floats(bias, n_experts), floats(valid, tokens)
+    p, taken, at_log = floats(spare, n_experts), floats(spare + 4 * n_experts, n_experts), spare + 8 * n_experts
     size = max(1, tokens // groups)
-    if load:
-        clear(loads, 0, groups)
-        clear(totals, 0, groups)
-        clear(others, 0, groups)
     for token in range(tokens):
+        chosen, shares = integers(indices + 8 * top_k * token, top_k), floats(gates + 4 * top_k * token, top_k)
         if valid and counted[token] == _ZERO:
             for j in range(top_k):
-                chosen[token, j], shares[token, j] = n_experts, _ZERO
+                chosen[j], shares[j] = n_experts, _ZERO
             continue
-        x = floats(logits + 4 * n_experts * token, (n_experts,))
-        log_z = _softmax(x, p)
-        total = _sigmoids(x, p) if sigmoids else _ONE
+        place = logits + 4 * n_experts * token
+        _softmax(within, place, p, n_experts, at_log)
+        if sigmoids:
+            _sigmoids(within, place, p, n_experts)
         for e in range(n_experts):
-            taken[e] = False
+            taken[e] = _ZERO
         for j in range(top_k):
             best = _largest(p, shift, taken)
-            taken[best] = True
-            chosen[token, j], shares[token, j] = best, p[best]
-            if load:
-                loads[token // size, best] += _ONE
+            taken[best] = _ONE
+            chosen[j], shares[j] = best, p[best]
         if load:
-            others[token // size, 0] += log_z * log_z
-        if load and sigmoids:
-            others[token // size, 1] += _shares(p, total, totals[token // size])
-        elif load:
-            along = _ZERO
+            row, group = 4 * n_experts * (token // size), sums + 8 * (token // size)
+            loads, others, log_z = floats(load + row, n_experts), floats(group, 2), floats(at_log, 1)[0]
             for e in range(n_experts):
-                along += p[e] * x[e]
-                totals[token // size, e] += p[e]
-            others[token // size, 1] += log_z - along
+                loads[e] += taken[e]
+            others[0] += log_z * log_z
+            if sigmoids:
+                _shares(within, p, n_experts, probabilities + row, group + 4)
+            else:
+                x, totals, along = floats(place, n_experts), floats(probabilities + row, n_experts), _ZERO
+                for e in range(n_experts):
+                    along += p[e] * x[e]
+                    totals[e] += p[e]
+                others[1] += log_z - along

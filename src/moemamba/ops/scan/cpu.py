@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kit.cpu import address, by_channel, cast, new, plain, readable, rows, run, streaming, summed
 from ..kit.op import gradient, op, wants_grad, where_given
 from ..packing import position_marks
-from .cpu_kernels import CHUNK, kernels, lanes
+from .cpu_kernels import CHUNK, kernels, lanes, space
 
 
 def selective_scan(
@@ -76,7 +76,8 @@ def _forward(
     states = (address(initial_state, batch, n, width), address(final_state, batch, n, width))
     tasks, work = batch * tiles, u.numel() * n
     rest = (address(marks, batch, length, dtype=torch.int8), address(kept, *kept.shape) if keep else 0)
-    run(kernels(tile).scan, tasks, work, streaming(), shape, *streams, *parameters, *states, *rest)
+    room = space(tile, length, n, backward=False)
+    run(kernels(tile).scan, tasks, work, streaming(), shape, *streams, *parameters, *states, *rest, space=room)
     return y, final_state, kept
 
 
@@ -126,6 +127,7 @@ def _backward(
         *[address(t, tiles, batch, length, n) for t in (dB, dC)],
         *[address(t, batch, width) for t in (dD, dbias)],
         address(dstate, batch, n, width),
+        space=space(kept.shape[-1], length, n, backward=True),
     )
     sums = (summed(dA), summed(dB).to(B.dtype), summed(dC).to(C.dtype), summed(dD))
     return where_given((u, dt, A, B, C, D, z, dt_bias, initial_state), du, ddt, *sums, dz, summed(dbias), dstate)

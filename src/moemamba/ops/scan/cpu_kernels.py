@@ -7,7 +7,7 @@ zeros lead to, and are never written out.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,23 +18,19 @@ from ..kit.cpu import (
     Rows,
     Streams,
     bytes_at,
-    clear,
     exact_kernel,
     exp2,
     floats,
     fma,
     gated,
-    inner,
     kernel,
-    load_columns,
-    load_tile,
+    load,
     named,
     next_state,
     read,
     sigmoid,
     softplus,
-    store_columns,
-    store_tile,
+    store,
     write,
 )
 from ..packing import BEGIN, PADDING
@@ -42,16 +38,6 @@ from ..packing import BEGIN, PADDING
 CHUNK = 32  # positions between two states that the forward pass keeps
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-
-
-@inner
-def _steps(step: Any, slope: Any, bias: Any, dt_softplus: bool) -> None:
-    """step = softplus(step + bias), and its slope; or just the sum."""
-    for j in range(step.shape[0]):
-        for c in range(step.shape[1]):
-            raw = step[j, c] + bias[c]
-            step[j, c] = softplus(raw) if dt_softplus else raw
-            slope[j, c] = sigmoid(raw) if dt_softplus else _ONE
 
 
 class Kernels(NamedTuple):
@@ -67,6 +53,14 @@ def lanes(width: int) -> int:
     return max(32, -(-share // 16) * 16)
 
 
+def space(lanes: int, length: int, n: int, backward: bool) -> int:
+    """Numbers that a kernel keeps on the way."""
+    rows = min(CHUNK, length)
+    if backward:
+        return (8 * rows + (2 * rows + 5) * n + 5) * lanes + 2 * rows * n
+    return (4 * rows + 2 * n + 3) * lanes + 2 * rows * n
+
+
 @cache
 def kernels(lanes: int) -> Kernels:
     """The kernels for tiles of so many channels, a constant in them: a loop of unknown length would be half as fast."""
@@ -76,6 +70,7 @@ def kernels(lanes: int) -> Kernels:
     def scan(
         first: int,
         last: int,
+        spare: int,
         at: Streams,
         shape: Rows,
         u: Rows,
@@ -97,76 +92,75 @@ def kernels(lanes: int) -> Kernels:
         batch, length, width, n = shape
         tiles, chunks = (width + lanes - 1) // lanes, (length + CHUNK - 1) // CHUNK
         mark = bytes_at(marks, (batch, length))
-        checkpoints = floats(kept, (batch, tiles, chunks, n, lanes))
         rows = min(CHUNK, length)
-        blocks = np.zeros((4, rows, lanes), np.float32)
-        x, step, out, gate = blocks[0], blocks[1], blocks[2], blocks[3]
-        Bt, Ct = np.empty((rows, n), np.float32), np.empty((rows, n), np.float32)
-        h, decay = np.empty((n, lanes), np.float32), np.empty((n, lanes), np.float32)
-        skip, bias = np.empty((1, lanes), np.float32), np.empty((1, lanes), np.float32)
-        drive = np.empty(lanes, np.float32)
+        block, line = 4 * rows * lanes, 4 * lanes
+        x, step = floats(spare, (rows, lanes)), floats(spare + block, (rows, lanes))
+        out, gate = floats(spare + 2 * block, (rows, lanes)), floats(spare + 3 * block, (rows, lanes))
+        rest = spare + 4 * block
+        h, decay = floats(rest, (n, lanes)), floats(rest + n * line, (n, lanes))
+        rest += 2 * n * line
+        skip, bias, drive = floats(rest, lanes), floats(rest + line, lanes), floats(rest + 2 * line, lanes)
+        rest += 3 * line
+        Bt, Ct = floats(rest, (rows, n)), floats(rest + 4 * rows * n, (rows, n))
         for task in range(first, last):
             b, tile = task // tiles, task % tiles
             channel, count = tile * lanes, min(lanes, width - tile * lanes)
             if count < lanes:
-                for block in range(4):  # the idle lanes, which a task before this one may have filled
-                    clear(blocks[block], 0, rows)
-            load_columns(decay, A, channel, count)
+                load(at, x, lanes, 0, 0, 0, 4 * rows, 0)  # zeros in the four blocks, for the idle lanes
+            load(at, decay, lanes, A + 4 * n * channel, 4, 4 * n, n, count)
             for s in range(n):
                 for c in range(lanes):
                     decay[s, c] *= LOG2E  # exp(dt A) = 2^(dt decay)
-            load_columns(skip, D, channel, count)
-            load_columns(bias, dt_bias, channel, count)
-            state = 4 * n * width * b
-            load_tile(h, initial_state + state if initial_state else 0, width, channel, count)
+            load(at, skip, lanes, D + 4 * channel if D else 0, 0, 4, 1, count)
+            load(at, bias, lanes, dt_bias + 4 * channel if dt_bias else 0, 0, 4, 1, count)
+            state = 4 * (n * width * b + channel)
+            load(at, h, lanes, initial_state + state if initial_state else 0, 4 * width, 4, n, count)
             for chunk in range(chunks):
                 start = chunk * CHUNK
                 size = min(CHUNK, length - start)
                 if kept:
-                    for s in range(n):
+                    store(at, h, lanes, kept + (task * chunks + chunk) * n * line, line, 4, n, lanes)
+                read(at, x, lanes, size, u, b, start, channel, count)
+                read(at, step, lanes, size, dt, b, start, channel, count)
+                read(at, Bt, n, size, B, b, start, 0, n)
+                read(at, Ct, n, size, C, b, start, 0, n)
+                for j in range(size):
+                    for c in range(lanes):
+                        step[j, c] += bias[c]
+                    if dt_softplus:
                         for c in range(lanes):
-                            checkpoints[b, tile, chunk, s, c] = h[s, c]
-                read(at, x, 0, size, u, b, start, channel, count)
-                read(at, step, 0, size, dt, b, start, channel, count)
-                read(at, Bt, 0, size, B, b, start, 0, n)
-                read(at, Ct, 0, size, C, b, start, 0, n)
-                if dt_softplus:
-                    for j in range(size):
-                        for c in range(lanes):
-                            step[j, c] = softplus(step[j, c] + bias[0, c])
-                else:
-                    for j in range(size):
-                        for c in range(lanes):
-                            step[j, c] += bias[0, c]
+                            step[j, c] = softplus(step[j, c])
                 for j in range(size):
                     if marks and mark[b, start + j] == PADDING:
                         continue
                     if marks and mark[b, start + j] == BEGIN:
-                        clear(h, 0, n)
+                        load(at, h, lanes, 0, 0, 0, n, 0)
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
-                        out[j, c] = skip[0, c] * x[j, c]
+                        out[j, c] = skip[c] * x[j, c]
                     for s in range(n):
                         for c in range(lanes):
                             h[s, c] = next_state(h[s, c], step[j, c], decay[s, c], drive[c], Bt[j, s])
                             out[j, c] = fma(Ct[j, s], h[s, c], out[j, c])
                 if z[0]:
-                    read(at, gate, 0, size, z, b, start, channel, count)
+                    read(at, gate, lanes, size, z, b, start, channel, count)
                     for j in range(size):
                         for c in range(lanes):
                             out[j, c] = gated(out[j, c], gate[j, c])
                 if marks:
                     for j in range(size):
                         if mark[b, start + j] == PADDING:
-                            clear(out, j, j + 1)
-                write(at, out, 0, size, y, b, start, channel, count)
-            store_tile(final_state + state, width, channel, count, h)
+                            for c in range(lanes):
+                                out[j, c] = _ZERO
+                write(at, out, lanes, size, y, b, start, channel, count)
+            store(at, h, lanes, final_state + state, 4 * width, 4, n, count)
 
     @kernel
     @named(lanes)
     def scan_backward(
         first: int,
         last: int,
+        spare: int,
         at: Streams,
         shape: Rows,
         u: Rows,
@@ -196,82 +190,81 @@ def kernels(lanes: int) -> Kernels:
         batch, length, width, n = shape
         tiles, chunks = (width + lanes - 1) // lanes, (length + CHUNK - 1) // CHUNK
         mark = bytes_at(marks, (batch, length))
-        checkpoints = floats(kept, (batch, tiles, chunks, n, lanes))
         dB_parts, dC_parts = floats(dB, (tiles, batch, length, n)), floats(dC, (tiles, batch, length, n))
         rows = min(CHUNK, length)
-        # The chunk recomputed: the state before each position (and after the last), and its decay.
-        h, a = np.empty((rows + 1, n, lanes), np.float32), np.empty((rows, n, lanes), np.float32)
-        blocks = np.zeros((8, rows, lanes), np.float32)
-        x, step, slope, out = blocks[0], blocks[1], blocks[2], blocks[3]
-        gate, g, dx, dstep = blocks[4], blocks[5], blocks[6], blocks[7]
-        Bt, Ct = np.empty((rows, n), np.float32), np.empty((rows, n), np.float32)
-        columns = np.empty((3, n, lanes), np.float32)
-        decay, dh, ddecay = columns[0], columns[1], columns[2]
-        vectors = np.empty((4, 1, lanes), np.float32)
-        skip, bias, dskip, dbias = vectors[0], vectors[1], vectors[2], vectors[3]
-        drive = np.empty(lanes, np.float32)
-        nothing = np.zeros((n, lanes), np.float32)  # the state before a sequence
+        block, line = 4 * rows * lanes, 4 * lanes
+        x, step = floats(spare, (rows, lanes)), floats(spare + block, (rows, lanes))
+        slope, out = floats(spare + 2 * block, (rows, lanes)), floats(spare + 3 * block, (rows, lanes))
+        gate, g = floats(spare + 4 * block, (rows, lanes)), floats(spare + 5 * block, (rows, lanes))
+        dx, dstep = floats(spare + 6 * block, (rows, lanes)), floats(spare + 7 * block, (rows, lanes))
+        # The chunk recomputed: the decay at each position, and the state before it, after the last, and of nothing.
+        a, states = floats(spare + 8 * block, (rows, n, lanes)), spare + (8 + n) * block
+        h, nothing = floats(states, (rows + 2, n, lanes)), rows + 1
+        rest = states + (rows + 2) * n * line
+        decay, dh = floats(rest, (n, lanes)), floats(rest + n * line, (n, lanes))
+        ddecay = floats(rest + 2 * n * line, (n, lanes))
+        rest += 3 * n * line
+        skip, bias, drive = floats(rest, lanes), floats(rest + line, lanes), floats(rest + 2 * line, lanes)
+        dskip, dbias = floats(rest + 3 * line, lanes), floats(rest + 4 * line, lanes)
+        rest += 5 * line
+        Bt, Ct = floats(rest, (rows, n)), floats(rest + 4 * rows * n, (rows, n))
+        load(at, states + nothing * n * line, lanes, 0, 0, 0, n, 0)
         for task in range(first, last):
             b, tile = task // tiles, task % tiles
             channel, count = tile * lanes, min(lanes, width - tile * lanes)
             if count < lanes:
-                for block in range(8):  # so that idle lanes add nothing to sums over channels
-                    clear(blocks[block], 0, rows)
-            load_columns(decay, A, channel, count)
+                load(at, x, lanes, 0, 0, 0, 8 * rows, 0)  # so that idle lanes add nothing to sums over channels
+            load(at, decay, lanes, A + 4 * n * channel, 4, 4 * n, n, count)
             for s in range(n):
                 for c in range(lanes):
                     decay[s, c] *= LOG2E
-            load_columns(skip, D, channel, count)
-            load_columns(bias, dt_bias, channel, count)
-            state = 4 * n * width * b
-            load_tile(dh, dfinal_state + state if dfinal_state else 0, width, channel, count)
-            clear(ddecay, 0, n)
-            clear(dskip, 0, 1)
-            clear(dbias, 0, 1)
+            load(at, skip, lanes, D + 4 * channel if D else 0, 0, 4, 1, count)
+            load(at, bias, lanes, dt_bias + 4 * channel if dt_bias else 0, 0, 4, 1, count)
+            state = 4 * (n * width * b + channel)
+            load(at, dh, lanes, dfinal_state + state if dfinal_state else 0, 4 * width, 4, n, count)
+            load(at, ddecay, lanes, 0, 0, 0, n, 0)
+            load(at, dskip, lanes, 0, 0, 0, 2, 0)  # and dbias
             for chunk in range(chunks - 1, -1, -1):
                 start = chunk * CHUNK
                 size = min(CHUNK, length - start)
-                for s in range(n):
+                load(at, states, lanes, kept + (task * chunks + chunk) * n * line, line, 4, n, lanes)
+                read(at, x, lanes, size, u, b, start, channel, count)
+                read(at, step, lanes, size, dt, b, start, channel, count)
+                read(at, Bt, n, size, B, b, start, 0, n)
+                read(at, Ct, n, size, C, b, start, 0, n)
+                for j in range(size):
                     for c in range(lanes):
-                        h[0, s, c] = checkpoints[b, tile, chunk, s, c]
-                read(at, x, 0, size, u, b, start, channel, count)
-                read(at, step, 0, size, dt, b, start, channel, count)
-                read(at, Bt, 0, size, B, b, start, 0, n)
-                read(at, Ct, 0, size, C, b, start, 0, n)
-                _steps(step[:size], slope, bias[0], dt_softplus)
+                        raw = step[j, c] + bias[c]
+                        step[j, c] = softplus(raw) if dt_softplus else raw
+                        slope[j, c] = sigmoid(raw) if dt_softplus else _ONE
                 for j in range(size):
                     if marks and mark[b, start + j] == PADDING:
-                        for s in range(n):
-                            for c in range(lanes):
-                                h[j + 1, s, c] = h[j, s, c]
+                        load(at, states + (j + 1) * n * line, lanes, states + j * n * line, line, 4, n, lanes)
                         continue
                     begins = marks and mark[b, start + j] == BEGIN
-                    keep = _ZERO if begins else _ONE
-                    before = nothing if begins else h[j]
+                    before, keep = nothing if begins else j, _ZERO if begins else _ONE
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
-                        out[j, c] = skip[0, c] * x[j, c]
+                        out[j, c] = skip[c] * x[j, c]
                     for s in range(n):
                         for c in range(lanes):
                             a[j, s, c] = keep * exp2(step[j, c] * decay[s, c])
-                            h[j + 1, s, c] = a[j, s, c] * before[s, c] + drive[c] * Bt[j, s]
+                            h[j + 1, s, c] = a[j, s, c] * h[before, s, c] + drive[c] * Bt[j, s]
                             out[j, c] += Ct[j, s] * h[j + 1, s, c]
-                read(at, g, 0, size, dy, b, start, channel, count)
+                read(at, g, lanes, size, dy, b, start, channel, count)
                 if z[0]:
-                    read(at, gate, 0, size, z, b, start, channel, count)
+                    read(at, gate, lanes, size, z, b, start, channel, count)
                     for j in range(size):
                         for c in range(lanes):
                             open_ = sigmoid(gate[j, c])
                             dx[j, c] = g[j, c] * out[j, c] * open_ * (_ONE + gate[j, c] * (_ONE - open_))
                             g[j, c] *= gate[j, c] * open_
-                    if marks:
-                        for j in range(size):
-                            if mark[b, start + j] == PADDING:
-                                clear(dx, j, j + 1)
-                    write(at, dx, 0, size, dz, b, start, channel, count)
+                        if marks and mark[b, start + j] == PADDING:
+                            for c in range(lanes):
+                                dx[j, c] = _ZERO
+                    write(at, dx, lanes, size, dz, b, start, channel, count)
+                load(at, dx, lanes, 0, 0, 0, 2 * rows, 0)  # and dstep
                 for j in range(size - 1, -1, -1):
-                    clear(dx, j, j + 1)
-                    clear(dstep, j, j + 1)
                     if marks and mark[b, start + j] == PADDING:
                         for s in range(n):
                             dB_parts[tile, b, start + j, s] = dC_parts[tile, b, start + j, s] = _ZERO
@@ -279,7 +272,7 @@ def kernels(lanes: int) -> Kernels:
                     for c in range(lanes):
                         drive[c] = step[j, c] * x[j, c]
                     begins = marks and mark[b, start + j] == BEGIN
-                    before = nothing if begins else h[j]
+                    before = nothing if begins else j
                     for s in range(n):
                         dBt = dCt = _ZERO
                         for c in range(lanes):
@@ -289,23 +282,24 @@ def kernels(lanes: int) -> Kernels:
                             dx[j, c] += dhc * Bt[j, s]
                             dhc *= a[j, s, c]
                             dh[s, c] = dhc
-                            through = dhc * before[s, c]
+                            through = dhc * h[before, s, c]
                             ddecay[s, c] += through * step[j, c]
                             dstep[j, c] += through * decay[s, c]
                         dB_parts[tile, b, start + j, s] = dBt
                         dC_parts[tile, b, start + j, s] = dCt
                     if begins:  # nothing goes back to what came before, be it not a number
-                        clear(dh, 0, n)
+                        load(at, dh, lanes, 0, 0, 0, n, 0)
                     for c in range(lanes):
-                        dskip[0, c] += g[j, c] * x[j, c]
+                        dskip[c] += g[j, c] * x[j, c]
                         dstep[j, c] = (LN2 * dstep[j, c] + dx[j, c] * x[j, c]) * slope[j, c]
-                        dbias[0, c] += dstep[j, c]
-                        dx[j, c] = dx[j, c] * step[j, c] + skip[0, c] * g[j, c]
-                write(at, dx, 0, size, du, b, start, channel, count)
-                write(at, dstep, 0, size, ddt, b, start, channel, count)
-            store_columns(dA, b * width + channel, count, ddecay)
-            store_columns(dD, b * width + channel, count, dskip)
-            store_columns(ddt_bias, b * width + channel, count, dbias)
-            store_tile(dinitial_state + state, width, channel, count, dh)
+                        dbias[c] += dstep[j, c]
+                        dx[j, c] = dx[j, c] * step[j, c] + skip[c] * g[j, c]
+                write(at, dx, lanes, size, du, b, start, channel, count)
+                write(at, dstep, lanes, size, ddt, b, start, channel, count)
+            place = 4 * (b * width + channel)
+            store(at, ddecay, lanes, dA + n * place, 4, 4 * n, n, count)
+            store(at, dskip, lanes, dD + place, 0, 4, 1, count)
+            store(at, dbias, lanes, ddt_bias + place, 0, 4, 1, count)
+            store(at, dh, lanes, dinitial_state + state, 4 * width, 4, n, count)
 
     return Kernels(scan, scan_backward)

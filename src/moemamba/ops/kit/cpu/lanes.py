@@ -49,20 +49,20 @@ def _fused(context: Any, a: Any, b: Any, c: Any) -> Any:
 fma: Any = intrinsic(_fused)
 
 
-def tile(rows: int, columns: int) -> Callable[..., None]:
+def tile(rows: int, columns: int, kind: "type[Tile] | None" = None) -> Callable[..., None]:
     """A function for kernels: y[r, c] = sum over k of x[r, k] w[c, k] of so many rows of x and of weights.
 
-    Its arguments are k, then address and bytes from row to row of x, of the weights and of y. The weights that follow
-    are fetched on the way.
+    Its arguments are k, then address and bytes from row to row of x, of the weights and of y, and what its `kind` may
+    ask for besides, float32's nothing. The weights that follow are fetched on the way.
     """
 
     @intrinsic
-    def product(context: Any, k: Any, x: Any, x_step: Any, w: Any, w_step: Any, y: Any, y_step: Any) -> Any:
+    def product(context: Any, *arguments: Any) -> Any:
         def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-            Tile(builder, rows, columns, *values).write()
+            (kind or Tile)(builder, rows, columns, *cgutils.unpack_tuple(builder, values[0])).write()
             return target.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), emit
+        return types.void(types.StarArgTuple([types.int64] * len(arguments))), emit
 
     return product  # type: ignore[no-any-return]
 
@@ -72,10 +72,11 @@ class Tile:
 
     vector, zeros = _VECTOR, _ZEROS  # a sum that is under way
     together, across = LANES, _SIZE  # numbers that are read at once, and bytes of so many weights
+    bytes_of_x, bytes_of_w = 4, 4  # a number's
 
     def __init__(self, builder: Any, rows: int, columns: int, *values: Any):
         self.b, self.columns = builder, columns
-        self.k, x, x_step, w, w_step, self.y, self.y_step = values
+        self.k, x, x_step, w, w_step, self.y, self.y_step, *self.besides = values
         self.x = [self._row(x, x_step, r) for r in range(rows)]
         self.w = [self._row(w, w_step, c) for c in range(columns)]
 

@@ -2,7 +2,8 @@
 
 Tensors are handed over as addresses, so that each kernel is compiled exactly once, for every dtype, layout and absent
 argument, and so that a call costs microseconds (it is made for every token). Kernels see nothing else: the functions up
-to `located` are the only ones that make tensors for them and hand them over, whatever torch's default dtype and device.
+to `located` make tensors for them and hand them over, as `run` does with room that they work in, whatever torch's
+default dtype and device.
 """
 
 from functools import cache
@@ -11,18 +12,21 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types  # type: ignore[attr-defined]  # carray is public, but not in __all__
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..packed import Packed, Weight
-from .arithmetic import FLOAT, bits, from_bits, instruction
-from .run import apart, entry, exact, inner, kernel
+from .arithmetic import bits, from_bits
+from .run import apart, entry, exact, kernel
 
 TILE = 64  # channels that a task walks through time together: four AVX-512 registers, a few KB of state
 
 Rows = tuple[int, int, int, int]
-Streams = tuple[int, int]
+Streams = tuple[int, int, int, int]
 """see `streaming`"""
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -158,101 +162,138 @@ def summed(parts: Tensor) -> Tensor:
 
 # --- inside kernels ---
 
-_float_pointer = instruction(types.int64, types.CPointer(types.float32), lambda b, x: b.inttoptr(x, FLOAT.as_pointer()))
-_half_pointer = instruction(
-    types.int64, types.CPointer(types.uint16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
-)
-_short_pointer = instruction(
-    types.int64, types.CPointer(types.int16), lambda b, x: b.inttoptr(x, ir.IntType(16).as_pointer())
-)
-_integer_pointer = instruction(
-    types.int64, types.CPointer(types.int64), lambda b, x: b.inttoptr(x, ir.IntType(64).as_pointer())
-)
-_byte_pointer = instruction(
-    types.int64, types.CPointer(types.uint8), lambda b, x: b.inttoptr(x, ir.IntType(8).as_pointer())
-)
+
+def _array_of(number: Any) -> Any:
+    """A function for kernels: the contiguous array of such numbers at an address, of one length or several.
+
+    Made of instructions, since of numba's own each shape would be compiled as a function.
+    """
+
+    def describe(context: Any, address: Any, shape: Any) -> Any:
+        several = isinstance(shape, types.BaseTuple)
+        lengths = types.UniTuple(types.int64, len(shape)) if several else types.int64
+        kind = types.Array(number, len(shape) if several else 1, "C")
+
+        def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+            address, shape = values
+            made, sizes = (
+                make_array(kind)(target, builder),
+                cgutils.unpack_tuple(builder, shape) if several else [shape],
+            )
+            strides = [ir.IntType(64)(target.get_abi_sizeof(target.get_data_type(number)))]
+            for size in reversed(sizes[1:]):
+                strides.insert(0, builder.mul(strides[0], size))
+            populate_array(made, builder.inttoptr(address, made.data.type), sizes, strides, strides[-1], None)
+            return made._getvalue()
+
+        return kind(types.int64, lengths), emit
+
+    return intrinsic(describe)
 
 
-@inner
-def floats(address: int, shape: Any) -> Any:
-    """A contiguous float32 array at an address."""
-    return carray(_float_pointer(address), shape)
+floats = _array_of(types.float32)
+shorts = _array_of(types.int16)
+integers = _array_of(types.int64)
+bytes_at = _array_of(types.uint8)  # of int8 too, where no number is negative
+_halves = _array_of(types.uint16)
 
 
-@inner
-def shorts(address: int, shape: Any) -> Any:
-    """A contiguous int16 array at an address."""
-    return carray(_short_pointer(address), shape)
+@apart(0)
+def read(
+    block: int,
+    across: int,
+    rows: int,
+    place: int,
+    batch: int,
+    time: int,
+    size: int,
+    b: int,
+    start: int,
+    first: int,
+    count: int,
+) -> None:
+    """block[j, :count] = tensor[b, start + j, first : first + count] as float32, for each of so many rows.
 
-
-@inner
-def integers(address: int, shape: Any) -> Any:
-    """A contiguous int64 array at an address."""
-    return carray(_integer_pointer(address), shape)
-
-
-@inner
-def bytes_at(address: int, shape: Any) -> Any:
-    """A contiguous uint8 array at an address (of int8, where no number is negative)."""
-    return carray(_byte_pointer(address), shape)
-
-
-@apart
-def _read(block: int, step: int, count: int, place: int, time: int, size: int, columns: int) -> None:
-    for j in range(count):
-        target = floats(block + j * step, columns)
+    The block has rows of `across` numbers, the tensor is one of `Rows`.
+    """
+    for j in range(rows):
+        target, source = floats(block + 4 * across * j, count), place + b * batch + (start + j) * time + first * size
         if size == 4:
-            source = floats(place + j * time, columns)
-            for c in range(columns):
-                target[c] = source[c]
+            numbers = floats(source, count)
+            for c in range(count):
+                target[c] = numbers[c]
         else:
-            halves = carray(_half_pointer(place + j * time), columns)
-            for c in range(columns):
+            halves = _halves(source, count)
+            for c in range(count):
                 target[c] = from_bits(np.uint32(halves[c]) << np.uint32(16))
 
 
-@apart
-def _write(block: int, step: int, count: int, place: int, time: int, size: int, columns: int) -> None:
-    for j in range(count):
-        source = floats(block + j * step, columns)
+@apart(1)
+def write(
+    block: int,
+    across: int,
+    rows: int,
+    place: int,
+    batch: int,
+    time: int,
+    size: int,
+    b: int,
+    start: int,
+    first: int,
+    count: int,
+) -> None:
+    """The inverse of `read`, rounding to the nearest bfloat16, ties to even."""
+    for j in range(rows):
+        source, target = floats(block + 4 * across * j, count), place + b * batch + (start + j) * time + first * size
         if size == 4:
-            target = floats(place + j * time, columns)
-            for c in range(columns):
-                target[c] = source[c]
+            numbers = floats(target, count)
+            for c in range(count):
+                numbers[c] = source[c]
         else:
-            halves = carray(_half_pointer(place + j * time), columns)
-            for c in range(columns):
+            halves = _halves(target, count)
+            for c in range(count):
                 raw = bits(source[c])
                 rounded = (raw + np.uint32(0x7FFF) + ((raw >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
                 halves[c] = np.uint16(rounded if source[c] == source[c] else np.uint32(0x7FC0))
 
 
+@apart(2)
+def load(tile: int, across: int, matrix: int, down: int, right: int, m: int, count: int) -> None:
+    """tile (m, across) = the first `count` columns of a float32 matrix, and zeros; nothing but zeros if it is absent.
+
+    Its entries lie `down` bytes below each other and `right` beside each other: a transpose has them exchanged.
+    """
+    for j in range(m):
+        target, source = floats(tile + 4 * across * j, across), matrix + down * j
+        for c in range(across):
+            target[c] = _ZERO
+        if matrix and right == 4:
+            row = floats(source, count)
+            for c in range(count):
+                target[c] = row[c]
+        elif matrix:
+            for c in range(count):
+                target[c] = floats(source + right * c, 1)[0]
+
+
+@apart(3)
+def store(tile: int, across: int, matrix: int, down: int, right: int, m: int, count: int) -> None:
+    """The inverse of `load`."""
+    for j in range(m):
+        source, target = floats(tile + 4 * across * j, across), matrix + down * j
+        if right == 4:
+            row = floats(target, count)
+            for c in range(count):
+                row[c] = source[c]
+        else:
+            for c in range(count):
+                floats(target + right * c, 1)[0] = source[c]
+
+
 @cache
 def streaming() -> Streams:
-    """What kernels hand on to `read` and `write`."""
-    return entry(_read), entry(_write)
-
-
-@inner
-def read(
-    at: Streams, block: Any, row: int, rows: int, tensor: Rows, b: int, start: int, first: int, count: int
-) -> None:
-    """block[row + j, :count] = tensor[b, start + j, first : first + count] as float32, for each of so many rows."""
-    address, batch, time, size = tensor
-    step = 4 * block.shape[1]
-    place = address + b * batch + start * time + first * size
-    _read(at[0], block.ctypes.data + row * step, step, rows, place, time, size, count)
-
-
-@inner
-def write(
-    at: Streams, block: Any, row: int, rows: int, tensor: Rows, b: int, start: int, first: int, count: int
-) -> None:
-    """The inverse of `read`, rounding to the nearest bfloat16, ties to even."""
-    address, batch, time, size = tensor
-    step = 4 * block.shape[1]
-    place = address + b * batch + start * time + first * size
-    _write(at[1], block.ctypes.data + row * step, step, rows, place, time, size, count)
+    """Where `read`, `write`, `load` and `store` are, for kernels that call them."""
+    return entry(read), entry(write), entry(load), entry(store)
 
 
 @exact
@@ -261,50 +302,6 @@ def clear(block: Any, first: int, last: int) -> None:
     for j in range(first, last):
         for c in range(block.shape[1]):
             block[j, c] = _ZERO
-
-
-@inner
-def load_tile(tile: Any, matrix: int, width: int, first: int, count: int) -> None:
-    """tile (m, TILE) = columns first .. first + count - 1 of a float32 (m, width) matrix; zero if absent."""
-    clear(tile, 0, tile.shape[0])
-    if matrix:
-        m = tile.shape[0]
-        source = floats(matrix, (m, width))
-        for j in range(m):
-            for c in range(count):
-                tile[j, c] = source[j, first + c]
-
-
-@inner
-def store_tile(matrix: int, width: int, first: int, count: int, tile: Any) -> None:
-    """The inverse of `load_tile`."""
-    m = tile.shape[0]
-    target = floats(matrix, (m, width))
-    for j in range(m):
-        for c in range(count):
-            target[j, first + c] = tile[j, c]
-
-
-@inner
-def load_columns(tile: Any, matrix: int, first: int, count: int) -> None:
-    """tile (m, TILE) = the transpose of rows first .. first + count - 1 of a float32 (?, m) matrix; zero if absent."""
-    clear(tile, 0, tile.shape[0])
-    if matrix:
-        m = tile.shape[0]
-        source = floats(matrix + 4 * m * first, (count, m))
-        for j in range(m):
-            for c in range(count):
-                tile[j, c] = source[c, j]
-
-
-@inner
-def store_columns(matrix: int, first: int, count: int, tile: Any) -> None:
-    """The inverse of `load_columns`."""
-    m = tile.shape[0]
-    target = floats(matrix + 4 * m * first, (count, m))
-    for c in range(count):
-        for j in range(m):
-            target[c, j] = tile[j, c]
 
 
 @kernel

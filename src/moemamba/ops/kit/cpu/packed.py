@@ -5,21 +5,17 @@ entries as many as 32 bits can sum. Sums of whole numbers are exact, in any orde
 alone, whatever the machine. The rounding of x costs some 1/65,000 of its largest entry, that of the weights 1/254.
 """
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from ..packed import Packed, Weight
 from .arithmetic import bits, from_bits, nearest
-from .lanes import LANES, TILE_SHAPE, Tile, function, indices, masked_load, sum_lanes
+from .lanes import LANES, Tile, function, indices, masked_load, sum_lanes
 from .memory import floats, shorts
-from .run import apart, exact, named
+from .run import apart, exact
 
 TOGETHER = 2 * LANES  # numbers that are read at once: rounded rows are filled up with zeros to a multiple
 ROWS = 16  # of a task of rounding
@@ -43,15 +39,13 @@ def _products_of_pairs() -> str:
 _PAIRS = _products_of_pairs()
 
 
-class _Tile(Tile):
-    """Of rounded rows and weights of 8 bits; y is made of the sums by what both are multiples of."""
+class PackedTile(Tile):
+    """Of rounded rows and weights of 8 bits; y is made of the sums by what both are multiples of, whose addresses come
+    besides."""
 
     vector, zeros = _SUMS, ir.Constant(_SUMS, None)
     together, across = TOGETHER, TOGETHER
-
-    def __init__(self, builder: Any, rows: int, columns: int, *values: Any):
-        *others, self.x_scale, self.w_scale = values
-        super().__init__(builder, rows, columns, *others)
+    bytes_of_x, bytes_of_w = 2, 1
 
     def read_x(self, row: Any, place: Any, inside: Any) -> Any:
         where = self.b.add(row, self.b.shl(place, _INT64(1)))
@@ -82,26 +76,12 @@ class _Tile(Tile):
         return sum_lanes(self.b, vectors, self.b.add)
 
     def finish(self, totals: Any, row: int, column: int, count: int) -> Any:
-        b, vector = self.b, ir.VectorType(_FLOAT, count)
-        share = b.load(b.inttoptr(b.add(self.x_scale, _INT64(4 * row)), _FLOAT.as_pointer()), align=4)
+        b, vector, (x_scale, w_scale) = self.b, ir.VectorType(_FLOAT, count), self.besides
+        share = b.load(b.inttoptr(b.add(x_scale, _INT64(4 * row)), _FLOAT.as_pointer()), align=4)
         spread = b.insert_element(ir.Constant(vector, ir.Undefined), share, _INT32(0))
         spread = b.shuffle_vector(spread, spread, indices([0] * count))
-        scale = b.load(b.inttoptr(b.add(self.w_scale, _INT64(4 * column)), vector.as_pointer()), align=4)
+        scale = b.load(b.inttoptr(b.add(w_scale, _INT64(4 * column)), vector.as_pointer()), align=4)
         return b.fmul(b.fmul(b.sitofp(totals, vector), spread), scale)
-
-
-def _tile(rows: int, columns: int) -> Callable[..., None]:
-    @intrinsic
-    def product(
-        context: Any, k: Any, x: Any, x_step: Any, w: Any, w_step: Any, y: Any, y_step: Any, x_scale: Any, w_scale: Any
-    ) -> Any:
-        def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-            _Tile(builder, rows, columns, *values).write()
-            return target.get_dummy_value()
-
-        return types.void(*[types.int64] * 9), emit
-
-    return product  # type: ignore[no-any-return]
 
 
 def room(k: int) -> int:
@@ -115,16 +95,16 @@ def room_of(k: int, *weights: Weight | None) -> int:
 
 
 @exact
-def _places(levels: int, k: int, count: int) -> Any:
+def places(levels: int, k: int, count: int) -> Any:
     """Of `count` rounded rows: where what they are multiplied by lies, and the bytes from row to row."""
     step = (k + TOGETHER - 1) // TOGETHER * TOGETHER * 2
     return levels + count * step, step
 
 
-@apart
+@apart(2)
 def round_rows(first: int, last: int, count: int, k: int, x: int, x_step: int, levels: int) -> None:
     """Round rows first .. last - 1 of `count`, of k entries each, into `levels` (count * `room(k)`)."""
-    scales, step = _places(levels, k, count)
+    scales, step = places(levels, k, count)
     most = np.float32(min(32767, 2147483647 // (127 * max(k, 1))))
     for row in range(first, last):
         source, target = floats(x + row * x_step, k), shorts(levels + row * step, step // 2)
@@ -140,68 +120,3 @@ def round_rows(first: int, last: int, count: int, k: int, x: int, x_step: int, l
         if share > _ZERO:
             for c in range(k):
                 target[c] = np.int16(np.int32(nearest(source[c] * share)))
-
-
-@cache
-def packed_products(tall: int, wide: int) -> Callable[..., None]:
-    """A function for kernels: as `products`, of rounded rows (`levels`, all `count` of them, from row `begin` on) and
-    weights of 8 bits."""
-    tiles = {(rows, columns): _tile(rows, columns) for rows in (tall, 2, 1) for columns in (wide, 1)}
-
-    def strip(rows: int) -> Callable[..., None]:
-        several, one = tiles[rows, wide], tiles[rows, 1]
-
-        @exact
-        @named(rows, wide)
-        def across(
-            first: int, last: int, k: int, x: int, x_step: int, w: int, y: int, y_step: int, x_scale: int, w_scale: int
-        ) -> None:
-            c = first
-            while c + wide <= last:
-                several(k, x, x_step, w + c * k, k, y + 4 * c, y_step, x_scale, w_scale + 4 * c)
-                c += wide
-            while c < last:
-                one(k, x, x_step, w + c * k, k, y + 4 * c, y_step, x_scale, w_scale + 4 * c)
-                c += 1
-
-        return across
-
-    highest, pair, single = strip(tall), strip(2), strip(1)
-
-    @exact
-    @named(tall, wide)
-    def product(
-        first: int,
-        last: int,
-        begin: int,
-        rows: int,
-        count: int,
-        k: int,
-        levels: int,
-        w: int,
-        w_scale: int,
-        y: int,
-        y_step: int,
-    ) -> None:
-        scales, step = _places(levels, k, count)
-        near, far = max(wide, 16384 // max(k, 1) // wide * wide), max(4 * tall, 262144 // max(k, 1) // tall * tall)
-        for top in range(0, rows, far):
-            bottom = min(rows, top + far)
-            for start in range(first, last, near):
-                end, row = min(last, start + near), top
-                while row + tall <= bottom:
-                    here, share = levels + (begin + row) * step, scales + 4 * (begin + row)
-                    highest(start, end, k, here, step, w, y + row * y_step, y_step, share, w_scale)
-                    row += tall
-                if row + 2 <= bottom:
-                    here, share = levels + (begin + row) * step, scales + 4 * (begin + row)
-                    pair(start, end, k, here, step, w, y + row * y_step, y_step, share, w_scale)
-                    row += 2
-                if row < bottom:
-                    here, share = levels + (begin + row) * step, scales + 4 * (begin + row)
-                    single(start, end, k, here, step, w, y + row * y_step, y_step, share, w_scale)
-
-    return product
-
-
-packed_product = packed_products(*TILE_SHAPE)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..op import traced
 from ..packed import Packed, Weight, unpacked
-from .lanes import TILE_SHAPE, tile
+from .lanes import TILE_SHAPE, Tile, tile
 from .memory import floats, located, new, paired
-from .packed import ROWS, packed_product, room, round_rows
-from .run import apart, entry, exact, exact_kernel, named, run
+from .packed import ROWS, PackedTile, places, room, round_rows
+from .run import apart, entry, exact, exact_kernel, inlined, run
 
 COLUMNS = 16  # weight rows of a task
 MULTIPLICATIONS = 8  # that take as long as one inner iteration of `WORTH_THREADS`
@@ -62,70 +62,121 @@ def entries(of_8_bits: bool) -> Entries:
     return entry(_dense), *((entry(_packed), entry(round_rows)) if of_8_bits else (0, 0))
 
 
-@cache
-def products(tall: int, wide: int) -> Callable[..., None]:
-    """A function for kernels, `product(first, last, rows, k, x, x_step, w, w_step, y, y_step)`:
+def products(tall: int, wide: int, kind: type[Tile] = Tile) -> Callable[..., None]:
+    """A function for kernels, `product(first, last, rows, k, x, x_step, w, w_step, y, y_step, x_scale, w_scale)`:
 
     y[r, j] = sum over k of x[r, k] w[j, k] for all rows r and the weight rows j from first to last - 1. Addresses, and
     bytes from row to row. It takes tiles of up to `tall` rows and `wide` weights; results do not depend on that.
-    `multiply` is for more than the caches hold.
+    Scales are those of `PackedTile`s, one for each row; float32 has none. `blocks` are for more than the caches hold.
     """
-    highest, pair, single = (_strip(rows, wide) for rows in (tall, 2, 1))
+    highest, pair, single = (_strip(rows, wide, kind) for rows in (tall, 2, 1))
 
-    @exact
-    @named(tall, wide)
+    @inlined
     def product(
-        first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
+        first: int,
+        last: int,
+        rows: int,
+        k: int,
+        x: int,
+        x_step: int,
+        w: int,
+        w_step: int,
+        y: int,
+        y_step: int,
+        x_scale: int,
+        w_scale: int,
     ) -> None:
         row = 0
         while row + tall <= rows:
-            highest(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+            here, there, scale = x + row * x_step, y + row * y_step, x_scale + 4 * row
+            highest(first, last, k, here, x_step, w, w_step, there, y_step, scale, w_scale)
             row += tall
         if row + 2 <= rows:
-            pair(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+            here, there, scale = x + row * x_step, y + row * y_step, x_scale + 4 * row
+            pair(first, last, k, here, x_step, w, w_step, there, y_step, scale, w_scale)
             row += 2
         if row < rows:
-            single(first, last, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+            here, there, scale = x + row * x_step, y + row * y_step, x_scale + 4 * row
+            single(first, last, k, here, x_step, w, w_step, there, y_step, scale, w_scale)
 
     return product
 
 
-def _strip(rows: int, wide: int) -> Callable[..., None]:
+def _strip(rows: int, wide: int, kind: type[Tile]) -> Callable[..., None]:
     """A few rows against some weights, as tiles."""
-    several, one = tile(rows, wide), tile(rows, 1)
+    several, one = tile(rows, wide, kind), tile(rows, 1, kind)
 
-    @exact
-    @named(rows, wide)
-    def strip(first: int, last: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int) -> None:
+    @inlined
+    def strip(
+        first: int,
+        last: int,
+        k: int,
+        x: int,
+        x_step: int,
+        w: int,
+        w_step: int,
+        y: int,
+        y_step: int,
+        x_scale: int,
+        w_scale: int,
+    ) -> None:
         column = first
         while column + wide <= last:
-            several(k, x, x_step, w + column * w_step, w_step, y + 4 * column, y_step)
+            scale = w_scale + 4 * column
+            several(k, x, x_step, w + column * w_step, w_step, y + 4 * column, y_step, x_scale, scale)
             column += wide
         while column < last:
-            one(k, x, x_step, w + column * w_step, w_step, y + 4 * column, y_step)
+            scale = w_scale + 4 * column
+            one(k, x, x_step, w + column * w_step, w_step, y + 4 * column, y_step, x_scale, scale)
             column += 1
 
     return strip
 
 
-_TALL, _WIDE = TILE_SHAPE
-product = products(_TALL, _WIDE)
+def blocks(tall: int, wide: int, kind: type[Tile]) -> Callable[..., None]:
+    """A function for kernels: a product, in blocks of weights and of rows that stay in the caches."""
+    product = products(tall, wide, kind)
+    of_x, of_w = kind.bytes_of_x, kind.bytes_of_w
+
+    @inlined
+    def blocked(
+        first: int,
+        last: int,
+        rows: int,
+        k: int,
+        x: int,
+        x_step: int,
+        w: int,
+        w_step: int,
+        y: int,
+        y_step: int,
+        x_scale: int,
+        w_scale: int,
+    ) -> None:
+        near = max(wide, NEAR // (of_w * max(k, 1)) // wide * wide)
+        far = max(4 * tall, FAR // (of_x * max(k, 1)) // tall * tall)
+        for row in range(0, rows, far):
+            count = min(far, rows - row)
+            here, there, scale = x + row * x_step, y + row * y_step, x_scale + 4 * row
+            for start in range(first, last, near):
+                end = min(last, start + near)
+                product(start, end, count, k, here, x_step, w, w_step, there, y_step, scale, w_scale)
+
+    return blocked
 
 
-@apart
+product = products(*TILE_SHAPE)
+_blocks, _packed_blocks = blocks(*TILE_SHAPE, Tile), blocks(*TILE_SHAPE, PackedTile)
+
+
+@apart(0)
 def _dense(
     first: int, last: int, rows: int, k: int, x: int, x_step: int, w: int, w_step: int, y: int, y_step: int
 ) -> None:
-    """A product in blocks of weights and of rows that stay in the caches."""
-    near, far = max(_WIDE, NEAR // (4 * k) // _WIDE * _WIDE), max(4 * _TALL, FAR // (4 * k) // _TALL * _TALL)
-    for row in range(0, rows, far):
-        count = min(far, rows - row)
-        for start in range(first, last, near):
-            end = min(last, start + near)
-            product(start, end, count, k, x + row * x_step, x_step, w, w_step, y + row * y_step, y_step)
+    _blocks(first, last, rows, k, x, x_step, w, w_step, y, y_step, 0, 0)
 
 
-@apart
+@apart(1)
 def _packed(
     first: int,
     last: int,
@@ -139,7 +190,10 @@ def _packed(
     y: int,
     y_step: int,
 ) -> None:
-    packed_product(first, last, begin, rows, count, k, levels, w, scale, y, y_step)
+    """Of the `count` rounded rows those from `begin` on."""
+    scales, step = places(levels, k, count)
+    x, x_scale = levels + begin * step, scales + 4 * begin
+    _packed_blocks(first, last, rows, k, x, step, w, k, y, y_step, x_scale, scale)
 
 
 @exact
@@ -162,15 +216,15 @@ def multiply(
     """The product of rows from `begin` on with float32 weights. Those of 8 bits have a `scale`, and then `levels` are
     the `count` rows that there are, rounded by `rounded`. y is that of the first of these rows; see `entries`."""
     if scale:
-        _packed(at[1], first, last, begin, rows, count, k, levels, w, scale, y, y_step)
+        _packed(at, first, last, begin, rows, count, k, levels, w, scale, y, y_step)
     else:
-        _dense(at[0], first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
+        _dense(at, first, last, rows, k, x + begin * x_step, x_step, w, 4 * k, y, y_step)
 
 
 @exact
 def rounded(at: Entries, first: int, last: int, count: int, k: int, x: int, x_step: int, levels: int) -> None:
     """See `round_rows`."""
-    round_rows(at[2], first, last, count, k, x, x_step, levels)
+    round_rows(at, first, last, count, k, x, x_step, levels)
 
 
 @exact_kernel

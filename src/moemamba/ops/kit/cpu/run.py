@@ -5,11 +5,13 @@ work was cut into. The cut depends on the shapes alone and tasks share no output
 same for every number of threads.
 """
 
+import gc
 import hashlib
 import inspect
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 from ....host.files import cache_folder, expanded, keep_recent, used, writable
 from ....host.terminal import say
@@ -30,7 +33,11 @@ WORTH_THREADS = 1 << 19  # inner iterations, some 100 µs; waking a thread takes
 # `contract` lets multiplication and addition fuse; nothing that could change what infinities and NaN do.
 FAST = {"contract", "nsz"}
 
+# Functions that kernels call are compiled without wrappers for Python and C, which take most of the time.
+_CALLED: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
 _config: Any = numba.config
+_INTEGER = ir.IntType(64)
 _OPS = Path(__file__).parents[2]
 
 
@@ -52,7 +59,6 @@ def _compiled(function: Callable[..., Any], fast: set[str]) -> Callable[..., Any
         compiled = numba.njit(cache=bool(folder), **options)(function)
     finally:
         _config.CACHE_DIR = before
-    _kernels.add(function.__qualname__)
     return compiled  # type: ignore[no-any-return]
 
 
@@ -85,42 +91,64 @@ def kernel_sources() -> list[Path]:
 
 def inner(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call. Without numba's check for division by zero, which would keep loops scalar."""
-    return numba.njit(fastmath=FAST, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return numba.njit(fastmath=FAST, **_CALLED)(function)  # type: ignore[no-any-return]
 
 
 def exact(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that kernels call, with the roundings that are written and no others: the same bits wherever LLVM puts
     it. What is to be fused is written `fma`."""
-    return numba.njit(error_model="numpy")(function)  # type: ignore[no-any-return]
+    return numba.njit(**_CALLED)(function)  # type: ignore[no-any-return]
 
 
-def apart(function: Callable[..., None]) -> Any:
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An `exact` function that numba writes into each that calls it, before it compiles that: for those in which LLVM
+    has much to do, which it otherwise does once for the function and once for every caller. Of `exact_kernel`s only,
+    since there it has the roundings of its caller."""
+    return numba.njit(inline="always", **_CALLED)(function)  # type: ignore[no-any-return]
+
+
+def apart(place: int) -> Callable[[Callable[..., None]], Any]:
     """An `exact` function of integers that is compiled by itself, once, instead of into each kernel that calls it.
 
-    Kernels call it as `function(address, *arguments)`: the address is `entry(function)`, which they get as an argument,
-    since they come from the disk as they were and it is another in each process.
+    Kernels call it as `function(at, *arguments)`: `at` are addresses, that at `place` is `entry(function)`. They get
+    them as an argument, since they come from the disk as they were and functions lie elsewhere in each process. In the
+    place of integers there may be an array, which stands for its address, and a tuple of integers, for all of them.
     """
-    compiled: Any = exact_kernel(function)
-    described = types.void(*[types.int64] * len(inspect.signature(function).parameters))
 
-    def describe(context: Any, address: Any, *arguments: Any) -> Any:
-        def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
-            kinds = [target.get_value_type(kind) for kind in (described.return_type, *described.args)]
-            pointer = builder.inttoptr(values[0], ir.FunctionType(kinds[0], kinds[1:]).as_pointer())
-            builder.call(pointer, cgutils.unpack_tuple(builder, values[1]))
-            return target.get_dummy_value()
+    def declare(function: Callable[..., None]) -> Any:
+        compiled: Any = exact_kernel(function)
+        described = types.void(*[types.int64] * len(inspect.signature(function).parameters))
 
-        return types.void(types.int64, types.StarArgTuple(described.args)), emit
+        def describe(context: Any, at: Any, *arguments: Any) -> Any:
+            kinds = [each if isinstance(each, types.Array | types.UniTuple) else types.int64 for each in arguments]
 
-    @cache
-    def found() -> int:
-        compiled.compile(described)
-        made = compiled.overloads[described.args]
-        return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)  # type: ignore[no-any-return]
+            def emit(target: Any, builder: Any, signature: Any, values: Any) -> Any:
+                given = []
+                for kind, value in zip(kinds, cgutils.unpack_tuple(builder, values[1]), strict=True):
+                    if isinstance(kind, types.Array):
+                        given.append(builder.ptrtoint(make_array(kind)(target, builder, value).data, _INTEGER))
+                    else:
+                        given += cgutils.unpack_tuple(builder, value) if isinstance(kind, types.UniTuple) else [value]
+                if len(given) != len(described.args):
+                    raise TypeError(f"{function.__name__} takes {len(described.args)} integers, and gets {len(given)}")
+                called = ir.FunctionType(ir.VoidType(), [_INTEGER] * len(given)).as_pointer()
+                address = builder.extract_value(values[0], place)
+                builder.call(builder.inttoptr(address, called), given)
+                return target.get_dummy_value()
 
-    called = intrinsic(describe)
-    _entries[called] = found
-    return called
+            return types.void(at, types.StarArgTuple(kinds)), emit
+
+        @cache
+        def found() -> int:
+            compiled.compile(described)
+            made = compiled.overloads[described.args]
+            return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)  # type: ignore[no-any-return]
+
+        called = intrinsic(describe)
+        _entries[called] = found
+        return called
+
+    return declare
 
 
 def entry(function: Any) -> int:
@@ -142,54 +170,79 @@ def named(*values: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return rename
 
 
-_kernels: set[str] = set()
 _entries: dict[Any, Callable[[], int]] = {}
 _PACKAGE = __name__.removesuffix("kit.cpu.run")
 
 
-class _Announce(event.Listener):  # type: ignore[misc]
-    """Say what the pause is when a kernel has to be compiled; one that is read from the cache stays silent."""
+class _Compiling(event.Listener):  # type: ignore[misc]
+    """Say what the pause is when a kernel has to be compiled; one that is read from the cache stays silent.
 
-    said = False
+    Meanwhile no garbage is collected: that would be searched for ten times in all that torch and numba hold.
+    """
+
+    said, depth, collects = False, 0, False
 
     def on_start(self, event: Any) -> None:
-        function = event.data["dispatcher"].py_func
-        if not self.said and function.__module__.startswith(_PACKAGE) and function.__qualname__ in _kernels:
+        if self.depth == 0 and not event.data["dispatcher"].py_func.__module__.startswith(_PACKAGE):
+            return  # somebody else's
+        if not self.said:
             self.said = True
-            say("moemamba: compiling the CPU kernels, once (10 s to a minute)")
+            say("moemamba: compiling the CPU kernels, once (some seconds)")
+        if self.depth == 0:
+            self.collects = gc.isenabled()
+            gc.disable()
+        self.depth += 1
 
     def on_end(self, event: Any) -> None:
-        pass
+        if self.depth:
+            self.depth -= 1
+            if self.depth == 0 and self.collects:
+                gc.enable()
 
 
-event.register("numba:compile", _Announce())
+event.register("numba:compile", _Compiling())
 
 
-def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any) -> None:
-    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it."""
-    threads = min(torch.get_num_threads(), tasks)
-    if threads <= 1 or work < WORTH_THREADS:
-        compiled(0, tasks, *arguments)
+def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any, space: int = 0) -> None:
+    """Do all tasks of a kernel, over `torch.get_num_threads()` threads if `work` (inner iterations) is worth it.
+
+    With `space`, each thread has room for so many numbers, whose address the kernel gets behind `first` and `last`.
+    """
+    threads = 1 if work < WORTH_THREADS else max(1, min(torch.get_num_threads(), tasks))
+    if threads == 1 and not space:
+        compiled(0, tasks, *arguments)  # at once, for it is done for every token
         return
+    apart = -(-space // 16) * 16  # 64 bytes: no two threads write to one line of a cache
+    spare = torch.empty(threads * apart, dtype=torch.float32, device="cpu")
+    if threads == 1:
+        compiled(0, tasks, spare.data_ptr(), *arguments)
+        return
+    places = [(spare.data_ptr() + 4 * apart * i,) if space else () for i in range(threads)]
     bounds = [tasks * i // threads for i in range(threads + 1)]
-    others: list[Future[None]] = []
+    own, *shares = [(*bounds[i : i + 2], *places[i], *arguments) for i in range(threads)]
+    others: list[Future[None]] = [Future() for _ in shares]
     try:
-        for i in range(1, threads):
-            others.append(_pool().submit(compiled, *bounds[i : i + 2], *arguments))
-        compiled(*bounds[:2], *arguments)
-    finally:
-        _join(others)
-    for other in others:
-        other.result()
-
-
-def _join(others: list[Future[None]]) -> None:
-    """Wait for other threads, Ctrl-C or not: whoever called the kernel frees what they are still writing to."""
-    try:
-        wait(others)
-    except BaseException:
-        _join(others)
+        for other, share in zip(others, shares, strict=True):
+            _pool().submit(_do, other, compiled, *share)
+        compiled(*own)
+        for other in others:
+            other.result()
+    except BaseException:  # KeyboardInterrupt, as a rule; the caller frees what the others write to
+        while not all(other.cancel() or other.done() for other in others):
+            with suppress(BaseException):  # of those that interrupt the waiting the first one counts
+                wait(others)
         raise
+
+
+def _do(share: Future[None], compiled: Callable[..., None], *arguments: Any) -> None:
+    """A thread's share, unless it has been called off."""
+    if share.set_running_or_notify_cancel():
+        try:
+            compiled(*arguments)
+        except BaseException as mistake:
+            share.set_exception(mistake)
+        else:
+            share.set_result(None)
 
 
 @cache
