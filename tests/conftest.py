@@ -45,7 +45,6 @@ def _settings() -> dict[str, Any]:
         "the collection of garbage": gc.isenabled(),
         "the current folder": os.getcwd(),
         "handlers of signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
-        "variables of the environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
     }
 
 
