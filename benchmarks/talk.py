@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     options, rest = parser.parse_known_args()
+    if rest and options.what != "train":
+        parser.error(f"{options.what} has no further options, and was given {' '.join(rest)}")
     if options.what == "train":
         train(options.source, options.out, rest)
     elif options.what == "pack":

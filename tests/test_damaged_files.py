@@ -125,10 +125,12 @@ def resume(run: RunDirectory) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """One thread, and nothing waits for the disk."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,26 @@ def same(a, b):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
 
 
+def test_a_renewed_engine_has_the_weights_as_they_are():
+    """Also those that were written to past autograd, of which no version tells."""
+    model = copy.deepcopy(MODELS["ME"])
+    decoder = Engine(model, 1)
+
+    def hidden():
+        decoder.submit(Request([3, 1], 3, GREEDY))
+        while decoder.busy:
+            decoder.step()
+        return decoder._stepper._prepared.hidden[0].clone()
+
+    before, mamba = hidden(), model.layers[0].branches[0]
+    for weight in (mamba.A_log, mamba.conv1d.weight):
+        weight.data.mul_(-2)
+    decoder.renew(model)
+    found = hidden()
+    decoder = Engine(model, 1)
+    assert torch.equal(found, hidden()) and not torch.equal(found, before)
+
+
 def test_what_is_refused():
     decoder = Engine(MODELS["ME"], 2)
     with pytest.raises(ValueError, match="max_new_tokens is -1"):

@@ -480,6 +480,34 @@ def test_no_thread_works_on_when_a_kernel_is_interrupted(who, stop):
     assert (1 if who == "caller" else 0) in ended
 
 
+def test_interrupted_while_it_hands_out_shares(monkeypatch):
+    """What no thread was ever given is not waited for."""
+    pool, submitted, ended, left = ThreadPoolExecutor(1), [], [], []
+
+    def share(start, end):
+        time.sleep(0.1)
+        ended.append(start)
+
+    def submit(*task):
+        if submitted:
+            raise KeyboardInterrupt
+        submitted.append(pool.submit(*task))
+
+    def call():
+        try:
+            cpu_kernel.run(share, 4, cpu_kernel.WORTH_THREADS)
+        except KeyboardInterrupt:
+            left.append(list(ended))
+
+    monkeypatch.setattr(cpu_kernel, "_pool", lambda: SimpleNamespace(submit=submit))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    caller.join(20)
+    pool.shutdown()
+    assert left == [ended]  # nothing begins or ends afterwards
+
+
 def test_interrupted_while_it_waits():
     """A second interrupt does not end the waiting either, and the first is the one that is raised."""
     both, leaving, ended = threading.Barrier(2), threading.Event(), []

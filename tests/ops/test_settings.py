@@ -62,6 +62,9 @@ def test_kernels_are_given_what_they_read():
             RuntimeError, match=r"a kernel for the CPU reads contiguous torch\.float32 of shape .*; use"
         ):
             address(bad, 2, 3, 4)
+    one, none = new(2, 1, 5).transpose(1, 2), new(0, 1, 1) * 2  # strides of what has no second entry are anything
+    assert one.stride(-1) != 1 and none.stride(-1) != 1
+    assert rows(one, 2, 5, 1) == (one.data_ptr(), 20, 4, 4) and rows(none, 0, 1, 1)[0] == none.data_ptr()
     with pytest.raises(RuntimeError, match="reads rows of float32 or bfloat16"):
         rows(good.transpose(1, 2), 2, 4, 3)
 

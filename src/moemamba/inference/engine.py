@@ -142,8 +142,8 @@ class Engine:
         self._model = view = in_evaluation(model)
         self._device = view.embedding.weight.device
         captures = capturable(view)
-        made = (self._device, captures, fingerprint(view) if captures or self._device.type == "cpu" else None)
-        if made != self._made:
+        made = (self._device, fingerprint(view)) if captures else None
+        if made is None or made != self._made:  # what else steps prepare may be of other weights
             self._made = made
             letters = [letter for layers in view.config.layers for letter in layers]
             kinds = [LAYERS[letter] for letter in letters if LAYERS[letter].state_type is not None]

@@ -27,7 +27,7 @@ from .memory import (
     summed,
     write,
 )
-from .run import apart, entry, exact, exact_kernel, inlined, inner, kernel, named, run
+from .run import apart, entry, exact, exact_kernel, inner, kernel, named, run
 
 __all__ = [
     "LN2",
@@ -48,7 +48,6 @@ __all__ = [
     "floats",
     "fma",
     "gated",
-    "inlined",
     "inner",
     "integers",
     "kernel",

@@ -62,7 +62,8 @@ def rows(tensor: Tensor | None, *shape: int) -> Rows:
     if tensor is None:
         return 0, 0, 0, 0
     batch, time, channels = tensor.stride()
-    if not (tensor.shape == shape and tensor.dtype in _STREAMED and channels == 1 and _is_here(tensor)):
+    side_by_side = channels == 1 or tensor.is_contiguous()  # of one channel, or of none, the stride may be anything
+    if not (tensor.shape == shape and tensor.dtype in _STREAMED and side_by_side and _is_here(tensor)):
         raise _mistaken(tensor, f"rows of float32 or bfloat16 of shape {shape}")
     size = tensor.element_size()
     return tensor.data_ptr(), batch * size, time * size, size

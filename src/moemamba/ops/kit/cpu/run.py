@@ -228,9 +228,10 @@ def run(compiled: Callable[..., None], tasks: int, work: int, *arguments: Any, s
         for other in others:
             other.result()
     except BaseException:  # KeyboardInterrupt, as a rule; the caller frees what the others write to
-        while not all(other.cancel() or other.done() for other in others):
+        # All that have not begun are called off; some may never have been handed to a thread, and are not waited for.
+        while running := [other for other in others if not (other.cancel() or other.done())]:
             with suppress(BaseException):  # of those that interrupt the waiting the first one counts
-                wait(others)
+                wait(running)
         raise
 
 
