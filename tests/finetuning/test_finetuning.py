@@ -305,12 +305,17 @@ def test_what_is_replayed_is_learnt_too(tmp_path, monkeypatch, capsys):
     )
     train(run, report=SILENT)
     questions(tmp_path / "chat.jsonl", 24)
-    words = ["finetune", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl"), "--replay", "0.5"]
+    words = ["finetune", str(tmp_path / "run"), "--data", str(tmp_path / "chat.jsonl")]
     words += ["--method", "all", "--learning-rate", "0.01", "--epochs", "2", "--batch-size", "4", "--context", "32"]
     for name in ("a", "b"):
-        monkeypatch.setattr(sys, "argv", ["moemamba", *words, "--out", str(tmp_path / name)])
+        monkeypatch.setattr(sys, "argv", ["moemamba", *words, "--replay", "0.5", "--out", str(tmp_path / name)])
         cli.main()
-    assert "nats a token of text that was held out of what was replayed" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "nats a token of text that was held out of what was replayed" in said.out
+    assert "nothing was read" not in said.out + said.err
+    monkeypatch.setattr(sys, "argv", ["moemamba", *words, "--replay", "1e-6", "--out", str(tmp_path / "none")])
+    cli.main()
+    assert "nothing was read" in capsys.readouterr().out
     a, b = (load(tmp_path / name)[0].state_dict() for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     told = json.loads((tmp_path / "a" / "finetune.json").read_text())
